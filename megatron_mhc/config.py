@@ -1,0 +1,161 @@
+"""What a user can choose about mHC, checked when it is said and not when it is used."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import yaml
+
+ENVIRONMENT = "MEGATRON_MHC"
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "preset": ("paper", "deepseek_v4"),
+    "h_res": ("sinkhorn", "identity", "unconstrained"),
+    "h_pre": ("dynamic", "fixed"),
+    "h_post": ("dynamic", "fixed"),
+    "init": ("home_stream", "uniform"),
+    "contract": ("auto", "mean", "sum", "learned_head"),
+}
+
+
+def flag(name: str) -> str:
+    """Command-line spelling of a field: `num_residual_streams` -> `--mhc-num-residual-streams`."""
+    return "--mhc-" + name.replace("_", "-")
+
+
+@dataclass(frozen=True)
+class MHCConfig:
+    """Options of the mHC residual connection; the defaults are the paper's.
+
+    Args:
+        num_residual_streams: n, the number of parallel residual streams.
+        preset: arithmetic of the mappings. `paper` is Eqs. (14)-(19). `deepseek_v4` is that model's
+            softmax, its eps 1e-6 after every step, its transposed comb and its learned output head.
+        h_res: `sinkhorn` (mHC), `identity` (H_res = I), or `unconstrained` (plain hyper-connections,
+            Eq. (5), the paper's baseline: tanh mappings, normalised per stream).
+        h_pre, h_post: `dynamic`, or `fixed` at 1/n and at 1 (the paper's ablation).
+        sinkhorn_iterations: pairs of column and row normalisations.
+        init: `home_stream` starts near the plain residual network; `uniform` is Megatron's own.
+        init_gating_factor: initial value of the three alphas.
+        contract: how n streams become one before the final norm. `auto` is `learned_head` under
+            `deepseek_v4` and `mean` otherwise.
+        norm_eps: added to mean(x^2) inside the root.
+        load_dense: allow a checkpoint without mHC parameters to fill everything else.
+
+    Raises:
+        ValueError: a value outside its range, naming the flag and the remedy.
+
+    Source: arXiv 2512.24880 Eqs. (5), (14)-(19); the initialisation is in docs of `ops.reference`.
+    """
+
+    num_residual_streams: int = 4
+    preset: str = "paper"
+    h_res: str = "sinkhorn"
+    h_pre: str = "dynamic"
+    h_post: str = "dynamic"
+    sinkhorn_iterations: int = 20
+    init: str = "home_stream"
+    init_gating_factor: float = 0.01
+    contract: str = "auto"
+    norm_eps: float = 1e-6
+    load_dense: bool = False
+
+    def __post_init__(self) -> None:
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"{flag(name)}={getattr(self, name)!r} is unknown: choose one of {', '.join(choices)}"
+                )
+        if self.num_residual_streams < 1:
+            raise ValueError(
+                f"{flag('num_residual_streams')}={self.num_residual_streams}: give at least 1 stream (default 4)"
+            )
+        if self.sinkhorn_iterations < 1:
+            raise ValueError(
+                f"{flag('sinkhorn_iterations')}={self.sinkhorn_iterations}: give at least 1 (default 20), "
+                f"or {flag('h_res')} identity to leave the streams unmixed"
+            )
+        if not self.init_gating_factor >= 0:
+            raise ValueError(
+                f"{flag('init_gating_factor')}={self.init_gating_factor}: give 0 or more (default 0.01)"
+            )
+        if not self.norm_eps > 0:
+            raise ValueError(f"{flag('norm_eps')}={self.norm_eps}: give a positive number (default 1e-6)")
+        if self.preset == "deepseek_v4" and self.h_res == "unconstrained":
+            raise ValueError(
+                f"{flag('h_res')}=unconstrained has no deepseek_v4 form: use {flag('preset')} paper"
+            )
+        if self.contract == "auto":
+            resolved = "learned_head" if self.preset == "deepseek_v4" else "mean"
+            object.__setattr__(self, "contract", resolved)
+
+    @property
+    def is_hc(self) -> bool:
+        """True for plain hyper-connections (Eq. (5)), whose projection reads one stream at a time."""
+        return self.h_res == "unconstrained"
+
+    def arithmetic(self) -> dict[str, Any]:
+        """The options that a checkpoint's weights are only meaningful under."""
+        loose = {"init", "init_gating_factor", "load_dense"}
+        return {k: v for k, v in asdict(self).items() if k not in loose}
+
+    @classmethod
+    def from_mapping(cls, options: Mapping[str, Any], source: str = "options") -> MHCConfig:
+        """Build from field names to values, which may be strings; `source` is named in errors."""
+        types = {f.name: f.type for f in fields(cls)}
+        values: dict[str, Any] = {}
+        for key, value in options.items():
+            name = key.replace("-", "_")
+            if name not in types:
+                raise ValueError(f"{source}: no mHC option {key!r}; there are {', '.join(types)}")
+            try:
+                values[name] = _parse(types[name], value)
+            except ValueError as error:
+                raise ValueError(f"{source}: {key}={value!r} is not a valid {types[name]}") from error
+        return cls(**values)
+
+    @classmethod
+    def from_options(cls, text: str) -> MHCConfig:
+        """Build from `key=value,key=value` or from the path of a YAML file of such keys."""
+        if text.endswith((".yaml", ".yml")):
+            if not os.path.exists(text):
+                raise ValueError(f"{ENVIRONMENT}={text}: no such file; give a YAML file or key=value,...")
+            with open(text) as file:
+                loaded = yaml.safe_load(file) or {}
+            if not isinstance(loaded, dict):
+                raise ValueError(f"{ENVIRONMENT}={text}: the file must hold `option: value` lines")
+            return cls.from_mapping(loaded, text)
+        items = [item.strip() for item in text.split(",") if item.strip()]
+        bad = [item for item in items if "=" not in item]
+        if bad:
+            raise ValueError(f"{ENVIRONMENT}: {bad[0]!r} is not key=value (or a path ending in .yaml)")
+        return cls.from_mapping(dict(i.split("=", 1) for i in items), ENVIRONMENT)
+
+    @classmethod
+    def from_environment(cls) -> MHCConfig:
+        """Build from the variable MEGATRON_MHC; the defaults where it is unset."""
+        return cls.from_options(os.environ.get(ENVIRONMENT, ""))
+
+    @classmethod
+    def from_args(cls, args: Any) -> MHCConfig:
+        """Build from the namespace of a parser that `arguments.add_mhc_args` extended."""
+        given = {f.name: getattr(args, "mhc_" + f.name, None) for f in fields(cls)}
+        return cls(**{name: value for name, value in given.items() if value is not None})
+
+    def to_options(self) -> str:
+        """The `key=value,...` text that `from_options` reads back as this configuration."""
+        return ",".join(f"{k}={v}" for k, v in asdict(self).items())
+
+
+def _parse(kind: Any, value: Any) -> Any:
+    if kind == "bool":
+        if isinstance(value, bool):
+            return value
+        words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+        if str(value).lower() not in words:
+            raise ValueError(value)
+        return words[str(value).lower()]
+    return {"int": int, "float": float, "str": str}[kind](value)

@@ -1,0 +1,112 @@
+"""Register, revert and report the replaced Megatron symbols of `targets`; fails closed."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
+from types import TracebackType
+from typing import Any
+
+from packaging.specifiers import SpecifierSet
+
+from megatron_mhc.hooks.targets import HOOKS, SUPPORTED, Hook
+
+_MARK = "__megatron_mhc_original__"
+
+
+class Handle:
+    """The registered hooks; `revert` (or leaving a `with` block) restores Megatron's own symbols."""
+
+    def __init__(self) -> None:
+        self._installed: list[tuple[Hook, Any, str, Callable[..., Any]]] = []
+
+    @property
+    def active(self) -> bool:
+        return bool(self._installed)
+
+    def install(self) -> None:
+        # Everything is checked before anything is replaced.
+        found = [(hook, *_resolve(hook)) for hook in HOOKS]
+        for hook, owner, name, original in found:
+            replacement = hook.replacement(original)
+            setattr(replacement, _MARK, original)
+            setattr(owner, name, replacement)
+            self._installed.append((hook, owner, name, original))
+
+    def revert(self) -> None:
+        """Put the original symbols back; a second call does nothing."""
+        while self._installed:
+            _, owner, name, original = self._installed.pop()
+            setattr(owner, name, original)
+
+    def report(self) -> str:
+        """A table of the replaced symbols and why each is replaced."""
+        from megatron.core import __version__ as version
+
+        state = "registered" if self.active else "not registered"
+        lines = [f"megatron_mhc hooks on megatron-core {version} ({SUPPORTED} supported): {state}"]
+        lines += [f"  {hook.target}\n      {hook.reason}" for hook in HOOKS]
+        return "\n".join(lines)
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.revert()
+
+
+_handle = Handle()
+
+
+def register() -> Handle:
+    """Replace the symbols of `targets.HOOKS`; registering twice is registering once.
+
+    The spec doors call it. Models without mHC run the original code either way.
+
+    Raises:
+        ValueError: an unsupported Megatron version, a changed signature, a symbol that somebody else
+            replaced, or a Megatron that has hyper-connections of its own.
+    """
+    if not _handle.active:
+        check_version()
+        _handle.install()
+    return _handle
+
+
+def check_version() -> None:
+    """Raise ValueError unless the installed megatron-core is one that the hooks were written for."""
+    from megatron.core import __version__ as version
+
+    if find_spec("megatron.core.transformer.hyper_connection") is not None:
+        raise ValueError(
+            f"megatron-core {version} has hyper-connections of its own: use those, or megatron-core {SUPPORTED}"
+        )
+    # A git checkout appends +<commit> to the version.
+    if not SpecifierSet(SUPPORTED, prereleases=True).contains(version.split("+")[0]):
+        raise ValueError(f"megatron-core {version} is not supported: install megatron-core {SUPPORTED}")
+
+
+def _resolve(hook: Hook) -> tuple[Any, str, Callable[..., Any]]:
+    module_name, path = hook.target.split(":")
+    owner: Any = import_module(module_name)
+    *parents, name = path.split(".")
+    for parent in parents:
+        owner = getattr(owner, parent)
+    original = getattr(owner, name, None)
+    if original is None:
+        raise ValueError(f"{hook.target} does not exist: install megatron-core {SUPPORTED}")
+    if original.__module__ != hook.defined_in or hasattr(original, "__wrapped__"):
+        raise ValueError(
+            f"{hook.target} was replaced by {original.__module__}: start without that patch, "
+            "or call megatron_mhc.register() before it is applied"
+        )
+    parameters = tuple(inspect.signature(original).parameters)
+    if parameters != hook.parameters:
+        raise ValueError(
+            f"{hook.target} takes {parameters}, expected {hook.parameters}: install megatron-core {SUPPORTED}"
+        )
+    return owner, name, original

@@ -1,0 +1,68 @@
+"""Every Megatron symbol that megatron_mhc replaces, on one screen.
+
+A replacement is a function of the original; both leave models without mHC exactly as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_mhc.checkpoint import guard_load
+from megatron_mhc.pipeline.message import widen_messages
+
+SUPPORTED = ">=0.19.0,<0.20"  # the wheel is 0.19.2; a checkout of tag core_v0.19.0 works too
+
+
+@dataclass(frozen=True)
+class Hook:
+    """One replaced symbol.
+
+    Args:
+        target: "module:attribute", or "module:Class.attribute".
+        defined_in: module whose code the original must be; another module means a foreign patch.
+        parameters: the original's parameter names, in order.
+        replacement: takes the original and returns what stands in its place.
+        reason: why no public seam will do.
+    """
+
+    target: str
+    defined_in: str
+    parameters: tuple[str, ...]
+    replacement: Callable[[Callable[..., Any]], Callable[..., Any]]
+    reason: str
+
+
+HOOKS: tuple[Hook, ...] = (
+    Hook(
+        target="megatron.core.pipeline_parallel.p2p_communication:P2PCommunicator._communicate",
+        defined_in="megatron.core.pipeline_parallel.p2p_communication",
+        parameters=(
+            "self",
+            "tensor_send_next",
+            "tensor_send_prev",
+            "recv_prev",
+            "recv_next",
+            "tensor_shape",
+            "wait_on_reqs",
+        ),
+        replacement=widen_messages,
+        reason="both schedules size pipeline messages by config.hidden_size; streams are n times wider",
+    ),
+    Hook(
+        target="megatron.core.dist_checkpointing:load",
+        defined_in="megatron.core.dist_checkpointing.serialization",
+        parameters=(
+            "sharded_state_dict",
+            "checkpoint_dir",
+            "sharded_strategy",
+            "validate_access_integrity",
+            "strict",
+            "verify_integrity",
+            "process_group",
+        ),
+        replacement=guard_load,
+        reason="a checkpoint of the other kind must be refused, or taken by --mhc-load-dense, before loading",
+    ),
+)

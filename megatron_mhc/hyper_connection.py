@@ -1,0 +1,191 @@
+"""The parameters of one mHC connection and the two operations around a sub-layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from megatron_mhc import ops
+from megatron_mhc.checkpoint import take_or_refuse
+from megatron_mhc.config import MHCConfig, flag
+from megatron_mhc.ops import reference
+from megatron_mhc.parallel import mark_replicated
+
+HOME_READ_LOGIT = 3.0  # sigmoid(3) = 0.953 of the home stream, sigmoid(-3) = 0.047 of the others
+HOME_MIX_LOGIT = 6.0  # 6 I - 3: diagonal 0.993 after Sinkhorn, far from saturated
+
+
+class MappingProjection(nn.Module):
+    """Holds phi transposed; calling it returns `weight: [rows, columns]`.
+
+    Called rather than read, so that a data-parallel wrapper that gathers parameters just before a
+    module runs (--overlap-param-gather) sees the use.
+    """
+
+    def __init__(self, rows: int, columns: int, dtype: torch.dtype, device: Any):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(rows, columns, dtype=dtype, device=device))
+
+    def forward(self) -> Tensor:
+        return self.weight
+
+
+class MappingParameters(MegatronModule):
+    """Base of modules whose parameters keep their own precision and are replicated over TP.
+
+    Float16Module, `.half()` and `.bfloat16()` convert every parameter below them; mapping parameters
+    stay fp32 (fp64 where params_dtype is fp64), because a Sinkhorn projection of bf16 logits loses
+    its row sums.
+    """
+
+    def __init__(self, config: TransformerConfig, mhc: MHCConfig):
+        super().__init__(config=config)
+        self.mhc = mhc
+        self.dtype = torch.float64 if config.params_dtype == torch.float64 else torch.float32
+        self.device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            converted = fn(tensor)
+            return converted if converted.dtype == tensor.dtype else tensor.to(converted.device)
+
+        return super()._apply(keep_dtype, recurse)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        take_or_refuse(self.mhc, state_dict, prefix, self.named_parameters())
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def scalar(self, value: float) -> nn.Parameter:
+        """A trainable [1] tensor; one-dimensional, so Megatron applies no weight decay to it."""
+        return nn.Parameter(torch.full((1,), value, dtype=self.dtype, device=self.device))
+
+
+class HyperConnectionModule(MappingParameters):
+    """One mHC connection around one sub-layer: `forward` reads its input, `post_res` writes its output.
+
+    Parameters (fp32), for n streams of C channels: `mapping_proj.weight [n*n+2n, n*C]`,
+    `bias [n*n+2n]`, `alpha_pre`, `alpha_post`, `alpha_res` `[1]`; rows are pre, post, res. A part
+    that the configuration fixes has no rows and no alpha.
+
+    Args:
+        config: Megatron's transformer config.
+        mhc: mHC options.
+        sublayer_index: 0-based index in the whole model, 2*layer for attention and 2*layer + 1 for
+            the MLP; the home stream is `sublayer_index % n`.
+
+    Source: arXiv 2512.24880 Eqs. (3), (14)-(19).
+    """
+
+    def __init__(self, config: TransformerConfig, mhc: MHCConfig, sublayer_index: int):
+        super().__init__(config, mhc)
+        self.sublayer_index = sublayer_index
+        n, width = mhc.num_residual_streams, config.hidden_size
+        self.dynamic = {
+            "pre": mhc.h_pre == "dynamic",
+            "post": mhc.h_post == "dynamic",
+            "res": mhc.h_res != "identity",
+        }
+        sizes = {"pre": n, "post": n, "res": n * n}
+        biases = sum(sizes[part] for part, on in self.dynamic.items() if on)
+        if biases:
+            # Plain HC reads each stream with the same C-wide rows, so n times fewer of them.
+            rows = biases // n if mhc.is_hc else biases
+            columns = width if mhc.is_hc else n * width
+            self.mapping_proj = MappingProjection(rows, columns, self.dtype, self.device)
+            self.bias = nn.Parameter(torch.empty(biases, dtype=self.dtype, device=self.device))
+            for part, on in self.dynamic.items():
+                if on:
+                    setattr(self, "alpha_" + part, self.scalar(mhc.init_gating_factor))
+            self.reset_parameters()
+        mark_replicated(self, config)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Initialise phi and the biases by `--mhc-init`."""
+        n, uniform = self.mhc.num_residual_streams, self.mhc.init == "uniform"
+        home = torch.zeros(n)
+        home[self.sublayer_index % n] = 1.0
+        eye = torch.eye(n).flatten()
+        if self.mhc.is_hc:
+            parts = {"pre": torch.full((n,), 1 / n) if uniform else home, "post": torch.ones(n), "res": eye}
+        elif uniform:
+            parts = {"pre": torch.zeros(n), "post": torch.zeros(n), "res": torch.zeros(n * n)}
+        else:
+            parts = {
+                "pre": HOME_READ_LOGIT * (2 * home - 1),
+                "post": torch.zeros(n),
+                "res": HOME_MIX_LOGIT * eye - HOME_MIX_LOGIT / 2,
+            }
+        self.bias.copy_(torch.cat([parts[part] for part, on in self.dynamic.items() if on]))
+        if uniform and self.config.perform_initialization:
+            nn.init.xavier_uniform_(self.mapping_proj.weight)
+
+    def alpha(self, part: str) -> Tensor | None:
+        """The gating factor [1] of `pre`, `post` or `res`; None where that part is fixed."""
+        return getattr(self, "alpha_" + part) if self.dynamic[part] else None
+
+    def coefficients(self, x: Tensor) -> reference.Coefficients:
+        """Coefficients of the streams x: [T, n, C]."""
+        mhc, n = self.mhc, self.mhc.num_residual_streams
+        if mhc.is_hc:
+            alpha_res = self.alpha("res")
+            assert alpha_res is not None
+            alphas = (self.alpha("pre"), self.alpha("post"), alpha_res)
+            return reference.hc_mappings(x, self.mapping_proj(), alphas, self.bias, mhc.norm_eps)
+        if any(self.dynamic.values()):
+            raw = reference.normalised_projection(x, self.mapping_proj(), mhc.norm_eps)
+            gates = [
+                alpha.expand(n * n if part == "res" else n)
+                for part in self.dynamic
+                if (alpha := self.alpha(part)) is not None
+            ]
+            logits = raw * torch.cat(gates).to(raw.dtype) + self.bias.to(raw.dtype)
+        else:
+            logits = x.new_empty((x.shape[0], 0), dtype=reference.coefficient_dtype(x))
+        return reference.mhc_mappings(
+            logits,
+            n,
+            deepseek_v4=mhc.preset == "deepseek_v4",
+            sinkhorn_iterations=mhc.sinkhorn_iterations,
+            dynamic_pre=self.dynamic["pre"],
+            dynamic_post=self.dynamic["post"],
+            dynamic_res=self.dynamic["res"],
+        )
+
+    def forward(self, streams: Tensor) -> tuple[Tensor, reference.Coefficients]:
+        """Read the sub-layer's input.
+
+        Args:
+            streams: [s, b, n*C].
+
+        Returns:
+            layer input [s, b, C] in the streams' dtype, and the coefficients that `post_res` needs.
+        """
+        s, b, _ = streams.shape
+        x = streams.view(s * b, self.mhc.num_residual_streams, -1)
+        coefficients = self.coefficients(x)
+        if self.mhc.num_residual_streams == 1 and not self.dynamic["pre"]:
+            # 1 * x is x; handing on x itself also keeps the order in which autograd sums its gradient.
+            return streams, coefficients
+        return ops.pre(x, coefficients.h_pre).view(s, b, -1), coefficients
+
+    def post_res(self, streams: Tensor, f: Tensor, coefficients: reference.Coefficients) -> Tensor:
+        """Mix the streams and write the sub-layer's output f: [s, b, C] into them; returns [s, b, n*C]."""
+        s, b, width = f.shape
+        x = streams.view(s * b, self.mhc.num_residual_streams, width)
+        mixed = ops.post_res(x, f.reshape(s * b, width), coefficients.h_post, coefficients.h_res)
+        return mixed.view(s, b, -1)
+
+
+def check_width(streams: Tensor, expected: int, where: str) -> None:
+    """Raise if the last dimension is not `expected`: a pipeline neighbour without mHC, or another n."""
+    if streams.shape[-1] != expected:
+        raise ValueError(
+            f"{where}: hidden states are {streams.shape[-1]} wide, expected {expected}; every pipeline stage "
+            f"needs the same {flag('num_residual_streams')} and the hooks of megatron_mhc.register()"
+        )

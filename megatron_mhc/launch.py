@@ -1,0 +1,71 @@
+"""Run an unmodified Megatron launch script with mHC.
+
+    torchrun ... -m megatron_mhc.launch pretrain_gpt.py <its arguments> --mhc-num-residual-streams 4
+
+The --mhc-* flags are taken out of the command line and checked, `--spec megatron_mhc.specs
+gpt_mhc_spec` is added to it, and the script runs as if it had been started by itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import runpy
+import sys
+
+from megatron_mhc.arguments import add_mhc_args
+from megatron_mhc.config import ENVIRONMENT, MHCConfig
+
+SPEC = ("megatron_mhc.specs", "gpt_mhc_spec")
+
+
+def prepare(argv: list[str]) -> tuple[list[str], MHCConfig]:
+    """Split a command line into the script's own (with --spec) and the mHC options.
+
+    Args:
+        argv: the script's path and its arguments, --mhc-* flags among them.
+
+    Raises:
+        ValueError: no script, a wrong flag or value, or options given twice.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m megatron_mhc.launch", usage="%(prog)s SCRIPT [arguments] [--mhc-...]", exit_on_error=False
+    )
+    add_mhc_args(parser)
+    if not argv or argv[0] in ("-h", "--help"):
+        parser.print_help()
+        raise SystemExit(0 if argv else 2)
+    script, *rest = argv
+    if not os.path.isfile(script):
+        raise ValueError(f"{script}: no such script; give the path of pretrain_gpt.py before its arguments")
+    try:
+        given, others = parser.parse_known_args(rest)
+    except argparse.ArgumentError as error:
+        raise ValueError(str(error)) from error
+    if unknown := [word for word in others if word.startswith("--mhc-")]:
+        raise ValueError(f"{unknown[0]}: no such flag; see python -m megatron_mhc.launch --help")
+    mhc = MHCConfig.from_args(given)
+    if os.environ.get(ENVIRONMENT):
+        if mhc != MHCConfig():
+            raise ValueError(f"options in flags and in {ENVIRONMENT}: unset {ENVIRONMENT}, so that one place decides")
+        mhc = MHCConfig.from_environment()
+    if "--spec" in others:
+        at = others.index("--spec")
+        if tuple(others[at + 1 : at + 3]) != SPEC:
+            raise ValueError(f"--spec {' '.join(others[at + 1 : at + 3])}: drop it; mHC wraps what Megatron chooses")
+    else:
+        others += ["--spec", *SPEC]
+    return [script, *others], mhc
+
+
+def main() -> None:
+    """Run the script named by the command line."""
+    argv, mhc = prepare(sys.argv[1:])
+    os.environ[ENVIRONMENT] = mhc.to_options()
+    sys.argv = argv
+    sys.path.insert(0, os.path.dirname(os.path.abspath(argv[0])))  # as `python script.py` would
+    runpy.run_path(argv[0], run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""The transformer layer with mHC in place of its residual additions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.utils import make_viewless_tensor
+from torch import Tensor
+from torch.nn import functional as F
+
+from megatron_mhc import ops, parallel
+from megatron_mhc.config import MHCConfig
+from megatron_mhc.hyper_connection import HyperConnectionModule, check_width
+
+
+class HyperConnectionTransformerLayer(TransformerLayer):
+    """A TransformerLayer between n residual streams.
+
+        streams -> pre -> attention -> post_res -> pre -> MLP/MoE -> post_res -> streams
+
+    Attention and MLP are Megatron's own, run by its own `_forward_attention` and `_forward_mlp` with
+    their norms, dropout and recompute; only the addition of the residual is left out of them (see
+    `bias_dropout`). The model's first layer copies the embedding into the streams.
+
+    Raises:
+        ValueError: a configuration that mHC does not support (see `parallel.validate`).
+
+    Source: arXiv 2512.24880 Eq. (3).
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: TransformerLayerSubmodules,
+        layer_number: int = 1,
+        *,
+        mhc: MHCConfig,
+        **kwargs: Any,
+    ):
+        parallel.validate(config, mhc)
+        super().__init__(config, submodules, layer_number, **kwargs)
+        self.mhc = mhc
+        first = 2 * (self.layer_number - 1)
+        self.self_attention_hyper_connection = HyperConnectionModule(config, mhc, first)
+        self.mlp_hyper_connection = HyperConnectionModule(config, mhc, first + 1)
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """Run the layer.
+
+        Args:
+            hidden_states: [s, b, n*C] streams; [s, b, C] embeddings in the model's first layer.
+            args, kwargs: as in TransformerLayer.forward.
+
+        Returns:
+            [s, b, n*C] streams and the cross-attention context, which is passed through.
+        """
+        streams = self.enter(hidden_states)
+
+        layer_input, mappings = self.self_attention_hyper_connection(streams)
+        f, context = self._forward_attention(layer_input, *args, **kwargs)
+        streams = self.self_attention_hyper_connection.post_res(streams, f, mappings)
+
+        layer_input, mappings = self.mlp_hyper_connection(streams)
+        f = self._forward_mlp(
+            layer_input,
+            kwargs.get("inference_context"),
+            padding_mask=kwargs.get("padding_mask"),
+            packed_seq_params=kwargs.get("packed_seq_params"),
+        )
+        streams = self.mlp_hyper_connection.post_res(streams, f, mappings)
+
+        # Pipeline schedules free a sent tensor by its data and refuse views for that reason.
+        streams = make_viewless_tensor(streams, requires_grad=streams.requires_grad, keep_graph=True)
+        return streams, context
+
+    def enter(self, hidden_states: Tensor) -> Tensor:
+        """Expand the embedding in the model's first layer; elsewhere check that streams came in."""
+        width, n = self.config.hidden_size, self.mhc.num_residual_streams
+        first = self.layer_number == 1
+        check_width(hidden_states, width if first else n * width, f"layer {self.layer_number}")
+        return ops.expand(hidden_states, n) if first else hidden_states
+
+
+def bias_dropout(training: bool, fused: bool) -> Callable[..., Tensor]:
+    """Megatron's bias-dropout-add without the add: post_res adds the residual."""
+
+    def apply(output_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, prob: float) -> Tensor:
+        output, bias = output_with_bias
+        if bias is not None:
+            output = output + bias
+        return F.dropout(output, p=prob, training=training)
+
+    return apply
+
+
+def unsupported_submodule(submodules: TransformerLayerSubmodules) -> str | None:
+    """Name the part of a layer that mHC cannot wrap, or None."""
+    if submodules.cross_attention is not IdentityOp:
+        return "cross_attention"
+    if submodules.self_attention is IdentityOp:
+        return "self_attention=IdentityOp"
+    if submodules.mlp is IdentityOp:
+        return "mlp=IdentityOp"
+    return None

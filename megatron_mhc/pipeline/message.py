@@ -1,0 +1,61 @@
+"""Pipeline messages that are n streams wide."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+
+def widen_messages(communicate: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `P2PCommunicator._communicate` so that mHC models exchange [s, b, n*C] instead of [s, b, C].
+
+    Shapes are asserted on the sending side before and on the receiving side after: point-to-point
+    transfers check nothing, and a size mismatch would truncate silently or hang.
+    """
+
+    def communicate_streams(
+        self: Any,
+        *,
+        tensor_send_next: Tensor | None,
+        tensor_send_prev: Tensor | None,
+        recv_prev: bool,
+        recv_next: bool,
+        tensor_shape: Any,
+        wait_on_reqs: bool = True,
+    ) -> Any:
+        mhc = getattr(self.config, "mhc", None)
+        if mhc is not None:
+            width = mhc.num_residual_streams * self.config.hidden_size
+            # An empty shape means that the two sides tell each other (--variable-seq-lengths).
+            shape = (*tensor_shape[:-1], width) if tensor_shape else tensor_shape
+            for sent in (tensor_send_next, tensor_send_prev):
+                _check(sent, shape, width, "sent")
+            tensor_shape = shape
+        received = communicate(
+            self,
+            tensor_send_next=tensor_send_next,
+            tensor_send_prev=tensor_send_prev,
+            recv_prev=recv_prev,
+            recv_next=recv_next,
+            tensor_shape=tensor_shape,
+            wait_on_reqs=wait_on_reqs,
+        )
+        if mhc is not None:
+            for got in received[:2]:
+                _check(got, tensor_shape, width, "received")
+        return received
+
+    return communicate_streams
+
+
+def _check(tensor: Tensor | None, shape: Any, width: int, what: str) -> None:
+    if tensor is None:
+        return
+    wrong = tuple(tensor.shape) != tuple(shape) if shape else tensor.shape[-1] != width
+    if wrong:
+        raise ValueError(
+            f"pipeline message {what} with shape {tuple(tensor.shape)}, expected {tuple(shape) or ('...', width)}: "
+            "every stage needs the same sequence length, micro-batch size and --mhc-num-residual-streams"
+        )

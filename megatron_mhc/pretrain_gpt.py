@@ -1,0 +1,230 @@
+"""Pretrain a GPT with mHC through Megatron's own `pretrain()`, from the wheel alone.
+
+    torchrun --nproc-per-node 8 -m megatron_mhc.pretrain_gpt <Megatron arguments> [--mhc-...]
+
+Any parallel layout of Megatron-Core; data from --data-path or --mock-data. `--no-mhc` trains the same
+model without mHC. What Megatron-LM's pretrain_gpt.py has beyond that (SFT, fill-in-the-middle, packed
+sequences, ModelOpt) runs with mHC through `megatron_mhc.launch`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import mpu
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from megatron.core.enums import ModelType
+from megatron.core.rerun_state_machine import get_rerun_state_machine
+from megatron.core.transformer.multi_token_prediction import get_mtp_ranks, mtp_on_this_rank
+from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
+from megatron.training import get_args, get_timers, get_tokenizer, pretrain, print_rank_0
+from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+from megatron.training.arguments import core_transformer_config_from_args, parse_and_validate_args
+from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
+from torch import Tensor
+
+from megatron_mhc.arguments import add_mhc_args
+from megatron_mhc.config import MHCConfig
+
+BATCH_KEYS = ("tokens", "position_ids", "labels", "loss_mask", "attention_mask")
+_REFUSED = ("sft", "fim_data", "hybrid_context_parallel", "dataloader_inter_document_masking", "logits_load_dir")
+
+
+def add_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add the --mhc-* flags and --no-mhc."""
+    add_mhc_args(parser)
+    parser.add_argument("--no-mhc", action="store_true", help="train the plain GPT, as a baseline")
+    return parser
+
+
+def check_args(args: Any) -> None:
+    """Refuse what this entry point does not do.
+
+    Raises:
+        ValueError: naming the flag and the door to use instead.
+    """
+    if args.spec is not None:
+        raise ValueError(f"--spec {' '.join(args.spec)}: drop it; mHC wraps the layers that Megatron chooses")
+    for name in _REFUSED:
+        if getattr(args, name, None):
+            raise ValueError(
+                f"--{name.replace('_', '-')} is not supported by this entry point: run Megatron-LM's own script "
+                "by `python -m megatron_mhc.launch pretrain_gpt.py ...`"
+            )
+    if args.no_mhc and MHCConfig.from_args(args) != MHCConfig():
+        raise ValueError("--no-mhc together with --mhc-* options: drop one of them")
+
+
+def needs_batch(config: Any, vp_stage: int | None) -> bool:
+    """Whether this model chunk reads tokens or labels: the first and last stage, and those with MTP."""
+    return is_first_or_last_pipeline_stage(vp_stage) or mtp_on_this_rank(
+        config.pipeline_model_parallel_layout, config.mtp_num_layers, ignore_virtual=False, vp_stage=vp_stage
+    )
+
+
+def get_batch(data_iterator: Iterator[dict[str, Any]] | None, model: Any) -> dict[str, Tensor | None]:
+    """Read one micro-batch on TP rank 0, broadcast it over TP and keep this CP rank's tokens.
+
+    Returns:
+        tokens, position_ids, labels, loss_mask: [b, s / CP]; attention_mask: [b, 1, s / CP, s].
+        None for what this pipeline stage does not read.
+    """
+    args = get_args()
+    config = get_attr_wrapped_model(model, "config")
+    vp_stage = get_attr_wrapped_model(model, "vp_stage")
+    if not needs_batch(config, vp_stage):
+        return dict.fromkeys(BATCH_KEYS)
+
+    batch: dict[str, Tensor | None] = dict.fromkeys(BATCH_KEYS)
+    tp_rank = mpu.get_tensor_model_parallel_rank()
+    if tp_rank == 0:
+        assert data_iterator is not None
+        sample = next(data_iterator)
+        batch = {k: sample[k].cuda(non_blocking=True) if k in sample else None for k in BATCH_KEYS}
+    batch = get_batch_on_this_tp_rank(
+        batch,
+        has_cu_seqlens=False,
+        is_hybrid_cp=False,
+        create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader,
+        broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),
+        broadcast_group=mpu.get_tensor_model_parallel_group(),
+        cp_size=args.context_parallel_size,
+        tp_rank=tp_rank,
+        micro_batch_size=args.micro_batch_size,
+        seq_length=args.seq_length,
+        mtp_on_this_rank=mtp_on_this_rank(
+            config.pipeline_model_parallel_layout, config.mtp_num_layers, ignore_virtual=False, vp_stage=vp_stage
+        ),
+        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+        is_pipeline_first_stage=mpu.is_pipeline_first_stage(),
+        is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
+    )
+    batch = {key: batch.get(key) for key in BATCH_KEYS}
+    return get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group())
+
+
+def loss_func(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Sum the token losses that count.
+
+    Args:
+        loss_mask, losses: [b, s / CP].
+
+    Returns:
+        the sum, the number of tokens (int), and what Megatron averages for its log.
+    """
+    mask = loss_mask.flatten().float()
+    loss = (losses.flatten().float() * mask).sum()
+    tokens = mask.sum().detach().to(torch.int)
+    if get_args().check_for_nan_in_loss_and_grad:
+        for name, rejected in (("NaN", torch.isnan), ("Inf", torch.isinf)):
+            get_rerun_state_machine().validate_result(
+                result=loss, rejection_func=rejected, message=f"found {name} in the local loss", fatal=True
+            )
+    return loss, tokens, {"lm loss": torch.stack([loss.detach(), tokens.float()])}
+
+
+def forward_step(data_iterator: Any, model: Any, return_schedule_plan: bool = False) -> tuple[Any, Any]:
+    """Run one micro-batch, or lay out its schedule plan; returns the output and the function of its loss."""
+    timers = get_timers()
+    timers("batch-generator", log_level=2).start()
+    batch = get_batch(data_iterator, model)
+    timers("batch-generator").stop()
+    run = model.build_schedule_plan if return_schedule_plan else model
+    output = run(
+        batch["tokens"],
+        batch["position_ids"],
+        batch["attention_mask"],
+        labels=batch["labels"],
+        loss_mask=batch["loss_mask"],
+    )
+    return output, partial(loss_func, batch["loss_mask"])
+
+
+def datasets(num_samples: list[int], vp_stage: int | None = None) -> tuple[Any, Any, Any]:
+    """Build the train, validation and test sets of the given sizes."""
+    args = get_args()
+    blend, blend_per_split = get_blend_and_blend_per_split(args)
+    config = GPTDatasetConfig(
+        random_seed=args.seed,
+        sequence_length=args.seq_length,
+        blend=blend,
+        blend_per_split=blend_per_split,
+        split=args.split,
+        multiple_validation_sets=args.multiple_validation_sets,
+        full_validation=args.full_validation,
+        num_dataset_builder_threads=args.num_dataset_builder_threads,
+        path_to_cache=args.data_cache_path,
+        mmap_bin_files=args.mmap_bin_files,
+        tokenizer=get_tokenizer(),
+        reset_position_ids=args.reset_position_ids,
+        reset_attention_mask=args.reset_attention_mask,
+        eod_mask_loss=args.eod_mask_loss,
+        create_attention_mask=args.create_attention_mask_in_dataloader,
+        object_storage_cache_path=args.object_storage_cache_path,
+        mid_level_dataset_surplus=args.mid_level_dataset_surplus,
+        allow_ambiguous_pad_tokens=args.allow_ambiguous_pad_tokens,
+        context_parallel_size=args.context_parallel_size,
+        data_parallel_size=args.data_parallel_size,
+        sequence_parallel_size=args.tensor_model_parallel_size * args.sequence_parallel,
+    )
+    transformer = core_transformer_config_from_args(args)
+
+    def build_here() -> bool:
+        return mpu.get_tensor_model_parallel_rank() == 0 and needs_batch(transformer, vp_stage)
+
+    kind = MockGPTDataset if args.mock_data else GPTDataset
+    print_rank_0(f"> building the {kind.__name__} ...")
+    return BlendedMegatronDatasetBuilder(kind, num_samples, build_here, config).build()
+
+
+datasets.is_distributed = True  # type: ignore[attr-defined]  # built on every rank that needs it, not on TP rank 0
+
+
+def embedding_ranks(pp_ranks: list[int]) -> list[int]:
+    """The ranks of a pipeline group that hold word embeddings: first, MTP's, and last if it is tied."""
+    args = get_args()
+    ranks = {pp_ranks[0]}
+    if len(pp_ranks) > 1:
+        if not args.untie_embeddings_and_output_weights:
+            ranks.add(pp_ranks[-1])
+        ranks.update(get_mtp_ranks(pp_ranks, core_transformer_config_from_args(args)))
+    return sorted(ranks)
+
+
+def use_shipped_helpers() -> None:
+    """Keep Megatron from running `make` on its data helpers: the wheel has them compiled, and no Makefile."""
+    from megatron.core.datasets import utils
+
+    makefile = Path(utils.__file__).with_name("Makefile")
+    if not makefile.exists() and find_spec("megatron.core.datasets.helpers_cpp"):
+        utils.compile_helpers = lambda: None
+
+
+def main() -> None:
+    """Parse the command line and train."""
+    from megatron_mhc.specs import gpt_mhc_spec
+
+    use_shipped_helpers()
+    args = parse_and_validate_args(extra_args_provider=add_args)
+    check_args(args)
+    model = gpt_config_from_args(args)
+    if not args.no_mhc:
+        model.transformer_layer_spec = gpt_mhc_spec
+    pretrain(
+        pretrain_cfg_container_from_args(args, model),
+        datasets,
+        ModelType.encoder_or_decoder,
+        forward_step,
+        get_embedding_ranks=embedding_ranks,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""Turn the layer specs that Megatron chooses into mHC specs."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from typing import Any
+
+from megatron.core.transformer import transformer_block
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import MoETransformerLayer, TransformerLayer
+from megatron.core.utils import log_single_rank
+
+from megatron_mhc import hooks, parallel
+from megatron_mhc.config import ENVIRONMENT, MHCConfig
+from megatron_mhc.layer import HyperConnectionTransformerLayer, bias_dropout, unsupported_submodule
+from megatron_mhc.streams import contract_norm_builder
+
+logger = logging.getLogger(__name__)
+
+
+def wrap_layer_spec(spec: ModuleSpec, mhc: MHCConfig) -> ModuleSpec:
+    """Return a copy of a transformer layer's spec with mHC in place of its residual additions.
+
+    Raises:
+        ValueError: a layer class or submodule that mHC cannot wrap.
+    """
+    if spec.module is HyperConnectionTransformerLayer:
+        return spec
+    # MoETransformerLayer differs from its base in CUDA graphs alone, which are refused.
+    if spec.module not in (TransformerLayer, MoETransformerLayer):
+        name = getattr(spec.module, "__name__", spec.module)
+        raise ValueError(f"cannot wrap layers of {name}: mHC wraps megatron.core's TransformerLayer")
+    if (part := unsupported_submodule(spec.submodules)) is not None:
+        raise ValueError(f"cannot wrap a layer with {part}: mHC needs self-attention and an MLP, no more")
+    submodules = dataclasses.replace(spec.submodules, self_attn_bda=bias_dropout, mlp_bda=bias_dropout)
+    return ModuleSpec(
+        module=HyperConnectionTransformerLayer,
+        params={**spec.params, "mhc": mhc},
+        submodules=submodules,
+        metainfo=spec.metainfo,
+    )
+
+
+def wrap_block_spec(
+    spec: ModuleSpec | TransformerBlockSubmodules,
+    mhc: MHCConfig,
+    config: TransformerConfig,
+    vp_stage: int | None = None,
+) -> TransformerBlockSubmodules:
+    """Turn what Megatron would build on this pipeline stage into its mHC form.
+
+    Checks the configuration, remembers `mhc` as `config.mhc` (the pipeline's message width depends on
+    it) and registers the hooks that mHC needs.
+
+    Args:
+        spec: a layer's spec, or a block's submodules with one spec per local layer.
+        mhc: mHC options.
+        config: the model's transformer config.
+        vp_stage: virtual pipeline stage, None without them.
+
+    Raises:
+        ValueError: an unsupported configuration, layer or Megatron version.
+    """
+    parallel.validate(config, mhc)
+    parallel.validate_stages(config)
+    if isinstance(spec, TransformerBlockSubmodules):
+        layers, norm = list(spec.layer_specs or []), spec.layer_norm
+    else:
+        layers = [spec] * get_num_layers_to_build(config, vp_stage)
+        norm = transformer_block.LayerNormImpl
+    if norm is None:
+        raise ValueError("the block spec has no layer_norm: mHC contracts its streams at the final norm")
+    hooks.register()
+    config.mhc = mhc  # type: ignore[attr-defined]
+    return TransformerBlockSubmodules(
+        layer_specs=[wrap_layer_spec(layer, mhc) for layer in layers],
+        layer_norm=contract_norm_builder(norm, mhc),  # type: ignore[arg-type]
+    )
+
+
+def gpt_mhc_spec(model_config: Any, vp_stage: int | None = None) -> TransformerBlockSubmodules:
+    """The target of `--spec megatron_mhc.specs gpt_mhc_spec`: the spec Megatron would choose, with mHC.
+
+    Args:
+        model_config: Megatron's GPTModelConfig.
+        vp_stage: virtual pipeline stage, None without them.
+
+    Raises:
+        ValueError: unsupported settings, or options given both as flags and as MEGATRON_MHC.
+    """
+    from megatron.training.models.gpt import default_layer_spec
+
+    mhc = mhc_options()
+    spec = wrap_block_spec(default_layer_spec(model_config, vp_stage), mhc, model_config.transformer, vp_stage)
+    log_single_rank(logger, logging.INFO, f"mHC: {mhc.to_options()}")
+    return spec
+
+
+def mhc_options() -> MHCConfig:
+    """Options from the --mhc-* flags of Megatron's parsed arguments, or from MEGATRON_MHC."""
+    import os
+
+    from megatron.training import get_args
+
+    args = get_args()
+    for name in ("use_megatron_fsdp", "use_torch_fsdp2"):
+        if getattr(args, name, False):
+            raise ValueError(
+                f"mHC does not support --{name.replace('_', '-')}: use --use-distributed-optimizer instead"
+            )
+    if not hasattr(args, "mhc_num_residual_streams"):
+        return MHCConfig.from_environment()
+    if os.environ.get(ENVIRONMENT):
+        raise ValueError(f"this script has --mhc-* flags: unset {ENVIRONMENT}, so that one place decides")
+    return MHCConfig.from_args(args)

@@ -1,0 +1,103 @@
+"""Where the model's one hidden state becomes n streams, and where the streams become one again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from megatron_mhc import ops
+from megatron_mhc.checkpoint import json_tensor, take_or_refuse
+from megatron_mhc.config import MHCConfig, flag
+from megatron_mhc.hyper_connection import MappingParameters, MappingProjection, check_width
+from megatron_mhc.parallel import mark_replicated
+
+
+class ContractHead(MappingParameters):
+    """Learned weighted sum of the streams (`--mhc-contract learned_head`).
+
+    Parameters (fp32): `mapping_proj.weight [n, n*C]`, `bias [n]`, `alpha [1]`; they start at equal
+    weights, which the final norm makes the same as the mean.
+    """
+
+    def __init__(self, config: TransformerConfig, mhc: MHCConfig):
+        super().__init__(config, mhc)
+        n = mhc.num_residual_streams
+        self.mapping_proj = MappingProjection(n, n * config.hidden_size, self.dtype, self.device)
+        self.bias = nn.Parameter(torch.zeros(n, dtype=self.dtype, device=self.device))
+        self.alpha = self.scalar(mhc.init_gating_factor)
+        mark_replicated(self, config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Reduce x: [T, n, C] to [T, C]."""
+        return ops.learned_head(
+            x,
+            self.mapping_proj(),
+            self.alpha,
+            self.bias,
+            norm_eps=self.mhc.norm_eps,
+            deepseek_v4=self.mhc.preset == "deepseek_v4",
+        )
+
+
+class ContractNorm(nn.Module):
+    """Contracts the streams [s, b, n*C] to [s, b, C] and applies the model's final norm.
+
+    It takes the place of the block's final norm, which Megatron builds on the stage that ends the
+    decoder, also where that stage holds no layer. The norm keeps its parameters under `norm.`, so a
+    plain model refuses this checkpoint by its missing key instead of dropping the streams unseen.
+    """
+
+    def __init__(self, config: TransformerConfig, mhc: MHCConfig, norm: nn.Module):
+        super().__init__()
+        self.mhc = mhc
+        self.width = config.hidden_size
+        self.norm = norm
+        self.head = ContractHead(config, mhc) if mhc.contract == "learned_head" else None
+
+    def forward(self, streams: Tensor) -> Tensor:
+        n = self.mhc.num_residual_streams
+        check_width(streams, n * self.width, "final norm")
+        s, b, _ = streams.shape
+        x = streams.view(s * b, n, self.width)
+        hidden = ops.contract(x, self.mhc.contract) if self.head is None else self.head(x)
+        return self.norm(hidden.view(s, b, self.width))
+
+    def get_extra_state(self) -> Tensor:
+        """The arithmetic that the weights were trained under, as JSON bytes."""
+        return json_tensor(json.dumps(self.mhc.arithmetic()))
+
+    def set_extra_state(self, state: Any) -> None:
+        """Compare a checkpoint's arithmetic with this model's.
+
+        Raises:
+            ValueError: naming the first flag whose value differs, and the value to give.
+        """
+        saved = json.loads(bytes(state.cpu().tolist()))
+        for name, value in self.mhc.arithmetic().items():
+            if name in saved and saved[name] != value:
+                raise ValueError(
+                    f"the checkpoint was trained with {flag(name)} {saved[name]}, this run has {value}: "
+                    f"pass {flag(name)} {saved[name]}"
+                )
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        take_or_refuse(self.mhc, state_dict, prefix, [("_extra_state", self.get_extra_state())])
+        for name in self.norm.state_dict():
+            # A plain checkpoint, which take_or_refuse has just let in, keeps the norm one level higher.
+            if prefix + name in state_dict and prefix + "norm." + name not in state_dict:
+                state_dict[prefix + "norm." + name] = state_dict.pop(prefix + name)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def contract_norm_builder(norm: Callable[..., nn.Module], mhc: MHCConfig) -> Callable[..., nn.Module]:
+    """Wrap the builder of a block's final norm so that it builds a ContractNorm around it."""
+
+    def build(*, config: TransformerConfig, hidden_size: int, eps: float) -> nn.Module:
+        return ContractNorm(config, mhc, norm(config=config, hidden_size=hidden_size, eps=eps))
+
+    return build

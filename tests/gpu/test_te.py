@@ -1,0 +1,180 @@
+"""mHC around Transformer Engine's layers on one GPU; skipped where there is none.
+
+    python3 -m pytest tests/gpu -p no:cacheprovider
+"""
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    pytest.skip("needs a CUDA device", allow_module_level=True)
+pytest.importorskip("transformer_engine")
+
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_decoder_block_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.transformer import MLATransformerConfig, TransformerConfig
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_block import TransformerBlock
+
+from megatron_mhc import MHCConfig
+from megatron_mhc.specs import wrap_block_spec
+
+SEQ, BATCH, WIDTH, LAYERS = 128, 2, 256, 4
+MOE = dict(
+    num_moe_experts=4,
+    moe_router_topk=2,
+    moe_ffn_hidden_size=256,
+    moe_grouped_gemm=True,
+    moe_token_dispatcher_type="alltoall",
+    moe_shared_expert_intermediate_size=256,
+    moe_router_load_balancing_type="none",
+    moe_layer_freq=[0, 1, 1, 1],
+)
+MLA = dict(kv_lora_rank=64, q_lora_rank=64, qk_head_dim=64, qk_pos_emb_head_dim=32, v_head_dim=64, rope_type="rope")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_process():
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29712", RANK="0", WORLD_SIZE="1")
+    dist.init_process_group("nccl", device_id=torch.device("cuda:0"))
+    parallel_state.initialize_model_parallel()
+    yield
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
+
+
+def make_config(kind="dense", **settings):
+    base = dict(
+        num_layers=LAYERS,
+        hidden_size=WIDTH,
+        ffn_hidden_size=512,
+        num_attention_heads=4,
+        normalization="RMSNorm",
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        bf16=True,
+        params_dtype=torch.bfloat16,
+        pipeline_dtype=torch.bfloat16,
+        gradient_accumulation_fusion=False,
+    )
+    base.update(MOE if kind == "moe" else {}, **(MLA if kind == "mla" else {}))
+    base.update(settings)
+    return (MLATransformerConfig if kind == "mla" else TransformerConfig)(**base)
+
+
+def te_spec(config, kind):
+    if kind == "moe":
+        return get_gpt_decoder_block_spec(config, use_transformer_engine=True)
+    return get_gpt_layer_with_transformer_engine_spec(multi_latent_attention=kind == "mla")
+
+
+def wake(model):
+    """Give phi and the gates values that make the mappings depend on the token."""
+    generator = torch.Generator().manual_seed(7)
+    for name, parameter in model.named_parameters():
+        if "mapping_proj" in name:
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
+        elif "alpha_" in name:
+            parameter.data.fill_(0.5)
+
+
+def run_block(kind="dense", seed=3, **settings):
+    """Output, input gradient and all main gradients of a bf16 block in DDP, two micro-batches."""
+    tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    torch.manual_seed(seed)
+    config = make_config(kind, **settings)
+    spec = wrap_block_spec(te_spec(config, kind), MHCConfig(), config)
+    block = TransformerBlock(config, spec)
+    wake(block)
+    ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True)
+    model = DistributedDataParallel(config, ddp_config, Float16Module(config, block.cuda()))
+    model.zero_grad_buffer()
+    from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+
+    rope = None if kind == "mla" else RotaryEmbedding(WIDTH // 4, 1.0)(SEQ)
+    outputs = []
+    for step in range(2):
+        generator = torch.Generator(device="cuda").manual_seed(step)
+        x = torch.randn(SEQ, BATCH, WIDTH, device="cuda", dtype=torch.bfloat16, generator=generator)
+        x.requires_grad_()
+        out = model(x, None, rotary_pos_emb=rope)
+        out.float().square().mean().backward()
+        outputs += [out.detach().float(), x.grad.float()]
+    grads = {name: p.main_grad.clone() for name, p in block.named_parameters()}
+    dtypes = {name: p.dtype for name, p in block.named_parameters()}
+    return outputs, grads, dtypes
+
+
+@pytest.mark.parametrize("kind", ["dense", "moe", "mla"])
+def test_mapping_parameters_stay_fp32_and_everything_gets_a_gradient(kind):
+    outputs, grads, dtypes = run_block(kind)
+    assert all(t.isfinite().all() for t in outputs)
+    mapping = [name for name in dtypes if "hyper_connection" in name]
+    assert len(mapping) == 2 * LAYERS * 5
+    assert all(dtypes[name] == torch.float32 for name in mapping)
+    assert {dtypes[name] for name in dtypes if name not in mapping} == {torch.bfloat16}
+    assert all(grad.isfinite().all() for grad in grads.values())
+    assert all(grads[name].abs().max() > 0 for name in mapping)
+
+
+def relative(a, b):
+    return ((a - b).norm() / b.norm().clamp_min(1e-30)).item()
+
+
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+def test_fused_gradient_accumulation_matches_unfused(kind):
+    _, fused, _ = run_block(kind, gradient_accumulation_fusion=True)
+    _, plain, _ = run_block(kind, gradient_accumulation_fusion=False)
+    # Unfused weight gradients are rounded to bf16 before they reach the fp32 main gradient.
+    assert max(relative(fused[name], plain[name]) for name in plain) < 1e-2
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1),
+        dict(recompute_granularity="full", recompute_method="block", recompute_num_layers=2),
+        dict(recompute_granularity="selective", recompute_modules=["core_attn"]),
+        dict(recompute_granularity="selective", recompute_modules=["layernorm", "mlp"]),
+    ],
+    ids=["uniform", "block", "core_attn", "layernorm+mlp"],
+)
+def test_recompute_matches_no_recompute_bit_for_bit(settings, monkeypatch):
+    monkeypatch.setenv("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")
+    want, want_grads, _ = run_block()
+    got, got_grads, _ = run_block(**settings)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    assert all(torch.equal(got_grads[name], want_grads[name]) for name in want_grads)
+
+
+def test_model_loss_matches_plain_model_at_step_0():
+    """home_stream and the same weights: the losses agree to bf16 rounding."""
+    losses = []
+    for mhc in (None, MHCConfig()):
+        tensor_parallel.model_parallel_cuda_manual_seed(11, force_reset_rng=True)
+        config = make_config()
+        spec = te_spec(config, "dense")
+        model = GPTModel(
+            config,
+            spec if mhc is None else wrap_block_spec(spec, mhc, config),
+            vocab_size=512,
+            max_sequence_length=SEQ,
+            position_embedding_type="rope",
+        )
+        model = Float16Module(config, model.cuda())
+        tokens = torch.randint(0, 512, (BATCH, SEQ), generator=torch.Generator().manual_seed(5)).cuda()
+        positions = torch.arange(SEQ, device="cuda").expand(BATCH, SEQ)
+        losses.append(model(tokens, positions, None, labels=tokens).float().mean().item())
+    print(f"plain {losses[0]:.5f}, mHC {losses[1]:.5f}")
+    assert losses[1] == pytest.approx(losses[0], rel=2e-3)

@@ -1,0 +1,102 @@
+"""register / revert / report: idempotent, reversible, and closed to anything it was not written for."""
+
+import dataclasses
+import functools
+
+import pytest
+from megatron.core import dist_checkpointing
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+
+import megatron_mhc
+from megatron_mhc import hooks
+from megatron_mhc.hooks import targets
+
+
+@pytest.fixture(autouse=True)
+def reverted():
+    hooks._handle.revert()
+    yield
+    hooks._handle.revert()
+
+
+def current():
+    return P2PCommunicator._communicate, dist_checkpointing.load
+
+
+def test_register_twice_is_once_and_revert_restores():
+    before = current()
+    handle = megatron_mhc.register()
+    replaced = current()
+    assert all(new is not old for new, old in zip(replaced, before, strict=True))
+    assert megatron_mhc.register() is handle and current() == replaced
+    assert "not registered" not in handle.report()
+    handle.revert()
+    handle.revert()
+    assert current() == before
+    assert "not registered" in handle.report()
+
+
+def test_with_block_reverts():
+    before = current()
+    with megatron_mhc.register():
+        assert current() != before
+    assert current() == before
+
+
+def test_report_names_every_symbol_and_its_reason():
+    report = megatron_mhc.register().report()
+    for hook in targets.HOOKS:
+        assert hook.target in report and hook.reason in report
+
+
+@pytest.mark.parametrize("version", ["0.18.2", "0.20.0", "0.20.0rc0", "1.0"])
+def test_unsupported_version_is_refused(monkeypatch, version):
+    before = current()
+    monkeypatch.setattr("megatron.core.__version__", version)
+    with pytest.raises(ValueError, match=f"megatron-core {version} is not supported: install"):
+        megatron_mhc.register()
+    assert current() == before
+
+
+@pytest.mark.parametrize("version", ["0.19.0", "0.19.2", "0.19.0+0123abc"])
+def test_supported_version_is_accepted(monkeypatch, version):
+    monkeypatch.setattr("megatron.core.__version__", version)
+    assert megatron_mhc.register().active
+
+
+def test_core_with_its_own_hyper_connections_is_refused(monkeypatch):
+    monkeypatch.setattr(hooks, "find_spec", lambda name: object())
+    with pytest.raises(ValueError, match="has hyper-connections of its own"):
+        megatron_mhc.register()
+
+
+def test_foreign_patch_is_refused_and_left_alone(monkeypatch):
+    original = P2PCommunicator._communicate
+
+    @functools.wraps(original)
+    def foreign(*args, **kwargs):
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(P2PCommunicator, "_communicate", foreign)
+    with pytest.raises(ValueError, match="_communicate was replaced by"):
+        megatron_mhc.register()
+    assert P2PCommunicator._communicate is foreign
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (dict(parameters=("self", "other")), "expected .*'other'.*install megatron-core"),
+        (
+            dict(target="megatron.core.pipeline_parallel.p2p_communication:P2PCommunicator._gone"),
+            "_gone does not exist",
+        ),
+    ],
+)
+def test_changed_megatron_is_refused_before_anything_is_replaced(monkeypatch, change, words):
+    before = current()
+    changed = (*targets.HOOKS[1:], dataclasses.replace(targets.HOOKS[0], **change))
+    monkeypatch.setattr(hooks, "HOOKS", changed)
+    with pytest.raises(ValueError, match=words):
+        megatron_mhc.register()
+    assert current() == before

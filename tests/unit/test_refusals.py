@@ -1,0 +1,173 @@
+"""Unsupported combinations raise at build time and name the flag and the remedy."""
+
+import types
+
+import pytest
+import torch
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayer
+
+from megatron_mhc import MHCConfig, parallel, specs
+from megatron_mhc.hyper_connection import check_width
+from megatron_mhc.pipeline.message import widen_messages
+
+
+def config(**settings):
+    """A small TransformerConfig; `settings` are set after its own checks, as a launch script may."""
+    out = TransformerConfig(num_layers=4, hidden_size=16, num_attention_heads=2, pipeline_dtype=torch.float32)
+    for name, value in settings.items():
+        setattr(out, name, value)
+    return out
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("fp32_residual_connection", True),
+        ("overlap_moe_expert_parallel_comm", True),
+        ("cuda_graph_impl", "local"),
+        ("cuda_graph_impl", "transformer_engine"),
+        ("enable_cuda_graph", True),
+        ("external_cuda_graph", True),
+        ("cpu_offloading", True),
+        ("fine_grained_activation_offloading", True),
+        ("inference_fuse_tp_communication", True),
+        ("transformer_impl", "inference_optimized"),
+        ("heterogeneous_block_specs", True),
+        ("is_hybrid_model", True),
+        ("mtp_standalone", True),
+    ],
+)
+def test_unsupported_setting_is_refused(name, value):
+    with pytest.raises(ValueError) as error:
+        parallel.validate(config(**{name: value}), MHCConfig())
+    assert f"--{name.replace('_', '-')} {value}: " in str(error.value)
+
+
+def test_default_configuration_is_accepted():
+    parallel.validate(config(), MHCConfig())
+    parallel.validate_stages(config())
+
+
+@pytest.mark.parametrize(
+    "overlap, batch, refused", [(False, True, True), (False, False, True), (True, True, True), (True, False, False)]
+)
+def test_two_stages_with_virtual_ones_need_overlapped_p2p(overlap, batch, refused):
+    settings = config(
+        pipeline_model_parallel_size=2,
+        virtual_pipeline_model_parallel_size=2,
+        overlap_p2p_comm=overlap,
+        batch_p2p_comm=batch,
+    )
+    if not refused:
+        parallel.validate(settings, MHCConfig())
+        return
+    with pytest.raises(ValueError, match="overlap_p2p_comm=True and batch_p2p_comm=False"):
+        parallel.validate(settings, MHCConfig())
+
+
+def test_other_pipeline_depths_need_no_overlap():
+    settings = config(pipeline_model_parallel_size=4, virtual_pipeline_model_parallel_size=2)
+    parallel.validate(settings, MHCConfig())
+
+
+def test_first_stage_without_a_layer_is_refused():
+    settings = config(
+        num_layers=1, pipeline_model_parallel_size=2, account_for_embedding_in_pipeline_split=True
+    )
+    with pytest.raises(ValueError, match="stage 0 has none: drop --account-for-embedding-in-pipeline-split"):
+        parallel.validate_stages(settings)
+
+
+def test_last_stage_without_a_layer_is_refused_under_mtp_alone():
+    settings = config(num_layers=1, pipeline_model_parallel_size=2, account_for_loss_in_pipeline_split=True)
+    parallel.validate_stages(settings)
+    settings.mtp_num_layers = 1
+    with pytest.raises(ValueError, match="drop --account-for-loss-in-pipeline-split"):
+        parallel.validate_stages(settings)
+
+
+def test_two_configurations_in_one_model_are_refused():
+    settings = config()
+    settings.mhc = MHCConfig(num_residual_streams=2)
+    with pytest.raises(ValueError, match="two mHC configurations in one model"):
+        parallel.validate(settings, MHCConfig())
+
+
+def test_layer_of_another_class_is_refused():
+    class Other(TransformerLayer):
+        pass
+
+    with pytest.raises(ValueError, match="cannot wrap layers of Other"):
+        specs.wrap_layer_spec(ModuleSpec(module=Other), MHCConfig())
+
+
+@pytest.mark.parametrize("part", ["self_attention", "mlp"])
+def test_layer_without_attention_or_mlp_is_refused(part):
+    spec = get_gpt_layer_local_spec()
+    setattr(spec.submodules, part, IdentityOp)
+    with pytest.raises(ValueError, match=f"{part}=IdentityOp"):
+        specs.wrap_layer_spec(spec, MHCConfig())
+
+
+def test_layer_with_cross_attention_is_refused():
+    spec = get_gpt_layer_local_spec()
+    spec.submodules.cross_attention = spec.submodules.self_attention
+    with pytest.raises(ValueError, match="cross_attention"):
+        specs.wrap_layer_spec(spec, MHCConfig())
+
+
+def test_block_without_final_norm_is_refused():
+    spec = TransformerBlockSubmodules(layer_specs=[get_gpt_layer_local_spec()])
+    with pytest.raises(ValueError, match="no layer_norm"):
+        specs.wrap_block_spec(spec, MHCConfig(), config())
+
+
+def test_wrapping_leaves_the_original_spec_alone():
+    spec = get_gpt_layer_local_spec()
+    attention_bda, params = spec.submodules.self_attn_bda, dict(spec.params)
+    wrapped = specs.wrap_layer_spec(spec, MHCConfig())
+    assert wrapped is not spec and specs.wrap_layer_spec(wrapped, MHCConfig()) is wrapped
+    assert spec.submodules.self_attn_bda is attention_bda and spec.params == params
+
+
+def test_hidden_states_of_another_width_are_refused():
+    with pytest.raises(ValueError, match="layer 3: hidden states are 16 wide, expected 64"):
+        check_width(torch.zeros(2, 1, 16), 64, "layer 3")
+
+
+@pytest.mark.parametrize("sent, received, what", [(16, 64, "sent"), (64, 16, "received")])
+def test_pipeline_message_of_another_width_is_refused(sent, received, what):
+    def stock(self, *, tensor_shape, **_):
+        assert tensor_shape == (8, 1, 64)
+        return torch.zeros(8, 1, received), None, None
+
+    settings = config()
+    settings.mhc = MHCConfig()
+    communicator = types.SimpleNamespace(config=settings)
+    with pytest.raises(ValueError, match=f"message {what} with shape"):
+        widen_messages(stock)(
+            communicator,
+            tensor_send_next=torch.zeros(8, 1, sent),
+            tensor_send_prev=None,
+            recv_prev=True,
+            recv_next=False,
+            tensor_shape=(8, 1, 16),
+        )
+
+
+def test_pipeline_message_of_a_plain_model_is_left_alone():
+    def stock(self, **arguments):
+        return arguments["tensor_shape"], None, arguments["wait_on_reqs"]
+
+    communicator = types.SimpleNamespace(config=config())
+    arguments = dict(tensor_send_next=None, tensor_send_prev=None, recv_prev=True, recv_next=False)
+    shape = [8, 1, 16]
+    got = widen_messages(stock)(communicator, **arguments, tensor_shape=shape, wait_on_reqs=False)
+    assert got[0] is shape and got[2] is False
+    assert P2PCommunicator._communicate.__module__.startswith(("megatron.core", "megatron_mhc"))
