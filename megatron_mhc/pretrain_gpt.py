@@ -10,7 +10,7 @@ sequences, ModelOpt) runs with mHC through `megatron_mhc.launch`.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -34,7 +34,7 @@ from megatron_mhc.arguments import add_mhc_args
 from megatron_mhc.config import MHCConfig
 
 BATCH_KEYS = ("tokens", "position_ids", "labels", "loss_mask", "attention_mask")
-_REFUSED = ("sft", "fim_data", "hybrid_context_parallel", "dataloader_inter_document_masking", "logits_load_dir")
+_REFUSED = ("sft", "fim_data", "hybrid_context_parallel", "dataloader_inter_document_masking")
 
 
 def add_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -55,18 +55,22 @@ def check_args(args: Any) -> None:
     for name in _REFUSED:
         if getattr(args, name, None):
             raise ValueError(
-                f"--{name.replace('_', '-')} is not supported by this entry point: run Megatron-LM's own script "
-                "by `python -m megatron_mhc.launch pretrain_gpt.py ...`"
+                f"--{name.replace('_', '-')} is not supported by this entry point: run Megatron-LM's own "
+                "script by `python -m megatron_mhc.launch pretrain_gpt.py ...`"
             )
     if args.no_mhc and MHCConfig.from_args(args) != MHCConfig():
         raise ValueError("--no-mhc together with --mhc-* options: drop one of them")
 
 
+def has_mtp(config: Any, vp_stage: int | None) -> bool:
+    """Whether this model chunk holds multi-token-prediction layers."""
+    layout, layers = config.pipeline_model_parallel_layout, config.mtp_num_layers
+    return mtp_on_this_rank(layout, layers, ignore_virtual=False, vp_stage=vp_stage)
+
+
 def needs_batch(config: Any, vp_stage: int | None) -> bool:
     """Whether this model chunk reads tokens or labels: the first and last stage, and those with MTP."""
-    return is_first_or_last_pipeline_stage(vp_stage) or mtp_on_this_rank(
-        config.pipeline_model_parallel_layout, config.mtp_num_layers, ignore_virtual=False, vp_stage=vp_stage
-    )
+    return is_first_or_last_pipeline_stage(vp_stage) or has_mtp(config, vp_stage)
 
 
 def get_batch(data_iterator: Iterator[dict[str, Any]] | None, model: Any) -> dict[str, Tensor | None]:
@@ -99,9 +103,7 @@ def get_batch(data_iterator: Iterator[dict[str, Any]] | None, model: Any) -> dic
         tp_rank=tp_rank,
         micro_batch_size=args.micro_batch_size,
         seq_length=args.seq_length,
-        mtp_on_this_rank=mtp_on_this_rank(
-            config.pipeline_model_parallel_layout, config.mtp_num_layers, ignore_virtual=False, vp_stage=vp_stage
-        ),
+        mtp_on_this_rank=has_mtp(config, vp_stage),
         pipeline_model_parallel_size=args.pipeline_model_parallel_size,
         is_pipeline_first_stage=mpu.is_pipeline_first_stage(),
         is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
@@ -110,7 +112,7 @@ def get_batch(data_iterator: Iterator[dict[str, Any]] | None, model: Any) -> dic
     return get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group())
 
 
-def loss_func(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def loss_func(loss_mask: Tensor | None, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Sum the token losses that count.
 
     Args:
@@ -119,6 +121,7 @@ def loss_func(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[s
     Returns:
         the sum, the number of tokens (int), and what Megatron averages for its log.
     """
+    assert loss_mask is not None  # only the last stage, which has labels, computes a loss
     mask = loss_mask.flatten().float()
     loss = (losses.flatten().float() * mask).sum()
     tokens = mask.sum().detach().to(torch.int)
@@ -207,8 +210,12 @@ def use_shipped_helpers() -> None:
         utils.compile_helpers = lambda: None
 
 
-def main() -> None:
-    """Parse the command line and train."""
+def main(step: Callable[..., Any] = forward_step) -> None:
+    """Parse the command line and train.
+
+    Args:
+        step: the forward step; a caller may wrap `forward_step` to look at the model as it runs.
+    """
     from megatron_mhc.specs import gpt_mhc_spec
 
     use_shipped_helpers()
@@ -221,7 +228,7 @@ def main() -> None:
         pretrain_cfg_container_from_args(args, model),
         datasets,
         ModelType.encoder_or_decoder,
-        forward_step,
+        step,
         get_embedding_ranks=embedding_ranks,
     )
 

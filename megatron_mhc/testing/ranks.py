@@ -1,0 +1,109 @@
+"""Run a function on several gloo ranks, forked from this process.
+
+A fork costs milliseconds where torchrun pays for imports on every rank. It is safe while this process
+has neither touched CUDA nor started threads of its own that hold locks.
+"""
+
+from __future__ import annotations
+
+import io
+import multiprocessing
+import os
+import signal
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+class RankError(RuntimeError):
+    """A rank failed; the message holds its number and traceback."""
+
+
+def run_ranks(world: int, fn: Callable[..., Any], *args: Any, timeout: float = 120) -> list[Any]:
+    """Call `fn(*args)` on `world` ranks and return the results in order of rank.
+
+    Args:
+        world: number of processes, which share a gloo process group.
+        fn: any callable; the fork hands it over without pickling. Its result may hold CPU tensors.
+        timeout: seconds for all of it, and for each collective.
+
+    Raises:
+        RankError: a rank raised, died, or was still running at the timeout; its peers are killed.
+    """
+    context = multiprocessing.get_context("fork")
+    with tempfile.TemporaryDirectory(prefix="ranks_") as folder:
+        store = os.path.join(folder, "store")
+        processes, pipes = [], []
+        for rank in range(world):
+            ours, theirs = context.Pipe()
+            # Not daemonic: a checkpoint's save starts processes of its own.
+            process = context.Process(target=_rank, args=(rank, world, store, timeout, theirs, fn, args))
+            process.start()
+            theirs.close()  # so that a dead rank reads as end of file
+            processes.append(process)
+            pipes.append(ours)
+        try:
+            return _collect(pipes, time.monotonic() + timeout)
+        finally:
+            # After an error the peers hang in a collective: they get no time to leave it.
+            for process in processes:
+                _stop(process)
+
+
+def _collect(pipes: list[Connection], deadline: float) -> list[Any]:
+    results: dict[int, Any] = {}
+    while len(results) < len(pipes):
+        pending = [pipe for rank, pipe in enumerate(pipes) if rank not in results]
+        ready = wait(pending, max(0.0, deadline - time.monotonic()))
+        if not ready:
+            raise RankError(f"ranks {sorted(set(range(len(pipes))) - set(results))} are not done at the timeout")
+        for pipe in ready:
+            rank = pipes.index(pipe)
+            try:
+                failed, payload = pipe.recv()
+            except EOFError:
+                raise RankError(f"rank {rank} died without an answer") from None
+            if failed:
+                raise RankError(f"rank {rank}:\n{payload}")
+            results[rank] = torch.load(io.BytesIO(payload), weights_only=False)
+    for pipe in pipes:
+        pipe.send(None)
+    return [results[rank] for rank in range(len(pipes))]
+
+
+def _rank(
+    rank: int, world: int, store: str, timeout: float, pipe: Connection, fn: Callable[..., Any], args: Any
+) -> None:
+    os.setsid()  # its own group, so that its children can be killed along with it
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world))
+    torch.set_num_threads(1)
+    try:
+        dist.init_process_group(
+            "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=timeout)
+        )
+        result = io.BytesIO()
+        # By value: a tensor sent through a pipe as such lives in this process's shared memory.
+        torch.save(fn(*args), result)
+        pipe.send((False, result.getvalue()))
+        pipe.poll(timeout)  # until all are done: a rank that leaves closes its sockets under its peers
+    except BaseException:
+        pipe.send((True, traceback.format_exc()))
+    finally:
+        pipe.close()
+        os._exit(0)  # the parent's exit handlers and test teardown are not this process's
+
+
+def _stop(process: Any) -> None:
+    process.join(0.5)
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    process.join()

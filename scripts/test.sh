@@ -1,0 +1,16 @@
+#!/bin/bash
+# Lint, types and tests, in a venv that the first run makes. Arguments go to pytest, e.g. -m slow.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+cd "$ROOT"
+
+ensure_python train,dev
+export OMP_NUM_THREADS=1 # the tests start several processes of their own
+
+step "ruff"
+"$PYTHON" -m ruff check .
+"$PYTHON" -m ruff format --check .
+step "mypy"
+"$PYTHON" -m mypy
+step "pytest"
+"$PYTHON" -m pytest "$@"

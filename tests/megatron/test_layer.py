@@ -1,0 +1,147 @@
+"""The wrapped model against the plain one, and each preset's layer against its formula."""
+
+import gpt
+import pytest
+import torch
+from megatron.core.transformer.module import Float16Module
+
+from megatron_mhc import MHCConfig, register
+from megatron_mhc.hyper_connection import HyperConnectionModule
+from megatron_mhc.ops import reference
+
+IDENTITY = MHCConfig(num_residual_streams=1, h_res="identity", h_pre="fixed", h_post="fixed")
+VARIANTS = {
+    "dense": {},
+    "moe": gpt.MOE,
+    "bias and dropout": dict(add_bias_linear=True, hidden_dropout=0.1, attention_dropout=0.1),
+    "fused bias dropout": dict(add_bias_linear=True, hidden_dropout=0.1, bias_dropout_fusion=True),
+    "layernorm, gqa": dict(normalization="LayerNorm", num_query_groups=2),
+    "recompute": dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1),
+}
+
+
+def same_bits(a, b):
+    assert torch.equal(a[0], b[0])
+    assert a[1].keys() == b[1].keys()
+    for name in a[1]:
+        assert torch.equal(a[1][name], b[1][name]), name
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_one_stream_with_identity_mappings_matches_vanilla_bit_for_bit(run_ranks, variant):
+    def compare():
+        plain = gpt.forward_backward(gpt.build(**VARIANTS[variant]))
+        same_bits(gpt.forward_backward(gpt.build(IDENTITY, **VARIANTS[variant])), plain)
+
+    run_ranks(1, compare)
+
+
+@pytest.mark.parametrize("variant", ["dense", "moe", "bias and dropout"])
+def test_vanilla_with_the_plugin_registered_matches_vanilla_bit_for_bit(run_ranks, variant):
+    def compare():
+        before = gpt.forward_backward(gpt.build(**VARIANTS[variant]))
+        with register():
+            same_bits(gpt.forward_backward(gpt.build(**VARIANTS[variant])), before)
+
+    run_ranks(1, compare)
+
+
+@pytest.mark.parametrize("mhc", [MHCConfig(), MHCConfig(preset="deepseek_v4"), MHCConfig(h_res="unconstrained")])
+@pytest.mark.parametrize("variant", ["dense", "moe"])
+def test_home_stream_matches_the_plain_models_loss_at_step_0(run_ranks, mhc, variant):
+    def losses():
+        plain, _ = gpt.forward_backward(gpt.build(**VARIANTS[variant]))
+        ours, _ = gpt.forward_backward(gpt.build(mhc, **VARIANTS[variant]))
+        return plain.item(), ours.item()
+
+    plain, ours = run_ranks(1, losses)[0]
+    # The streams are equal at step 0, so only the scale of a layer's input differs, which its norm
+    # takes out but for its epsilon.
+    assert ours == pytest.approx(plain, rel=2e-4)
+
+
+@pytest.mark.parametrize("preset", ["paper", "deepseek_v4"])
+@pytest.mark.parametrize("n", [1, 2, 4])
+def test_a_layer_matches_its_formula(run_ranks, preset, n):
+    """One layer's output from its own attention and MLP, and the preset's formula written out."""
+
+    def compare():
+        mhc = MHCConfig(num_residual_streams=n, preset=preset, init="uniform", init_gating_factor=0.7)
+        model = gpt.build(mhc, params_dtype=torch.float64)
+        layer = model.decoder.layers[1]
+        mask = torch.triu(torch.ones(1, 1, 8, 8, dtype=torch.bool), 1)
+        streams = torch.randn(8, 2, n * 32, dtype=torch.float64)
+        got, _ = layer(streams, mask)
+
+        x = streams.view(16, n, 32)
+        branches = (
+            (layer.self_attention_hyper_connection, lambda h: layer._forward_attention(h, mask)[0]),
+            (layer.mlp_hyper_connection, layer._forward_mlp),
+        )
+        for connection, branch in branches:
+            weight, bias = connection.mapping_proj.weight, connection.bias
+            logits = []
+            for token in x:
+                flat = token.flatten()
+                logits.append(weight @ (flat / (flat.square().mean() + mhc.norm_eps).sqrt()))
+            logits = torch.stack(logits)
+            pre = torch.sigmoid(connection.alpha_pre * logits[:, :n] + bias[:n])
+            post = 2 * torch.sigmoid(connection.alpha_post * logits[:, n : 2 * n] + bias[n : 2 * n])
+            res = (connection.alpha_res * logits[:, 2 * n :] + bias[2 * n :]).view(16, n, n)
+            if preset == "paper":
+                h_res = res.exp()
+                for _ in range(20):
+                    h_res = h_res / h_res.sum(1, keepdim=True)
+                    h_res = h_res / h_res.sum(2, keepdim=True)
+            else:
+                pre, h_res = pre + 1e-6, reference.sinkhorn_deepseek_v4(res, 20).transpose(1, 2)
+            f = branch((pre.unsqueeze(-1) * x).sum(1).view(8, 2, 32)).view(16, 32)
+            x = h_res @ x + post.unsqueeze(-1) * f.unsqueeze(1)
+        torch.testing.assert_close(got.view(16, n, 32), x, rtol=1e-10, atol=1e-11)
+
+    run_ranks(1, compare)
+
+
+def test_rows_of_h_res_sum_to_one_in_a_model(run_ranks):
+    def errors():
+        model = gpt.build(MHCConfig(init="uniform", init_gating_factor=1.0))
+        found = []
+
+        def look(module, args, output):
+            h_res = output[1].h_res
+            found.append(((h_res.sum(-1) - 1).abs().max().item(), (h_res.sum(-2) - 1).abs().max().item()))
+
+        for module in model.modules():
+            if isinstance(module, HyperConnectionModule):
+                module.register_forward_hook(look)
+        gpt.forward_backward(model)
+        return found
+
+    found = run_ranks(1, errors)[0]
+    assert len(found) == 4
+    print("max row error", max(r for r, _ in found), "max column error", max(c for _, c in found))
+    assert max(rows for rows, _ in found) <= 1e-6
+
+
+@pytest.mark.parametrize("mhc", [MHCConfig(), MHCConfig(preset="deepseek_v4"), MHCConfig(h_res="unconstrained")])
+def test_mapping_parameters_stay_fp32_in_a_bf16_model(run_ranks, mhc):
+    def dtypes():
+        model = gpt.build(mhc, bf16=True, params_dtype=torch.bfloat16)
+        phi = model.decoder.layers[0].mlp_hyper_connection.mapping_proj.weight
+        phi.data.fill_(1 + 2**-20)  # bf16 cannot hold it
+        Float16Module(model.config, model)
+        assert (phi == 1 + 2**-20).all()
+        return {name: str(p.dtype) for name, p in model.named_parameters()}
+
+    for name, dtype in run_ranks(1, dtypes)[0].items():
+        ours = "hyper_connection" in name or "final_layernorm.head" in name
+        assert dtype == ("torch.float32" if ours else "torch.bfloat16"), name
+
+
+def test_home_streams_take_turns(run_ranks):
+    def homes():
+        model = gpt.build(MHCConfig(num_residual_streams=3))
+        modules = [m for m in model.modules() if isinstance(m, HyperConnectionModule)]
+        return [m.bias[:3].argmax().item() for m in modules]
+
+    assert run_ranks(1, homes)[0] == [0, 1, 2, 0]
