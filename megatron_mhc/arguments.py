@@ -34,6 +34,10 @@ def add_mhc_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         else:
             # None means "not given", so that MHCConfig alone knows the defaults.
             group.add_argument(
-                flag(f.name), type=kinds[str(f.type)], choices=_CHOICES.get(f.name), default=None, help=help_text
+                flag(f.name),
+                type=kinds[str(f.type)],
+                choices=_CHOICES.get(f.name),
+                default=None,
+                help=help_text,
             )
     return parser

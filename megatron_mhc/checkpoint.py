@@ -24,8 +24,8 @@ _HEAD = "final_layernorm.head."
 _ARITHMETIC = "decoder.final_layernorm._extra_state"
 _NORM, _PLAIN_NORM = "decoder.final_layernorm.norm.", "decoder.final_layernorm."
 _REMEDY = (
-    f"the checkpoint holds no mHC parameters (a plain GPT): pass {flag('load_dense')} together with --finetune "
-    "or --no-load-optim to start from its weights, or load an mHC checkpoint"
+    f"the checkpoint holds no mHC parameters (a plain GPT): pass {flag('load_dense')} together with "
+    "--finetune or --no-load-optim to start from its weights, or load an mHC checkpoint"
 )
 
 

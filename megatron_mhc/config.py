@@ -71,7 +71,7 @@ class MHCConfig:
                 )
         if self.num_residual_streams < 1:
             raise ValueError(
-                f"{flag('num_residual_streams')}={self.num_residual_streams}: give at least 1 stream (default 4)"
+                f"{flag('num_residual_streams')}={self.num_residual_streams}: give at least 1 (default 4)"
             )
         if self.sinkhorn_iterations < 1:
             raise ValueError(

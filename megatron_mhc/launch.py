@@ -29,7 +29,9 @@ def prepare(argv: list[str]) -> tuple[list[str], MHCConfig]:
         ValueError: no script, a wrong flag or value, or options given twice.
     """
     parser = argparse.ArgumentParser(
-        prog="python -m megatron_mhc.launch", usage="%(prog)s SCRIPT [arguments] [--mhc-...]", exit_on_error=False
+        prog="python -m megatron_mhc.launch",
+        usage="%(prog)s SCRIPT [arguments] [--mhc-...]",
+        exit_on_error=False,
     )
     add_mhc_args(parser)
     if not argv or argv[0] in ("-h", "--help"):
@@ -47,12 +49,16 @@ def prepare(argv: list[str]) -> tuple[list[str], MHCConfig]:
     mhc = MHCConfig.from_args(given)
     if os.environ.get(ENVIRONMENT):
         if mhc != MHCConfig():
-            raise ValueError(f"options in flags and in {ENVIRONMENT}: unset {ENVIRONMENT}, so that one place decides")
+            raise ValueError(
+                f"options in flags and in {ENVIRONMENT}: unset {ENVIRONMENT}, so that one place decides"
+            )
         mhc = MHCConfig.from_environment()
     if "--spec" in others:
         at = others.index("--spec")
         if tuple(others[at + 1 : at + 3]) != SPEC:
-            raise ValueError(f"--spec {' '.join(others[at + 1 : at + 3])}: drop it; mHC wraps what Megatron chooses")
+            raise ValueError(
+                f"--spec {' '.join(others[at + 1 : at + 3])}: drop it; mHC wraps what Megatron chooses"
+            )
     else:
         others += ["--spec", *SPEC]
     return [script, *others], mhc

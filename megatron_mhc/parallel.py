@@ -85,7 +85,8 @@ def validate_stages(config: TransformerConfig) -> None:
     if get_num_layers_to_build(config, first, 0) == 0:
         raise ValueError(
             "mHC expands the embedding in the first decoder layer, but pipeline stage 0 has none: drop "
-            "--account-for-embedding-in-pipeline-split, or give stage 0 a layer (--pipeline-model-parallel-layout)"
+            "--account-for-embedding-in-pipeline-split, or give stage 0 a layer in "
+            "--pipeline-model-parallel-layout"
         )
     last_rank = config.pipeline_model_parallel_size - 1
     if config.mtp_num_layers and get_num_layers_to_build(config, last, last_rank) == 0:

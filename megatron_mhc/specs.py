@@ -94,7 +94,9 @@ def gpt_mhc_spec(model_config: Any, vp_stage: int | None = None) -> TransformerB
     from megatron.training.models.gpt import default_layer_spec
 
     mhc = mhc_options()
-    spec = wrap_block_spec(default_layer_spec(model_config, vp_stage), mhc, model_config.transformer, vp_stage)
+    spec = wrap_block_spec(
+        default_layer_spec(model_config, vp_stage), mhc, model_config.transformer, vp_stage
+    )
     log_single_rank(logger, logging.INFO, f"mHC: {mhc.to_options()}")
     return spec
 

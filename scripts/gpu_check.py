@@ -24,13 +24,13 @@ STEPS = 50
 
 COMMON = f"""
 --transformer-impl transformer_engine --bf16 --use-distributed-optimizer --no-gradient-accumulation-fusion
---num-layers 8 --hidden-size 1024 --ffn-hidden-size 2816 --num-attention-heads 16 --swiglu --disable-bias-linear
---normalization RMSNorm --position-embedding-type rope --untie-embeddings-and-output-weights
+--num-layers 8 --hidden-size 1024 --ffn-hidden-size 2816 --num-attention-heads 16 --swiglu
+--disable-bias-linear --normalization RMSNorm --position-embedding-type rope --untie-embeddings-and-output-weights
 --attention-dropout 0 --hidden-dropout 0 --seq-length 2048 --max-position-embeddings 2048
 --micro-batch-size 4 --global-batch-size 8 --train-iters {STEPS} --lr 6e-4 --min-lr 6e-5 --lr-warmup-iters 5
 --lr-decay-style cosine --weight-decay 0.1 --clip-grad 1.0 --adam-beta2 0.95 --seed 1234
 --split 95,5,0 --eval-iters 0 --eval-interval 1000 --log-interval 1 --num-workers 1
---no-create-attention-mask-in-dataloader --log-throughput
+--no-create-attention-mask-in-dataloader --tokenizer-type NullTokenizer --vocab-size 257
 """
 MOE = """
 --num-experts 8 --moe-router-topk 2 --moe-ffn-hidden-size 704 --moe-shared-expert-intermediate-size 704
@@ -65,14 +65,29 @@ _FIELDS = {
 
 def run(name: str, flags: str, data: Path, out: Path) -> dict:
     """Train one recipe and return its losses, gradient norms and median step time in ms."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "1", "--master-port", "29731"]
-    command += ["-m", "megatron_mhc.pretrain_gpt", *COMMON.split(), *flags.split(), *data_flags(data)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "1",
+        "--master-port",
+        "29731",
+    ]
+    command += ["-m", "megatron_mhc.pretrain_gpt", *COMMON.split(), *flags.split(), "--data-path", str(data)]
     log = out / (re.sub(r"\W+", "_", name) + ".log")
-    env = {**os.environ, "CUDA_DEVICE_MAX_CONNECTIONS": "1", "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
+    env = {
+        **os.environ,
+        "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+        "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}",
+    }
     with log.open("w") as file:
         status = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=env, cwd=ROOT).returncode
     lines = [line for line in log.read_text().splitlines() if "lm loss" in line]
-    series = {key: [float(m[1]) for line in lines if (m := pattern.search(line))] for key, pattern in _FIELDS.items()}
+    series = {
+        key: [float(m[1]) for line in lines if (m := pattern.search(line))]
+        for key, pattern in _FIELDS.items()
+    }
     losses = series["loss"]
     healthy = status == 0 and len(losses) == STEPS and all(map(_finite, losses + series["grad_norm"]))
     row = {
@@ -97,14 +112,6 @@ def _finite(value: float) -> bool:
     return value == value and abs(value) != float("inf")
 
 
-def data_flags(data: Path) -> list[str]:
-    """Megatron's flags for byte-level text at the prefix `data`."""
-    sys.path.insert(0, str(ROOT / "examples" / "quickstart"))
-    import prepare_text
-
-    return prepare_text.megatron_flags(data)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "gpu_check")
@@ -113,17 +120,18 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     import torch
 
-    sys.path.insert(0, str(ROOT / "examples" / "quickstart"))
-    import prepare_text
-
-    data = prepare_text.prepare(options.out / "data")
+    data = options.out / "data" / "stdlib"
+    subprocess.run([sys.executable, ROOT / "examples" / "quickstart" / "prepare_text.py", data], check=True)
     device = {
         "device": torch.cuda.get_device_name(),
         "versions": {p: version(p) for p in ("torch", "megatron-core", "transformer-engine")},
     }
     rows = [run(name, flags, data, options.out) for name, flags in RECIPES.items() if options.only in name]
     (options.out / "results.json").write_text(json.dumps({**device, "runs": rows}, indent=1))
-    table = ["| run | first loss | last loss (mean of 5) | median step, ms | finite and falling |", "|---|---|---|---|---|"]
+    table = [
+        "| run | first loss | last loss (mean of 5) | median step, ms | finite and falling |",
+        "|---|---|---|---|---|",
+    ]
     for r in rows:
         cells = [r["name"], *(f"{r[k]:.3f}" if r[k] else "-" for k in ("first_loss", "last_loss")), ""]
         cells[3] = f"{r['median_step_ms']:.0f}" if r["median_step_ms"] else "-"

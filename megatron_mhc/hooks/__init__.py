@@ -83,7 +83,7 @@ def check_version() -> None:
 
     if find_spec("megatron.core.transformer.hyper_connection") is not None:
         raise ValueError(
-            f"megatron-core {version} has hyper-connections of its own: use those, or megatron-core {SUPPORTED}"
+            f"megatron-core {version} has hyper-connections of its own: use those, or install {SUPPORTED}"
         )
     # A git checkout appends +<commit> to the version.
     if not SpecifierSet(SUPPORTED, prereleases=True).contains(version.split("+")[0]):

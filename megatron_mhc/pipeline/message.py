@@ -56,6 +56,6 @@ def _check(tensor: Tensor | None, shape: Any, width: int, what: str) -> None:
     wrong = tuple(tensor.shape) != tuple(shape) if shape else tensor.shape[-1] != width
     if wrong:
         raise ValueError(
-            f"pipeline message {what} with shape {tuple(tensor.shape)}, expected {tuple(shape) or ('...', width)}: "
-            "every stage needs the same sequence length, micro-batch size and --mhc-num-residual-streams"
+            f"pipeline message {what} with shape {tuple(tensor.shape)}, expected "
+            f"{tuple(shape) or ('...', width)}: every stage needs the same sequence length, micro-batch size and --mhc-num-residual-streams"
         )

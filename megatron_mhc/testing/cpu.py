@@ -132,12 +132,12 @@ def _answer(owner: Any, names: str, value: Any) -> None:
 
 
 def _patch_cuda(cuda: Any, pretend_cuda: bool) -> None:
-    properties = types.SimpleNamespace(name="cpu", major=9, minor=0, multi_processor_count=1, total_memory=2**34)
+    about = dict(name="cpu", major=9, minor=0, multi_processor_count=1, total_memory=2**34)
     _answer(cuda, "current_device", torch.device("cpu"))
     _answer(cuda, "memory_allocated max_memory_allocated memory_reserved max_memory_reserved", 0)
     _answer(cuda, "get_device_capability", (9, 0))
     _answer(cuda, "get_device_name", "cpu")
-    _answer(cuda, "get_device_properties", properties)
+    _answer(cuda, "get_device_properties", types.SimpleNamespace(**about))
     _answer(cuda, "mem_get_info", (2**34, 2**34))
     _answer(cuda, "is_current_stream_capturing", False)
     _answer(cuda, "set_device synchronize empty_cache ipc_collect init _lazy_init set_stream", None)

@@ -63,7 +63,8 @@ def _collect(pipes: list[Connection], deadline: float) -> list[Any]:
         pending = [pipe for rank, pipe in enumerate(pipes) if rank not in results]
         ready = wait(pending, max(0.0, deadline - time.monotonic()))
         if not ready:
-            raise RankError(f"ranks {sorted(set(range(len(pipes))) - set(results))} are not done at the timeout")
+            running = [rank for rank in range(len(pipes)) if rank not in results]
+            raise RankError(f"ranks {running} are not done at the timeout")
         for pipe in ready:
             rank = pipes.index(pipe)
             try:
@@ -82,11 +83,13 @@ def _rank(
     rank: int, world: int, store: str, timeout: float, pipe: Connection, fn: Callable[..., Any], args: Any
 ) -> None:
     os.setsid()  # its own group, so that its children can be killed along with it
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world))
+    for name, value in {"RANK": rank, "WORLD_SIZE": world}.items():
+        os.environ[name] = os.environ["LOCAL_" + name] = str(value)
     torch.set_num_threads(1)
     try:
+        limit = timedelta(seconds=timeout)
         dist.init_process_group(
-            "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=timeout)
+            "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=limit
         )
         result = io.BytesIO()
         # By value: a tensor sent through a pipe as such lives in this process's shared memory.

@@ -1,6 +1,6 @@
 """mHC around Transformer Engine's layers on one GPU; skipped where there is none.
 
-    MEGATRON_MHC_GPU_TESTS=1 python -m pytest tests/gpu
+MEGATRON_MHC_GPU_TESTS=1 python -m pytest tests/gpu
 """
 
 import os
@@ -38,7 +38,9 @@ MOE = dict(
     moe_router_load_balancing_type="none",
     moe_layer_freq=[0, 1, 1, 1],
 )
-MLA = dict(kv_lora_rank=64, q_lora_rank=64, qk_head_dim=64, qk_pos_emb_head_dim=32, v_head_dim=64, rope_type="rope")
+MLA = dict(
+    kv_lora_rank=64, q_lora_rank=64, qk_head_dim=64, qk_pos_emb_head_dim=32, v_head_dim=64, rope_type="rope"
+)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -87,7 +87,9 @@ def test_mhc_checkpoint_is_refused_by_a_plain_model(run_ranks, tmp_path):
     run_ranks(1, attempt)
 
 
-@pytest.mark.parametrize("mhc", [FOUR, DENSE, MHCConfig(preset="deepseek_v4"), MHCConfig(h_res="unconstrained")])
+@pytest.mark.parametrize(
+    "mhc", [FOUR, DENSE, MHCConfig(preset="deepseek_v4"), MHCConfig(h_res="unconstrained")]
+)
 def test_mhc_checkpoint_round_trips(run_ranks, tmp_path, mhc):
     def compare():
         saved = scrambled(gpt.build(mhc))

@@ -46,7 +46,9 @@ def test_vanilla_with_the_plugin_registered_matches_vanilla_bit_for_bit(run_rank
     run_ranks(1, compare)
 
 
-@pytest.mark.parametrize("mhc", [MHCConfig(), MHCConfig(preset="deepseek_v4"), MHCConfig(h_res="unconstrained")])
+@pytest.mark.parametrize(
+    "mhc", [MHCConfig(), MHCConfig(preset="deepseek_v4"), MHCConfig(h_res="unconstrained")]
+)
 @pytest.mark.parametrize("variant", ["dense", "moe"])
 def test_home_stream_matches_the_plain_models_loss_at_step_0(run_ranks, mhc, variant):
     def losses():
@@ -123,7 +125,9 @@ def test_rows_of_h_res_sum_to_one_in_a_model(run_ranks):
     assert max(rows for rows, _ in found) <= 1e-6
 
 
-@pytest.mark.parametrize("mhc", [MHCConfig(), MHCConfig(preset="deepseek_v4"), MHCConfig(h_res="unconstrained")])
+@pytest.mark.parametrize(
+    "mhc", [MHCConfig(), MHCConfig(preset="deepseek_v4"), MHCConfig(h_res="unconstrained")]
+)
 def test_mapping_parameters_stay_fp32_in_a_bf16_model(run_ranks, mhc):
     def dtypes():
         model = gpt.build(mhc, bf16=True, params_dtype=torch.bfloat16)

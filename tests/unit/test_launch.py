@@ -19,7 +19,9 @@ def script(tmp_path, monkeypatch):
 
 
 def test_flags_are_taken_out_and_the_spec_is_added(script):
-    argv, mhc = launch.prepare([script, "--num-layers", "4", "--mhc-num-residual-streams", "2", "--lr", "1e-3"])
+    argv, mhc = launch.prepare(
+        [script, "--num-layers", "4", "--mhc-num-residual-streams", "2", "--lr", "1e-3"]
+    )
     assert argv == [script, "--num-layers", "4", "--lr", "1e-3", *SPEC]
     assert mhc == MHCConfig(num_residual_streams=2)
 

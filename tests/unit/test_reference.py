@@ -86,7 +86,9 @@ def test_sinkhorn_keeps_a_row_that_underflows():
 
 def test_sinkhorn_of_large_logits_matches_divisions_by_hand():
     # +-300 is what plain exponentials and divisions in float64 still survive.
-    logits = (torch.rand(8, 4, 4, generator=torch.Generator().manual_seed(2), dtype=torch.float64) * 2 - 1) * 300
+    logits = (
+        torch.rand(8, 4, 4, generator=torch.Generator().manual_seed(2), dtype=torch.float64) * 2 - 1
+    ) * 300
     got = reference.sinkhorn(logits, 20)
     for t in range(8):
         want = torch.tensor(sinkhorn_by_hand(logits[t].tolist(), 20), dtype=torch.float64)

@@ -55,7 +55,8 @@ def test_default_configuration_is_accepted():
 
 
 @pytest.mark.parametrize(
-    "overlap, batch, refused", [(False, True, True), (False, False, True), (True, True, True), (True, False, False)]
+    "overlap, batch, refused",
+    [(False, True, True), (False, False, True), (True, True, True), (True, False, False)],
 )
 def test_two_stages_with_virtual_ones_need_overlapped_p2p(overlap, batch, refused):
     settings = config(
