@@ -28,7 +28,7 @@ def amax_gain(m: Tensor) -> tuple[Tensor, Tensor]:
         forward [...], by how much m can scale a signal that is equal in all streams; backward [...], the
         same for a gradient.
 
-    Source: arXiv 2512.24880 section 3.1 and Fig. 3, max_i |sum_j M_ij| and max_j |sum_i M_ij|.
+    Source: the Amax gain of arXiv 2512.24880, max_i |sum_j M_ij| and max_j |sum_i M_ij|.
     """
     return m.sum(dim=-1).abs().amax(dim=-1), m.sum(dim=-2).abs().amax(dim=-1)
 

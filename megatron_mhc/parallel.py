@@ -62,6 +62,13 @@ def validate(config: TransformerConfig, mhc: MHCConfig) -> None:
                 "the wrong tensors: set overlap_p2p_comm=True and batch_p2p_comm=False (drop "
                 "--no-overlap-p2p-communication), or use 1 virtual stage"
             )
+    if config.recompute_granularity == "selective" and "mlp" in (config.recompute_modules or []):
+        if config.add_bias_linear:
+            # Stock Megatron: the recomputed MLP's output bias re-enters its own backward without end.
+            raise ValueError(
+                "--recompute-modules mlp with linear biases hangs in backward: add --disable-bias-linear, "
+                "or recompute without mlp"
+            )
     known = getattr(config, "mhc", mhc)
     if known != mhc:
         raise ValueError(

@@ -63,7 +63,7 @@ and run this script again."
     wanted="$(cat "$ROOT/pyproject.toml" "$ROOT/scripts/constraints.txt" | cksum)"
     if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
         step "installing megatron-mhc[$extras] and its dependencies (several minutes, 5 GB, the first time)"
-        "$PYTHON" -m pip install --quiet --disable-pip-version-check \
+        "$PYTHON" -m pip install -qq --disable-pip-version-check \
             -c "$ROOT/scripts/constraints.txt" -e "$ROOT[$extras]" ||
             die "pip install failed; see its message above"
         echo "$wanted" >"$stamp"

@@ -1,17 +1,16 @@
-"""Megatron on a CPU for every test; the patches must come before the first import of megatron."""
+"""Megatron on a CPU for every test but tests/gpu; the patches must precede the first import of megatron."""
 
 import os
 
-from megatron_mhc.testing import cpu
+import pytest
+import torch
 
-if not os.environ.get("MEGATRON_MHC_GPU_TESTS"):  # tests/gpu, the only ones that want a real device
+from megatron_mhc.testing import cpu, ranks
+
+if os.environ.get("MEGATRON_MHC_GPU_TESTS"):
+    collect_ignore = ["distributed", "megatron"]  # a process has either its GPU or the patches
+else:
     cpu.install()
-
-import pytest  # noqa: E402
-import torch  # noqa: E402
-
-from megatron_mhc.testing import ranks  # noqa: E402
-
 torch.set_num_threads(1)  # ranks are forked, and share few cores
 
 

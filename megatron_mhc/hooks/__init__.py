@@ -13,14 +13,12 @@ from packaging.specifiers import SpecifierSet
 
 from megatron_mhc.hooks.targets import HOOKS, SUPPORTED, Hook
 
-_MARK = "__megatron_mhc_original__"
-
 
 class Handle:
     """The registered hooks; `revert` (or leaving a `with` block) restores Megatron's own symbols."""
 
     def __init__(self) -> None:
-        self._installed: list[tuple[Hook, Any, str, Callable[..., Any]]] = []
+        self._installed: list[tuple[Any, str, Any]] = []
 
     @property
     def active(self) -> bool:
@@ -30,16 +28,16 @@ class Handle:
         # Everything is checked before anything is replaced.
         found = [(hook, *_resolve(hook)) for hook in HOOKS]
         for hook, owner, name, original in found:
-            replacement = hook.replacement(original)
-            setattr(replacement, _MARK, original)
-            setattr(owner, name, replacement)
-            self._installed.append((hook, owner, name, original))
+            # As it is stored, since a lookup would bind a class method.
+            stored = inspect.getattr_static(owner, name)
+            setattr(owner, name, hook.replacement(original))
+            self._installed.append((owner, name, stored))
 
     def revert(self) -> None:
         """Put the original symbols back; a second call does nothing."""
         while self._installed:
-            _, owner, name, original = self._installed.pop()
-            setattr(owner, name, original)
+            owner, name, stored = self._installed.pop()
+            setattr(owner, name, stored)
 
     def report(self) -> str:
         """A table of the replaced symbols and why each is replaced."""

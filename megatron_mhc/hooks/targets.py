@@ -10,9 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_mhc.checkpoint import guard_load
+from megatron_mhc.optimizer import number_all_parameters, number_float32_first, set_without_grad
 from megatron_mhc.pipeline.message import widen_messages
 
 SUPPORTED = ">=0.19.0,<0.20"  # the wheel is 0.19.2; a checkout of tag core_v0.19.0 works too
+
+
+_DISTRIBUTED = "megatron.core.optimizer.distrib_optimizer"
+_OPTIMIZER = "megatron.core.optimizer.optimizer"
 
 
 @dataclass(frozen=True)
@@ -64,5 +69,27 @@ HOOKS: tuple[Hook, ...] = (
         ),
         replacement=guard_load,
         reason="a checkpoint of the other kind must be refused, or taken by --mhc-load-dense, before loading",
+    ),
+    Hook(
+        target=f"{_DISTRIBUTED}:DistributedOptimizer._build_optimizer_group_ranges",
+        defined_in=_DISTRIBUTED,
+        parameters=("param_groups", "gbuf_ranges"),
+        replacement=number_float32_first,
+        reason="fp32 mappings beside bf16 weights: it numbers parameters in another order than its groups "
+        "hold them, and saving fails",
+    ),
+    Hook(
+        target=f"{_DISTRIBUTED}:DistributedOptimizer._set_main_param_and_optimizer_states",
+        defined_in=_DISTRIBUTED,
+        parameters=("self", "model_param", "tensors"),
+        replacement=set_without_grad,
+        reason="fp32 parameters are loaded in place, which autograd refuses",
+    ),
+    Hook(
+        target=f"{_OPTIMIZER}:Float16OptimizerWithFloat16Params.sharded_state_dict",
+        defined_in=_OPTIMIZER,
+        parameters=("self", "model_sharded_state_dict", "is_loading", "metadata"),
+        replacement=number_all_parameters,
+        reason="it numbers the bf16 parameters alone, and saving the fp32 ones fails",
     ),
 )

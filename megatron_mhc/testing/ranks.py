@@ -65,8 +65,9 @@ def _collect(pipes: list[Connection], deadline: float) -> list[Any]:
         if not ready:
             running = [rank for rank in range(len(pipes)) if rank not in results]
             raise RankError(f"ranks {running} are not done at the timeout")
-        for pipe in ready:
-            rank = pipes.index(pipe)
+        for rank, pipe in enumerate(pipes):
+            if pipe not in ready:
+                continue
             try:
                 failed, payload = pipe.recv()
             except EOFError:

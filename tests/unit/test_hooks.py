@@ -2,9 +2,10 @@
 
 import dataclasses
 import functools
+import importlib
+import inspect
 
 import pytest
-from megatron.core import dist_checkpointing
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 
 import megatron_mhc
@@ -20,7 +21,17 @@ def reverted():
 
 
 def current():
-    return P2PCommunicator._communicate, dist_checkpointing.load
+    """Every replaced symbol, as it is stored."""
+    return [inspect.getattr_static(*owner_and_name(hook)) for hook in targets.HOOKS]
+
+
+def owner_and_name(hook):
+    module, path = hook.target.split(":")
+    *parents, name = path.split(".")
+    owner = importlib.import_module(module)
+    for parent in parents:
+        owner = getattr(owner, parent)
+    return owner, name
 
 
 def test_register_twice_is_once_and_revert_restores():

@@ -93,6 +93,14 @@ def test_last_stage_without_a_layer_is_refused_under_mtp_alone():
         parallel.validate_stages(settings)
 
 
+def test_recomputed_mlp_with_biases_is_refused():
+    settings = config(recompute_granularity="selective", recompute_modules=["mlp"], add_bias_linear=True)
+    with pytest.raises(ValueError, match="add --disable-bias-linear"):
+        parallel.validate(settings, MHCConfig())
+    settings.add_bias_linear = False
+    parallel.validate(settings, MHCConfig())
+
+
 def test_two_configurations_in_one_model_are_refused():
     settings = config()
     settings.mhc = MHCConfig(num_residual_streams=2)

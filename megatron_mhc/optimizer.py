@@ -1,0 +1,77 @@
+"""Optimizer checkpoints of models whose parameters are partly bf16 and partly fp32.
+
+Megatron's optimizers train such a model correctly, but number its parameters in two different orders
+when they save: DistributedOptimizer counts them as they lie in the gradient buffers, while its groups
+list fp32 parameters first; Float16OptimizerWithFloat16Params numbers the bf16 ones alone.
+"""
+
+from collections.abc import Callable
+from itertools import chain
+from typing import Any
+
+import torch
+
+
+def number_float32_first(build: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `DistributedOptimizer._build_optimizer_group_ranges` so that both orders are one."""
+
+    def build_in_group_order(self: Any, param_groups: Any, gbuf_ranges: Any) -> Any:
+        positions, group_ranges = build(param_groups, gbuf_ranges)
+        for number, group in enumerate(group_ranges):
+            group["params"].sort(key=lambda parameter: parameter.dtype != torch.float32)  # stable
+            positions.update({p: (number, place) for place, p in enumerate(group["params"])})
+        return positions, group_ranges
+
+    return build_in_group_order
+
+
+def number_all_parameters(shard: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `Float16OptimizerWithFloat16Params.sharded_state_dict` to know its fp32 parameters too."""
+
+    def shard_mixed(
+        self: Any, model_sharded_state_dict: Any, is_loading: bool = False, metadata: Any = None
+    ) -> Any:
+        if not any(self.fp32_from_fp32_groups):
+            return shard(self, model_sharded_state_dict, is_loading, metadata)
+        from megatron.core.dist_checkpointing.optimizer import (
+            get_param_id_to_sharded_param_map,
+            make_sharded_optimizer_tensor,
+            optim_state_to_sharding_state,
+        )
+
+        if is_loading:
+            self.init_state_fn(self.optimizer, self.config)
+        state = self.state_dict()
+        pairs = zip(chain(*self.fp32_from_float16_groups), chain(*self.float16_groups), strict=True)
+        model_parameter = {id(main): parameter for main, parameter in pairs}
+        groups = [group["params"] for group in self.optimizer.param_groups]
+        ordered = [model_parameter.get(id(p), p) for p in chain(*groups)]
+        numbered = get_param_id_to_sharded_param_map(model_sharded_state_dict, ordered)
+        state["fp32_from_fp16_params"] = [
+            [
+                make_sharded_optimizer_tensor(numbered[number], p, prefix="optimizer.state.fp32_param")
+                for number, p in zip(saved["params"], group, strict=True)
+                if id(p) in model_parameter
+            ]
+            for saved, group in zip(state["optimizer"]["param_groups"], groups, strict=True)
+        ]
+        step = self._extract_common_per_param_step(state["optimizer"])
+        optim_state_to_sharding_state(state["optimizer"], numbered, exclude_keys="step")
+        if step:
+            state["optimizer"]["state"]["common_step"] = step
+        return state
+
+    return shard_mixed
+
+
+def set_without_grad(set_states: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `DistributedOptimizer._set_main_param_and_optimizer_states`, which writes into the parameter.
+
+    A bf16 parameter has a detached fp32 copy; an fp32 one is written in place, which autograd refuses.
+    """
+
+    def set_states_in_place(self: Any, model_param: Any, tensors: Any) -> None:
+        with torch.no_grad():
+            set_states(self, model_param, tensors)
+
+    return set_states_in_place

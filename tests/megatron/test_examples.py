@@ -1,0 +1,89 @@
+"""The example scripts' command lines against Megatron's own parser and checks; nothing is trained."""
+
+import os
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+ENVIRONMENT = {"DATA": "1.0 corpus", "TOKENIZER": "tokenizer", "MEGATRON_LM": str(EXAMPLES), "GPUS": "1"}
+
+
+def command_of(tmp_path: Path, script: str, *arguments: str) -> list[str]:
+    """What a script hands to torchrun."""
+    torchrun = tmp_path / "torchrun"
+    torchrun.write_text('#!/bin/bash\nprintf "%q " "$@"\n')
+    torchrun.chmod(0o755)
+    environment = os.environ | ENVIRONMENT | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    command = ["bash", str(EXAMPLES / script), *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return shlex.split(done.stdout)
+
+
+def parsed(argv: list[str], world: int):
+    """Run Megatron's parser and all of its checks, and build the transformer's config."""
+    import sys
+
+    from megatron.training.arguments import core_transformer_config_from_args, parse_args, validate_args
+
+    from megatron_mhc.config import MHCConfig
+    from megatron_mhc.pretrain_gpt import add_args, check_args
+
+    sys.argv = ["pretrain_gpt", *argv]
+    os.environ.update(RANK="0", WORLD_SIZE=str(world), CUDA_DEVICE_MAX_CONNECTIONS="1")
+    args = parse_args(add_args)
+    validate_args(args, {})
+    check_args(args)
+    args.padded_vocab_size = 129280
+    return vars(args), vars(core_transformer_config_from_args(args)), MHCConfig.from_args(args)
+
+
+# layers, hidden, expert FFN, experts, batch: the tables of arXiv 2512.24880; parameters in billions
+PAPER = {
+    "3b": (12, 1280, 896, 64, 320, 2.97),
+    "3b-1t": (12, 1280, 896, 64, 2560, 2.97),
+    "9b": (18, 1920, 1280, 64, 512, 9.18),
+    "27b": (30, 2560, 1536, 72, 1280, 27.0),
+}
+
+
+@pytest.mark.parametrize("model", PAPER)
+def test_paper_recipe_is_valid_and_has_the_papers_size(tmp_path, run_ranks, model):
+    words = command_of(tmp_path, "train_paper.sh", model)
+    argv = words[words.index("megatron_mhc.pretrain_gpt") + 1 :]
+    args, config, mhc = run_ranks(1, parsed, argv, 16)[0]
+    layers, hidden, ffn, experts, batch, billions = PAPER[model]
+    assert (config["num_layers"], config["hidden_size"], config["num_moe_experts"]) == (
+        layers,
+        hidden,
+        experts,
+    )
+    assert args["global_batch_size"] == batch
+    assert mhc.num_residual_streams == 4
+    heads = config["num_attention_heads"]
+    attention = hidden * heads * (128 + 64) + hidden * (512 + 64) + 512 * heads * (128 + 128)
+    attention += heads * 128 * hidden
+    moe = 3 * hidden * (ffn * experts + config["moe_shared_expert_intermediate_size"])
+    dense = 3 * hidden * config["ffn_hidden_size"]
+    total = layers * attention + (layers - 1) * moe + dense + 2 * 129280 * hidden
+    assert total / 1e9 == pytest.approx(billions, rel=0.005)
+
+
+@pytest.mark.parametrize("script", ["spec_door.sh", "launch_door.sh", "wheel_door.sh"])
+def test_door_is_valid(tmp_path, run_ranks, script):
+    words = command_of(tmp_path, script)
+    if script == "spec_door.sh":
+        at = words.index("--spec")
+        assert words[at + 1 : at + 3] == ["megatron_mhc.specs", "gpt_mhc_spec"]
+        del words[at : at + 3]
+    argv = [*words[words.index("--num-layers") :], "--no-rope-fusion"]  # the fusion needs TransformerEngine
+    args, _, mhc = run_ranks(1, parsed, argv, 1)[0]
+    assert (args["num_layers"], mhc.num_residual_streams) == (12, 4)
+
+
+@pytest.mark.parametrize("script", sorted(p.name for p in EXAMPLES.glob("*.s*") if p.suffix != ".py"))
+def test_script_parses(script):
+    subprocess.run(["bash", "-n", str(EXAMPLES / script)], check=True)
