@@ -20,6 +20,7 @@ _HELP = {
     "norm_eps": "epsilon inside the root of the mappings' RMS norm",
     "load_dense": "let --load take a checkpoint without mHC parameters (a plain GPT); "
     "the mappings keep their initial values",
+    "backend": "kernels; auto is Triton on CUDA where it was checked there, else plain torch",
 }
 
 

@@ -18,6 +18,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "h_post": ("dynamic", "fixed"),
     "init": ("home_stream", "uniform"),
     "contract": ("auto", "mean", "sum", "learned_head"),
+    "backend": ("auto", "triton", "reference"),
 }
 
 
@@ -44,6 +45,8 @@ class MHCConfig:
             `deepseek_v4` and `mean` otherwise.
         norm_eps: added to mean(x^2) inside the root.
         load_dense: allow a checkpoint without mHC parameters to fill everything else.
+        backend: `triton`, `reference` (plain torch), or `auto`: Triton on CUDA where it was checked
+            (n = 4, `paper`, bf16 or fp32 streams), plain torch elsewhere.
 
     Raises:
         ValueError: a value outside its range, naming the flag and the remedy.
@@ -62,6 +65,7 @@ class MHCConfig:
     contract: str = "auto"
     norm_eps: float = 1e-6
     load_dense: bool = False
+    backend: str = "auto"
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
@@ -99,7 +103,7 @@ class MHCConfig:
 
     def arithmetic(self) -> dict[str, Any]:
         """The options that a checkpoint's weights are only meaningful under."""
-        loose = {"init", "init_gating_factor", "load_dense"}
+        loose = {"init", "init_gating_factor", "load_dense", "backend"}
         return {k: v for k, v in asdict(self).items() if k not in loose}
 
     @classmethod

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from megatron.core.transformer.module import MegatronModule
@@ -15,6 +15,11 @@ from megatron_mhc.checkpoint import take_or_refuse
 from megatron_mhc.config import MHCConfig, flag
 from megatron_mhc.ops import reference
 from megatron_mhc.parallel import mark_replicated
+
+if TYPE_CHECKING:
+    from megatron_mhc.ops.deferred import DeferredMappings
+
+    Mappings = reference.Coefficients | DeferredMappings
 
 HOME_READ_LOGIT = 3.0  # sigmoid(3) = 0.953 of the home stream, sigmoid(-3) = 0.047 of the others
 HOME_MIX_LOGIT = 6.0  # 6 I - 3: diagonal 0.993 after Sinkhorn, far from saturated
@@ -157,28 +162,52 @@ class HyperConnectionModule(MappingParameters):
             dynamic_res=self.dynamic["res"],
         )
 
-    def forward(self, streams: Tensor) -> tuple[Tensor, reference.Coefficients]:
+    def forward(self, streams: Tensor) -> tuple[Tensor, Mappings]:
         """Read the sub-layer's input.
 
         Args:
             streams: [s, b, n*C].
 
         Returns:
-            layer input [s, b, C] in the streams' dtype, and the coefficients that `post_res` needs.
+            layer input [s, b, C] in the streams' dtype, and the mappings that `post_res` needs, with
+            h_pre, h_post [s*b, n] and h_res [s*b, n, n].
         """
         s, b, _ = streams.shape
         x = streams.view(s * b, self.mhc.num_residual_streams, -1)
+        if ops.choose_backend(self.mhc, x.shape[-1], x.dtype, x.device.type) == "triton":
+            layer_input, mappings = self.triton_pre(x)
+            return layer_input.view(s, b, -1), mappings
         coefficients = self.coefficients(x)
         if self.mhc.num_residual_streams == 1 and not self.dynamic["pre"]:
             # 1 * x is x; handing on x itself also keeps the order in which autograd sums its gradient.
             return streams, coefficients
-        return ops.pre(x, coefficients.h_pre).view(s, b, -1), coefficients
+        return reference.pre(x, coefficients.h_pre).view(s, b, -1), coefficients
 
-    def post_res(self, streams: Tensor, f: Tensor, coefficients: reference.Coefficients) -> Tensor:
+    def triton_pre(self, x: Tensor) -> tuple[Tensor, Mappings]:
+        """`forward` of x: [T, n, C] by the Triton kernels."""
+        from megatron_mhc.ops import deferred  # imports triton, which a CPU may lack
+
+        return deferred.pre(
+            x,
+            self.mapping_proj(),
+            self.bias,
+            (self.alpha_pre, self.alpha_post, self.alpha_res),
+            norm_eps=self.mhc.norm_eps,
+            iterations=self.mhc.sinkhorn_iterations,
+            deepseek_v4=self.mhc.preset == "deepseek_v4",
+        )
+
+    def post_res(self, streams: Tensor, f: Tensor, mappings: Mappings) -> Tensor:
         """Mix the streams and write the sub-layer's output f: [s, b, C] into them; returns [s, b, n*C]."""
         s, b, width = f.shape
-        x = streams.view(s * b, self.mhc.num_residual_streams, width)
-        mixed = ops.post_res(x, f.reshape(s * b, width), coefficients.h_post, coefficients.h_res)
+        f = f.reshape(s * b, width)
+        if isinstance(mappings, reference.Coefficients):
+            x = streams.view(s * b, self.mhc.num_residual_streams, width)
+            mixed = reference.post_res(x, f, mappings.h_post, mappings.h_res)
+        else:
+            from megatron_mhc.ops import deferred
+
+            mixed = deferred.post_res(f, mappings)
         return mixed.view(s, b, -1)
 
 

@@ -12,9 +12,10 @@ from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
 from torch.nn import functional as F
 
-from megatron_mhc import ops, parallel
+from megatron_mhc import parallel
 from megatron_mhc.config import MHCConfig
 from megatron_mhc.hyper_connection import HyperConnectionModule, check_width
+from megatron_mhc.ops import reference
 
 
 class HyperConnectionTransformerLayer(TransformerLayer):
@@ -82,7 +83,7 @@ class HyperConnectionTransformerLayer(TransformerLayer):
         width, n = self.config.hidden_size, self.mhc.num_residual_streams
         first = self.layer_number == 1
         check_width(hidden_states, width if first else n * width, f"layer {self.layer_number}")
-        return ops.expand(hidden_states, n) if first else hidden_states
+        return reference.expand(hidden_states, n) if first else hidden_states
 
 
 def bias_dropout(training: bool, fused: bool) -> Callable[..., Tensor]:

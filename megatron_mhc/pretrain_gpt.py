@@ -24,7 +24,14 @@ from megatron.core.enums import ModelType
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.transformer.multi_token_prediction import get_mtp_ranks, mtp_on_this_rank
 from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
-from megatron.training import get_args, get_timers, get_tokenizer, pretrain, print_rank_0
+from megatron.training import (
+    get_args,
+    get_tensorboard_writer,
+    get_timers,
+    get_tokenizer,
+    pretrain,
+    print_rank_0,
+)
 from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
 from megatron.training.arguments import core_transformer_config_from_args, parse_and_validate_args
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
@@ -231,6 +238,16 @@ def main(step: Callable[..., Any] = forward_step) -> None:
         step,
         get_embedding_ranks=embedding_ranks,
     )
+    finish()
+
+
+def finish() -> None:
+    """Close what Megatron leaves open: a process that ends in the midst of gloo's threads may abort."""
+    if (writer := get_tensorboard_writer()) is not None:
+        writer.close()
+    torch.distributed.barrier()
+    mpu.destroy_model_parallel()
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -26,7 +26,8 @@ COMMON = f"""
 --transformer-impl transformer_engine --bf16 --use-distributed-optimizer --no-gradient-accumulation-fusion
 --num-layers 8 --hidden-size 1024 --ffn-hidden-size 2816 --num-attention-heads 16 --swiglu
 --disable-bias-linear --normalization RMSNorm --position-embedding-type rope
---untie-embeddings-and-output-weights --attention-dropout 0 --hidden-dropout 0 --seq-length 2048 --max-position-embeddings 2048
+--untie-embeddings-and-output-weights --attention-dropout 0 --hidden-dropout 0
+--seq-length 2048 --max-position-embeddings 2048
 --micro-batch-size 4 --global-batch-size 8 --train-iters {STEPS} --lr 6e-4 --min-lr 6e-5 --lr-warmup-iters 5
 --lr-decay-style cosine --weight-decay 0.1 --clip-grad 1.0 --adam-beta2 0.95 --seed 1234
 --split 95,5,0 --eval-iters 0 --eval-interval 1000 --log-interval 1 --num-workers 1

@@ -29,7 +29,9 @@ def sources() -> list[Path]:
     paths = sorted(paths, key=lambda p: p.relative_to(root).as_posix())
     random.Random(0).shuffle(paths)
     if len(paths) < 100:
-        raise SystemExit(f"{root} holds {len(paths)} .py files: this Python comes without its library's sources")
+        raise SystemExit(
+            f"{root} holds {len(paths)} .py files: this Python comes without its library's sources"
+        )
     return paths
 
 

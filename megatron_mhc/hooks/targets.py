@@ -1,6 +1,8 @@
 """Every Megatron symbol that megatron_mhc replaces, on one screen.
 
-A replacement is a function of the original; both leave models without mHC exactly as they are.
+A replacement is a function of the original; both leave models without mHC exactly as they are. Beside
+these, `pretrain_gpt.py` (and `testing/cpu.py`, which patches much more, for CPUs alone) keeps Megatron
+from running `make` where the wheel has no Makefile.
 """
 
 from __future__ import annotations

@@ -1,5 +1,54 @@
-"""The mHC operations; `reference` is their definition and, for now, their only implementation."""
+"""The mHC operations: `reference` defines them in plain torch, the other files run them by Triton.
 
-from megatron_mhc.ops.reference import Coefficients, contract, expand, learned_head, post_res, pre, sinkhorn
+pre.py, post_res.py    forward kernels        pre_backward.py   the gradients of pre
+sinkhorn.py            H_res in registers     deferred.py       autograd over all of them
+"""
 
-__all__ = ["Coefficients", "contract", "expand", "learned_head", "post_res", "pre", "sinkhorn"]
+import os
+
+import torch
+
+from megatron_mhc.config import MHCConfig, flag
+
+
+def triton_obstacle(mhc: MHCConfig, width: int, dtype: torch.dtype, device_type: str) -> str | None:
+    """Why the Triton kernels cannot serve these streams of `width` channels, or None if they can."""
+    if device_type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"the streams are on {device_type}"
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"the streams are {dtype}"
+    if mhc.num_residual_streams not in (1, 2, 4, 8):
+        return f"{flag('num_residual_streams')} {mhc.num_residual_streams} is not 1, 2, 4 or 8"
+    if width % 16:
+        return f"--hidden-size {width} is no multiple of 16"
+    for name, needed in (("h_res", "sinkhorn"), ("h_pre", "dynamic"), ("h_post", "dynamic")):
+        if getattr(mhc, name) != needed:
+            return f"{flag(name)} is {getattr(mhc, name)}"
+    return None
+
+
+def checked_on_gpu(mhc: MHCConfig, dtype: torch.dtype) -> bool:
+    """True for what `tests/ops` has been run on a GPU for, in these kernels' present form."""
+    return (
+        mhc.num_residual_streams == 4 and mhc.preset == "paper" and dtype in (torch.bfloat16, torch.float32)
+    )
+
+
+def choose_backend(mhc: MHCConfig, width: int, dtype: torch.dtype, device_type: str) -> str:
+    """`triton` or `reference`, as `--mhc-backend` says.
+
+    `auto` takes Triton on CUDA for the streams that it was checked with there.
+
+    Raises:
+        ValueError: Triton was asked for and cannot serve.
+    """
+    if mhc.backend == "reference":
+        return "reference"
+    if mhc.backend == "auto" and (device_type != "cuda" or not checked_on_gpu(mhc, dtype)):
+        return "reference"
+    obstacle = triton_obstacle(mhc, width, dtype, device_type)
+    if obstacle is None:
+        return "triton"
+    if mhc.backend == "triton":
+        raise ValueError(f"{flag('backend')} triton: {obstacle}; use {flag('backend')} auto or change that")
+    return "reference"

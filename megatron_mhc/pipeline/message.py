@@ -55,7 +55,8 @@ def _check(tensor: Tensor | None, shape: Any, width: int, what: str) -> None:
         return
     wrong = tuple(tensor.shape) != tuple(shape) if shape else tensor.shape[-1] != width
     if wrong:
+        expected = tuple(shape) or ("...", width)
         raise ValueError(
-            f"pipeline message {what} with shape {tuple(tensor.shape)}, expected "
-            f"{tuple(shape) or ('...', width)}: every stage needs the same sequence length, micro-batch size and --mhc-num-residual-streams"
+            f"pipeline message {what} with shape {tuple(tensor.shape)}, expected {expected}: every stage "
+            "needs the same sequence length, micro-batch size and --mhc-num-residual-streams"
         )

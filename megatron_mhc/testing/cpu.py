@@ -298,49 +298,11 @@ def use_plain_adam() -> None:
     import megatron.core.optimizer as optimizer
     import megatron.core.optimizer.distrib_optimizer as distrib_optimizer
 
+    from megatron_mhc.testing.adam import PlainAdam
+
     optimizer.Adam, optimizer.USING_PYTORCH_OPTIMIZER = PlainAdam, False
     distrib_optimizer.Adam = PlainAdam
     distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_APEX_OPTIMIZER = True
-
-
-class PlainAdam(torch.optim.Optimizer):
-    """Adam and AdamW with apex's constructor and state: `step` in the group, fp32 moments."""
-
-    def __init__(
-        self,
-        params: Any,
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        adam_w_mode: bool = True,
-        **_: Any,
-    ):
-        self.adam_w_mode = bool(adam_w_mode)
-        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
-        for group in self.param_groups:
-            group["step"] = int(group.get("step", 0)) + 1
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._update(group, parameter)
-
-    def _update(self, group: dict[str, Any], parameter: Tensor) -> None:
-        (beta1, beta2), lr, decay = group["betas"], group["lr"], group["weight_decay"]
-        state, gradient = self.state[parameter], parameter.grad.float()
-        for name in ("exp_avg", "exp_avg_sq"):
-            if name not in state:
-                state[name] = torch.zeros_like(parameter, dtype=torch.float32)
-        if self.adam_w_mode:
-            parameter.mul_(1 - lr * decay)
-        else:
-            gradient = gradient + decay * parameter
-        mean = state["exp_avg"].lerp_(gradient, 1 - beta1)
-        square = state["exp_avg_sq"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        scale = (square / (1 - beta2 ** group["step"])).sqrt_().add_(group["eps"])
-        parameter.addcdiv_(mean, scale, value=-lr / (1 - beta1 ** group["step"]))
 
 
 def local_norm(config: Any, hidden_size: int, eps: float = 1e-5, **_: Any) -> torch.nn.Module:
@@ -391,6 +353,10 @@ def main() -> None:
     else:
         sys.path.insert(0, os.path.dirname(os.path.abspath(argv[0])))  # as `python script.py` would
         runpy.run_path(argv[0], run_name="__main__")
+    if torch.distributed.is_initialized():
+        # A process that ends in the midst of gloo's threads may abort.
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -149,3 +149,21 @@ def test_home_streams_take_turns(run_ranks):
         return [m.bias[:3].argmax().item() for m in modules]
 
     assert run_ranks(1, homes)[0] == [0, 1, 2, 0]
+
+
+@pytest.mark.parametrize("preset, variant", [("paper", "recompute"), ("deepseek_v4", "dense")])
+def test_triton_backend_matches_the_reference_backend(run_ranks, preset, variant):
+    """Loss and every gradient of a model, in Triton's interpreter."""
+
+    def both():
+        results = []
+        for backend in ("reference", "triton"):
+            mhc = MHCConfig(preset=preset, init="uniform", init_gating_factor=0.5, backend=backend)
+            results.append(gpt.forward_backward(gpt.build(mhc, **VARIANTS[variant])))
+        return results
+
+    (loss, grads), (triton_loss, triton_grads) = run_ranks(1, both)[0]
+    assert triton_loss.item() == pytest.approx(loss.item(), rel=1e-6)
+    floor = 1e-3 * max(grad.abs().max() for grad in grads.values())
+    for name, grad in grads.items():
+        assert (triton_grads[name] - grad).abs().max() <= 1e-4 * max(grad.abs().max(), floor), name

@@ -1,0 +1,162 @@
+"""The Triton operations under autograd, with the gradient of the streams applied once.
+
+    streams --pre--> layer input --F--> f
+       \\--- (tunnel) ---------------post_res--> streams'
+
+x' depends on x twice: through H_res and, by way of the coefficients, through the projection. Autograd
+would form both gradients and add them, n*C wide each. Instead `post_res` hands the gradient g of x' back
+through the tunnel as it is, next to f, and the backward of `pre` turns it into dx in one pass. So what
+the tunnel carries is not the gradient of x. It leaves `pre` only inside `DeferredMappings`, whose one
+consumer is `post_res`; a second use raises.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_mhc.ops.post_res import post_backward, post_res_forward
+from megatron_mhc.ops.pre import pre_forward
+from megatron_mhc.ops.pre_backward import pre_backward
+
+
+class DeferredMappings:
+    """Coefficients of T tokens on their way from `pre` to `post_res`.
+
+    h_pre, h_post: [T, n]; h_res: [T, n, n]; fp32, detached.
+    """
+
+    def __init__(self, tunnel: Tensor, values: Tensor, rest: tuple[Any, ...]):
+        self.n = tunnel.shape[1]
+        self.values = values
+        self.rest = rest  # what _PostRes takes behind values
+        self._tunnel: Tensor | None = tunnel
+
+    @property
+    def h_pre(self) -> Tensor:
+        return self.values[:, : self.n]
+
+    @property
+    def h_post(self) -> Tensor:
+        return self.values[:, self.n : 2 * self.n]
+
+    @property
+    def h_res(self) -> Tensor:
+        return self.values[:, 2 * self.n :].unflatten(1, (self.n, self.n))
+
+    def take_tunnel(self) -> Tensor:
+        """The streams for `post_res`, once.
+
+        Raises:
+            RuntimeError: on a second call, whose gradient the backward of `pre` would misread.
+        """
+        if self._tunnel is None:
+            raise RuntimeError("post_res was called twice with the mappings of one pre: call pre again")
+        tunnel, self._tunnel = self._tunnel, None
+        return tunnel
+
+
+class _Baton:
+    """Carries f from the backward of post_res to that of pre."""
+
+    f: Tensor | None = None
+
+
+class _Pre(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        alpha_pre: Tensor,
+        alpha_post: Tensor,
+        alpha_res: Tensor,
+        baton: _Baton,
+        norm_eps: float,
+        iterations: int,
+        deepseek_v4: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        alphas = (alpha_pre, alpha_post, alpha_res)
+        layer_input, saved, values = pre_forward(
+            x, weight, bias, alphas, norm_eps=norm_eps, iterations=iterations, deepseek_v4=deepseek_v4
+        )
+        ctx.save_for_backward(x, weight, bias, *alphas, saved)
+        ctx.baton, ctx.options = baton, dict(iterations=iterations, deepseek_v4=deepseek_v4)
+        ctx.mark_non_differentiable(saved, values)
+        return layer_input, x.view_as(x), saved, values
+
+    @staticmethod
+    def backward(ctx: Any, dl: Tensor, g: Tensor, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, weight, bias, alpha_pre, alpha_post, alpha_res, saved = ctx.saved_tensors
+        f, ctx.baton.f = ctx.baton.f, None
+        if f is None:  # no post_res downstream, so g is zero and f counts for nothing
+            f = torch.zeros_like(dl)
+        dx, d_weight, d_bias, d_alphas = pre_backward(
+            x,
+            g.contiguous(),
+            f,
+            dl.contiguous(),
+            weight,
+            bias,
+            (alpha_pre, alpha_post, alpha_res),
+            saved,
+            **ctx.options,
+        )
+        return dx, d_weight, d_bias, d_alphas[:1], d_alphas[1:2], d_alphas[2:], None, None, None, None
+
+
+class _PostRes(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        tunnel: Tensor,
+        f: Tensor,
+        values: Tensor,
+        saved: Tensor,
+        bias: Tensor,
+        alpha_post: Tensor,
+        baton: _Baton,
+    ) -> Tensor:
+        ctx.save_for_backward(f, saved, bias, alpha_post)
+        ctx.baton = baton
+        return post_res_forward(tunnel, f, values)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        f, saved, bias, alpha_post = ctx.saved_tensors
+        ctx.baton.f = f
+        g = g.contiguous()
+        # g is not the gradient of the tunnel's streams: pre's backward makes it so.
+        return g, post_backward(g, saved, bias, alpha_post), None, None, None, None, None
+
+
+def pre(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    alphas: tuple[Tensor, Tensor, Tensor],
+    *,
+    norm_eps: float,
+    iterations: int,
+    deepseek_v4: bool,
+) -> tuple[Tensor, DeferredMappings]:
+    """Read the layer input from the streams; see `pre.pre_forward` for shapes.
+
+    Returns:
+        layer input [T, C] in x's dtype, and the mappings that `post_res` takes, once.
+    """
+    baton = _Baton()
+    layer_input, tunnel, saved, values = _Pre.apply(
+        x.contiguous(), weight, bias, *alphas, baton, norm_eps, iterations, deepseek_v4
+    )
+    rest = (saved, bias.detach(), alphas[1].detach(), baton)
+    return layer_input, DeferredMappings(tunnel, values, rest)
+
+
+def post_res(f: Tensor, mappings: DeferredMappings) -> Tensor:
+    """Mix the streams that `mappings` came from and write f: [T, C] into them; returns [T, n, C]."""
+    tunnel = mappings.take_tunnel()
+    return _PostRes.apply(tunnel, f.contiguous(), mappings.values, *mappings.rest)

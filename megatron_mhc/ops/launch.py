@@ -1,0 +1,28 @@
+"""What the Triton launchers share."""
+
+import os
+
+import triton
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def power_of_two(value: int) -> int:
+    """The smallest power of two that is at least `value`."""
+    return triton.next_power_of_2(value)
+
+
+def mapping_rows(n: int) -> int:
+    """M = n (pre) + n (post) + n*n (res)."""
+    return n * n + 2 * n
+
+
+def mapping_block(n: int) -> int:
+    """Columns of a tile that holds M mapping rows and one more; tensor cores want at least 16."""
+    return max(16, power_of_two(mapping_rows(n) + 1))
+
+
+def split(total: int, parts: int, block: int) -> tuple[int, int]:
+    """Cut `total` into at most `parts` pieces of whole blocks; returns (piece size, pieces)."""
+    piece = triton.cdiv(triton.cdiv(total, max(1, parts)), block) * block
+    return piece, triton.cdiv(total, piece)

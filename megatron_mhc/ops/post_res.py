@@ -1,0 +1,84 @@
+"""post_res (Triton): x' = H_res x + h_post^T f, and the gradient of f.
+
+Its backward writes df alone and hands the gradient of x' on untouched: the backward of `pre` reads it
+once more and applies H_res^T together with everything else that x receives (`pre_backward`).
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from megatron_mhc.ops.launch import INTERPRETED, power_of_two
+
+
+@triton.jit
+def _post_res_kernel(x, f, mappings, out, T, C, N: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr):
+    """out_i = sum_j h_res[i, j] x_j + h_post_i f."""
+    M: tl.constexpr = 2 * N + N * N
+    blocks = tl.cdiv(C, BC)
+    t = (tl.program_id(0) // blocks * BT + tl.arange(0, BT)).to(tl.int64)
+    c = tl.program_id(0) % blocks * BC + tl.arange(0, BC)
+    live = t < T
+    keep = live[:, None] & (c < C)[None, :]
+    fv = tl.load(f + t[:, None] * C + c[None, :], mask=keep, other=0.0).to(tl.float32)
+    xs = ()
+    for j in tl.static_range(N):
+        xv = tl.load(x + (t * N + j)[:, None] * C + c[None, :], mask=keep, other=0.0)
+        xs = xs + (xv.to(tl.float32),)
+    row = mappings + t * M
+    for i in tl.static_range(N):
+        acc = tl.load(row + N + i, mask=live, other=0.0)[:, None] * fv
+        for j in tl.static_range(N):
+            acc += tl.load(row + 2 * N + i * N + j, mask=live, other=0.0)[:, None] * xs[j]
+        tl.store(out + (t * N + i)[:, None] * C + c[None, :], acc.to(out.dtype.element_ty), mask=keep)
+
+
+@triton.jit
+def _post_backward_kernel(
+    g, saved, bias, alpha_post, df, T, C, N: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr
+):
+    """df = sum_i h_post_i g_i."""
+    M: tl.constexpr = 2 * N + N * N
+    blocks = tl.cdiv(C, BC)
+    t = (tl.program_id(0) // blocks * BT + tl.arange(0, BT)).to(tl.int64)
+    c = tl.program_id(0) % blocks * BC + tl.arange(0, BC)
+    live = t < T
+    keep = live[:, None] & (c < C)[None, :]
+    alpha = tl.load(alpha_post)
+    acc = tl.zeros([BT, BC], tl.float32)
+    for i in tl.static_range(N):
+        u = tl.load(saved + t * (M + 1) + N + i, mask=live, other=0.0)
+        h_post = 2 * tl.sigmoid(u * alpha + tl.load(bias + N + i))
+        gv = tl.load(g + (t * N + i)[:, None] * C + c[None, :], mask=keep, other=0.0)
+        acc += h_post[:, None] * gv.to(tl.float32)
+    tl.store(df + t[:, None] * C + c[None, :], acc.to(df.dtype.element_ty), mask=keep)
+
+
+def _tile(C: int) -> tuple[int, int]:
+    return (8, power_of_two(C)) if INTERPRETED else (1, min(1024, power_of_two(C)))
+
+
+def post_res_forward(x: Tensor, f: Tensor, mappings: Tensor) -> Tensor:
+    """x' of x: [T, n, C], f: [T, C] and coefficients [T, n*n+2n] fp32; in x's dtype.
+
+    Source: arXiv 2512.24880 Eq. (3).
+    """
+    T, n, C = x.shape
+    out = torch.empty_like(x)
+    if T:
+        BT, BC = _tile(C)
+        grid = (triton.cdiv(C, BC) * triton.cdiv(T, BT),)
+        _post_res_kernel[grid](x, f, mappings, out, T, C, n, BT, BC, num_warps=4)
+    return out
+
+
+def post_backward(g: Tensor, saved: Tensor, bias: Tensor, alpha_post: Tensor) -> Tensor:
+    """df [T, C] of the gradient g: [T, n, C] of x' and what `pre_forward` saved."""
+    T, n, C = g.shape
+    df = g.new_empty(T, C)
+    if T:
+        BT, BC = _tile(C)
+        grid = (triton.cdiv(C, BC) * triton.cdiv(T, BT),)
+        _post_backward_kernel[grid](g, saved, bias, alpha_post, df, T, C, n, BT, BC, num_warps=4)
+    return df

@@ -1,0 +1,270 @@
+"""Time mHC's operations on one GPU beside plain torch, torch.compile and Transformer Engine.
+
+    python scripts/bench/ops.py [--shapes 8192x4096,4096x2560] [--n 4] [--dtype bf16] [--out bench.json]
+
+Chain = pre -> F -> post_res, forward and backward with every gradient, where F is the identity. One unit
+u is the bytes of one stream of all tokens; the floor of the chain is 7 n + 5 u, 33 for n = 4
+(pre 5, post_res 9, their backward 5 and 14, each tensor moved once per operation), at the bandwidth of a
+large device-to-device copy measured in the same run. Errors are relative L2 against float64.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from megatron_mhc.ops import deferred, reference
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+GRADS = ("x", "weight", "bias", "alpha_pre", "alpha_post", "alpha_res")
+
+
+def plain(x, weight, bias, a_pre, a_post, a_res):
+    """The definition: layer input and coefficients."""
+    n = x.shape[1]
+    gates = torch.cat([a_pre.expand(n), a_post.expand(n), a_res.expand(n * n)])
+    logits = reference.normalised_projection(x, weight, 1e-6) * gates + bias
+    h = reference.mhc_mappings(logits, n)
+    return reference.pre(x, h.h_pre), (x, h)
+
+
+def plain_post(f, state):
+    x, h = state
+    return reference.post_res(x, f, h.h_post, h.h_res)
+
+
+def ours(x, weight, bias, *alphas):
+    return deferred.pre(x, weight, bias, alphas, norm_eps=1e-6, iterations=20, deepseek_v4=False)
+
+
+def transformer_engine(split_k: bool):
+    """TE's operations; their streams lie [.., C, n], so inputs are laid out for them."""
+    from transformer_engine.pytorch.triton import mhc
+
+    def pre(x, weight, bias, a_pre, a_post, a_res):
+        alpha = torch.cat([a_pre, a_post, a_res])
+        out, h_post, h_res = mhc.mhc_generate_mix_and_aggregate(
+            x.unsqueeze(1), weight, alpha, bias.view(1, -1), use_split_k=split_k
+        )
+        return out, (x.unsqueeze(1), h_post, h_res)
+
+    def post(f, state):
+        x, h_post, h_res = state
+        return mhc.mhc_fused_expand_combine(f, None, h_post, x, h_res, 4)
+
+    return pre, post
+
+
+def providers(n: int) -> dict[str, tuple[Callable, Callable]]:
+    found = {
+        "megatron_mhc": (ours, lambda f, mappings: deferred.post_res(f, mappings)),
+        "torch eager": (plain, plain_post),
+        "torch.compile": (torch.compile(plain), torch.compile(plain_post)),
+    }
+    if n == 4:
+        try:
+            found["TransformerEngine"] = transformer_engine(False)
+            found["TransformerEngine split-K"] = transformer_engine(True)
+        except ImportError as error:
+            print(f"TransformerEngine left out: {error}")
+    return found
+
+
+def make_inputs(
+    tokens: int, width: int, n: int, dtype: torch.dtype, channel_last: bool
+) -> list[torch.Tensor]:
+    generator = torch.Generator(device="cuda").manual_seed(0)
+
+    def rand(*shape):
+        return torch.randn(*shape, generator=generator, device="cuda")
+
+    rows = n * n + 2 * n
+    shape = (tokens, width, n) if channel_last else (tokens, n, width)
+    tensors = [rand(*shape).to(dtype), rand(rows, n * width) * 0.02, rand(rows)]
+    tensors += [torch.full((1,), 0.5, device="cuda") for _ in range(3)]
+    return [t.requires_grad_() for t in tensors]
+
+
+def time_us(run: Callable[[], object], graph: bool) -> float:
+    """Median microseconds of `run`, called from Python or replayed as a CUDA graph."""
+    for _ in range(3):
+        run()
+    torch.cuda.synchronize()
+    if graph:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            run()
+        torch.cuda.current_stream().wait_stream(side)
+        captured = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(captured):
+            run()
+        run = captured.replay
+    # Streams are several times the L2 at the shapes of interest; each run starts where the last ended.
+    samples = []
+    for _ in range(30):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        samples.append(start.elapsed_time(end) * 1e3)
+    return statistics.median(samples)
+
+
+def copy_bandwidth() -> float:
+    """Bytes per second, read plus written, of a 1 GiB copy."""
+    source = torch.empty(1 << 29, device="cuda", dtype=torch.bfloat16)
+    target = torch.empty_like(source)
+    return 2 * source.numel() * 2 / (time_us(lambda: target.copy_(source), graph=False) * 1e-6)
+
+
+def our_layout(parameter: torch.Tensor, width: int, n: int) -> torch.Tensor:
+    """TE's phi [M, C*n] or bias [M] as ours: stream outer in the columns, H_res transposed in the rows."""
+    if parameter.dim() == 2:
+        parameter = parameter.view(-1, width, n).transpose(1, 2).reshape(parameter.shape)
+    res = torch.arange(n * n).view(n, n).T.flatten() + 2 * n
+    return parameter[torch.cat([torch.arange(2 * n), res]).to(parameter.device)].contiguous()
+
+
+def errors(pre, post, width: int, n: int, dtype: torch.dtype, channel_last: bool) -> dict[str, float]:
+    """Relative L2 errors of 1024 tokens' outputs and gradients against float64."""
+    tensors = make_inputs(1024, width, n, dtype, channel_last)
+    first = tensors[0].detach()
+    exact = [first.transpose(1, 2) if channel_last else first, *(t.detach() for t in tensors[1:])]
+    exact = [t.double().contiguous().requires_grad_() for t in exact]
+    if channel_last:  # TE flattens [C, n] and multiplies by H_res from the right: the same function, for ours
+        exact[1], exact[2] = (our_layout(t.detach(), width, n).requires_grad_() for t in exact[1:3])
+    results = []
+    for fn, end, leaves in ((plain, plain_post, exact), (pre, post, tensors)):
+        layer_input, state = fn(*leaves)
+        out = end(layer_input, state)
+        generator = torch.Generator(device="cuda").manual_seed(1)
+        g = torch.randn(1024, n, width, device="cuda", generator=generator).to(dtype)
+        if out.shape[-1] == n:  # TE
+            g = g.transpose(1, 2).reshape(out.shape)
+        grads = torch.autograd.grad(out, leaves, g.to(out.dtype).view(out.shape))
+        results.append([layer_input, out, *grads])
+    wanted, got = results
+    if channel_last:
+        got[1] = got[1].reshape(1024, width, n).transpose(1, 2)
+        got[2] = got[2].transpose(1, 2)
+        got[3], got[4] = (our_layout(t, width, n) for t in got[3:5])
+        wanted[2] = wanted[2].view(1024, n, width)
+    return {
+        name: ((a.reshape(b.shape).double() - b).norm() / b.norm()).item()
+        for name, a, b in zip(("layer_input", "streams", *GRADS), got, wanted, strict=True)
+    }
+
+
+def bench(name: str, pre, post, tokens: int, width: int, n: int, dtype: torch.dtype, unit_us: float) -> dict:
+    channel_last = name.startswith("TransformerEngine")
+    leaves = make_inputs(tokens, width, n, dtype, channel_last)
+    layer_input, state = pre(*leaves)
+    out = post(layer_input, state)
+    g = torch.randn_like(out)
+    del layer_input, state, out
+
+    def forward():
+        layer_input, state = pre(*leaves)
+        return post(layer_input, state)
+
+    def chain():
+        return torch.autograd.grad(forward(), leaves, g)
+
+    def pre_only():
+        with torch.no_grad():
+            return pre(*leaves)
+
+    row = {"name": name, "tokens": tokens, "width": width, "n": n, "dtype": str(dtype).split(".")[-1]}
+    chain()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    chain()
+    row["peak_MiB"] = (torch.cuda.max_memory_allocated() - before) / 2**20
+    row["chain_us"] = time_us(chain, graph=True)
+    row["chain_eager_us"] = time_us(chain, graph=False)
+    row["pre_us"] = time_us(pre_only, graph=True)
+    with torch.no_grad():
+        layer_input, state = pre_only()
+
+        def post_only():
+            if hasattr(state, "take_tunnel"):  # a benchmark may call it again: no gradient is at stake
+                return deferred.post_res_forward(leaves[0], layer_input, state.values)
+            return post(layer_input, state)
+
+        row["post_us"] = time_us(post_only, graph=True)
+    row["chain_over_floor"] = row["chain_us"] / ((7 * n + 5) * unit_us)
+    row["pre_over_floor"] = row["pre_us"] / ((n + 1) * unit_us)
+    row["post_over_floor"] = row["post_us"] / ((2 * n + 1) * unit_us)
+    row["errors"] = errors(pre, post, width, n, dtype, channel_last)
+    return row
+
+
+def installed(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shapes", default="4096x2560,8192x4096,4096x7168", help="tokens x channels, ...")
+    parser.add_argument("--n", type=int, default=4)
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
+    parser.add_argument("--only", default="", help="run providers whose name contains this")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    dtype = DTYPES[options.dtype]
+    bandwidth = copy_bandwidth()
+    packages = ("torch", "triton", "transformer-engine")
+    report = {
+        "device": torch.cuda.get_device_name(),
+        "copy_TB_per_s": round(bandwidth / 1e12, 3),
+        "versions": {p: installed(p) for p in packages},
+        "rows": [],
+    }
+    print(json.dumps({k: v for k, v in report.items() if k != "rows"}), flush=True)
+    head = "implementation | T x C | chain, us | x floor | from Python, us | pre x floor | post x floor"
+    print(f"| {head} | peak MiB | worst error |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for shape in options.shapes.split(","):
+        tokens, width = map(int, shape.split("x"))
+        unit_us = tokens * width * torch.finfo(dtype).bits // 8 / bandwidth * 1e6
+        for name, (pre, post) in providers(options.n).items():
+            if options.only not in name:
+                continue
+            try:
+                row = bench(name, pre, post, tokens, width, options.n, dtype, unit_us)
+            except Exception as error:  # a rival's failure is a result too
+                row = {"name": name, "tokens": tokens, "width": width, "failed": repr(error)[:300]}
+                print(f"| {name} | {shape} | failed: {row['failed'][:120]} |", flush=True)
+                report["rows"].append(row)
+                continue
+            worst = max(row["errors"], key=row["errors"].get)
+            cells = [name, shape, f"{row['chain_us']:.0f}", f"{row['chain_over_floor']:.2f}"]
+            cells += [
+                f"{row['chain_eager_us']:.0f}",
+                f"{row['pre_over_floor']:.2f}",
+                f"{row['post_over_floor']:.2f}",
+            ]
+            cells += [f"{row['peak_MiB']:.0f}", f"{worst} {row['errors'][worst]:.1e}"]
+            print("| " + " | ".join(cells) + " |", flush=True)
+            report["rows"].append(row)
+            torch.cuda.empty_cache()
+    if options.out:
+        options.out.write_text(json.dumps(report, indent=1))
+
+
+if __name__ == "__main__":
+    main()
