@@ -1,8 +1,8 @@
 """Checkpoints of the other kind: a plain one is taken only under --mhc-load-dense, never by accident.
 
 An mHC checkpoint differs from a plain one in two ways: it has mapping parameters, and its final norm
-lies at `final_layernorm.norm.`. So a plain model refuses an mHC checkpoint by itself (missing key),
-and here an mHC model is kept from half-loading a plain one:
+lies at `final_layernorm.norm.`. So even stock Megatron refuses an mHC checkpoint (missing key), and here
+an mHC model is kept from half-loading a plain one:
 
     torch_dist   `guard_load` compares the request with the checkpoint's metadata before reading
     any format   `take_or_refuse` is called by the modules when load_state_dict reaches them
@@ -52,7 +52,7 @@ def take_or_refuse(
 
 
 def guard_load(load: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap `dist_checkpointing.load` with `adapt_request`; plain models pass straight through."""
+    """Wrap `dist_checkpointing.load` with `adapt_request`."""
 
     def load_checked(sharded_state_dict: Any, checkpoint_dir: str, *args: Any, **kwargs: Any) -> Any:
         return load(adapt_request(sharded_state_dict, checkpoint_dir), checkpoint_dir, *args, **kwargs)
@@ -61,20 +61,30 @@ def guard_load(load: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def adapt_request(request: dict[str, Any], checkpoint_dir: str) -> dict[str, Any]:
-    """Compare what an mHC model asks of a torch_dist checkpoint with what is there.
+    """Compare what a model asks of a torch_dist checkpoint with what is there.
 
-    From a plain checkpoint only the shared part is asked; `take_or_refuse` decides about the rest.
+    From a plain checkpoint an mHC model asks the shared part; `take_or_refuse` decides about the rest.
 
     Raises:
-        ValueError: other numbers of streams or kinds of mapping, or a plain checkpoint's optimizer.
+        ValueError: an mHC checkpoint for a plain model; another number of streams or kind of mapping; a
+            plain checkpoint's optimizer.
     """
     from megatron.core.dist_checkpointing import load_tensors_metadata
 
-    wanted = [item for item in _leaves(request) if isinstance(item, ShardedBase) and _is_mhc(item.key)]
-    if not wanted:
+    items = [item for item in _leaves(request) if isinstance(item, ShardedBase)]
+    wanted = [item for item in items if _is_mhc(item.key)]
+    if not wanted and not any(item.key.startswith("decoder.layers.") for item in items):
         return request
     there = load_tensors_metadata(checkpoint_dir)
-    if any(_MAPPING in key for key in there):
+    is_mhc = any(_MAPPING in key for key in there)
+    if not wanted:
+        if is_mhc:
+            raise ValueError(
+                f"{checkpoint_dir} is an mHC model's: add --spec megatron_mhc.specs gpt_mhc_spec "
+                "(with megatron_mhc.pretrain_gpt, drop --no-mhc), or load a plain checkpoint"
+            )
+        return request
+    if is_mhc:
         for item in wanted:
             _check_shape(item, there)
         return request

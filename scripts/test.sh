@@ -6,6 +6,7 @@ cd "$ROOT"
 
 ensure_python train,dev
 export OMP_NUM_THREADS=1 # the tests start several processes of their own
+export CUDA_VISIBLE_DEVICES= # and run on a CPU also where a GPU is; tests/gpu says how to run on that
 
 step "ruff"
 "$PYTHON" -m ruff check .

@@ -139,3 +139,14 @@ def test_torch_format_state_dict_follows_the_same_rules(run_ranks):
             gpt.build(FOUR).load_state_dict(two)
 
     run_ranks(1, attempt)
+
+
+def test_mhc_checkpoint_is_refused_by_a_plain_model_with_a_remedy(run_ranks, tmp_path):
+    """With the hooks registered, as `pretrain_gpt --no-mhc` has them."""
+
+    def attempt():
+        save(gpt.build(FOUR), tmp_path / "mhc")
+        with pytest.raises(ValueError, match="drop --no-mhc"):
+            load(gpt.build(), tmp_path / "mhc")
+
+    run_ranks(1, attempt)
