@@ -51,7 +51,7 @@ class MHCConfig:
     Raises:
         ValueError: a value outside its range, naming the flag and the remedy.
 
-    Source: arXiv 2512.24880 Eqs. (5), (14)-(19); the initialisation is in docs of `ops.reference`.
+    Source: arXiv 2512.24880 Eqs. (5), (14)-(19).
     """
 
     num_residual_streams: int = 4

@@ -87,6 +87,7 @@ KINDS: dict[str, dict[str, Any]] = {
     ),
     "tied": dict(),
     "token_local": dict(num_query_groups=2),  # for CP, which Megatron's local attention refuses
+    "token_local_moe": _MOE,
     "moe": _MOE,
     "moe_shared": _MOE | dict(moe_shared_expert_intermediate_size=32),
     "moe_auxiliary_loss": _MOE | dict(moe_router_load_balancing_type="aux_loss", moe_aux_loss_coeff=0.1),
@@ -287,7 +288,7 @@ def spec(
     block = get_gpt_decoder_block_spec(
         config, use_transformer_engine=False, normalization=config.normalization, vp_stage=vp_stage
     )
-    if kind == "token_local":
+    if kind.startswith("token_local"):
         for layer in block.layer_specs:
             layer.submodules.self_attention.submodules.core_attention = TokenLocalAttention
     return block if mhc is None else wrap_block_spec(block, mhc, config, vp_stage)
