@@ -90,6 +90,8 @@ class HyperConnectionModule(MappingParameters):
         super().__init__(config, mhc)
         self.sublayer_index = sublayer_index
         n, width = mhc.num_residual_streams, config.hidden_size
+        if mhc.backend == "triton":  # at build time what no device could serve; the rest when streams come
+            ops.choose_backend(mhc, width, config.params_dtype, "cuda")
         self.dynamic = {
             "pre": mhc.h_pre == "dynamic",
             "post": mhc.h_post == "dynamic",

@@ -5,16 +5,21 @@ sinkhorn.py            H_res in registers     deferred.py       autograd over al
 """
 
 import os
+from importlib.util import find_spec
 
 import torch
 
 from megatron_mhc.config import MHCConfig, flag
+
+_HAS_TRITON = find_spec("triton") is not None
 
 
 def triton_obstacle(mhc: MHCConfig, width: int, dtype: torch.dtype, device_type: str) -> str | None:
     """Why the Triton kernels cannot serve these streams of `width` channels, or None if they can."""
     if device_type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return f"the streams are on {device_type}"
+    if not _HAS_TRITON:
+        return "triton is not installed"
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"the streams are {dtype}"
     if mhc.num_residual_streams not in (1, 2, 4, 8):

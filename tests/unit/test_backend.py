@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from megatron.core.transformer import TransformerConfig
 
 from megatron_mhc import ops
 from megatron_mhc.config import MHCConfig
+from megatron_mhc.hyper_connection import HyperConnectionModule
 
 BF16 = torch.bfloat16
 
@@ -50,3 +52,12 @@ def test_triton_without_a_gpu_is_refused(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ValueError, match="the streams are on cpu"):
         ops.choose_backend(MHCConfig(backend="triton"), 64, BF16, "cpu")
+
+
+def test_triton_for_a_width_it_cannot_serve_is_refused_when_the_layer_is_built():
+    config = TransformerConfig(
+        num_layers=1, hidden_size=20, num_attention_heads=2, use_cpu_initialization=True
+    )
+    with pytest.raises(ValueError, match="--hidden-size 20 is no multiple of 16"):
+        HyperConnectionModule(config, MHCConfig(backend="triton"), 0)
+    HyperConnectionModule(config, MHCConfig(), 0)
