@@ -6,6 +6,7 @@ import dataclasses
 import logging
 from typing import Any
 
+import torch
 from megatron.core.transformer import transformer_block
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
@@ -13,7 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import MoETransformerLayer, TransformerLayer
 from megatron.core.utils import log_single_rank
 
-from megatron_mhc import hooks, parallel
+from megatron_mhc import hooks, ops, parallel
 from megatron_mhc.config import ENVIRONMENT, MHCConfig
 from megatron_mhc.layer import HyperConnectionTransformerLayer, bias_dropout, unsupported_submodule
 from megatron_mhc.streams import contract_norm_builder
@@ -93,11 +94,11 @@ def gpt_mhc_spec(model_config: Any, vp_stage: int | None = None) -> TransformerB
     """
     from megatron.training.models.gpt import default_layer_spec
 
-    mhc = mhc_options()
-    spec = wrap_block_spec(
-        default_layer_spec(model_config, vp_stage), mhc, model_config.transformer, vp_stage
-    )
-    log_single_rank(logger, logging.INFO, f"mHC: {mhc.to_options()}")
+    mhc, config = mhc_options(), model_config.transformer
+    spec = wrap_block_spec(default_layer_spec(model_config, vp_stage), mhc, config, vp_stage)
+    device = torch.empty(0, device=torch.cuda.current_device()).device.type
+    backend = ops.choose_backend(mhc, config.hidden_size, config.params_dtype, device)
+    log_single_rank(logger, logging.INFO, f"mHC: {mhc.to_options()}; operations: {backend}")
     return spec
 
 
