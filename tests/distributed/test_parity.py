@@ -170,9 +170,10 @@ def test_variant_matches_single_process(run_ranks, layout, variant):
     check(run_ranks, 2, layout, "dense", VARIANTS[variant])
 
 
-@pytest.mark.parametrize("layout", ["tp2_sp", "pp2_vpp2", "ep2"])
-def test_float32_layout_matches_single_process(run_ranks, layout):
-    check(run_ranks, 2, *CORE[layout], dtype=torch.float32)
+@pytest.mark.parametrize("layout, kind", [("tp2_sp", "dense"), ("pp2_vpp2", "dense"), ("ep2", "moe")])
+def test_float32_layout_matches_single_process(run_ranks, layout, kind):
+    ranks, sizes, *_ = CORE[layout]
+    check(run_ranks, ranks, sizes, kind, dtype=torch.float32)
 
 
 NORM = "decoder.layers.0.input_layernorm.weight"
@@ -198,7 +199,7 @@ RECOMPUTE = {"full": UNIFORM, "selective": selective("core_attn", "layernorm")}
 def test_recomputed_dropout_matches_stored_activations(run_ranks, recompute):
     """Bitwise: a replay draws the masks that the forward pass drew, in and out of the TP region."""
     undropped = reference("biased", MHC).gradients
-    for stored, replayed in run_ranks(2, dropout_gradients, CORE["tp2_sp"][0], {}, RECOMPUTE[recompute]):
+    for stored, replayed in run_ranks(2, dropout_gradients, Layout(tp=2, sp=True), {}, RECOMPUTE[recompute]):
         assert all(torch.equal(stored[name], replayed[name]) for name in stored)
         assert not torch.allclose(stored[NORM], undropped[NORM], rtol=1e-3)
 
@@ -214,7 +215,7 @@ def unmark(parameter, name):
 
 def test_unreduced_mapping_gradients_are_noticed(run_ranks):
     """Parity is a real check: without their sum over TP, the mapping gradients are wrong, and no others."""
-    layout, kind = CORE["tp2_sp"]
+    layout, kind = Layout(tp=2, sp=True), "dense"
     expected = reference(kind, MHC)
     result = run_ranks(2, compare, layout, kind, MHC, expected, None, unmark)[0]
     wrong = {name for name, error in result.gradients.items() if error > 1e-3}
