@@ -105,10 +105,10 @@ class HyperConnectionModule(MappingParameters):
             columns = width if mhc.is_hc else n * width
             self.mapping_proj = MappingProjection(rows, columns, self.dtype, self.device)
             self.bias = nn.Parameter(torch.empty(biases, dtype=self.dtype, device=self.device))
-            for part, on in self.dynamic.items():
-                if on:
-                    setattr(self, "alpha_" + part, self.scalar(mhc.init_gating_factor))
             self.reset_parameters()
+        for part, on in self.dynamic.items():
+            alpha = self.scalar(mhc.init_gating_factor) if on else None
+            self.register_parameter("alpha_" + part, alpha)
         mark_replicated(self, config)
 
     @torch.no_grad()
@@ -132,31 +132,18 @@ class HyperConnectionModule(MappingParameters):
         if uniform and self.config.perform_initialization:
             nn.init.xavier_uniform_(self.mapping_proj.weight)
 
-    def alpha(self, part: str) -> Tensor | None:
-        """The gating factor [1] of `pre`, `post` or `res`; None where that part is fixed."""
-        return getattr(self, "alpha_" + part) if self.dynamic[part] else None
-
     def coefficients(self, x: Tensor) -> reference.Coefficients:
-        """Coefficients of the streams x: [T, n, C]."""
-        mhc, n = self.mhc, self.mhc.num_residual_streams
+        """Coefficients of the streams x: [T, n, C], by the reference."""
+        mhc, alphas = self.mhc, (self.alpha_pre, self.alpha_post, self.alpha_res)
         if mhc.is_hc:
-            alpha_res = self.alpha("res")
-            assert alpha_res is not None
-            alphas = (self.alpha("pre"), self.alpha("post"), alpha_res)
             return reference.hc_mappings(x, self.mapping_proj(), alphas, self.bias, mhc.norm_eps)
         if any(self.dynamic.values()):
-            raw = reference.normalised_projection(x, self.mapping_proj(), mhc.norm_eps)
-            gates = [
-                alpha.expand(n * n if part == "res" else n)
-                for part in self.dynamic
-                if (alpha := self.alpha(part)) is not None
-            ]
-            logits = raw * torch.cat(gates).to(raw.dtype) + self.bias.to(raw.dtype)
+            logits = reference.mapping_logits(x, self.mapping_proj(), alphas, self.bias, mhc.norm_eps)
         else:
             logits = x.new_empty((x.shape[0], 0), dtype=reference.coefficient_dtype(x))
         return reference.mhc_mappings(
             logits,
-            n,
+            mhc.num_residual_streams,
             deepseek_v4=mhc.preset == "deepseek_v4",
             sinkhorn_iterations=mhc.sinkhorn_iterations,
             dynamic_pre=self.dynamic["pre"],

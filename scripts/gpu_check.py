@@ -1,6 +1,6 @@
 """Train small bf16 models through Megatron's pretrain() on the local GPU, with mHC and without.
 
-    python scripts/gpu_check.py --out runs/gpu_check
+    python scripts/gpu_check.py --out runs/gpu_check [--backend reference]
 
 Dense, MoE (first layer dense, shared expert) and MLA, from Transformer Engine's specs, 50 steps each on
 the Python standard library's sources. Writes one log per run, results.json and results.md; exits with
@@ -64,8 +64,8 @@ _FIELDS = {
 }
 
 
-def run(name: str, flags: str, data: Path, out: Path) -> dict:
-    """Train one recipe and return its losses, gradient norms and median step time in ms."""
+def run(name: str, flags: str, backend: str, data: Path, out: Path) -> dict:
+    """Train one recipe with `backend`; returns its losses, gradient norms and median step time in ms."""
     command = [
         sys.executable,
         "-m",
@@ -76,6 +76,8 @@ def run(name: str, flags: str, data: Path, out: Path) -> dict:
         "29731",
     ]
     command += ["-m", "megatron_mhc.pretrain_gpt", *COMMON.split(), *flags.split(), "--data-path", str(data)]
+    if "--no-mhc" not in flags:
+        command += ["--mhc-backend", backend]
     log = out / (re.sub(r"\W+", "_", name) + ".log")
     env = {
         **os.environ,
@@ -116,6 +118,7 @@ def _finite(value: float) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "gpu_check")
+    parser.add_argument("--backend", choices=("auto", "triton", "reference"), default="auto")
     parser.add_argument("--only", default="", help="run recipes whose name contains this")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -127,7 +130,8 @@ def main() -> None:
         "device": torch.cuda.get_device_name(),
         "versions": {p: version(p) for p in ("torch", "megatron-core", "transformer-engine")},
     }
-    rows = [run(name, flags, data, options.out) for name, flags in RECIPES.items() if options.only in name]
+    chosen = {name: flags for name, flags in RECIPES.items() if options.only in name}
+    rows = [run(name, flags, options.backend, data, options.out) for name, flags in chosen.items()]
     (options.out / "results.json").write_text(json.dumps({**device, "runs": rows}, indent=1))
     table = [
         "| run | first loss | last loss (mean of 5) | median step, ms | finite and falling |",

@@ -87,6 +87,31 @@ def normalised_projection(x: Tensor, weight: Tensor, norm_eps: float) -> Tensor:
     return F.linear(flat, weight.to(flat.dtype)) * inverse_rms
 
 
+def mapping_logits(
+    x: Tensor,
+    weight: Tensor,
+    alphas: tuple[Tensor | None, Tensor | None, Tensor | None],
+    bias: Tensor,
+    norm_eps: float,
+) -> Tensor:
+    """Gate the normalised projection and add the biases.
+
+    Args:
+        x: [T, n, C]; weight: [m, n*C]; bias: [m]; norm_eps: as in `normalised_projection`.
+        alphas: (alpha_pre, alpha_post, alpha_res), [1] each; None where that part is fixed and absent.
+
+    Returns:
+        [T, m] in the coefficient dtype.
+
+    Source: arXiv 2512.24880 Eq. (16), the bias after the division by r.
+    """
+    n = x.shape[1]
+    sizes = (n, n, n * n)
+    gates = [alpha.expand(size) for alpha, size in zip(alphas, sizes, strict=True) if alpha is not None]
+    projection = normalised_projection(x, weight, norm_eps)
+    return projection * torch.cat(gates).to(projection.dtype) + bias.to(projection.dtype)
+
+
 def mhc_mappings(
     logits: Tensor,
     n: int,

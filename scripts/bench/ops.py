@@ -29,10 +29,8 @@ GRADS = ("x", "weight", "bias", "alpha_pre", "alpha_post", "alpha_res")
 
 def plain(x, weight, bias, a_pre, a_post, a_res):
     """The definition: layer input and coefficients."""
-    n = x.shape[1]
-    gates = torch.cat([a_pre.expand(n), a_post.expand(n), a_res.expand(n * n)])
-    logits = reference.normalised_projection(x, weight, 1e-6) * gates + bias
-    h = reference.mhc_mappings(logits, n)
+    logits = reference.mapping_logits(x, weight, (a_pre, a_post, a_res), bias, 1e-6)
+    h = reference.mhc_mappings(logits, x.shape[1])
     return reference.pre(x, h.h_pre), (x, h)
 
 

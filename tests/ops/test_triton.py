@@ -74,10 +74,8 @@ def inputs(tokens, n, channels, dtype, scale=1.0, logits=1.0):
 
 
 def reference_connection(x, weight, bias, a_pre, a_post, a_res, f, v4, iterations=20):
-    n = x.shape[1]
-    gates = torch.cat([a_pre.expand(n), a_post.expand(n), a_res.expand(n * n)])
-    logits = reference.normalised_projection(x, weight, 1e-6) * gates + bias
-    h = reference.mhc_mappings(logits, n, deepseek_v4=v4, sinkhorn_iterations=iterations)
+    logits = reference.mapping_logits(x, weight, (a_pre, a_post, a_res), bias, 1e-6)
+    h = reference.mhc_mappings(logits, x.shape[1], deepseek_v4=v4, sinkhorn_iterations=iterations)
     return reference.pre(x, h.h_pre), reference.post_res(x, f, h.h_post, h.h_res), h
 
 

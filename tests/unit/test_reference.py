@@ -141,6 +141,28 @@ def test_projection_matches_equations_14_to_16(n):
 
 
 @pytest.mark.parametrize("n", STREAMS)
+@pytest.mark.parametrize("fixed", [None, 0, 1, 2])
+def test_logits_match_equation_16(n, fixed):
+    """alpha * projection + bias; rows of a fixed part (pre, post or res) are absent."""
+    alphas = [torch.tensor([a], dtype=torch.float64) for a in (0.3, 0.5, 0.7)]
+    sizes = [n, n, n * n]
+    if fixed is not None:
+        alphas[fixed], sizes[fixed] = None, 0
+    rows = sum(sizes)
+    x, weight, bias = rand(3, n, 5), rand(rows, n * 5, seed=1), rand(rows, seed=2)
+    got = reference.mapping_logits(x, weight, tuple(alphas), bias, 1e-6)
+    projection = reference.normalised_projection(x, weight, 1e-6)
+    row = 0
+    for alpha, size in zip(alphas, sizes, strict=True):
+        for _ in range(size):
+            for t in range(3):
+                want = alpha.item() * projection[t, row].item() + bias[row].item()
+                assert got[t, row].item() == pytest.approx(want, rel=1e-13, abs=1e-14)
+            row += 1
+    assert got.shape == (3, row)
+
+
+@pytest.mark.parametrize("n", STREAMS)
 def test_mappings_match_equations_17_to_19(n):
     logits = rand(3, n * n + 2 * n)
     h_pre, h_post, h_res = reference.mhc_mappings(logits, n)
