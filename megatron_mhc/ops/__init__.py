@@ -1,6 +1,8 @@
 """The mHC operations: `reference` defines them in plain torch, the other files run them by Triton.
 
-pre.py, post_res.py    forward kernels        pre_backward.py   the gradients of pre
+pre.py, post_res.py    forward kernels, and the gradient of f
+mapping_backward.py    the gradients of the coefficients, per token
+pre_backward.py        the gradients of the streams and of the mapping parameters
 sinkhorn.py            H_res in registers     deferred.py       autograd over all of them
 """
 
@@ -32,24 +34,17 @@ def triton_obstacle(mhc: MHCConfig, width: int, dtype: torch.dtype, device_type:
     return None
 
 
-def checked_on_gpu(mhc: MHCConfig, dtype: torch.dtype) -> bool:
-    """True for what `tests/ops` has been run on a GPU for, in these kernels' present form."""
-    return (
-        mhc.num_residual_streams == 4 and mhc.preset == "paper" and dtype in (torch.bfloat16, torch.float32)
-    )
-
-
 def choose_backend(mhc: MHCConfig, width: int, dtype: torch.dtype, device_type: str) -> str:
     """`triton` or `reference`, as `--mhc-backend` says.
 
-    `auto` takes Triton on CUDA for the streams that it was checked with there.
+    `auto` takes Triton on CUDA wherever it can serve.
 
     Raises:
         ValueError: Triton was asked for and cannot serve.
     """
     if mhc.backend == "reference":
         return "reference"
-    if mhc.backend == "auto" and (device_type != "cuda" or not checked_on_gpu(mhc, dtype)):
+    if mhc.backend == "auto" and device_type != "cuda":
         return "reference"
     obstacle = triton_obstacle(mhc, width, dtype, device_type)
     if obstacle is None:

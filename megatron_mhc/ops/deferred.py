@@ -86,14 +86,18 @@ class _Pre(torch.autograd.Function):
         ctx.save_for_backward(x, weight, bias, *alphas, saved)
         ctx.baton, ctx.options = baton, dict(iterations=iterations, deepseek_v4=deepseek_v4)
         ctx.mark_non_differentiable(saved, values)
+        ctx.set_materialize_grads(False)  # else autograd fills zeros for saved and values
         return layer_input, x.view_as(x), saved, values
 
     @staticmethod
-    def backward(ctx: Any, dl: Tensor, g: Tensor, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(  # type: ignore[override]
+        ctx: Any, dl: Tensor | None, g: Tensor | None, *_: Any
+    ) -> tuple[Tensor | None, ...]:
         x, weight, bias, alpha_pre, alpha_post, alpha_res, saved = ctx.saved_tensors
         f, ctx.baton.f = ctx.baton.f, None
-        if f is None:  # no post_res downstream, so g is zero and f counts for nothing
-            f = torch.zeros_like(dl)
+        dl = torch.zeros_like(x[:, 0]) if dl is None else dl  # the layer input reaches no loss
+        if g is None or f is None:  # no post_res downstream, so f counts for nothing
+            g, f = torch.zeros_like(x), torch.zeros_like(dl)
         dx, d_weight, d_bias, d_alphas = pre_backward(
             x,
             g.contiguous(),
@@ -133,6 +137,7 @@ class _PostRes(torch.autograd.Function):
         return g, post_backward(g, saved, bias, alpha_post), None, None, None, None, None
 
 
+@torch.compiler.disable  # between compiled regions these run as they are
 def pre(
     x: Tensor,
     weight: Tensor,
@@ -156,6 +161,7 @@ def pre(
     return layer_input, DeferredMappings(tunnel, values, rest)
 
 
+@torch.compiler.disable
 def post_res(f: Tensor, mappings: DeferredMappings) -> Tensor:
     """Mix the streams that `mappings` came from and write f: [T, C] into them; returns [T, n, C]."""
     tunnel = mappings.take_tunnel()

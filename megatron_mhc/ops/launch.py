@@ -3,6 +3,7 @@
 import os
 
 import triton
+import triton.language as tl
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -26,3 +27,18 @@ def split(total: int, parts: int, block: int) -> tuple[int, int]:
     """Cut `total` into at most `parts` pieces of whole blocks; returns (piece size, pieces)."""
     piece = triton.cdiv(triton.cdiv(total, max(1, parts)), block) * block
     return piece, triton.cdiv(total, piece)
+
+
+@triton.jit
+def await_turn(turn, mine):
+    """Wait until `mine` programs have finished their turn; what they stored is visible from here on."""
+    while tl.atomic_add(turn, 0, sem="acquire") < mine:
+        pass
+    tl.debug_barrier()
+
+
+@triton.jit
+def finish_turn(turn):
+    """Publish what this program has stored and hand the turn on."""
+    tl.debug_barrier()  # the release below then covers the stores of all the program's threads
+    tl.atomic_add(turn, 1, sem="release")

@@ -13,14 +13,21 @@ from megatron_mhc.ops.launch import INTERPRETED, power_of_two
 
 
 @triton.jit
-def _post_res_kernel(x, f, mappings, out, T, C, N: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr):
-    """out_i = sum_j h_res[i, j] x_j + h_post_i f."""
-    M: tl.constexpr = 2 * N + N * N
+def _tile(T, C, BT: tl.constexpr, BC: tl.constexpr):
+    """Tokens and channels of this program, and where they exist."""
     blocks = tl.cdiv(C, BC)
     t = (tl.program_id(0) // blocks * BT + tl.arange(0, BT)).to(tl.int64)
     c = tl.program_id(0) % blocks * BC + tl.arange(0, BC)
     live = t < T
     keep = live[:, None] & (c < C)[None, :]
+    return t, c, live, keep
+
+
+@triton.jit
+def _post_res_kernel(x, f, mappings, out, T, C, N: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr):
+    """out_i = sum_j h_res[i, j] x_j + h_post_i f."""
+    M: tl.constexpr = 2 * N + N * N
+    t, c, live, keep = _tile(T, C, BT, BC)
     fv = tl.load(f + t[:, None] * C + c[None, :], mask=keep, other=0.0).to(tl.float32)
     xs = ()
     for j in tl.static_range(N):
@@ -40,11 +47,7 @@ def _post_backward_kernel(
 ):
     """df = sum_i h_post_i g_i."""
     M: tl.constexpr = 2 * N + N * N
-    blocks = tl.cdiv(C, BC)
-    t = (tl.program_id(0) // blocks * BT + tl.arange(0, BT)).to(tl.int64)
-    c = tl.program_id(0) % blocks * BC + tl.arange(0, BC)
-    live = t < T
-    keep = live[:, None] & (c < C)[None, :]
+    t, c, live, keep = _tile(T, C, BT, BC)
     alpha = tl.load(alpha_post)
     acc = tl.zeros([BT, BC], tl.float32)
     for i in tl.static_range(N):
@@ -55,7 +58,7 @@ def _post_backward_kernel(
     tl.store(df + t[:, None] * C + c[None, :], acc.to(df.dtype.element_ty), mask=keep)
 
 
-def _tile(C: int) -> tuple[int, int]:
+def _tile_sizes(C: int) -> tuple[int, int]:
     return (8, power_of_two(C)) if INTERPRETED else (1, min(1024, power_of_two(C)))
 
 
@@ -67,7 +70,7 @@ def post_res_forward(x: Tensor, f: Tensor, mappings: Tensor) -> Tensor:
     T, n, C = x.shape
     out = torch.empty_like(x)
     if T:
-        BT, BC = _tile(C)
+        BT, BC = _tile_sizes(C)
         grid = (triton.cdiv(C, BC) * triton.cdiv(T, BT),)
         _post_res_kernel[grid](x, f, mappings, out, T, C, n, BT, BC, num_warps=4)
     return out
@@ -78,7 +81,7 @@ def post_backward(g: Tensor, saved: Tensor, bias: Tensor, alpha_post: Tensor) ->
     T, n, C = g.shape
     df = g.new_empty(T, C)
     if T:
-        BT, BC = _tile(C)
+        BT, BC = _tile_sizes(C)
         grid = (triton.cdiv(C, BC) * triton.cdiv(T, BT),)
         _post_backward_kernel[grid](g, saved, bias, alpha_post, df, T, C, n, BT, BC, num_warps=4)
     return df

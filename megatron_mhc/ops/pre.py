@@ -57,7 +57,8 @@ def _aggregate_kernel(
 ):  # fmt: skip
     """Finish the projection, keep u = projection / r and 1 / r, write the coefficients and h_pre . x."""
     M: tl.constexpr = 2 * N + N * N
-    t = (tl.program_id(0) * BT + tl.arange(0, BT)).to(tl.int64)
+    # Last tokens first: the projection has just read those, so part of x is still in L2.
+    t = ((tl.num_programs(0) - 1 - tl.program_id(0)) * BT + tl.arange(0, BT)).to(tl.int64)
     live = t < T
     i = tl.arange(0, N)
     ij = i[:, None] * N + i[None, :]

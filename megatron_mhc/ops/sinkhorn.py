@@ -5,6 +5,16 @@ import triton.language as tl
 
 
 @triton.jit
+def unfused_product(a, b):
+    """a * b for a sum over threads.
+
+    A product fused into the first addition of such a sum is rounded in the partner's half alone: threads
+    that hold the same sum would hold different bits, and which of them are stored would be left to chance.
+    """
+    return tl.where(b == b, a * b, b)
+
+
+@triton.jit
 def _log_normalise(z, AXIS: tl.constexpr):
     z = z - tl.max(z, axis=AXIS, keep_dims=True)
     return z - tl.log(tl.sum(tl.exp(z), axis=AXIS, keep_dims=True))
@@ -23,7 +33,7 @@ def _divide(m, AXIS: tl.constexpr):
 @triton.jit
 def _divide_bwd(m, dy, AXIS: tl.constexpr):
     total = tl.sum(m, axis=AXIS, keep_dims=True) + 1e-6
-    return (dy - tl.sum(dy * m, axis=AXIS, keep_dims=True) / total) / total
+    return (dy - tl.sum(unfused_product(dy, m), axis=AXIS, keep_dims=True) / total) / total
 
 
 @triton.jit
@@ -64,7 +74,7 @@ def sinkhorn_bwd(z, dm, ITERATIONS: tl.constexpr, V4: tl.constexpr):
             dm = _divide_bwd(past[2 * (ITERATIONS - 1) - 2 * i], dm, 1)
             dm = _divide_bwd(past[2 * (ITERATIONS - 1) - 2 * i - 1], dm, 2)
         dm = _divide_bwd(past[0], dm, 1)
-        return m, p * (dm - tl.sum(dm * p, axis=2, keep_dims=True))
+        return m, p * (dm - tl.sum(unfused_product(dm, p), axis=2, keep_dims=True))
     else:
         past = (z,)
         for _ in tl.static_range(ITERATIONS):

@@ -172,3 +172,45 @@ def test_second_post_res_is_refused():
     deferred.post_res(f, mappings)
     with pytest.raises(RuntimeError, match="post_res was called twice"):
         deferred.post_res(f, mappings)
+
+
+def test_a_compiled_region_around_the_operations_gives_the_same():
+    *tensors, _ = inputs(4, 4, 32, torch.float32)
+
+    def sublayer(x, weight, bias, *alphas):
+        layer_input, mappings = deferred.pre(
+            x * 1.5, weight, bias, alphas, norm_eps=1e-6, iterations=20, deepseek_v4=False
+        )
+        return deferred.post_res(torch.tanh(layer_input), mappings).square().sum()
+
+    grads = []
+    for run in (sublayer, torch.compile(sublayer, backend="aot_eager")):
+        leaves = [t.clone().requires_grad_() for t in tensors]
+        grads.append(torch.autograd.grad(run(*leaves), leaves))
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.skipif(not ON_GPU, reason="needs a GPU: MEGATRON_MHC_GPU_TESTS=1")
+def test_replayed_graph_on_another_stream_gives_the_same_bits():
+    tensors = inputs(300, 4, 1024, torch.bfloat16)
+    leaves = [t.clone().requires_grad_() for t in tensors]
+
+    def step():
+        layer_input, streams, _ = triton_connection(*leaves, False)
+        loss = layer_input.float().square().sum() + streams.float().square().sum()
+        return [layer_input, streams, *torch.autograd.grad(loss, leaves)]
+
+    want = [t.detach().clone() for t in step()]
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=side):
+            got = step()
+        for _ in range(2):
+            graph.replay()
+    torch.cuda.synchronize()
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a, b)

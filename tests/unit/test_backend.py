@@ -22,11 +22,10 @@ BF16 = torch.bfloat16
         (dict(backend="reference"), 4096, BF16, "cuda", "reference"),
         (dict(h_res="identity"), 4096, BF16, "cuda", "reference"),
         (dict(h_pre="fixed"), 4096, BF16, "cuda", "reference"),
-        # Not yet checked on a GPU, so only on request.
-        (dict(num_residual_streams=2), 4096, BF16, "cuda", "reference"),
-        (dict(num_residual_streams=2, backend="triton"), 4096, BF16, "cuda", "triton"),
-        (dict(preset="deepseek_v4"), 4096, BF16, "cuda", "reference"),
-        (dict(preset="deepseek_v4", backend="triton"), 4096, BF16, "cuda", "triton"),
+        (dict(num_residual_streams=2), 4096, BF16, "cuda", "triton"),
+        (dict(num_residual_streams=3), 4096, BF16, "cuda", "reference"),
+        (dict(num_residual_streams=8), 4096, torch.float16, "cuda", "triton"),
+        (dict(preset="deepseek_v4"), 4096, BF16, "cuda", "triton"),
     ],
 )
 def test_backend_follows_the_option_and_the_streams(options, width, dtype, device, backend):
