@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import os
 from dataclasses import fields
+from typing import Any
 
-from megatron_mhc.config import _CHOICES, MHCConfig, flag
+from megatron_mhc.config import _CHOICES, ENVIRONMENT, MHCConfig, flag
 
 _HELP = {
     "num_residual_streams": "number of parallel residual streams",
@@ -21,6 +23,16 @@ _HELP = {
     "load_dense": "let --load take a checkpoint without mHC parameters (a plain GPT); "
     "the mappings keep their initial values",
     "backend": "kernels; auto is Triton on CUDA where it was checked there, else plain torch",
+    "log_interval": "steps between two diagnostics in TensorBoard and W&B (mhc/...); 0 is never",
+    "log_tokens": "tokens of a micro-batch that the diagnostics sample",
+    "alarm": "what to do when a gain or a mapping logit leaves its range",
+    "alarm_gain": "alarm beyond this gain, and below its inverse",
+    "alarm_logit": "alarm beyond this absolute value of a mapping logit",
+    "recompute_layer_num": "drop the streams and layer inputs of this many sub-layers at a time and replay "
+    "them in backward: a number, auto, or off",
+    "recompute_coefficients": "replay the coefficients too, instead of keeping them",
+    "pipeline_schedule": "interleaved overlaps the streams' messages with compute, fused also MoE's",
+    "pp_boundary": "what leaves a pipeline stage; split sends the mixed streams before the last MLP",
 }
 
 
@@ -42,3 +54,27 @@ def add_mhc_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
                 help=help_text,
             )
     return parser
+
+
+def use_mhc(args: Any, model_config: Any) -> None:
+    """Build the model with mHC if the command line has an --mhc-* flag; see patches/.
+
+    Args:
+        args: Megatron's parsed arguments, from a parser that `add_mhc_args` extended.
+        model_config: Megatron's GPTModelConfig, whose `transformer_layer_spec` is set.
+
+    Raises:
+        ValueError: options in MEGATRON_MHC, another --spec, or a model that takes no layer spec.
+    """
+    given = [f.name for f in fields(MHCConfig) if getattr(args, "mhc_" + f.name) is not None]
+    if os.environ.get(ENVIRONMENT):
+        raise ValueError(f"this script has --mhc-* flags: unset {ENVIRONMENT}, so that one place decides")
+    if not given:
+        return
+    from megatron_mhc.specs import gpt_mhc_spec
+
+    if args.spec is not None and list(args.spec) != ["megatron_mhc.specs", "gpt_mhc_spec"]:
+        raise ValueError(f"--spec {' '.join(args.spec)}: drop it; mHC wraps what Megatron chooses")
+    if getattr(args, "modelopt_enabled", False) or not hasattr(model_config, "transformer_layer_spec"):
+        raise ValueError(f"{flag(given[0])}: only for a GPT that takes a layer spec, not for ModelOpt's")
+    model_config.transformer_layer_spec = gpt_mhc_spec

@@ -19,6 +19,9 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "init": ("home_stream", "uniform"),
     "contract": ("auto", "mean", "sum", "learned_head"),
     "backend": ("auto", "triton", "reference"),
+    "alarm": ("off", "warn", "stop"),
+    "pipeline_schedule": ("megatron", "interleaved", "fused"),
+    "pp_boundary": ("whole", "split"),
 }
 
 
@@ -45,8 +48,21 @@ class MHCConfig:
             `deepseek_v4` and `mean` otherwise.
         norm_eps: added to mean(x^2) inside the root.
         load_dense: allow a checkpoint without mHC parameters to fill everything else.
-        backend: `triton`, `reference` (plain torch), or `auto`: Triton on CUDA where it was checked
-            (n = 4, `paper`, bf16 or fp32 streams), plain torch elsewhere.
+        backend: `triton`, `reference` (plain torch), or `auto`: Triton on CUDA where it can serve, plain
+            torch elsewhere.
+        log_interval: write diagnostics of the mappings every so many steps; 0 never.
+        log_tokens: how many tokens of the first micro-batch of each data-parallel rank they sample.
+        alarm: `warn` or `stop` when a gain leaves [1 / alarm_gain, alarm_gain] or a mapping logit
+            leaves [-alarm_logit, alarm_logit] at a logging step.
+        recompute_layer_num: sub-layers (attention and MLP count one each) of a block whose streams and
+            layer inputs are dropped and replayed in backward: a number, `auto` for the blocks of least
+            memory, or `off`.
+        recompute_coefficients: replay the coefficients too, instead of keeping them.
+        pipeline_schedule: `megatron`; `interleaved`, the same order of chunks with communication that
+            compute does not wait for; or `fused`, where the forward of one micro-batch and the backward of
+            another run node by node in turns (docs/pipeline.md).
+        pp_boundary: what leaves a pipeline stage under the last two: `whole` streams, or `split`, the
+            mixed streams before the last MLP and its output behind it.
 
     Raises:
         ValueError: a value outside its range, naming the flag and the remedy.
@@ -66,6 +82,15 @@ class MHCConfig:
     norm_eps: float = 1e-6
     load_dense: bool = False
     backend: str = "auto"
+    log_interval: int = 0
+    log_tokens: int = 256
+    alarm: str = "off"
+    alarm_gain: float = 10.0
+    alarm_logit: float = 50.0
+    recompute_layer_num: str = "off"
+    recompute_coefficients: bool = False
+    pipeline_schedule: str = "megatron"
+    pp_boundary: str = "whole"
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
@@ -88,9 +113,34 @@ class MHCConfig:
             )
         if not self.norm_eps > 0:
             raise ValueError(f"{flag('norm_eps')}={self.norm_eps}: give a positive number (default 1e-6)")
+        if self.log_interval < 0:
+            raise ValueError(
+                f"{flag('log_interval')}={self.log_interval}: give steps between two samples, or 0"
+            )
+        if self.log_tokens < 1:
+            raise ValueError(f"{flag('log_tokens')}={self.log_tokens}: give at least 1 (default 256)")
+        if self.alarm != "off" and not self.log_interval:
+            raise ValueError(
+                f"{flag('alarm')}={self.alarm} looks at logging steps only: add {flag('log_interval')} 100"
+            )
+        if not self.alarm_gain > 1:
+            raise ValueError(f"{flag('alarm_gain')}={self.alarm_gain}: give more than 1 (default 10)")
+        if not self.alarm_logit > 0:
+            raise ValueError(f"{flag('alarm_logit')}={self.alarm_logit}: give more than 0 (default 50)")
         if self.preset == "deepseek_v4" and self.h_res == "unconstrained":
             raise ValueError(
                 f"{flag('h_res')}=unconstrained has no deepseek_v4 form: use {flag('preset')} paper"
+            )
+        number = str(self.recompute_layer_num)
+        if number not in ("auto", "off") and not (number.isdecimal() and int(number) >= 1):
+            raise ValueError(
+                f"{flag('recompute_layer_num')}={self.recompute_layer_num!r}: give auto, off, or the number "
+                "of sub-layers in a block, 1 or more"
+            )
+        object.__setattr__(self, "recompute_layer_num", number)
+        if self.recompute_coefficients and number == "off":
+            raise ValueError(
+                f"{flag('recompute_coefficients')} without recompute: add {flag('recompute_layer_num')} auto"
             )
         if self.contract == "auto":
             resolved = "learned_head" if self.preset == "deepseek_v4" else "mean"
@@ -104,6 +154,8 @@ class MHCConfig:
     def arithmetic(self) -> dict[str, Any]:
         """The options that a checkpoint's weights are only meaningful under."""
         loose = {"init", "init_gating_factor", "load_dense", "backend"}
+        loose |= {"recompute_layer_num", "recompute_coefficients", "pipeline_schedule", "pp_boundary"}
+        loose |= {"log_interval", "log_tokens", "alarm", "alarm_gain", "alarm_logit"}
         return {k: v for k, v in asdict(self).items() if k not in loose}
 
     @classmethod

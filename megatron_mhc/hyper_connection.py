@@ -86,6 +86,8 @@ class HyperConnectionModule(MappingParameters):
     Source: arXiv 2512.24880 Eqs. (3), (14)-(19).
     """
 
+    plain = False  # use the reference operations now, whose gradient a split pipeline boundary takes apart
+
     def __init__(self, config: TransformerConfig, mhc: MHCConfig, sublayer_index: int):
         super().__init__(config, mhc)
         self.sublayer_index = sublayer_index
@@ -163,7 +165,7 @@ class HyperConnectionModule(MappingParameters):
         """
         s, b, _ = streams.shape
         x = streams.view(s * b, self.mhc.num_residual_streams, -1)
-        if ops.choose_backend(self.mhc, x.shape[-1], x.dtype, x.device.type) == "triton":
+        if not self.plain and ops.choose_backend(self.mhc, x.shape[-1], x.dtype, x.device.type) == "triton":
             layer_input, mappings = self.triton_pre(x)
             return layer_input.view(s, b, -1), mappings
         coefficients = self.coefficients(x)

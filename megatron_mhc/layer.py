@@ -16,6 +16,10 @@ from megatron_mhc import parallel
 from megatron_mhc.config import MHCConfig
 from megatron_mhc.hyper_connection import HyperConnectionModule, check_width
 from megatron_mhc.ops import reference
+from megatron_mhc.pipeline.layer_nodes import FusedPass
+from megatron_mhc.pipeline.nodes import StageExit
+from megatron_mhc.recompute.chunk import Chunks, check_recompute
+from megatron_mhc.recompute.connection import ReplayedConnection
 
 
 class HyperConnectionTransformerLayer(TransformerLayer):
@@ -33,6 +37,10 @@ class HyperConnectionTransformerLayer(TransformerLayer):
     Source: arXiv 2512.24880 Eq. (3).
     """
 
+    # Set by a pipeline schedule for a forward pass:
+    exit: StageExit | None = None  # it sends the last MLP's part by itself
+    nodes: FusedPass | None = None  # it runs other work between the parts of the layer
+
     def __init__(
         self,
         config: TransformerConfig,
@@ -40,14 +48,19 @@ class HyperConnectionTransformerLayer(TransformerLayer):
         layer_number: int = 1,
         *,
         mhc: MHCConfig,
+        chunks: Chunks | None = None,
         **kwargs: Any,
     ):
         parallel.validate(config, mhc)
+        check_recompute(mhc, chunks)
         super().__init__(config, submodules, layer_number, **kwargs)
         self.mhc = mhc
         first = 2 * (self.layer_number - 1)
-        self.self_attention_hyper_connection = HyperConnectionModule(config, mhc, first)
-        self.mlp_hyper_connection = HyperConnectionModule(config, mhc, first + 1)
+        connection = HyperConnectionModule if chunks is None else ReplayedConnection
+        self.self_attention_hyper_connection = connection(config, mhc, first)
+        self.mlp_hyper_connection = connection(config, mhc, first + 1)
+        if chunks is not None:
+            chunks.add(self)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """Run the layer.
@@ -59,24 +72,32 @@ class HyperConnectionTransformerLayer(TransformerLayer):
         Returns:
             [s, b, n*C] streams and the cross-attention context, which is passed through.
         """
+        if self.nodes is not None:
+            return self.nodes.run(self, hidden_states, args, kwargs)
         streams = self.enter(hidden_states)
 
         layer_input, mappings = self.self_attention_hyper_connection(streams)
         f, context = self._forward_attention(layer_input, *args, **kwargs)
         streams = self.self_attention_hyper_connection.post_res(streams, f, mappings)
 
+        if self.exit is not None:
+            return self.exit.run(self, streams, kwargs), context
         layer_input, mappings = self.mlp_hyper_connection(streams)
-        f = self._forward_mlp(
-            layer_input,
-            kwargs.get("inference_context"),
-            padding_mask=kwargs.get("padding_mask"),
-            packed_seq_params=kwargs.get("packed_seq_params"),
-        )
+        f = self.forward_mlp(layer_input, kwargs)
         streams = self.mlp_hyper_connection.post_res(streams, f, mappings)
 
         # Pipeline schedules free a sent tensor by its data and refuse views for that reason.
         streams = make_viewless_tensor(streams, requires_grad=streams.requires_grad, keep_graph=True)
         return streams, context
+
+    def forward_mlp(self, layer_input: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        """Run norm and MLP on [s, b, C]; kwargs are those of `forward`."""
+        return self._forward_mlp(
+            layer_input,
+            kwargs.get("inference_context"),
+            padding_mask=kwargs.get("padding_mask"),
+            packed_seq_params=kwargs.get("packed_seq_params"),
+        )
 
     def enter(self, hidden_states: Tensor) -> Tensor:
         """Expand the embedding in the model's first layer; elsewhere check that streams came in."""

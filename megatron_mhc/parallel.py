@@ -53,7 +53,8 @@ def validate(config: TransformerConfig, mhc: MHCConfig) -> None:
         value = getattr(config, name, None)
         if refused(value):
             raise ValueError(f"mHC does not support --{name.replace('_', '-')} {value}: {remedy}")
-    if config.pipeline_model_parallel_size == 2 and config.virtual_pipeline_model_parallel_size:
+    two_with_chunks = config.pipeline_model_parallel_size == 2 and config.virtual_pipeline_model_parallel_size
+    if two_with_chunks and mhc.pipeline_schedule == "megatron":
         if not config.overlap_p2p_comm or config.batch_p2p_comm:
             # Two messages between the same two ranks in one batch may be swapped; stock Megatron
             # checks this on the command line alone, and otherwise trains on the wrong tensors.
@@ -69,6 +70,12 @@ def validate(config: TransformerConfig, mhc: MHCConfig) -> None:
                 "--recompute-modules mlp with linear biases hangs in backward: add --disable-bias-linear, "
                 "or recompute without mlp"
             )
+    if mhc.recompute_layer_num != "off" and config.recompute_granularity == "full":
+        raise ValueError(
+            f"{flag('recompute_layer_num')} {mhc.recompute_layer_num} with --recompute-granularity full, "
+            f"which drops and replays the streams already: drop {flag('recompute_layer_num')}, or use "
+            "--recompute-granularity selective"
+        )
     known = getattr(config, "mhc", mhc)
     if known != mhc:
         raise ValueError(

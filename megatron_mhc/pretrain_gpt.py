@@ -218,11 +218,12 @@ def use_shipped_helpers() -> None:
         utils.compile_helpers = lambda: None
 
 
-def main(step: Callable[..., Any] = forward_step) -> None:
+def main(step: Callable[..., Any] = forward_step, at_end: Callable[[], None] | None = None) -> None:
     """Parse the command line and train.
 
     Args:
         step: the forward step; a caller may wrap `forward_step` to look at the model as it runs.
+        at_end: called on every rank after training, while the process groups still exist.
     """
     from megatron_mhc.specs import gpt_mhc_spec
 
@@ -240,6 +241,8 @@ def main(step: Callable[..., Any] = forward_step) -> None:
         step,
         get_embedding_ranks=embedding_ranks,
     )
+    if at_end is not None:
+        at_end()
     finish()
 
 

@@ -16,14 +16,22 @@ from megatron.core.utils import log_single_rank
 
 from megatron_mhc import hooks, ops, parallel
 from megatron_mhc.config import ENVIRONMENT, MHCConfig
+from megatron_mhc.diagnostics.training import check_writers
 from megatron_mhc.layer import HyperConnectionTransformerLayer, bias_dropout, unsupported_submodule
+from megatron_mhc.pipeline.options import OVERLAPPED, check_config
+from megatron_mhc.recompute.chunk import Chunks
 from megatron_mhc.streams import contract_norm_builder
 
 logger = logging.getLogger(__name__)
 
 
-def wrap_layer_spec(spec: ModuleSpec, mhc: MHCConfig) -> ModuleSpec:
+def wrap_layer_spec(spec: ModuleSpec, mhc: MHCConfig, chunks: Chunks | None = None) -> ModuleSpec:
     """Return a copy of a transformer layer's spec with mHC in place of its residual additions.
+
+    Args:
+        spec: of a TransformerLayer.
+        mhc: mHC options.
+        chunks: shared by the layers of a model chunk; `--mhc-recompute-layer-num` needs it.
 
     Raises:
         ValueError: a layer class or submodule that mHC cannot wrap.
@@ -39,7 +47,7 @@ def wrap_layer_spec(spec: ModuleSpec, mhc: MHCConfig) -> ModuleSpec:
     submodules = dataclasses.replace(spec.submodules, self_attn_bda=bias_dropout, mlp_bda=bias_dropout)
     return ModuleSpec(
         module=HyperConnectionTransformerLayer,
-        params={**spec.params, "mhc": mhc},
+        params={**spec.params, "mhc": mhc, **({} if chunks is None else {"chunks": chunks})},
         submodules=submodules,
         metainfo=spec.metainfo,
     )
@@ -67,6 +75,7 @@ def wrap_block_spec(
     """
     parallel.validate(config, mhc)
     parallel.validate_stages(config)
+    check_config(config, mhc)
     if isinstance(spec, TransformerBlockSubmodules):
         layers, norm = list(spec.layer_specs or []), spec.layer_norm
     else:
@@ -74,10 +83,11 @@ def wrap_block_spec(
         norm = transformer_block.LayerNormImpl
     if norm is None:
         raise ValueError("the block spec has no layer_norm: mHC contracts its streams at the final norm")
-    hooks.register()
+    hooks.register(training=mhc.log_interval > 0)
     config.mhc = mhc  # type: ignore[attr-defined]
+    chunks = None if mhc.recompute_layer_num == "off" else Chunks(config, mhc, len(layers))
     return TransformerBlockSubmodules(
-        layer_specs=[wrap_layer_spec(layer, mhc) for layer in layers],
+        layer_specs=[wrap_layer_spec(layer, mhc, chunks) for layer in layers],
         layer_norm=contract_norm_builder(norm, mhc),  # type: ignore[arg-type]
     )
 
@@ -95,6 +105,7 @@ def gpt_mhc_spec(model_config: Any, vp_stage: int | None = None) -> TransformerB
     from megatron.training.models.gpt import default_layer_spec
 
     mhc, config = mhc_options(), model_config.transformer
+    hooks.register(schedule=mhc.pipeline_schedule in OVERLAPPED)
     spec = wrap_block_spec(default_layer_spec(model_config, vp_stage), mhc, config, vp_stage)
     device = torch.empty(0, device=torch.cuda.current_device()).device.type
     backend = ops.choose_backend(mhc, config.hidden_size, config.params_dtype, device)
@@ -115,7 +126,10 @@ def mhc_options() -> MHCConfig:
                 f"mHC does not support --{name.replace('_', '-')}: use --use-distributed-optimizer instead"
             )
     if not hasattr(args, "mhc_num_residual_streams"):
-        return MHCConfig.from_environment()
-    if os.environ.get(ENVIRONMENT):
+        mhc = MHCConfig.from_environment()
+    elif os.environ.get(ENVIRONMENT):
         raise ValueError(f"this script has --mhc-* flags: unset {ENVIRONMENT}, so that one place decides")
-    return MHCConfig.from_args(args)
+    else:
+        mhc = MHCConfig.from_args(args)
+    check_writers(args, mhc)
+    return mhc

@@ -1,10 +1,11 @@
 """Train small bf16 models through Megatron's pretrain() on the local GPU, with mHC and without.
 
-    python scripts/gpu_check.py --out runs/gpu_check [--backend reference]
+    python scripts/gpu_check.py --out runs/gpu_check [--backend reference] [--jobs 4]
 
-Dense, MoE (first layer dense, shared expert) and MLA, from Transformer Engine's specs, 50 steps each on
-the Python standard library's sources. Writes one log per run, results.json and results.md; exits with
-an error if a loss is not finite or does not fall.
+Dense, MoE (first layer dense, shared expert), MLA, MTP and FP8, from Transformer Engine's specs, 50 steps
+each on the Python standard library's sources. Writes one log per run, results.json and results.md; exits
+with an error if a loss is not finite or does not fall. With --jobs above 1 the step times are those of a
+shared GPU.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import re
 import statistics
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 
@@ -56,6 +58,8 @@ RECIPES: dict[str, str] = {
     "MoE plain": MOE + "--no-mhc",
     "MoE mHC n=4": MOE,
     "MLA MoE mHC n=4": MOE + MLA,
+    "dense mHC n=4, MTP": "--mtp-num-layers 1",
+    "dense mHC n=4, FP8": "--fp8-format hybrid --fp8-recipe tensorwise",
 }
 _FIELDS = {
     "loss": re.compile(r"lm loss: ([0-9.E+-]+|nan|inf)", re.I),
@@ -66,15 +70,7 @@ _FIELDS = {
 
 def run(name: str, flags: str, backend: str, data: Path, out: Path) -> dict:
     """Train one recipe with `backend`; returns its losses, gradient norms and median step time in ms."""
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "1",
-        "--master-port",
-        "29731",
-    ]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
     command += ["-m", "megatron_mhc.pretrain_gpt", *COMMON.split(), *flags.split(), "--data-path", str(data)]
     if "--no-mhc" not in flags:
         command += ["--mhc-backend", backend]
@@ -120,6 +116,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "gpu_check")
     parser.add_argument("--backend", choices=("auto", "triton", "reference"), default="auto")
     parser.add_argument("--only", default="", help="run recipes whose name contains this")
+    parser.add_argument("--jobs", type=int, default=1, help="recipes at a time")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     import torch
@@ -131,8 +128,11 @@ def main() -> None:
         "versions": {p: version(p) for p in ("torch", "megatron-core", "transformer-engine")},
     }
     chosen = {name: flags for name, flags in RECIPES.items() if options.only in name}
-    rows = [run(name, flags, options.backend, data, options.out) for name, flags in chosen.items()]
-    (options.out / "results.json").write_text(json.dumps({**device, "runs": rows}, indent=1))
+    with ThreadPoolExecutor(options.jobs) as pool:
+        rows = list(pool.map(lambda item: run(*item, options.backend, data, options.out), chosen.items()))
+    (options.out / "results.json").write_text(
+        json.dumps({**device, "jobs": options.jobs, "runs": rows}, indent=1)
+    )
     table = [
         "| run | first loss | last loss (mean of 5) | median step, ms | finite and falling |",
         "|---|---|---|---|---|",

@@ -11,7 +11,7 @@ from typing import Any
 
 from packaging.specifiers import SpecifierSet
 
-from megatron_mhc.hooks.targets import HOOKS, SUPPORTED, Hook
+from megatron_mhc.hooks.targets import HOOKS, SCHEDULE_HOOKS, SUPPORTED, TRAINING_HOOKS, Hook
 
 
 class Handle:
@@ -19,25 +19,29 @@ class Handle:
 
     def __init__(self) -> None:
         self._installed: list[tuple[Any, str, Any]] = []
+        self.hooks: list[Hook] = []  # those that are registered
 
     @property
     def active(self) -> bool:
         return bool(self._installed)
 
-    def install(self) -> None:
+    def install(self, hooks: tuple[Hook, ...]) -> None:
+        """Replace the symbols of `hooks` that are not replaced yet."""
         # Everything is checked before anything is replaced.
-        found = [(hook, *_resolve(hook)) for hook in HOOKS]
+        found = [(hook, *_resolve(hook)) for hook in hooks if hook not in self.hooks]
         for hook, owner, name, original in found:
             # As it is stored, since a lookup would bind a class method.
             stored = inspect.getattr_static(owner, name)
             setattr(owner, name, hook.replacement(original))
             self._installed.append((owner, name, stored))
+            self.hooks.append(hook)
 
     def revert(self) -> None:
         """Put the original symbols back; a second call does nothing."""
         while self._installed:
             owner, name, stored = self._installed.pop()
             setattr(owner, name, stored)
+        self.hooks.clear()
 
     def report(self) -> str:
         """A table of the replaced symbols and why each is replaced."""
@@ -45,7 +49,7 @@ class Handle:
 
         state = "registered" if self.active else "not registered"
         lines = [f"megatron_mhc hooks on megatron-core {version} ({SUPPORTED} supported): {state}"]
-        lines += [f"  {hook.target}\n      {hook.reason}" for hook in HOOKS]
+        lines += [f"  {hook.target}\n      {hook.reason}" for hook in self.hooks or HOOKS]
         return "\n".join(lines)
 
     def __enter__(self) -> Handle:
@@ -60,10 +64,14 @@ class Handle:
 _handle = Handle()
 
 
-def register() -> Handle:
+def register(training: bool = False, schedule: bool = False) -> Handle:
     """Replace the symbols of `targets.HOOKS`; registering twice is registering once.
 
     The spec doors call it. Models without mHC run the original code either way.
+
+    Args:
+        training: also those of `targets.TRAINING_HOOKS`, which import megatron.training.
+        schedule: also those of `targets.SCHEDULE_HOOKS`, which import it too.
 
     Raises:
         ValueError: an unsupported Megatron version, a changed signature, a symbol that somebody else
@@ -71,7 +79,7 @@ def register() -> Handle:
     """
     if not _handle.active:
         check_version()
-        _handle.install()
+    _handle.install(HOOKS + TRAINING_HOOKS * training + SCHEDULE_HOOKS * schedule)
     return _handle
 
 

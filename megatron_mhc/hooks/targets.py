@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_mhc.checkpoint import guard_load
+from megatron_mhc.diagnostics.training import sample_steps
 from megatron_mhc.optimizer import number_all_parameters, number_float32_first, set_without_grad
+from megatron_mhc.pipeline.choose import choose_schedule
 from megatron_mhc.pipeline.message import widen_messages
 
 SUPPORTED = ">=0.19.0,<0.20"  # the wheel is 0.19.2; a checkout of tag core_v0.19.0 works too
@@ -93,5 +95,38 @@ HOOKS: tuple[Hook, ...] = (
         parameters=("self", "model_sharded_state_dict", "is_loading", "metadata"),
         replacement=number_all_parameters,
         reason="it numbers the bf16 parameters alone, and saving the fp32 ones fails",
+    ),
+)
+
+# Registered beside HOOKS where --mhc-log-interval is given: megatron.training is then needed.
+TRAINING_HOOKS: tuple[Hook, ...] = (
+    Hook(
+        target="megatron.training.training:train_step",
+        defined_in="megatron.training.training",
+        parameters=(
+            "forward_step_func",
+            "data_iterator",
+            "model",
+            "optimizer",
+            "opt_param_scheduler",
+            "config",
+            "forward_backward_func",
+            "iteration",
+            "pg_collection",
+            "p2p_communicator",
+        ),
+        replacement=sample_steps,
+        reason="--mhc-log-interval: the training loop has no callback before or after a step",
+    ),
+)
+
+# Registered beside HOOKS by the spec of a training run where --mhc-pipeline-schedule is not megatron.
+SCHEDULE_HOOKS: tuple[Hook, ...] = (
+    Hook(
+        target="megatron.training.training:get_forward_backward_func",
+        defined_in="megatron.core.pipeline_parallel.schedules",
+        parameters=("pp_size", "vp_size", "schedule_pg_collection"),
+        replacement=choose_schedule,
+        reason="--mhc-pipeline-schedule interleaved and fused: pretrain() takes no schedule",
     ),
 )

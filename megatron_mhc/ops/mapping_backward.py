@@ -6,6 +6,8 @@ and turns them, in registers, into the gradient of the raw projection.
 Shapes as in `pre`; g [T, n, C] is the gradient of x' as it came, dl [T, C] that of the layer input.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -142,7 +144,7 @@ def mapping_backward(
     M, MP = mapping_rows(n), mapping_block(n)
     BT, G = (8, power_of_two(C) // 8) if INTERPRETED else (2, min(32, power_of_two(C) // 8))
     programs = triton.cdiv(T, BT)
-    f32 = dict(device=x.device, dtype=torch.float32)
+    f32: dict[str, Any] = dict(device=x.device, dtype=torch.float32)
     d, mappings = torch.empty(T, MP, **f32), torch.empty(T, n + n * n, **f32)
     partial = torch.empty(programs, 2, M, **f32)
     _dots_kernel[(programs,)](

@@ -27,6 +27,12 @@ def widen_messages(communicate: Callable[..., Any]) -> Callable[..., Any]:
     ) -> Any:
         mhc = getattr(self.config, "mhc", None)
         if mhc is not None:
+            if mhc.pipeline_schedule != "megatron":
+                raise ValueError(
+                    f"--mhc-pipeline-schedule {mhc.pipeline_schedule}, but the training loop runs Megatron's "
+                    "schedule: let it call megatron_mhc.pipeline.engine.forward_backward instead of what "
+                    "get_forward_backward_func returns, or use --mhc-pipeline-schedule megatron"
+                )
             width = mhc.num_residual_streams * self.config.hidden_size
             # An empty shape means that the two sides tell each other (--variable-seq-lengths).
             shape = (*tensor_shape[:-1], width) if tensor_shape else tensor_shape

@@ -353,10 +353,23 @@ def tokens(count: int, seed: int = 0) -> Tensor:
     return torch.randint(0, VOCABULARY, (count, MICRO_BATCH, SEQUENCE + 1), generator=generator)
 
 
-def iterate(chunks: list[Any], config: TransformerConfig, seed: int = 0) -> float:
-    """One forward and backward pass through Megatron's schedule; returns the mean loss of the batch."""
+def iterate(
+    chunks: list[Any],
+    config: TransformerConfig,
+    seed: int = 0,
+    count: int = MICRO_BATCHES,
+    schedule: Callable[..., Any] | None = None,
+    **options: Any,
+) -> float:
+    """One forward and backward pass through Megatron's schedule; returns the mean loss of the batch.
+
+    Args:
+        count: micro-batches of the whole batch.
+        schedule: another forward_backward_func.
+        options: more of its arguments.
+    """
     dp_rank, dp_size = ps.get_data_parallel_rank(), ps.get_data_parallel_world_size()
-    micro_batches = list(tokens(MICRO_BATCHES, seed)[dp_rank::dp_size])
+    micro_batches = list(tokens(count, seed)[dp_rank::dp_size])
     cp_rank, cp_size = ps.get_context_parallel_rank(), ps.get_context_parallel_world_size()
     # A context rank holds one chunk from the front and its mirror from the back, as RoPE expects.
     pieces = torch.arange(SEQUENCE).chunk(2 * cp_size)
@@ -385,14 +398,14 @@ def iterate(chunks: list[Any], config: TransformerConfig, seed: int = 0) -> floa
     for chunk in chunks:
         chunk.zero_grad_buffer()
     several = len(chunks) > 1
-    reports = get_forward_backward_func()(
+    reports = (schedule or get_forward_backward_func())(
         forward_step_func=forward_step,
         data_iterator=[iter(micro_batches) for _ in chunks] if several else iter(micro_batches),
         model=chunks if several else chunks[0],
         num_microbatches=len(micro_batches),
         seq_length=SEQUENCE,
         micro_batch_size=MICRO_BATCH,
-        forward_only=False,
+        **(dict(forward_only=False) | options),
     )
     total = torch.tensor([sum(float(r["loss"]) for r in reports), len(reports)], dtype=torch.float64)
     dist.all_reduce(total)

@@ -1,0 +1,120 @@
+"""Draw a stability experiment's figures and sum its numbers up.
+
+    python examples/stability/report.py runs/stability     writes runs/stability/figures/
+
+Runs that are not finished are left out.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+sys.path.insert(0, str(SCRIPTS))
+from run_logs import Run, by_label, read_run  # noqa: E402
+
+LABELS = {"plain": "plain", "hc": "HC", "mhc": "mHC"}
+STEP_TIME = re.compile(r"elapsed time per iteration \(ms\): ([0-9.]+)")
+
+
+def finished(out: Path) -> list[str]:
+    """LABEL=FOLDER of the finished runs, model by model, seeds in order."""
+    found = []
+    for model, label in LABELS.items():
+        folders = [path for path in out.glob(f"{model}_seed*") if (path / "finished.json").exists()]
+        folders.sort(key=lambda path: int(path.name.rpartition("seed")[2]))
+        found += [f"{label}={path / 'tensorboard'}" for path in folders]
+    return found
+
+
+def peak(run: Run, tag: str) -> float:
+    """The largest value over the steps; NaN where one is."""
+    values = list(run.scalars[tag].values())
+    return math.nan if any(map(math.isnan, values)) else max(values)
+
+
+def summary(groups: dict[str, list[Run]]) -> list[dict]:
+    """One row per model; of several seeds the mean, and of gains the largest."""
+    rows = []
+    for label, runs in groups.items():
+        row: dict = {"model": label, "seeds": len(runs)}
+        for name, tag in (
+            ("composite_gain_forward", "mhc/composite_gain_forward"),
+            ("composite_gain_backward", "mhc/composite_gain_backward"),
+            ("gain_backward", "mhc/gain_backward"),
+            ("column_error", "mhc/column_error"),
+        ):
+            if all(tag in run.scalars for run in runs):
+                row[f"peak_{name}"] = max(peak(run, tag) for run in runs)
+                row[f"last_{name}"] = [run.scalars[tag][max(run.scalars[tag])] for run in runs]
+        times = [times for run in runs if (times := step_times(run.path.parent / "log.txt"))]
+        row["median_step_ms"] = statistics.median([t for some in times for t in some]) if times else None
+        rows.append(row)
+    return rows
+
+
+def step_times(log: Path) -> list[float]:
+    """Milliseconds per step, without the first ten steps."""
+    return [float(ms) for ms in STEP_TIME.findall(log.read_text(errors="replace"))][1:]
+
+
+def table(rows: list[dict]) -> str:
+    """The gains in Markdown."""
+
+    def gain(row: dict, name: str) -> str:
+        if f"peak_{name}" not in row:
+            return "- | -"
+        last = ", ".join(f"{value:.3g}" for value in row[f"last_{name}"])
+        return f"{row[f'peak_{name}']:.4g} | {last}"
+
+    # The largest of all sub-layers; of the peak also over steps and seeds.
+    lines = [
+        "| model | seeds | composite gain forward, peak | at the end | backward, peak | at the end | ms |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        forward, backward = gain(row, "composite_gain_forward"), gain(row, "composite_gain_backward")
+        time = f"{row['median_step_ms']:.0f}" if row["median_step_ms"] else "-"
+        lines.append(f"| {row['model']} | {row['seeds']} | {forward} | {backward} | {time} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    out = Path(sys.argv[1]).resolve()
+    figures = out / "figures"
+    arguments = finished(out)
+    if not arguments:
+        raise SystemExit(f"{out}: no finished run, so no figures")
+    groups = by_label(read_run(argument) for argument in arguments)
+    mapped = [argument for argument in arguments if not argument.startswith("plain=")]
+
+    def script(name: str, *words: str) -> str:
+        command = [sys.executable, str(SCRIPTS / name), *words]
+        return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+
+    figures.mkdir(exist_ok=True)
+    text = table(rows := summary(groups)) + "\n"
+    if mapped:
+        script("plot_mhc.py", "gains", *arguments, "--out", str(figures / "gains.png"))
+        first = [next(a for a in mapped if a.startswith(f"{label}=")) for label in groups if label != "plain"]
+        script("plot_mhc.py", "heatmaps", *first, "--out", str(figures / "heatmaps.png"))
+    reference = next(iter(groups))
+    curves = figures / "curves.png"
+    script("plot_mhc.py", "curves", *arguments, "--reference", reference, "--out", str(curves))
+    if len(groups) > 1:
+        gap = script("loss_compare.py", *arguments, "--out", str(figures / "loss_gap.png"))
+        text += "\n" + "\n".join(line for line in gap.splitlines() if line.startswith("|")) + "\n"
+    (figures / "summary.json").write_text(json.dumps(rows, indent=1))
+    (figures / "summary.md").write_text(text)
+    print(text)
+    print(f"figures and tables: {figures}")
+
+
+if __name__ == "__main__":
+    main()

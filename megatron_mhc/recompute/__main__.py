@@ -1,0 +1,3 @@
+from megatron_mhc.recompute.estimate import main
+
+main()

@@ -1,0 +1,199 @@
+"""Model chunks: which connections one holds, the blocks they are cut into, and the block that is open."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+from weakref import ref
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.num_microbatches_calculator import get_num_microbatches
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import log_single_rank
+from torch import Tensor
+
+from megatron_mhc.config import MHCConfig, flag
+from megatron_mhc.recompute import inventory, plan
+from megatron_mhc.recompute.block import Block
+
+if TYPE_CHECKING:
+    from megatron_mhc.layer import HyperConnectionTransformerLayer
+    from megatron_mhc.recompute.connection import ReplayedConnection
+
+logger = logging.getLogger(__name__)
+
+
+class Chunk:
+    """The connections of one model chunk in order, and the block that its forward pass is in.
+
+    Blocks start and end inside a chunk, so none crosses a pipeline stage; the chunk's output, which the
+    pipeline sends, belongs to no block.
+
+    Args:
+        size: number of its sub-layers.
+    """
+
+    def __init__(self, config: TransformerConfig, mhc: MHCConfig, size: int):
+        self.config, self.mhc, self.size = config, mhc, size
+        self.connections: list[ReplayedConnection] = []
+        self.blocks: list[int] = []  # their sizes; planned when the first streams come
+        self._starts: set[int] = set()
+        self._open: Block | None = None
+        self._next = 0  # the sub-layer that the open block expects
+        self._latest: ref[Block] | None = None
+
+    def add(self, layer: HyperConnectionTransformerLayer) -> None:
+        """Take in the next layer."""
+        norms = (layer.input_layernorm, layer.pre_mlp_layernorm)
+        by_megatron = (layer.recompute_input_layernorm, layer.recompute_pre_mlp_layernorm)
+        both: Any = (layer.self_attention_hyper_connection, layer.mlp_hyper_connection)
+        for connection, norm, dropped in zip(both, norms, by_megatron, strict=True):
+            connection.chunk, connection.position = self, len(self.connections)
+            connection.norm = not isinstance(norm, IdentityOp) and not dropped
+            if connection.norm:
+                norm.register_forward_hook(connection.see_norm)
+            self.connections.append(connection)
+        config = self.config
+        both[0].inside = inventory.attention(config)
+        both[1].inside = inventory.mlp(config, moe=layer.is_moe_layer)
+
+    def use(self, blocks: list[int]) -> None:
+        """Cut the chunk into blocks of these sizes, from the next forward pass on."""
+        if sum(blocks) != self.size or min(blocks) < 1:
+            raise ValueError(f"blocks of {blocks} sub-layers do not make {self.size}")
+        self.blocks, self._starts = blocks, {sum(blocks[:k]) for k in range(len(blocks))}
+
+    def block_at(self, position: int, streams: Tensor) -> Block | None:
+        """The block of the sub-layer at `position`; None where nothing is dropped, as in evaluation.
+
+        Raises:
+            RuntimeError: the chunk's sub-layers do not run in order.
+        """
+        if not torch.is_grad_enabled():
+            self._open = None
+            return None
+        if not self.blocks:
+            self._plan(streams)
+        if position in self._starts:
+            self._open, self._next = Block(streams), position
+        if self._open is None or self._next != position:
+            raise RuntimeError(
+                f"{flag('recompute_layer_num')}: sub-layer {position} of a model chunk ran out of order; "
+                "blocks need all layers of a chunk, one after the other"
+            )
+        self._next = position + 1
+        return self._open
+
+    def passed(self, position: int, block: Block, output: Tensor) -> None:
+        """The sub-layer at `position` is done: close the block if it was its last."""
+        if position + 1 == self.size or position + 1 in self._starts:
+            self._close(block, output)
+
+    def leave(self, streams: Tensor) -> None:
+        """The chunk's last sub-layer reads `streams` and runs outside of blocks: close the one before it."""
+        if self._open is not None and torch.is_grad_enabled():
+            self._close(self._open, streams)
+
+    def _close(self, block: Block, output: Tensor) -> None:
+        if output.requires_grad:
+            block.close(output)
+        self._open, self._latest = None, ref(block)
+
+    def take_latest(self) -> Block | None:
+        """The last block of the forward pass that has just ended, once."""
+        latest, self._latest = self._latest, None
+        return None if latest is None else latest()
+
+    def _plan(self, streams: Tensor) -> None:
+        if len(self.connections) != self.size:
+            raise RuntimeError(
+                f"{flag('recompute_layer_num')}: {len(self.connections)} sub-layers of {self.size} were built"
+            )
+        bytes_ = self.sublayer_bytes(streams)
+        held = passes_in_flight(self.config)
+        self.use(plan.choose(self.mhc.recompute_layer_num, bytes_, held))
+        whole = plan.without_replay(self.sublayer_bytes(streams, replayed=False), held)
+        most = plan.peak(bytes_, self.blocks, held)
+        rule = plan.closed_form(self.mhc.num_residual_streams, self.size)
+        log_single_rank(
+            logger,
+            logging.INFO,
+            f"mHC recompute ({flag('recompute_layer_num')} {self.mhc.recompute_layer_num}): a chunk's "
+            f"{self.size} sub-layers in blocks of {', '.join(map(str, self.blocks))} (Eq. (20) for equal "
+            f"blocks: {rule:.1f}); with {held} in flight it saves {(whole - most) / plan.GIB:.3f} GiB, "
+            f"{100 * (whole - most) / whole:.0f} % of the layers' activations",
+        )
+
+    def sublayer_bytes(self, streams: Tensor, replayed: bool = True) -> list[plan.SubLayerBytes]:
+        """Bytes of each sub-layer of a pass with these streams: [s, b, n*C]."""
+        tokens, n = streams.shape[0] * streams.shape[1], self.mhc.num_residual_streams
+        again = self.mhc.recompute_coefficients
+        return [
+            inventory.sublayer(
+                streams.nbytes // n,
+                tokens,
+                n,
+                norm=connection.norm,
+                inside=connection.inside,
+                replayed=replayed,
+                coefficients=again,
+            )
+            for connection in self.connections
+        ]
+
+
+class Chunks:
+    """Makes a Chunk for every model chunk that is built from one block spec.
+
+    Args:
+        layers: number of layers of one chunk.
+    """
+
+    def __init__(self, config: TransformerConfig, mhc: MHCConfig, layers: int):
+        self.config, self.mhc, self.size = config, mhc, 2 * layers
+        self._current: Chunk | None = None
+        self._next = 0  # number of the layer that continues the current chunk
+
+    def add(self, layer: HyperConnectionTransformerLayer) -> None:
+        """Take in a layer that has just been built; a spec's layers are built in order."""
+        chunk = self._current
+        if chunk is None or layer.layer_number != self._next or len(chunk.connections) == self.size:
+            chunk = Chunk(self.config, self.mhc, self.size)
+        chunk.add(layer)
+        self._current, self._next = chunk, layer.layer_number + 1
+
+
+def check_recompute(mhc: MHCConfig, chunks: Chunks | None) -> None:
+    """Raise ValueError if a layer should replay but does not know the chunk it belongs to."""
+    if mhc.recompute_layer_num != "off" and chunks is None:
+        raise ValueError(
+            f"{flag('recompute_layer_num')} {mhc.recompute_layer_num} needs to know all layers of a model "
+            "chunk: wrap them by wrap_block_spec, not one by one by wrap_layer_spec"
+        )
+
+
+def passes_in_flight(config: TransformerConfig) -> int:
+    """Passes of model chunks whose activations this rank holds at once."""
+    if not parallel_state.model_parallel_is_initialized():
+        return 1
+    try:
+        micro_batches = get_num_microbatches()
+    except AttributeError:  # a training loop without Megatron's calculator
+        micro_batches = None
+    return plan.in_flight(
+        config.pipeline_model_parallel_size,
+        parallel_state.get_pipeline_model_parallel_rank(),
+        config.virtual_pipeline_model_parallel_size or 1,
+        micro_batches,
+    )
+
+
+def chunk_of(model: Any) -> Chunk | None:
+    """The Chunk of a model chunk, however it is wrapped; None if nothing of it is dropped."""
+    for module in model.modules():
+        chunk = getattr(module, "chunk", None)
+        if isinstance(chunk, Chunk):
+            return chunk
+    return None

@@ -1,0 +1,209 @@
+"""mHC connections that drop what they add to memory, block by block, and replay it in backward."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+from weakref import ref
+
+import torch
+from torch import Tensor, nn
+
+from megatron_mhc.config import flag
+from megatron_mhc.hyper_connection import HyperConnectionModule
+from megatron_mhc.ops import reference
+from megatron_mhc.recompute.block import (
+    Block,
+    Emptied,
+    Slot,
+    StreamSlots,
+    owns_storage,
+    saving,
+    storage_key,
+    stream_of,
+    used_on,
+)
+
+if TYPE_CHECKING:
+    from megatron_mhc.hyper_connection import Mappings
+    from megatron_mhc.recompute.chunk import Chunk
+
+
+class ReplayedConnection(HyperConnectionModule):
+    """A HyperConnectionModule whose stream tensors and layer inputs are dropped and replayed.
+
+    Same parameters, same results bit for bit. `Chunk.add` says where in its chunk it stands.
+    """
+
+    chunk: Chunk
+    position: int
+    norm: bool  # a norm of its own stands between it and F
+    inside: int  # bytes per token that F saves, see `inventory`
+    _pass: _Pass | None = None  # the forward pass between `forward` and `post_res`
+
+    def forward(self, streams: Tensor) -> tuple[Tensor, Mappings]:
+        self._pass = None
+        if self.plain:  # a split pipeline boundary, which keeps what its two gradients need
+            self.chunk.leave(streams)
+            return super().forward(streams)
+        block = self.chunk.block_at(self.position, streams)
+        if block is None:
+            return super().forward(streams)
+        self._pass = _Pass(self, block, streams)
+        with self._pass.slots.reading():
+            layer_input, mappings = super().forward(streams)
+        self._pass.layer_input, self._pass.mappings = layer_input, mappings
+        return layer_input, mappings
+
+    def post_res(self, streams: Tensor, f: Tensor, mappings: Mappings) -> Tensor:
+        if self._pass is None:
+            return super().post_res(streams, f, mappings)
+        done, self._pass = self._pass, None
+        with done.slots.writing():
+            output = super().post_res(streams, f, mappings)
+        done.drop(f, output)
+        self.chunk.passed(self.position, done.block, output)
+        return output
+
+    def see_norm(self, norm: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        """Forward hook of the norm in front of F."""
+        now = self._pass
+        if now is None or now.layer_input is None or not isinstance(output, Tensor):
+            return
+        if storage_key(inputs[0]) == storage_key(now.layer_input):
+            now.norm, now.norm_output = norm, output
+
+    def read_again(self, x: Tensor, coefficients: reference.Coefficients | Tensor, out: Tensor) -> None:
+        """Write the layer input of the streams x: [s, b, n*C] into out: [s, b, C]."""
+        tokens, width = out.shape[0] * out.shape[1], out.shape[2]
+        x = x.view(tokens, -1, width)
+        if isinstance(coefficients, reference.Coefficients):
+            out.copy_(reference.pre(x, coefficients.h_pre).view(out.shape))
+        else:
+            from megatron_mhc.recompute.aggregate import read_into  # imports triton
+
+            read_into(x, coefficients, out.view(tokens, width))
+
+    def write_again(self, x: Tensor, f: Tensor, coefficients: reference.Coefficients | Tensor) -> Tensor:
+        """`post_res` from coefficients alone."""
+        s, b, width = f.shape
+        x, f = x.view(s * b, -1, width), f.reshape(s * b, width)
+        if isinstance(coefficients, reference.Coefficients):
+            mixed = reference.post_res(x, f, coefficients.h_post, coefficients.h_res)
+        else:
+            from megatron_mhc.ops.post_res import post_res_forward  # imports triton
+
+            mixed = post_res_forward(x, f.contiguous(), coefficients)
+        return mixed.view(s, b, -1)
+
+
+def coefficients_of(mappings: Mappings) -> reference.Coefficients | Tensor:
+    """What `read_again` and `write_again` take, detached; [T, n*n + 2n] of the Triton operations."""
+    if isinstance(mappings, reference.Coefficients):
+        return reference.Coefficients(*(h.detach() for h in mappings))
+    return mappings.values
+
+
+class _Pass:
+    """One connection in one forward pass; a `Replayed` of its block."""
+
+    def __init__(self, connection: ReplayedConnection, block: Block, streams: Tensor):
+        self.connection, self.block = connection, block
+        self.layer_input: Tensor | None = None
+        self.mappings: Any = None
+        self.norm: nn.Module | None = None
+        self.norm_output: Tensor | None = None
+        self.coefficients: reference.Coefficients | Tensor | None = None
+        self.f: Tensor | None = None
+        self.needs_grad = streams.requires_grad
+        self.stream = stream_of(streams)  # on which the backward pass of `pre` and F will run too
+        self.emptied: Emptied | None = None
+        self.emptied_norm: Emptied | None = None
+        self.refilled: list[Tensor] = []
+        again = connection.mhc.recompute_coefficients
+        self.slots = StreamSlots(block, everything=again)
+        self.slot: ref[Slot] | None = None
+        if again:
+            self.slots.keep(list(connection.parameters()))
+        if block.sublayers:
+            self.slot = self.slots.drop(streams)
+        else:
+            self.slots.keep([streams])
+
+    def drop(self, f: Tensor, output: Tensor) -> None:
+        """Let the streams go, and empty what F has read, unless no gradient will ask for it."""
+        layer_input, norm_output = self.layer_input, self.norm_output
+        assert layer_input is not None
+        self.f = f.detach()
+        if not self.connection.mhc.recompute_coefficients:
+            self.coefficients = coefficients_of(self.mappings)
+        if output.requires_grad:
+            held = {storage_key(f), storage_key(output), *self.slots.dropped()}
+            if self.block.first is not None:
+                held.add(storage_key(self.block.first))
+            if owns_storage(layer_input) and storage_key(layer_input) not in held:
+                held.add(storage_key(layer_input))
+                self.emptied = Emptied(layer_input)
+            if norm_output is not None and self.emptied is not None:
+                if owns_storage(norm_output) and storage_key(norm_output) not in held:
+                    self.emptied_norm = Emptied(norm_output)
+        self.layer_input = self.norm_output = self.mappings = None
+        self.slots.close()
+        self.block.sublayers.append(self)
+
+    def replay(self, x: Tensor, last: bool) -> Tensor | None:
+        """See `block.Replayed`."""
+        if self.slot is not None and (slot := self.slot()) is not None:
+            slot.tensor = x
+            self.refilled.append(x)
+        coefficients = self.coefficients
+        target = None if self.emptied is None else self.emptied.refill()
+        if coefficients is None:
+            coefficients = self._read_all(x, target)
+        elif target is not None:
+            self.connection.read_again(x, coefficients, target)
+        if target is not None:
+            self.refilled.append(target)
+            if self.emptied_norm is not None:
+                self._norm(target, self.emptied_norm.refill())
+        for tensor in self.refilled:
+            used_on(self.stream, tensor)
+        assert self.f is not None
+        return None if last else self.connection.write_again(x, self.f, coefficients)
+
+    def _read_all(self, x: Tensor, target: Tensor | None) -> reference.Coefficients | Tensor:
+        """Run `pre` as in the forward pass, and put what it saves where that pass had dropped it."""
+        saved: list[Tensor] = []
+        with torch.enable_grad(), saving(lambda tensor: saved.append(tensor.detach())):
+            x = x.detach().requires_grad_(self.needs_grad)
+            layer_input, mappings = HyperConnectionModule.forward(self.connection, x)
+        if len(saved) != len(self.slots.read):
+            raise RuntimeError(
+                f"{flag('recompute_coefficients')}: the replay of pre saved {len(saved)} tensors, its "
+                f"forward pass {len(self.slots.read)}; was the model changed between forward and backward?"
+            )
+        for place, tensor in zip(self.slots.read, saved, strict=True):
+            if place is not None and (slot := place()) is not None and slot.tensor is None:
+                slot.tensor = tensor
+                self.refilled.append(tensor)
+        if target is not None:
+            target.copy_(layer_input)
+        return coefficients_of(mappings)
+
+    def _norm(self, layer_input: Tensor, output: Tensor) -> None:
+        assert self.norm is not None
+        # A norm may take another kernel where no gradient is asked for, with other bits.
+        with torch.enable_grad():
+            again = self.norm(layer_input.detach().requires_grad_())
+        output.copy_(again)
+        self.refilled.append(output)
+
+    def kept(self) -> list[Tensor]:
+        """See `block.Replayed`."""
+        coefficients = self.coefficients
+        if coefficients is None:
+            return [] if self.f is None else [self.f]
+        return [t for t in (self.f, coefficients) if isinstance(t, Tensor)]
+
+    def restored(self) -> list[Tensor]:
+        """See `block.Replayed`."""
+        return self.refilled

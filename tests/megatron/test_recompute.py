@@ -1,0 +1,387 @@
+"""Dropping and replaying changes no bit of a model's loss and gradients, and frees what it says it frees."""
+
+import gc
+import weakref
+
+import gpt
+import pytest
+import torch
+from live_bytes import LiveBytes
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.transformer import MLATransformerConfig
+
+from megatron_mhc import MHCConfig, recompute
+from megatron_mhc.recompute import plan
+from megatron_mhc.recompute.chunk import chunk_of
+from megatron_mhc.recompute.connection import ReplayedConnection
+from megatron_mhc.specs import wrap_block_spec
+
+LIVELY = dict(init="uniform", init_gating_factor=0.5)  # mappings that depend on the token
+MOE = gpt.MOE | dict(moe_layer_freq=[0, 1, 1, 1])
+DROPOUT = dict(add_bias_linear=True, hidden_dropout=0.1, attention_dropout=0.1)
+
+
+def selective(*modules):
+    return dict(recompute_granularity="selective", recompute_modules=list(modules))
+
+
+def replaying(**options):
+    return MHCConfig(**(LIVELY | dict(recompute_layer_num="3") | options))
+
+
+def same_bits(got, want):
+    assert torch.equal(got[0], want[0])
+    assert got[1].keys() == want[1].keys()
+    for name in want[1]:
+        assert torch.equal(got[1][name], want[1][name]), name
+
+
+# options of mHC, settings of Megatron
+CASES = {
+    "dense": ({}, {}),
+    "one sub-layer": (dict(recompute_layer_num="1"), {}),
+    "one block": (dict(recompute_layer_num="8"), {}),
+    "auto": (dict(recompute_layer_num="auto"), {}),
+    "float64": ({}, dict(params_dtype=torch.float64)),
+    "bf16": ({}, dict(params_dtype=torch.bfloat16, bf16=True)),
+    "moe": ({}, MOE),
+    "dropout": ({}, DROPOUT),
+    "moe, dropout": ({}, MOE | dict(hidden_dropout=0.1, attention_dropout=0.1)),
+    "layernorm": ({}, dict(normalization="LayerNorm", num_query_groups=2)),
+    "megatron's layernorm": ({}, selective("layernorm")),
+    "megatron's core_attn, mlp": ({}, selective("core_attn", "mlp")),
+    "megatron's moe, layernorm": ({}, MOE | selective("moe", "layernorm") | dict(hidden_dropout=0.1)),
+    "deepseek_v4": (dict(preset="deepseek_v4"), {}),
+    "plain hc": (dict(h_res="unconstrained"), {}),
+    "fixed": (dict(h_res="identity", h_pre="fixed"), {}),
+    "one stream": (dict(num_residual_streams=1, h_pre="fixed"), {}),
+    "three streams": (dict(num_residual_streams=3), {}),
+    "triton": (dict(backend="triton"), dict(num_layers=1)),
+    "triton, two blocks": (dict(backend="triton"), DROPOUT | dict(num_layers=2)),
+    "triton, deepseek_v4": (dict(backend="triton", preset="deepseek_v4"), dict(num_layers=2)),
+}
+SLOW = [case for case in CASES if case.startswith("triton,")]  # Triton's interpreter
+
+
+@pytest.mark.parametrize("coefficients", [False, True], ids=["kept", "replayed"])
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=pytest.mark.slow if c in SLOW else ()) for c in CASES]
+)
+def test_replay_matches_no_recompute_bit_for_bit(run_ranks, case, coefficients):
+    options, settings = CASES[case]
+    settings = dict(num_layers=4) | settings
+
+    def compare():
+        stored = MHCConfig(**(LIVELY | options | dict(recompute_layer_num="off")))
+        want = gpt.forward_backward(gpt.build(stored, **settings))
+        mhc = replaying(**options, recompute_coefficients=coefficients)
+        same_bits(gpt.forward_backward(gpt.build(mhc, **settings)), want)
+
+    run_ranks(1, compare)
+
+
+def test_mla_matches_no_recompute_bit_for_bit(run_ranks):
+    def run(mhc):
+        gpt.start()
+        config = MLATransformerConfig(
+            num_layers=4,
+            hidden_size=32,
+            num_attention_heads=4,
+            ffn_hidden_size=64,
+            q_lora_rank=16,
+            kv_lora_rank=16,
+            qk_head_dim=8,
+            qk_pos_emb_head_dim=8,
+            v_head_dim=12,
+            rope_type="rope",
+            apply_rope_fusion=False,
+            hidden_dropout=0.1,
+            bias_dropout_fusion=False,
+            masked_softmax_fusion=False,
+            gradient_accumulation_fusion=False,
+            qk_layernorm=True,
+        )
+        spec = wrap_block_spec(get_gpt_decoder_block_spec(config, use_transformer_engine=False), mhc, config)
+        return gpt.forward_backward(
+            GPTModel(config, spec, gpt.VOCAB, gpt.SEQ, position_embedding_type="none")
+        )
+
+    run_ranks(1, lambda: same_bits(run(replaying()), run(MHCConfig(**LIVELY))))
+
+
+def connections(model):
+    return [m for m in model.modules() if isinstance(m, ReplayedConnection)]
+
+
+def count(monkeypatch, owner, name):
+    """Count the calls of a method; returns the list that grows."""
+    calls, original = [], getattr(owner, name)
+
+    def counted(*args, **kwargs):
+        calls.append(args[0])
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, counted)
+    return calls
+
+
+def test_f_runs_once_and_every_block_is_replayed_once(run_ranks, monkeypatch):
+    def check():
+        model = gpt.build(replaying(), num_layers=4)
+        attention = count(monkeypatch, type(model.decoder.layers[0].self_attention), "forward")
+        mlp = count(monkeypatch, type(model.decoder.layers[0].mlp), "forward")
+        read = count(monkeypatch, ReplayedConnection, "read_again")
+        written = count(monkeypatch, ReplayedConnection, "write_again")
+        gpt.forward_backward(model)
+        assert (len(attention), len(mlp)) == (4, 4)
+        # Blocks of 3, 3 and 2: all are read again, and the output of each block is there already.
+        assert chunk_of(model).blocks == [3, 3, 2]
+        assert [c.position for c in read] == [6, 7, 3, 4, 5, 0, 1, 2]
+        assert [c.position for c in written] == [6, 3, 4, 0, 1]
+
+    run_ranks(1, check)
+
+
+def test_replay_before_the_gradient_arrives_is_the_only_one(run_ranks, monkeypatch):
+    def check():
+        want = gpt.forward_backward(gpt.build(MHCConfig(**LIVELY)))
+        model = gpt.build(replaying(recompute_layer_num="2"))
+        read = count(monkeypatch, ReplayedConnection, "read_again")
+        backward = torch.Tensor.backward
+
+        def after_replay(loss, *args, **kwargs):
+            block = recompute.handle(model)
+            assert recompute.handle(model) is None and not read
+            recompute.replay(block)
+            recompute.replay(block)
+            assert [c.position for c in read] == [2, 3]
+            return backward(loss, *args, **kwargs)
+
+        monkeypatch.setattr(torch.Tensor, "backward", after_replay)
+        same_bits(gpt.forward_backward(model), want)
+        assert [c.position for c in read] == [2, 3, 0, 1]
+        recompute.replay(None)
+
+    run_ranks(1, check)
+
+
+def batch(seed):
+    tokens = torch.randint(
+        0, gpt.VOCAB, (gpt.BATCH, gpt.SEQ + 1), generator=torch.Generator().manual_seed(seed)
+    )
+    mask = torch.triu(torch.ones(1, 1, gpt.SEQ, gpt.SEQ, dtype=torch.bool), 1)
+    positions = torch.arange(gpt.SEQ).expand(gpt.BATCH, gpt.SEQ).contiguous()
+    return (tokens[:, :-1].contiguous(), positions, mask), tokens[:, 1:].contiguous()
+
+
+def losses(model, seed):
+    inputs, labels = batch(seed)
+    return model(*inputs, labels=labels).mean()
+
+
+def test_several_micro_batches_in_flight_and_an_evaluation_between(run_ranks):
+    """As under 1F1B: forward, forward, backward, forward, backward, backward; gradients add up."""
+
+    def run(mhc):
+        model = gpt.build(mhc, num_layers=3)
+        first, second = losses(model, 0), losses(model, 1)
+        blocks = [recompute.handle(model)]
+        first.backward()
+        with torch.no_grad():
+            evaluated = losses(model, 5)
+        third = losses(model, 2)
+        for block in blocks:
+            recompute.replay(block)
+        second.backward()
+        third.backward()
+        total = torch.stack([first, second, third, evaluated]).detach()
+        return total, {name: p.grad for name, p in model.named_parameters()}
+
+    run_ranks(1, lambda: same_bits(run(replaying()), run(MHCConfig(**LIVELY))))
+
+
+class Exit:
+    """Runs a chunk's last MLP outside of its block, as a split pipeline boundary does."""
+
+    def run(self, layer, streams, kwargs):
+        connection = layer.mlp_hyper_connection
+        connection.plain = True
+        layer_input, mappings = connection(streams)
+        connection.plain = False
+        return connection.post_res(streams, layer._forward_mlp(layer_input), mappings)
+
+
+@pytest.mark.parametrize("size", ["1", "3", "5", "6"])
+def test_last_sublayer_in_parts_matches_no_recompute(run_ranks, size):
+    def run(mhc):
+        model = gpt.build(mhc, num_layers=3)
+        model.decoder.layers[-1].exit = Exit()
+        loss = losses(model, 0)
+        recompute.replay(recompute.handle(model))
+        loss.backward()
+        return loss.detach(), {name: p.grad for name, p in model.named_parameters()}
+
+    run_ranks(1, lambda: same_bits(run(replaying(recompute_layer_num=size)), run(MHCConfig(**LIVELY))))
+
+
+def test_frozen_parts_match_no_recompute(run_ranks):
+    def run(mhc):
+        model = gpt.build(mhc, num_layers=3)
+        for name, parameter in model.named_parameters():
+            frozen = "embedding" in name or "layers.0." in name or "layers.1.self_attention" in name
+            parameter.requires_grad_(not frozen)
+        loss = losses(model, 0)
+        loss.backward()
+        return loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+
+    run_ranks(1, lambda: same_bits(run(replaying()), run(MHCConfig(**LIVELY))))
+
+
+def test_parameters_are_the_same_as_without(run_ranks):
+    def check():
+        stored, model = gpt.build(MHCConfig(**LIVELY)), gpt.build(replaying())
+        assert model.state_dict().keys() == stored.state_dict().keys()
+        want = gpt.forward_backward(stored)
+        gpt.forward_backward(model, seed=7)
+        model.load_state_dict(stored.state_dict())
+        model.zero_grad()
+        same_bits(gpt.forward_backward(model), want)
+
+    run_ranks(1, check)
+
+
+def test_layers_out_of_order_are_noticed(run_ranks):
+    def check():
+        model = gpt.build(replaying(), num_layers=3)
+        losses(model, 0)
+        streams = torch.randn(gpt.SEQ, gpt.BATCH, 4 * 32)
+        with pytest.raises(RuntimeError, match="sub-layer 2 of a model chunk ran out of order"):
+            model.decoder.layers[1](streams, batch(0)[0][2])
+        losses(model, 0).backward()  # a pass from the start is right again
+
+    run_ranks(1, check)
+
+
+def test_dropped_tensors_are_freed_and_come_back(run_ranks):
+    """Storages by weak reference: streams are gone after the forward pass, layer inputs are empty."""
+
+    def check():
+        model = gpt.build(replaying(recompute_layer_num="4"))
+        streams, inputs, norms = [], [], []
+
+        def look(module, args, output):
+            streams.append(weakref.ref(args[0].untyped_storage()))
+            inputs.append(output[0].untyped_storage())
+
+        def look_at_norm(module, args, output):
+            norms.append(output.untyped_storage())
+
+        for connection in connections(model):
+            connection.register_forward_hook(look)
+        for layer in model.decoder.layers:
+            layer.input_layernorm.register_forward_hook(look_at_norm)
+            layer.pre_mlp_layernorm.register_forward_hook(look_at_norm)
+        loss = losses(model, 0)
+        gc.disable()  # by counting alone: no cycles that wait for a collector
+        try:
+            assert [r() is None for r in streams] == [False, True, True, True]
+        finally:
+            gc.enable()
+        assert [s.nbytes() for s in inputs + norms] == [0] * 8
+        recompute.replay(recompute.handle(model))
+        one = gpt.SEQ * gpt.BATCH * 32 * 4
+        assert [s.nbytes() for s in inputs + norms[:4]] == [one] * 8
+        loss.backward()
+
+    run_ranks(1, check)
+
+
+def forward_bytes(mhc, **settings):
+    """Bytes that a forward pass leaves alive for the backward pass, and the chunk."""
+    model = gpt.build(mhc, **settings)
+    with LiveBytes() as live:
+        loss = losses(model, 0)
+        gc.collect()  # Triton's interpreter leaves its last arguments in cycles
+        alive = live.now()
+    loss.backward()
+    return alive, chunk_of(model)
+
+
+@pytest.mark.parametrize(
+    "backend, layers, coefficients",
+    [
+        ("reference", 3, False),
+        ("reference", 3, True),
+        ("triton", 1, False),
+        pytest.param("triton", 3, False, marks=pytest.mark.slow),
+        pytest.param("triton", 3, True, marks=pytest.mark.slow),
+    ],
+)
+def test_freed_bytes_match_the_estimate(run_ranks, backend, layers, coefficients):
+    """Counted bytes of real tensors; in fp32, of which the reference makes no copies."""
+    T, C, n, size = gpt.SEQ * gpt.BATCH, 32, 4, 4
+
+    def check():
+        common = LIVELY | dict(backend=backend)
+        stored, _ = forward_bytes(MHCConfig(**common), num_layers=layers)
+        mhc = MHCConfig(**common, recompute_layer_num=str(size), recompute_coefficients=coefficients)
+        alive, chunk = forward_bytes(mhc, num_layers=layers)
+        streams = torch.empty(gpt.SEQ, gpt.BATCH, n * C)
+        sublayers = chunk.sublayer_bytes(streams)
+        assert (sublayers[0].streams, sublayers[0].read) == (4 * T * n * C, 2 * 4 * T * C)
+        kept_streams = sum(sublayers[start].streams for start in range(0, 2 * layers, size))
+        dropped = sum(s.streams + s.read for s in sublayers) - kept_streams
+        return stored, alive, dropped
+
+    stored, alive, dropped = run_ranks(1, check)[0]
+    rows = n * n + 2 * n
+    coefficient_bytes = 4 * T * 2 * layers * rows
+    print(f"stored {stored}, with blocks {alive}: {stored - alive} freed, {dropped} estimated")
+    if backend == "triton" and not coefficients:
+        # Without recompute the coefficients die in the forward pass: keeping them is the price of a replay.
+        assert stored - alive == dropped - coefficient_bytes
+    elif backend == "triton":
+        assert stored - alive == dropped + coefficient_bytes + 4 * T * 2 * layers  # `saved` goes, 1/r with it
+    elif not coefficients:
+        assert stored - alive == dropped  # its graph holds the coefficients in any case
+    else:
+        assert stored - alive >= dropped + coefficient_bytes
+
+
+def backward_peak(mhc, layers):
+    model = gpt.build(mhc, num_layers=layers, params_dtype=torch.float64, hidden_size=64)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    with LiveBytes(peak=True) as live:
+        losses(model, 0).backward()
+    return live.peak, chunk_of(model)
+
+
+@pytest.mark.parametrize(
+    "layers, settings",
+    [
+        (5, ("off", "2", "auto")),
+        pytest.param(8, ("off", "1", "2", "3", "4", "5", "8", "16", "auto"), marks=pytest.mark.slow),
+    ],
+    ids=["fast", "all"],
+)
+def test_auto_needs_the_least_memory_and_as_much_as_estimated(run_ranks, layers, settings):
+    """The highest count of live bytes in a training step, for every block size and for auto."""
+
+    def measure():
+        peaks = {}
+        for setting in settings:
+            mhc = MHCConfig(**LIVELY, recompute_layer_num=setting, backend="reference")
+            peaks[setting], chunk = backward_peak(mhc, layers)
+        streams = torch.empty(gpt.SEQ, gpt.BATCH, 4 * 64, dtype=torch.float64)
+        return peaks, chunk.sublayer_bytes(streams), chunk.blocks
+
+    peaks, sublayers, blocks = run_ranks(1, measure)[0]
+    estimated = {s: plan.peak(sublayers, plan.choose(s, sublayers)) for s in peaks if s != "off"}
+    estimated["off"] = plan.without_replay(sublayers)
+    error = {s: (peaks[s] - peaks["off"] - estimated[s] + estimated["off"]) / peaks["off"] for s in peaks}
+    print(f"auto: blocks of {blocks}; peak bytes", peaks)
+    print("errors of the estimate:", {s: round(e, 4) for s, e in error.items()})
+    assert peaks["auto"] <= min(peaks.values()) * 1.03
+    assert max(map(abs, error.values())) <= 0.05

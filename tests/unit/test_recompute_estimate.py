@@ -1,0 +1,163 @@
+"""The printed estimate of a recipe, and the inventory that it counts with."""
+
+import re
+import sys
+
+import gpt
+import pytest
+import torch
+from live_bytes import LiveBytes
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.transformer import MLATransformerConfig, TransformerConfig
+
+from megatron_mhc import MHCConfig
+from megatron_mhc.recompute import estimate, inventory
+
+RECIPE = """
+torchrun --nproc-per-node 4 --nnodes 2 -m megatron_mhc.pretrain_gpt
+    --num-layers 12 --hidden-size 256 --ffn-hidden-size 512 --num-attention-heads 4   # a small model
+    --pipeline-model-parallel-size 4 --tensor-model-parallel-size 2 --sequence-parallel
+    --seq-length 512 --max-position-embeddings 512 --micro-batch-size 2 --global-batch-size 16
+    --swiglu --disable-bias-linear --normalization RMSNorm --bf16 --no-rope-fusion
+    --attention-dropout 0 --hidden-dropout 0 --position-embedding-type rope
+    --train-iters 10 --lr 1e-3 --mock-data --tokenizer-type NullTokenizer --vocab-size 512
+"""
+
+
+def printed(recipe, *arguments):
+    """Run the command in this process; returns the table's rows by their first cell."""
+    import contextlib
+    import io
+    import tempfile
+    from pathlib import Path
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "recipe.txt")
+        path.write_text(recipe)
+        sys.argv = ["recompute", "--config", str(path), *arguments]
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            estimate.main()
+    rows = {}
+    for line in out.getvalue().splitlines()[1:]:
+        name, *cells = re.split(r"\s{2,}", line.strip())
+        rows[name] = cells
+    return rows
+
+
+def test_table_of_a_recipe(run_ranks):
+    rows = run_ranks(1, printed, RECIPE, "--sizes", "1,2,6,99", "--", "--mhc-num-residual-streams", "2")[0]
+    assert rows["layers"] == ["3"] * 4
+    assert rows["passes in flight"] == ["4", "3", "2", "1"]
+    assert "mHC, blocks of 99" not in rows
+    # By hand: 512 tokens a rank of 256 bf16 channels make one = 256 KiB. A layer keeps its two inputs, the
+    # two norms' outputs, and inside the tensor-parallel region twice the tokens: half of 5 * 256 and 256
+    # attention channels, 3 * 512 MLP channels, and 2 heads' fp32 statistics.
+    one, tokens = 2 * 512 * 256, 512
+    layer = 4 * one + 2 * 2 * tokens * (5 * 256 + 256 + 3 * 512) // 2 + 4 * 2 * tokens * 4 // 2
+    expected = [f"{held * 3 * layer / 2**30:.3f}" for held in (4, 3, 2, 1)]
+    assert rows["vanilla"] == expected
+    # mHC keeps 2 streams, the layer input and F's output where vanilla keeps one: 3 more each, and 9 numbers.
+    more = 6 * (3 * one + 4 * tokens * 9)
+    expected = [f"{held * (3 * layer + more) / 2**30:.3f}" for held in (4, 3, 2, 1)]
+    assert rows["mHC"] == expected
+    for rank in range(4):
+        every = [float(rows[f"mHC, blocks of {size}"][rank]) for size in (1, 2, 6)]
+        assert float(rows["mHC, auto"][rank]) <= min(every) < float(rows["mHC"][rank])
+
+
+def test_table_of_a_recipe_that_cannot_train(run_ranks):
+    arguments = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1".split()
+
+    def fails():
+        with pytest.raises(
+            ValueError, match="--mhc-recompute-layer-num auto with --recompute-granularity full"
+        ):
+            printed(RECIPE, "--", *arguments, "--mhc-recompute-layer-num", "auto")
+
+    run_ranks(1, fails)
+
+
+def test_command_lines_are_cut_behind_the_script():
+    cut = estimate.megatron_arguments
+    assert cut("torchrun --nproc-per-node 8 --nnodes 2 pretrain_gpt.py --bf16".split()) == (["--bf16"], 16)
+    assert cut("python -m megatron_mhc.launch pretrain_gpt.py --lr 1".split()) == (["--lr", "1"], None)
+    assert cut("--num-layers 4".split()) == (["--num-layers", "4"], None)
+
+
+SIZES = dict(
+    hidden_size=64,
+    num_attention_heads=4,
+    ffn_hidden_size=128,
+    normalization="RMSNorm",
+    add_bias_linear=False,
+    gated_linear_unit=True,
+    activation_func=torch.nn.functional.silu,
+    hidden_dropout=0.0,
+    attention_dropout=0.0,
+    bias_dropout_fusion=False,
+    masked_softmax_fusion=False,
+    gradient_accumulation_fusion=False,
+)
+MLA = dict(q_lora_rank=16, kv_lora_rank=16, qk_head_dim=8, qk_pos_emb_head_dim=8, v_head_dim=12)
+MLA |= dict(rope_type="rope", apply_rope_fusion=False)
+KINDS = {
+    "dense": {},
+    "gqa": dict(num_query_groups=2),
+    "mla": MLA,
+    "moe": {k: v for k, v in gpt.MOE.items() if k != "moe_layer_freq"},
+}
+
+
+def saved_bytes(kind, layers):
+    """Bytes that a plain model of so many layers keeps alive for its backward pass, and its config."""
+    gpt.start()
+    make = MLATransformerConfig if kind == "mla" else TransformerConfig
+    config = make(num_layers=layers, **SIZES, **KINDS[kind])
+    spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False)
+    rope = "none" if kind == "mla" else "rope"
+    model = GPTModel(config, spec, gpt.VOCAB, gpt.SEQ, position_embedding_type=rope)
+    tokens = torch.zeros(gpt.BATCH, gpt.SEQ, dtype=torch.long)
+    mask = torch.triu(torch.ones(1, 1, gpt.SEQ, gpt.SEQ, dtype=torch.bool), 1)
+    with LiveBytes() as live:
+        loss = model(tokens, torch.arange(gpt.SEQ)[None], mask, labels=tokens).mean()
+        alive = live.now()
+    loss.backward()
+    return alive, config
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_inventory_is_no_more_than_real_layers_save(run_ranks, kind):
+    """Too high an estimate would let `auto` make its first blocks too long. Local layers save the most."""
+
+    def check():
+        (few, _), (many, config) = saved_bytes(kind, 2), saved_bytes(kind, 4)
+        tokens = gpt.SEQ * gpt.BATCH
+        counted = (many - few) / 2 / tokens
+        inside = inventory.attention(config) + inventory.mlp(config, moe=kind == "moe")
+        # Beside it, each of two sub-layers keeps its input and, in these layers, the norm's output.
+        separate = (4 - (kind != "mla") - (kind != "moe")) * 4 * config.hidden_size
+        return inside + separate, counted
+
+    estimated, counted = run_ranks(1, check)[0]
+    print(f"{kind}: {estimated:.0f} of {counted:.0f} bytes a token and layer")
+    assert 0.3 * counted < estimated <= counted
+
+
+def test_megatrons_own_recompute_is_taken_off(run_ranks):
+    def inside(**settings):
+        config = TransformerConfig(num_layers=1, **SIZES, **settings)
+        return inventory.attention(config), inventory.mlp(config, moe=bool(config.num_moe_experts))
+
+    selective = dict(recompute_granularity="selective")
+    assert inside(**selective, recompute_modules=["mlp"]) == (inside()[0], 0)
+    moe = KINDS["moe"] | dict(moe_grouped_gemm=True)
+    assert inside(**moe, **selective, recompute_modules=["moe"])[1] == 0
+    for module in ("moe_act", "shared_experts"):
+        assert 0 < inside(**moe, **selective, recompute_modules=[module])[1] < inside(**moe)[1]
+
+
+def test_counting_needs_no_more_than_a_config():
+    config = TransformerConfig(num_layers=4, **SIZES)
+    found = estimate.ranks(config, MHCConfig(recompute_layer_num="auto"), 32, 2, 1)
+    assert [r.layers for r in found] == [[4]] and len(found[0].stored) == 8
