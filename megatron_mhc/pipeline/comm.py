@@ -1,0 +1,173 @@
+"""Messages between pipeline stages: receives posted ahead, sends that nothing waits for."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_mhc.pipeline.program import Message, Plan, channel
+from megatron_mhc.pipeline.streams import HostStreams
+
+DEFAULT_TIMEOUT = timedelta(minutes=10)  # Megatron's --distributed-timeout-minutes
+NAMES = ("forward", "backward")
+WRAPS = ("forward_wrap", "backward_wrap")
+
+
+class PipelineError(RuntimeError):
+    """A neighbour failed, or sent nothing within the timeout of the process groups."""
+
+
+@dataclass(frozen=True)
+class Channels:
+    """Process groups for the messages of one pipeline, see `program.channel`."""
+
+    ranks: tuple[int, ...]  # global ranks of the pipeline
+    groups: dict[str, Any]
+    timeout: timedelta
+    backend: str
+
+
+_channels: list[tuple[Any, Channels]] = []  # by pipeline group, which is kept alive along with them
+
+
+def channels_of(pp_group: Any) -> Channels:
+    """The channels of a pipeline group; made on the first call, which every rank of the world must make."""
+    for group, channels in _channels:
+        if group is pp_group:
+            return channels
+    backend, timeout = dist.get_backend(pp_group), timeout_of(pp_group)
+    pipelines: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(pipelines, tuple(dist.get_process_group_ranks(pp_group)))
+    mine: dict[str, Any] = {}
+    for ranks in sorted(set(pipelines)):
+        # Ranks of other pipelines take part, as making a group demands.
+        for name in NAMES + (WRAPS if len(ranks) == 2 else ()):
+            options = None
+            if backend == "nccl":
+                # A transfer's kernels need SMs as soon as it may begin: ahead of compute that is queued.
+                options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+            desc = f"MHC_PIPELINE_{name.upper()}"
+            group = dist.new_group(ranks, timeout, backend, options, group_desc=desc)
+            if dist.get_rank() in ranks:
+                mine[name] = group
+    channels = Channels(pipelines[dist.get_rank()], mine, timeout, backend)
+    _channels.append((pp_group, channels))
+    return channels
+
+
+def timeout_of(group: Any) -> timedelta:
+    """The timeout of a group's collectives, which --distributed-timeout-minutes sets."""
+    device = torch.device("cuda" if dist.get_backend(group) == "nccl" else "cpu")
+    options = getattr(group._get_backend(device), "options", None)
+    return getattr(options, "_timeout", None) or DEFAULT_TIMEOUT
+
+
+@dataclass
+class _Sent:
+    message: Message
+    work: Any
+    tensor: Tensor  # kept until it has left
+
+
+class Transport:
+    """Sends and receives of one rank in one step.
+
+    Args:
+        shapes: of each kind of message by name; the same on all ranks.
+        dtype, device: of all messages.
+
+    Raises (`send`, `wait`, `drain`):
+        PipelineError: a neighbour failed or was silent for the groups' timeout; names the message.
+        ValueError: a tensor of another shape or dtype than the message's.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        rank: int,
+        channels: Channels,
+        shapes: dict[str, tuple[int, ...]],
+        dtype: torch.dtype,
+        device: torch.device,
+        streams: HostStreams,
+    ):
+        self.plan, self.rank, self.channels, self.shapes = plan, rank, channels, shapes
+        self.dtype, self.device, self.streams = dtype, device, streams
+        self.coming: dict[Message, tuple[Any, Tensor]] = {}
+        self.leaving: deque[_Sent] = deque()
+        self.most_leaving = 0
+
+    def post(self, message: Message) -> None:
+        """Post the receive of a message."""
+        name, source, _ = channel(self.plan, message)
+        with self.streams.posting():
+            buffer = torch.empty(self.shapes[message.name], dtype=self.dtype, device=self.device)
+            work = dist.irecv(buffer, self.channels.ranks[source], group=self.channels.groups[name])
+        self.coming[message] = work, buffer
+
+    def wait(self, message: Message) -> Tensor:
+        """Make the current stream (with gloo: the host) wait for a message; returns its tensor."""
+        work, buffer = self.coming.pop(message)
+        try:
+            if self.channels.backend == "nccl":
+                work.wait()  # the stream waits; `drain` and NCCL's watchdog look at the clock
+            else:
+                work.wait(self.channels.timeout)
+        except RuntimeError as error:
+            raise self._error(message, "did not come", channel(self.plan, message)[1]) from error
+        self.streams.used(buffer)  # allocated on the posting stream
+        return buffer
+
+    def send(self, message: Message, tensor: Tensor) -> None:
+        """Send a tensor as soon as the current stream has computed it; nothing waits for that."""
+        shape = self.shapes[message.name]
+        if tuple(tensor.shape) != shape or tensor.dtype != self.dtype:
+            raise ValueError(
+                f"pipeline message {message} has shape {tuple(tensor.shape)} and {tensor.dtype}, expected "
+                f"{shape} and {self.dtype}: every stage needs the same sequence length, micro-batch size, "
+                "--mhc-num-residual-streams and pipeline dtype"
+            )
+        name, _, target = channel(self.plan, message)
+        tensor = tensor.detach().contiguous()
+        try:
+            work = dist.isend(tensor, self.channels.ranks[target], group=self.channels.groups[name])
+        except RuntimeError as error:
+            raise self._error(message, "could not be sent", target) from error
+        self.leaving.append(_Sent(message, work, tensor))
+        self.most_leaving = max(self.most_leaving, len(self.leaving))
+
+    def sweep(self) -> None:
+        """Let go of what has left; never waits. With gloo that is known in `drain` alone."""
+        self.leaving = deque(sent for sent in self.leaving if not sent.work.is_completed())
+
+    def drain(self) -> None:
+        """Have the host wait until everything has left."""
+        deadline = time.monotonic() + self.channels.timeout.total_seconds()
+        while self.leaving:
+            sent = self.leaving.popleft()
+            try:
+                if self.channels.backend != "nccl":
+                    sent.work.wait(self.channels.timeout)
+                    continue
+                while not sent.work.is_completed():
+                    if time.monotonic() > deadline:
+                        raise RuntimeError("timeout")
+                    time.sleep(1e-4)
+            except RuntimeError as error:
+                target = channel(self.plan, sent.message)[2]
+                raise self._error(sent.message, "was not received", target) from error
+
+    def _error(self, message: Message, what: str, peer: int) -> PipelineError:
+        seconds = self.channels.timeout.total_seconds()
+        return PipelineError(
+            f"pipeline rank {self.rank}: message {message.name} of micro-batch {message.microbatch}, stage "
+            f"{message.stage}, {what}: pipeline rank {peer} (global rank {self.channels.ranks[peer]}) has "
+            f"failed or was silent for {seconds:.0f} s (--distributed-timeout-minutes); look at its log first"
+        )

@@ -1,0 +1,144 @@
+"""What the overlapping schedule follows from a model's configuration, and what it refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from megatron_mhc.config import MHCConfig, flag
+from megatron_mhc.pipeline.program import SPLIT, Plan
+
+INTERLEAVED, FUSED = OVERLAPPED = ("interleaved", "fused")
+
+# (Megatron setting, when it is refused, what to do instead)
+_REFUSED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    ("variable_seq_lengths", bool, "messages have one shape; pack sequences to one length"),
+    ("num_microbatches_with_partial_activation_checkpoints", lambda v: v is not None, "drop it"),
+    ("moe_paged_stash", bool, "drop it"),
+    ("hybrid_context_parallel", bool, "drop it"),
+    ("delay_wgrad_compute", bool, "drop it"),
+)
+
+
+_NOT_FUSED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    ("recompute_granularity", lambda v: v == "full", "use --mhc-recompute-layer-num auto"),
+    ("recompute_modules", lambda v: "moe" in (v or []), "recompute moe_act or nothing of the experts"),
+    ("moe_shared_expert_overlap", bool, "drop it: the schedule hides the all-to-alls itself"),
+    ("moe_token_dispatcher_type", lambda v: v == "flex", "use alltoall"),
+    ("overlap_dispatch_backward_with_experts_wgrad", bool, "drop it"),
+    ("mlp_chunks_for_training", lambda v: (v or 1) > 1, "drop it"),
+)
+
+
+def check_config(config: Any, mhc: MHCConfig) -> None:
+    """Refuse at build time what the overlapping schedules do not do.
+
+    Raises:
+        ValueError: naming the flag, its value and the remedy.
+    """
+    schedule = f"{flag('pipeline_schedule')} {mhc.pipeline_schedule}"
+    if mhc.pipeline_schedule not in OVERLAPPED:
+        if mhc.pp_boundary == SPLIT:
+            raise ValueError(
+                f"{flag('pp_boundary')} {SPLIT} needs {flag('pipeline_schedule')} {INTERLEAVED} or {FUSED}: "
+                "Megatron's schedule sends one message for each boundary"
+            )
+        return
+    _refuse(config, _REFUSED, schedule, f"{flag('pipeline_schedule')} megatron")
+    if config.pipeline_model_parallel_size == 1:
+        return
+    if mhc.pipeline_schedule == FUSED:
+        _refuse(config, _NOT_FUSED, schedule, f"{flag('pipeline_schedule')} {INTERLEAVED}")
+        if (empty := _stage_without_layer(config, beyond_last=0)) is not None:
+            raise ValueError(
+                f"{schedule} goes layer by layer, and stage {empty} has none: give it one in "
+                f"--pipeline-model-parallel-layout, or use {flag('pipeline_schedule')} {INTERLEAVED}"
+            )
+    if mhc.pp_boundary != SPLIT:
+        return
+    if config.recompute_granularity == "full":
+        raise ValueError(
+            f"{flag('pp_boundary')} {SPLIT} does not support --recompute-granularity full, whose replay runs "
+            f"the last layer as a whole: use {flag('recompute_layer_num')} auto with --recompute-granularity "
+            f"selective, or {flag('pp_boundary')} whole"
+        )
+    if (empty := _stage_without_layer(config, beyond_last=1)) is not None:
+        raise ValueError(
+            f"{flag('pp_boundary')} {SPLIT} cuts the last MLP of every stage but the last, and stage {empty} "
+            "has no layer: give it one in --pipeline-model-parallel-layout, or use "
+            f"{flag('pp_boundary')} whole"
+        )
+
+
+def _refuse(
+    config: Any, table: tuple[tuple[str, Callable[[Any], bool], str], ...], schedule: str, instead: str
+) -> None:
+    for name, refused, remedy in table:
+        if refused(value := getattr(config, name, None)):
+            raise ValueError(
+                f"{schedule} does not support --{name.replace('_', '-')} {value}: {remedy}, or use {instead}"
+            )
+
+
+def layers_of_stages(config: Any) -> tuple[int, ...]:
+    """Number of transformer layers of each stage, in the order of the model."""
+    from megatron.core.transformer.transformer_block import get_num_layers_to_build
+
+    pp, vpp = config.pipeline_model_parallel_size, config.virtual_pipeline_model_parallel_size
+    return tuple(
+        get_num_layers_to_build(config, stage // pp if vpp else None, stage % pp)
+        for stage in range(pp * (vpp or 1))
+    )
+
+
+def _stage_without_layer(config: Any, beyond_last: int) -> int | None:
+    counts = layers_of_stages(config)
+    return next((i for i, count in enumerate(counts[: len(counts) - beyond_last]) if not count), None)
+
+
+def check_call(
+    config: Any, seq_length: int, decoder_seq_length: int | None, adjust: Any, communicator: Any
+) -> None:
+    """Refuse arguments of `forward_backward_func` that the overlapping schedule does not serve.
+
+    Raises:
+        ValueError: naming the argument and the remedy.
+    """
+    instead = f"use {flag('pipeline_schedule')} megatron"
+    if decoder_seq_length is not None and decoder_seq_length != seq_length:
+        raise ValueError(f"--decoder-seq-length {decoder_seq_length}: the schedule has one length; {instead}")
+    if adjust is not None:
+        raise ValueError(f"adjust_tensor_shapes_fn (distillation) changes the messages' shapes: {instead}")
+    if communicator is not None:
+        raise ValueError(f"a p2p_communicator of the caller's own would not be used: {instead}")
+    if config.pipeline_dtype is None:
+        raise ValueError("config.pipeline_dtype is None: set it to the dtype of the streams, as --bf16 does")
+
+
+def plan_for(config: Any, pp: int, chunks: int, microbatches: int, forward_only: bool) -> Plan:
+    """The plan of one step; more chunks than one run in groups of microbatch_group_size_per_vp_stage.
+
+    Raises:
+        ValueError: a group larger than the step.
+    """
+    mhc, group = config.mhc, None
+    if chunks > 1:
+        group = config.microbatch_group_size_per_vp_stage
+        group = None if group is None or group <= pp else group
+        if group is not None and group > microbatches:
+            raise ValueError(
+                f"--microbatch-group-size-per-virtual-pipeline-stage {group}: a step has {microbatches} "
+                f"micro-batches; give {pp} to {microbatches}"
+            )
+    fused = mhc.pipeline_schedule == FUSED and not forward_only
+    return Plan(
+        pp,
+        chunks,
+        microbatches,
+        group=group,
+        boundary=mhc.pp_boundary,
+        forward_only=forward_only,
+        fused=fused,
+        layers=layers_of_stages(config) if fused else 1,
+        replay=not forward_only and mhc.recompute_layer_num != "off",
+    )

@@ -1,0 +1,386 @@
+"""Run one interior pipeline rank's program on one GPU, with copies over PCIe in place of its neighbours.
+
+    python scripts/bench/pipeline.py --out runs/pipeline [--pp 8 --vpp 2 --microbatches 16 --layers 2]
+    python scripts/bench/pipeline.py --out runs/pipeline --cpu       # tiny, without CUDA: checks the script
+
+A message that is received is copied from pinned host memory as soon as its receive is posted, a message
+that is sent is copied to it; an expert all-to-all is a copy of the tokens to the host and back. So what
+is measured is this rank's order, streams and overlap. What is not: neighbours that are late, NCCL's use
+of SMs, and the fabric. Written to the folder: results.json, timeline_*.png, and trace_*.json of
+torch.profiler with --trace.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    sizes = dict(pp=8, rank=3, vpp=2, microbatches=16, layers=2, streams=4, hidden=2560, heads=32, ffn=7680)
+    sizes |= dict(experts=8, expert_ffn=1536, topk=2, sequence=4096, micro_batch=1, steps=10, warmup=3)
+    for name, default in sizes.items():
+        parser.add_argument("--" + name.replace("_", "-"), type=int, default=default)
+    parser.add_argument("--dense", action="store_true", help="no experts, so no all-to-all")
+    parser.add_argument("--backend", default="auto", help="--mhc-backend")
+    parser.add_argument("--replay", default="off", help="--mhc-recompute-layer-num")
+    parser.add_argument(
+        "--no-te", action="store_true", help="Megatron's local layers, without flash attention"
+    )
+    parser.add_argument("--out", required=True)
+    parser.add_argument("--trace", action="store_true", help="one more step of each run under torch.profiler")
+    parser.add_argument("--cpu", action="store_true")
+    args = parser.parse_args()
+    if args.cpu:
+        tiny = dict(pp=4, rank=1, vpp=2, microbatches=4, layers=2, hidden=32, heads=4, ffn=64, experts=4)
+        tiny |= dict(expert_ffn=32, sequence=16, steps=2, warmup=1)
+        for name, value in tiny.items():
+            setattr(args, name, value)
+        args.no_te = True
+    if not 0 < args.rank < args.pp - 1:
+        raise ValueError(f"--rank {args.rank}: an interior rank of {args.pp} is 1 to {args.pp - 2}")
+    return args
+
+
+ARGS = arguments()
+if ARGS.cpu:
+    from megatron_mhc.testing import cpu
+
+    cpu.install()
+    cpu.patch_megatron()
+    cpu.use_local_modules()
+from megatron.core import parallel_state, tensor_parallel  # noqa: E402
+from megatron.core.models.gpt import GPTModel  # noqa: E402
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec  # noqa: E402
+from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
+from megatron.core.transformer import TransformerConfig  # noqa: E402
+from standins import DEVICE, Copies, Exchange, Log, LoopTransport, Mark, TimedStreams, synchronize  # noqa: E402
+
+from megatron_mhc import MHCConfig, specs  # noqa: E402
+from megatron_mhc.pipeline import engine, fused, program  # noqa: E402
+from megatron_mhc.pipeline.megatron_order import WAIT_SENT, megatron_program  # noqa: E402
+from megatron_mhc.pipeline.program import Op, Plan  # noqa: E402
+from megatron_mhc.pipeline.simulate import simulate  # noqa: E402
+from megatron_mhc.pipeline.streams import HostStreams  # noqa: E402
+
+DTYPE = torch.float32 if ARGS.cpu else torch.bfloat16
+
+
+def build(mhc: MHCConfig) -> tuple[TransformerConfig, list[Any]]:
+    """The model chunks of the interior rank."""
+    args = ARGS
+    settings: dict[str, Any] = dict(
+        num_layers=args.layers,
+        hidden_size=args.hidden,
+        ffn_hidden_size=args.ffn,
+        num_attention_heads=args.heads,
+        normalization="RMSNorm",
+        add_bias_linear=False,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        bias_dropout_fusion=False,
+        bias_activation_fusion=False,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        use_cpu_initialization=args.cpu,
+        bf16=not args.cpu,
+        params_dtype=DTYPE,
+        pipeline_dtype=DTYPE,
+    )
+    if not args.dense:
+        settings |= dict(
+            num_moe_experts=args.experts,
+            moe_router_topk=args.topk,
+            moe_ffn_hidden_size=args.expert_ffn,
+            moe_router_load_balancing_type="none",
+            moe_token_dispatcher_type="alltoall",
+            moe_grouped_gemm=not args.no_te,
+            moe_router_dtype="fp32",
+        )
+    config = TransformerConfig(**settings)
+    chunks = []
+    for _ in range(args.vpp):
+        block = get_gpt_decoder_block_spec(
+            config, use_transformer_engine=not args.no_te, normalization="RMSNorm"
+        )
+        model = GPTModel(
+            config,
+            specs.wrap_block_spec(block, mhc, config),
+            vocab_size=128,
+            max_sequence_length=args.sequence,
+            pre_process=False,
+            post_process=False,
+            position_embedding_type="rope",
+        ).to(DEVICE)
+        model.decoder.final_layernorm = None  # one stage to Megatron; here an interior one
+        for at, layer in enumerate(model.decoder.layers):
+            layer.layer_number = 2 + at  # the model's first layer would expand an embedding
+            if layer.is_moe_layer:
+                _exchange(layer.mlp.token_dispatcher)
+        chunks.append(model)
+    return config, chunks
+
+
+def _exchange(dispatcher: Any) -> None:
+    dispatch, combine = dispatcher.token_dispatch, dispatcher.token_combine
+
+    def token_dispatch(hidden: torch.Tensor, probs: torch.Tensor) -> Any:
+        return dispatch(Exchange.apply(hidden), probs)
+
+    def token_combine(hidden: torch.Tensor) -> Any:
+        return combine(Exchange.apply(hidden))
+
+    dispatcher.token_dispatch, dispatcher.token_combine = token_dispatch, token_combine
+
+
+class Bench:
+    """Runs steps of one program in several ways."""
+
+    def __init__(self, order: str, boundary: str):
+        self.order, self.boundary = order, boundary
+        schedule = "interleaved" if order == "megatron" else order
+        mhc = MHCConfig(
+            num_residual_streams=ARGS.streams,
+            pipeline_schedule=schedule,
+            pp_boundary=boundary,
+            backend=ARGS.backend,
+            recompute_layer_num=ARGS.replay,
+        )
+        torch.manual_seed(1)
+        self.config, self.chunks = build(mhc)
+        self.plan = Plan(
+            ARGS.pp,
+            ARGS.vpp,
+            ARGS.microbatches,
+            boundary=boundary,
+            fused=order == "fused",
+            layers=ARGS.layers,
+            replay=ARGS.replay != "off",
+        )
+        self.program = program.build_program(self.plan, ARGS.rank)
+        if order == "megatron":
+            self.program = megatron_program(self.plan, ARGS.rank)
+        self.copies = Exchange.copies = Copies()
+        self.mask = torch.ones(ARGS.sequence, ARGS.sequence, dtype=torch.bool, device=DEVICE).triu(1)[
+            None, None
+        ]
+
+    def forward_step(self, iterator: Any, model: Any) -> Any:
+        return model(None, None, self.mask if ARGS.no_te else None), None
+
+    def step(self, log: Log, *, copy: bool, exchange: bool, serial: bool, priority: bool) -> float:
+        """One step; returns its milliseconds."""
+        cuda = DEVICE.type == "cuda" and not serial
+        streams = TimedStreams(log, priority) if cuda and self.plan.fused else HostStreams()
+        bench = self
+
+        def transport(step: Any, sizes: tuple[int, int]) -> LoopTransport:
+            width, tokens = self.config.hidden_size, (ARGS.sequence, ARGS.micro_batch)
+            wide = (*tokens, ARGS.streams * width)
+            narrow = (*tokens, engine.packed_width(width, ARGS.streams, DTYPE))
+            shapes = {"streams": wide, "mixed": wide, "d_streams": wide, "write": narrow, "d_write": narrow}
+            late = bench.order == "megatron"
+            made = (bench.plan, ARGS.rank, None, shapes, DTYPE, DEVICE, streams)
+            return LoopTransport(*made, copies=bench.copies, log=log, copy=copy, late=late)
+
+        kind = fused.FusedStep if self.plan.fused else engine.Step
+        make = type("BenchStep", (kind,), {"_transport": transport})
+        groups = ProcessGroupCollection.use_mpu_process_groups()
+        run = make(
+            self.plan,
+            ARGS.rank,
+            self.chunks,
+            [None] * ARGS.vpp,
+            self.forward_step,
+            groups,
+            (ARGS.sequence, ARGS.micro_batch),
+            collect_non_loss_data=False,
+            first_val_step=None,
+        )
+        run.program = self.program
+        run.run_op[WAIT_SENT] = lambda op: run.transport.wait_sent(op.message)
+        for chunk in self.chunks:
+            chunk.zero_grad(set_to_none=True)
+        Exchange.active = exchange
+        engine.observers[:] = [log.observe]
+        synchronize()
+        begin = Mark()
+        run.run()
+        if cuda:  # the step ends when all of its streams have
+            for stream in (self.copies.inward, self.copies.outward):
+                torch.cuda.current_stream().wait_stream(stream)
+        end = Mark()
+        synchronize()
+        return end.since(begin)
+
+    def median(self, **how: Any) -> tuple[float, list[Log]]:
+        how = dict(copy=True, exchange=True, serial=False, priority=True) | how
+        times, logs = [], []
+        for at in range(ARGS.warmup + ARGS.steps):
+            log = Log()
+            took = self.step(log, **how)
+            if at >= ARGS.warmup:
+                times.append(took)
+                logs.append(log)
+        return statistics.median(times), logs
+
+
+class Measured:
+    """Median times of every kind of operation and message, for the simulator."""
+
+    def __init__(self, serial: list[Log], copied: list[Log]):
+        spans: dict[Any, list[float]] = {}
+        for log in serial:
+            for (op, start), (_, end) in zip(log.begun, log.begun[1:], strict=False):
+                if op.kind in program.COMPUTE:
+                    spans.setdefault((op.kind, op.what), []).append(end.since(start))
+        self.ops = {key: statistics.median(values) for key, values in spans.items()}
+        moves: dict[str, list[float]] = {}
+        for log in copied:
+            for name, start, end in log.copies:
+                moves.setdefault(name, []).append(end.since(start))
+        self.messages = {name: statistics.median(values) for name, values in moves.items()}
+
+    def compute(self, plan: Plan, op: Op) -> float:
+        return self.ops.get((op.kind, op.what), 0.0)
+
+    def transfer(self, message: Any) -> tuple[float, int]:
+        return self.messages[message.name], 1
+
+
+def latencies(logs: list[Log]) -> dict[str, float]:
+    """From the end of a combine to the end of the post_res behind it: median and 95th percentile, ms."""
+    found = [
+        end.since(after)
+        for log in logs
+        for op, _, _, end, after in log.nodes
+        if op is not None and op.kind == program.FORWARD and op.what == "post" and after is not None
+    ]
+    if not found:
+        return {}
+    found.sort()
+    return {"median": statistics.median(found), "p95": found[int(0.95 * (len(found) - 1))]}
+
+
+def draw(log: Log, path: Path, title: str) -> None:
+    """The middle third of one step: a row for each stream."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    origin = log.begun[0][1]
+    bars: list[tuple[str, float, float, str]] = []
+    timed = {id(op) for op, *_ in log.nodes}
+    for (op, start), (_, end) in zip(log.begun, log.begun[1:], strict=False):
+        if op.kind in program.COMPUTE and id(op) not in timed:
+            bars.append(("compute", start.since(origin), end.since(origin), op.kind))
+    for op, name, start, end, _ in log.nodes:
+        bars.append((name, start.since(origin), end.since(origin), op.kind if op else ""))
+    for name, start, end in log.copies:
+        row = "copies in" if name in ("streams", "write", "mixed") else "copies, gradients"
+        bars.append((row, start.since(origin), end.since(origin), "copy"))
+    last = max(end for _, _, end, _ in bars)
+    colours = {
+        "forward": "#4c78a8",
+        "backward": "#72b7b2",
+        "replay": "#b279a2",
+        "copy": "#f58518",
+        "": "#999999",
+    }
+    rows = sorted({row for row, *_ in bars})
+    figure, axes = pyplot.subplots(figsize=(16, 0.8 + 0.5 * len(rows)))
+    for row, start, end, kind in bars:
+        axes.broken_barh(
+            [(start, end - start)], (rows.index(row) - 0.35, 0.7), facecolors=colours[kind], lw=0.2, ec="w"
+        )
+    axes.set_yticks(range(len(rows)), rows)
+    axes.set_xlim(last / 3, 2 * last / 3)
+    axes.set_xlabel("ms (blue forward, green backward, orange copies)")
+    axes.set_title(title, fontsize=10)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def profile(bench: Bench, path: Path) -> None:
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as profiler
+
+    kinds = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if DEVICE.type == "cuda" else [])
+    with profiler(activities=kinds) as recorded:
+        bench.step(Log(), copy=True, exchange=True, serial=False, priority=True)
+    recorded.export_chrome_trace(str(path))
+
+
+def main() -> None:
+    out = Path(ARGS.out)
+    out.mkdir(parents=True, exist_ok=True)
+    dist.init_process_group(
+        "gloo" if ARGS.cpu else "nccl", init_method="tcp://127.0.0.1:0", rank=0, world_size=1
+    )
+    parallel_state.initialize_model_parallel()
+    tensor_parallel.model_parallel_cuda_manual_seed(1)
+    results: dict[str, Any] = {"arguments": vars(ARGS), "runs": {}}
+    if DEVICE.type == "cuda":
+        results["device"] = torch.cuda.get_device_name()
+    for order, boundary in (
+        ("megatron", "whole"),
+        ("interleaved", "whole"),
+        ("interleaved", "split"),
+        ("fused", "whole"),
+        ("fused", "split"),
+    ):
+        bench = Bench(order, boundary)
+        full, logs = bench.median()
+        still, _ = bench.median(copy=False)
+        quiet, _ = bench.median(copy=False, exchange=False)
+        _, serial = bench.median(copy=False, serial=True)
+        measured = Measured(serial, logs)
+        simulated = simulate(bench.plan, measured, [bench.program], alone=True).step
+        volume = sum(end.since(start) for _, start, end in logs[-1].copies)
+        run = {
+            "step": full,
+            "exposed messages": full - still,
+            "messages": volume,
+            "exposed all-to-all": still - quiet,
+            "simulated": simulated,
+            "simulated / measured": simulated / full,
+            "operations": {f"{kind} {what}": value for (kind, what), value in measured.ops.items()},
+            "message": measured.messages,
+        }
+        if DEVICE.type == "cuda":
+            run["peak GiB"] = torch.cuda.max_memory_allocated() / 2**30
+            torch.cuda.reset_peak_memory_stats()
+        if order == "fused" and boundary == "whole":
+            run["combine end to post end"] = latencies(logs)
+            _, normal = bench.median(priority=False)
+            run["combine end to post end, normal priority"] = latencies(normal)
+        name = f"{order}, {boundary}"
+        results["runs"][name] = run
+        draw(logs[-1], out / f"timeline_{order}_{boundary}.png", name)
+        if ARGS.trace:
+            profile(bench, out / f"trace_{order}_{boundary}.json")
+        shown = {k: round(v, 3) for k, v in run.items() if isinstance(v, float)}
+        print(f"{name:20} {shown}", flush=True)
+        del bench
+    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

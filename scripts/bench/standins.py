@@ -1,0 +1,190 @@
+"""Stand-ins on one GPU for the other ranks of a pipeline: copies to and from pinned host memory."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from megatron_mhc.pipeline.comm import Transport
+from megatron_mhc.pipeline.program import Op
+from megatron_mhc.pipeline.streams import CudaStreams
+
+DEVICE = torch.device("cpu" if "--cpu" in sys.argv else "cuda")
+
+
+class Mark:
+    """A point in time of the current CUDA stream, or of the host."""
+
+    def __init__(self) -> None:
+        self.event: Any = None
+        self.at = time.perf_counter()
+        if DEVICE.type == "cuda":
+            self.event = torch.cuda.Event(enable_timing=True)
+            self.event.record()
+
+    def since(self, earlier: Mark) -> float:
+        if self.event is not None:
+            return earlier.event.elapsed_time(self.event)
+        return 1e3 * (self.at - earlier.at)
+
+    def wait(self) -> None:
+        """Have the current stream wait for it."""
+        if self.event is not None:
+            torch.cuda.current_stream().wait_event(self.event)
+
+
+def synchronize() -> None:
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+
+
+class TimedStreams(CudaStreams):
+    """Notes when each node of a fused program began and ended on its stream."""
+
+    def __init__(self, log: Log, post_priority: bool):
+        super().__init__(DEVICE, post_priority)
+        self.log = log
+
+    @contextmanager
+    def on(self, name: str, after: Mark | None = None) -> Iterator[Any]:
+        with torch.cuda.stream(self._beside.get(name)):
+            if after is not None:
+                after.wait()
+            op, start = self.log.op, Mark()
+
+            def record() -> Mark:
+                end = Mark()
+                self.log.nodes.append((op, name, start, end, after))
+                return end
+
+            yield SimpleNamespace(record=record)
+
+
+class Log:
+    """What one step did: operations as the host began them, fused nodes, copies."""
+
+    def __init__(self) -> None:
+        self.op: Op | None = None
+        self.begun: list[tuple[Op, Mark]] = []
+        self.nodes: list[tuple[Op | None, str, Mark, Mark, Mark | None]] = []
+        self.copies: list[tuple[str, Mark, Mark]] = []
+
+    def observe(self, op: Op, step: Any) -> None:
+        self.op = op
+        self.begun.append((op, Mark()))
+
+
+class Copies:
+    """Two copy streams, one each way, and pinned host memory for every kind of message."""
+
+    def __init__(self) -> None:
+        cuda = DEVICE.type == "cuda"
+        self.inward = torch.cuda.Stream(DEVICE) if cuda else None
+        self.outward = torch.cuda.Stream(DEVICE) if cuda else None
+        self.host: dict[Any, torch.Tensor] = {}
+
+    def buffer(self, key: Any, like: torch.Tensor) -> torch.Tensor:
+        if key not in self.host or self.host[key].numel() < like.numel():
+            values = 1e-3 * torch.randn(like.shape, dtype=torch.float32)
+            self.host[key] = values.to(like.dtype)
+            if DEVICE.type == "cuda":
+                self.host[key] = self.host[key].pin_memory()
+        return self.host[key].view(-1)[: like.numel()].view(like.shape)
+
+
+class LoopTransport(Transport):
+    """A `Transport` whose neighbours are host memory.
+
+    Args:
+        copy: False leaves the copies out: the time of everything else.
+        late: post receives from the compute stream, which they then wait for, as Megatron does.
+    """
+
+    def __init__(self, *args: Any, copies: Copies, log: Log, copy: bool, late: bool):
+        super().__init__(*args)
+        self.copies, self.log, self.copy, self.late = copies, log, copy, late
+        self.sent: dict[Any, Mark] = {}
+
+    def _run(
+        self, stream: Any, name: str, target: torch.Tensor, source: torch.Tensor, after: Mark | None
+    ) -> Mark:
+        if stream is None:
+            start = Mark()
+            target.copy_(source)
+            end = Mark()
+        else:
+            with torch.cuda.stream(stream):
+                if after is not None:
+                    after.wait()
+                start = Mark()
+                target.copy_(source, non_blocking=True)
+                end = Mark()
+            for tensor in (target, source):
+                if tensor.is_cuda:
+                    tensor.record_stream(stream)
+        self.log.copies.append((name, start, end))
+        return end
+
+    def post(self, message: Any) -> None:
+        buffer = torch.empty(self.shapes[message.name], dtype=self.dtype, device=self.device)
+        source = self.copies.buffer(message.name, buffer)
+        if not self.copy:
+            key = ("device", message.name)
+            if key not in self.copies.host:
+                self.copies.host[key] = source.to(self.device)
+            self.coming[message] = None, self.copies.host[key].detach()  # no copy of any kind
+            return
+        end = self._run(self.copies.inward, message.name, buffer, source, Mark() if self.late else None)
+        self.coming[message] = end, buffer
+
+    def wait(self, message: Any) -> torch.Tensor:
+        end, buffer = self.coming.pop(message)
+        if end is not None:
+            end.wait()
+        self.streams.used(buffer)
+        return buffer
+
+    def send(self, message: Any, tensor: torch.Tensor) -> None:
+        tensor = tensor.detach().contiguous()
+        assert tuple(tensor.shape) == self.shapes[message.name] and tensor.dtype == self.dtype
+        if self.copy:
+            target = self.copies.buffer(("sent", message.name), tensor)
+            self.sent[message] = self._run(self.copies.outward, message.name, target, tensor, Mark())
+
+    def wait_sent(self, message: Any) -> None:
+        if message in self.sent:
+            self.sent[message].wait()
+
+    def sweep(self) -> None:
+        pass
+
+    drain = sweep
+
+
+class Exchange(torch.autograd.Function):
+    """Stands for an all-to-all: the tokens go to the host and come back, forward and backward."""
+
+    copies: Copies
+    active = True
+
+    @staticmethod
+    def forward(ctx: Any, tokens: torch.Tensor) -> torch.Tensor:
+        return Exchange.move(tokens)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return Exchange.move(gradient)
+
+    @staticmethod
+    def move(tokens: torch.Tensor) -> torch.Tensor:
+        if not Exchange.active:
+            return tokens.clone()
+        host = Exchange.copies.buffer(("exchange", tokens.shape[-1:]), tokens)
+        host.copy_(tokens.detach(), non_blocking=True)
+        return torch.empty_like(tokens).copy_(host, non_blocking=True)

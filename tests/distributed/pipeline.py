@@ -1,0 +1,90 @@
+"""Runs the plugin's pipeline schedule on the harness's tiny models, and compares with a single process."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from harness import FLOOR, Comparison, Iteration, Layout, build, iterate
+from harness import ps as parallel_state
+from parameters import global_parameters, gradient, shard
+
+from megatron_mhc import MHCConfig
+from megatron_mhc.pipeline import engine
+from megatron_mhc.testing import ranks
+
+LAYERS = 12  # unless the number of stages does not divide it
+
+
+def interleaved(boundary: str = "whole", schedule: str = "interleaved", **options: Any) -> MHCConfig:
+    return MHCConfig(pipeline_schedule=schedule, pp_boundary=boundary, **options)
+
+
+@functools.cache
+def reference_of(kind: str, mhc: MHCConfig, count: int, layers: int = LAYERS) -> Iteration:
+    """One iteration of `count` micro-batches in a world of one."""
+    return ranks.run_ranks(1, _reference, kind, mhc, count, layers)[0]
+
+
+def _reference(kind: str, mhc: MHCConfig, count: int, layers: int) -> Iteration:
+    layout = Layout()
+    layout.initialize()
+    config = layout.config(kind, num_layers=layers)
+    chunks = build(layout, config, kind, mhc)
+    loss = iterate(chunks, config, count=count)
+    return Iteration(loss, {name: gradient(p).clone() for name, p in global_parameters(chunks)})
+
+
+def compare_all(
+    layout: Layout,
+    kind: str,
+    cases: list[tuple[MHCConfig, int, Iteration]],
+    overrides: dict[str, Any] | None = None,
+    prepare: Callable[[Any, list[Any]], None] | None = None,
+    ddp: dict[str, Any] | None = None,
+) -> list[Comparison]:
+    """Run one iteration of the schedule on this rank for each (options, micro-batches, expected).
+
+    Args:
+        prepare: called with the config and the model chunks before the iteration.
+    """
+    results = []
+    layout.initialize()
+    for mhc, count, expected in cases:
+        config = layout.config(kind, **(dict(num_layers=LAYERS) | (overrides or {})))
+        chunks = build(layout, config, kind, mhc, ddp)
+        if prepare:
+            prepare(config, chunks)
+        loss = iterate(chunks, config, count=count, schedule=engine.forward_backward)
+        results.append(differences(loss, chunks, expected))
+    return results
+
+
+def differences(loss: float, chunks: list[Any], expected: Iteration) -> Comparison:
+    """As `harness.compare`, for a model that has run its iteration."""
+    floor = FLOOR[torch.float64] * max(g.abs().max().item() for g in expected.gradients.values())
+    mine: dict[str, float] = {}
+    for name, parameter in global_parameters(chunks):
+        wanted = shard(expected.gradients[name], parameter)
+        error = (gradient(parameter) - wanted).abs().max() / max(expected.gradients[name].abs().max(), floor)
+        mine[name] = max(error.item(), mine.get(name, 0.0))
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    errors: dict[str, float] = {}
+    for part in everyone:
+        for name, error in part.items():
+            errors[name] = max(error, errors.get(name, 0.0))
+    if missing := set(expected.gradients) - set(errors):
+        raise AssertionError(f"no rank holds {sorted(missing)}")
+    return Comparison(abs(loss - expected.loss), errors)
+
+
+def gradients(chunks: list[Any]) -> dict[str, torch.Tensor]:
+    return {name: gradient(p).clone() for name, p in global_parameters(chunks)}
+
+
+def pipeline_rank() -> int:
+    return parallel_state.get_pipeline_model_parallel_rank()

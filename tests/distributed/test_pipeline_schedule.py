@@ -1,0 +1,229 @@
+"""The overlapping schedule on gloo: loss and every gradient against a single process, in float64."""
+
+import functools
+
+import pytest
+import torch
+from harness import Layout, build, iterate
+from pipeline import LAYERS, compare_all, gradients, interleaved, reference_of
+
+from megatron_mhc import MHCConfig
+from megatron_mhc.pipeline import engine
+
+ERROR = 1e-10
+BOUNDARIES, SCHEDULES = ("whole", "split"), ("interleaved", "fused")
+
+
+def check(run_ranks, world, layout, kind, cases, layers=LAYERS, **options):
+    """`cases`: (options of the schedule, micro-batches)."""
+    full = []
+    for mhc, count in cases:
+        plain = MHCConfig(
+            num_residual_streams=mhc.num_residual_streams,
+            contract=mhc.contract,
+            preset=mhc.preset,
+            h_res=mhc.h_res,
+        )
+        full.append((mhc, count, reference_of(kind, plain, count, layers)))
+    results = run_ranks(world, compare_all, layout, kind, full, *options.values())[0]
+    for (mhc, count), result in zip(cases, results, strict=True):
+        error, name = result.worst
+        assert result.loss <= ERROR, (mhc.to_options(), count)
+        assert error <= ERROR, (name, mhc.to_options(), count)
+
+
+def cases(counts, streams=(4,), boundaries=BOUNDARIES, schedules=SCHEDULES, **options):
+    return [
+        (interleaved(boundary, schedule, num_residual_streams=n, **options), count)
+        for schedule in schedules
+        for boundary in boundaries
+        for n in streams
+        for count in counts
+    ]
+
+
+@pytest.mark.parametrize("vpp", [None, 3])
+def test_two_stages(run_ranks, vpp):
+    several = cases((3,)) + cases((2,), streams=(1,)) + cases((8,), boundaries=("split",))
+    check(run_ranks, 2, Layout(pp=2, vpp=vpp), "dense", several, 6, overrides=dict(num_layers=6))
+
+
+def test_four_stages(run_ranks):
+    check(run_ranks, 4, Layout(pp=4, vpp=3), "dense", cases((5,)))
+
+
+def test_experts_on_two_ranks(run_ranks):
+    """pp 2 x vpp 2 x EP 2: each of two pipelines runs half of the micro-batches."""
+    overrides = dict(num_layers=8)
+    check(run_ranks, 4, Layout(pp=2, vpp=2, ep=2), "moe_shared", cases((6,)), 8, overrides=overrides)
+
+
+def test_replayed_streams(run_ranks):
+    several = cases((3,), recompute_layer_num="2")
+    several += cases((3,), recompute_layer_num="auto", recompute_coefficients=True)
+    check(run_ranks, 2, Layout(pp=2, vpp=3), "dense", several, 6, overrides=dict(num_layers=6))
+
+
+def test_full_recompute_with_whole_messages(run_ranks):
+    full = dict(recompute_granularity="full", recompute_num_layers=1, recompute_method="uniform")
+    whole = cases((3,), boundaries=("whole",), schedules=("interleaved",))
+    check(run_ranks, 2, Layout(pp=2, vpp=2), "dense", whole, 4, overrides=full | dict(num_layers=4))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+@pytest.mark.parametrize("vpp", [None, 2, 3])
+@pytest.mark.parametrize("pp", [2, 4])
+@pytest.mark.parametrize("replayed", ["off", "auto"])
+def test_the_whole_matrix(run_ranks, pp, vpp, kind, schedule, replayed):
+    """micro-batches {pp, pp + 1, 4 pp} of each pipeline, n {1, 4}, both boundaries; MoE with EP 2."""
+    ep = 2 if kind == "moe" else 1
+    counts = [ep * count for count in (pp, pp + 1, 4 * pp)]
+    several = cases(counts, streams=(1, 4), schedules=(schedule,), recompute_layer_num=replayed)
+    layout = Layout(pp=pp, vpp=vpp, ep=ep)
+    layers = LAYERS if LAYERS % (pp * (vpp or 1)) == 0 else 8
+    run = functools.partial(run_ranks, timeout=280)
+    check(run, pp * ep, layout, kind, several, layers, overrides=dict(num_layers=layers))
+
+
+STAGES = [["embedding", "decoder"], ["decoder"], ["decoder", "decoder"], ["decoder", "loss"]]
+SETTINGS = {
+    "tied": (2, Layout(pp=2, vpp=2), "tied", {}, 4),
+    "biased": (2, Layout(pp=2), "biased", {}, 4),
+    "mla": (2, Layout(pp=2, vpp=2), "mla", {}, 4),
+    "mtp": (2, Layout(pp=2, vpp=2), "mtp", {}, 4),
+    "moe_auxiliary_loss": (2, Layout(pp=2, vpp=2), "moe_auxiliary_loss", {}, 4),
+    "stage_layout": (2, Layout(pp=2, vpp=2), "dense", dict(pipeline_model_parallel_layout=STAGES), 5),
+    "selective_recompute": (
+        2,
+        Layout(pp=2),
+        "dense",
+        dict(recompute_granularity="selective", recompute_modules=["core_attn", "mlp", "layernorm"]),
+        4,
+    ),
+    "selective_recompute_moe": (
+        2,
+        Layout(pp=2),
+        "moe_shared",
+        dict(recompute_granularity="selective", recompute_modules=["core_attn", "layernorm"]),
+        4,
+    ),
+    "moe_after_dense": (2, Layout(pp=2), "moe_after_dense", {}, 4),
+    "tp2_sp": (4, Layout(tp=2, pp=2, sp=True), "moe_shared", {}, 4),
+    "cp2": (4, Layout(pp=2, cp=2), "token_local", {}, 4),
+}
+
+
+FAST = ("tied", "moe_auxiliary_loss", "selective_recompute_moe", "tp2_sp")
+
+
+@pytest.mark.parametrize(
+    "setting", [pytest.param(s, marks=[] if s in FAST else pytest.mark.slow) for s in SETTINGS]
+)
+def test_setting(run_ranks, setting):
+    world, layout, kind, overrides, layers = SETTINGS[setting]
+    overrides = dict(num_layers=layers) | overrides
+    check(run_ranks, world, layout, kind, cases((4,)), layers, overrides=overrides)
+
+
+VARIANTS = [dict(contract="learned_head"), dict(preset="deepseek_v4"), dict(h_res="unconstrained")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", VARIANTS)
+def test_variant(run_ranks, options):
+    split = cases((3,), boundaries=("split",), **options)
+    check(run_ranks, 2, Layout(pp=2), "dense", split, 4, overrides=dict(num_layers=4))
+
+
+def test_loss_alone_on_a_stage(run_ranks):
+    """A last chunk without layers; an earlier one is refused under `split`, see test_pipeline_options."""
+    overrides = dict(account_for_loss_in_pipeline_split=True)
+    several = cases((3,), schedules=("interleaved",))
+    check(
+        run_ranks,
+        2,
+        Layout(pp=2, vpp=2),
+        "three_layers",
+        several,
+        3,
+        overrides=overrides | dict(num_layers=3),
+    )
+
+
+def overlap(align, config, chunks):
+    """As megatron.training sets up --overlap-grad-reduce, with or without --align-grad-reduce."""
+    config.no_sync_func = [chunk.no_sync for chunk in chunks]
+    if align:
+        config.grad_sync_func = [chunk.start_grad_sync for chunk in chunks]
+    if len(chunks) == 1:
+        config.no_sync_func = config.no_sync_func[0]
+        config.grad_sync_func = config.grad_sync_func[0] if align else None
+    # In a first batch the wrappers only count which gradients come.
+    iterate(chunks, config, count=6, schedule=engine.forward_backward)
+    order = []
+    for at, chunk in enumerate(chunks):
+        for group in chunk.bucket_groups:
+            start = group.start_grad_sync
+
+            def watched(*args, start=start, at=at, **kwargs):
+                order.append((at, len(config.ran)))
+                return start(*args, **kwargs)
+
+            group.start_grad_sync = watched
+    config.ran = []
+    engine.observers[:] = [lambda op, step: config.ran.append(op) if op.kind == "backward" else None]
+    finalize = config.finalize_model_grads_func
+
+    def after(*args, **kwargs):
+        # Every bucket was reduced by itself before the end, once, behind its chunk's last backward.
+        assert sorted({at for at, _ in order}) == list(range(len(chunks)))
+        assert len(order) == sum(len(chunk.bucket_groups) for chunk in chunks)
+        last = max(op.microbatch for op in config.ran)
+        for at, ran in order:
+            stage = at * config.pipeline_model_parallel_size
+            mine = [
+                i
+                for i, op in enumerate(config.ran)
+                if op.microbatch == last and stage <= op.stage < stage + config.pipeline_model_parallel_size
+            ]
+            assert ran > mine[0]
+        return finalize(*args, **kwargs)
+
+    config.finalize_model_grads_func = after
+
+
+@pytest.mark.parametrize("align", [False, True])
+@pytest.mark.parametrize("vpp", [pytest.param(None, marks=pytest.mark.slow), 2])
+def test_overlapped_gradient_reduction(run_ranks, vpp, align):
+    check(
+        run_ranks,
+        4,
+        Layout(pp=2, vpp=vpp),
+        "dense",
+        cases((6,)),
+        4,
+        overrides=dict(num_layers=4),
+        prepare=functools.partial(overlap, align),
+        ddp=dict(overlap_grad_reduce=True, bucket_size=4000),
+    )
+
+
+def evaluate(layout, mhc, count):
+    layout.initialize()
+    config = layout.config("dense", num_layers=6)
+    chunks = build(layout, config, "dense", mhc)
+    config.grad_sync_func = config.param_sync_func = lambda *_: pytest.fail("evaluation synchronises nothing")
+    with torch.no_grad():
+        loss = iterate(chunks, config, count=count, schedule=engine.forward_backward, forward_only=True)
+    return loss, [name for name, g in gradients(chunks).items() if g.abs().max() > 0]
+
+
+@pytest.mark.parametrize("boundary", BOUNDARIES)
+def test_evaluation(run_ranks, boundary):
+    for vpp, count, schedule in ((None, 3, "interleaved"), (3, 5, "fused")):
+        layout, mhc = Layout(pp=2, vpp=vpp), interleaved(boundary, schedule)
+        loss, touched = run_ranks(2, evaluate, layout, mhc, count)[0]
+        assert abs(loss - reference_of("dense", MHCConfig(), count, 6).loss) <= ERROR
+        assert touched == []

@@ -1,0 +1,50 @@
+"""The overlapping schedule under Megatron's own pretrain(): training, evaluation, checkpoints, resume."""
+
+import pytest
+import torch
+from test_pretrain import MHC, STEPS, launch, tensors
+
+PIPELINE = ["--pipeline-model-parallel-size", "2", "--num-layers-per-virtual-pipeline-stage", "1"]
+SPLIT = [*MHC, *PIPELINE, "--mhc-pipeline-schedule", "interleaved", "--mhc-pp-boundary", "split"]
+SPLIT += ["--mhc-recompute-layer-num", "auto"]
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    """Ten steps under the split boundary, saved after five and after ten."""
+    folder = tmp_path_factory.mktemp("split")
+    values, output = launch(folder, *SPLIT, "--save", str(folder / "checkpoint"))
+    return folder / "checkpoint", values, output
+
+
+def test_training_under_the_split_boundary(unbroken):
+    _, values, output = unbroken
+    assert len(values) == STEPS
+    assert values[-1] < values[0] - 0.2
+    assert "validation loss at iteration 10 on validation set" in output
+
+
+def test_a_resumed_run_equals_the_unbroken_one_bit_for_bit(unbroken, tmp_path):
+    checkpoint, values, _ = unbroken
+    resumed, _ = launch(
+        tmp_path,
+        *SPLIT,
+        "--load",
+        str(checkpoint),
+        "--ckpt-step",
+        "5",
+        "--save",
+        str(tmp_path / "checkpoint"),
+    )
+    assert resumed == values[5:]
+    expected, got = tensors(checkpoint / "iter_0000010"), tensors(tmp_path / "checkpoint" / "iter_0000010")
+    assert expected.keys() == got.keys()
+    assert [key for key in expected if not torch.equal(expected[key], got[key])] == []
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_one_schedule_resumes_under_the_other(unbroken, tmp_path):
+    """--mhc-pipeline-schedule is no part of a checkpoint's arithmetic; fp32 losses agree to 1e-5."""
+    checkpoint, values, _ = unbroken
+    stock, _ = launch(tmp_path, *MHC, *PIPELINE, "--load", str(checkpoint), "--ckpt-step", "5")
+    torch.testing.assert_close(torch.tensor(stock), torch.tensor(values[5:]), rtol=1e-5, atol=0)
