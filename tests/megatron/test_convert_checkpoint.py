@@ -1,0 +1,184 @@
+"""scripts/convert_checkpoint.py on checkpoints that Megatron's own writers made and loaders read."""
+
+import argparse
+import importlib.util
+from pathlib import Path
+
+import gpt
+import pytest
+import torch
+from megatron.core import dist_checkpointing
+
+from megatron_mhc import MHCConfig, convert
+
+ROOT = Path(__file__).resolve().parents[2]
+V4 = MHCConfig(preset="deepseek_v4")
+MOE_KINDS = pytest.mark.parametrize("settings", [{}, gpt.MOE], ids=["stacked", "numbered"])
+
+
+def script():
+    spec = importlib.util.spec_from_file_location(
+        "convert_checkpoint", ROOT / "scripts/convert_checkpoint.py"
+    )
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run_script(source, target, load, save, options=None, into=None):
+    script().convert_files(
+        argparse.Namespace(source=source, target=target, load=load, save=save, options=options, into=into)
+    )
+
+
+def save(model, folder, kind="torch_dist"):
+    """As megatron.training lays a checkpoint out."""
+    iteration = folder / "iter_0000003"
+    iteration.mkdir(parents=True)
+    (folder / "latest_checkpointed_iteration.txt").write_text("3")
+    arguments = argparse.Namespace(pipeline_model_parallel_size=1)
+    common = {"args": arguments, "iteration": 3, "checkpoint_version": 3.0, "optimizer": {"step": 3}}
+    if kind == "torch_dist":
+        state = model.sharded_state_dict(metadata={"singleton_local_shards": False})
+        metadata = {"singleton_local_shards": False}
+        dist_checkpointing.save({**state, **common}, str(iteration), content_metadata=metadata)
+    else:
+        (iteration / "mp_rank_00").mkdir()
+        state = model.state_dict_for_save_checkpoint()
+        torch.save({"model": state, **common}, iteration / "mp_rank_00" / "model_optim_rng.pt")
+
+
+def load(model, folder, kind="torch_dist"):
+    iteration = folder / "iter_0000003"
+    assert (folder / "latest_checkpointed_iteration.txt").read_text() == "3"
+    if kind == "torch_dist":
+        request = model.sharded_state_dict(metadata={"singleton_local_shards": False})
+        state = dist_checkpointing.load(request, str(iteration), strict="raise_all")
+        assert "optimizer" not in state and state["iteration"] == 3
+        model.load_state_dict({key: state[key] for key in request})
+    else:
+        saved = torch.load(iteration / "mp_rank_00" / "model_optim_rng.pt", weights_only=False)
+        assert "optimizer" not in saved and saved["iteration"] == 3
+        model.load_state_dict(saved["model"])
+
+
+def scrambled(model, seed):
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def loss(model):
+    return gpt.forward_backward(model)[0].item()
+
+
+def parameters(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def assert_same(a, b):
+    assert a.keys() == b.keys()
+    assert [name for name in a if not torch.equal(a[name], b[name])] == []
+
+
+@MOE_KINDS
+@pytest.mark.parametrize("kind", ["torch_dist", "torch"])
+def test_plain_checkpoint_becomes_an_mhc_one_of_the_same_loss(run_ranks, tmp_path, settings, kind):
+    def losses():
+        plain = scrambled(gpt.build(**settings), 1)
+        save(plain, tmp_path / "plain", kind)
+        run_script("plain", "plugin", tmp_path / "plain", tmp_path / "mhc", "num_residual_streams=3")
+        mhc = MHCConfig(num_residual_streams=3)
+        model = scrambled(gpt.build(mhc, **settings), 2)
+        load(model, tmp_path / "mhc", kind)
+        fresh = parameters(gpt.build(mhc, **settings))
+        got = parameters(model)
+        assert all(torch.equal(got[name], fresh[name]) for name in got if "hyper_connection" in name)
+        return loss(plain), loss(model)
+
+    plain, ours = run_ranks(1, losses)[0]
+    assert ours == pytest.approx(plain, rel=1e-4)
+
+
+@MOE_KINDS
+@pytest.mark.parametrize("names", ["megatron-dev", "transformers"])
+def test_checkpoint_survives_the_way_there_and_back(run_ranks, tmp_path, settings, names):
+    """torch_dist and torch, over the names of a branch and over published ones."""
+
+    def compare():
+        for kind in ("torch_dist", "torch"):
+            folder = tmp_path / kind
+            model = scrambled(gpt.build(V4, **settings), 1)
+            save(model, folder / "mhc", kind)
+            if names == "megatron-dev":
+                run_script("plugin", names, folder / "mhc", folder / "other")
+                run_script(names, "plugin", folder / "other", folder / "back", "preset=deepseek_v4")
+            else:
+                run_script("plugin", names, folder / "mhc", folder / "other.pt")
+                other = scrambled(gpt.build(V4, **settings), 2)
+                mappings = ("hyper_connection", "final_layernorm.head")
+                with torch.no_grad():
+                    theirs = dict(other.named_parameters())
+                    for name, value in parameters(model).items():
+                        if not any(word in name for word in mappings):
+                            theirs[name].copy_(value)
+                save(other, folder / "base", kind)
+                run_script(names, "plugin", folder / "other.pt", folder / "back", None, folder / "base")
+            loaded = scrambled(gpt.build(V4, **settings), 3)
+            load(loaded, folder / "back", kind)
+            assert_same(parameters(loaded), parameters(model))
+
+    run_ranks(1, compare)
+
+
+def test_torch_files_of_virtual_stages_are_numbered_as_megatron_lays_them_out(tmp_path):
+    """Two stages of two chunks, of 1 + 2 + 1 + 1 layers: the model's order runs over stages, then chunks."""
+    layers = {(0, 0): 1, (1, 0): 2, (0, 1): 1, (1, 1): 1}  # (stage, chunk)
+    for stage in (0, 1):
+        for tensor_rank in (0, 1):
+            folder = tmp_path / f"mp_rank_{tensor_rank:02d}_{stage:03d}"
+            folder.mkdir()
+            saved = {"args": argparse.Namespace(pipeline_model_parallel_size=2)}
+            for chunk in (0, 1):
+                count = range(layers[stage, chunk])
+                saved[f"model{chunk}"] = {f"decoder.layers.{i}.x": torch.zeros(1) for i in count}
+            torch.save(saved, folder / "model_optim_rng.pt")
+    found = {file.parent.name: chunks for file, chunks in script().rank_files(tmp_path)}
+    expected = {0: [("model0", 0), ("model1", 3)], 1: [("model0", 1), ("model1", 4)]}
+    assert found == {f"mp_rank_{t:02d}_{s:03d}": expected[s] for s in (0, 1) for t in (0, 1)}
+
+
+def test_users_mistakes_name_the_remedy(run_ranks, tmp_path):
+    def attempt():
+        save(gpt.build(), tmp_path / "plain")
+        with pytest.raises(ValueError, match="needs --options"):
+            run_script("megatron-dev", "plugin", tmp_path / "plain", tmp_path / "out")
+        with pytest.raises(ValueError, match="not the checkpoint of a plugin"):
+            run_script("plugin", "deepseek", tmp_path / "plain", tmp_path / "out")
+        with pytest.raises(ValueError, match="drop it, the checkpoint says its own"):
+            run_script("plugin", "deepseek", tmp_path / "plain", tmp_path / "out", "preset=paper")
+        with pytest.raises(ValueError, match="--into belongs to"):
+            run_script("deepseek", "plugin", tmp_path / "x.pt", tmp_path / "out", "preset=deepseek_v4")
+        with pytest.raises(ValueError, match="is there already"):
+            run_script("plain", "plugin", tmp_path / "plain", tmp_path / "plain")
+        with pytest.raises(ValueError, match="neither metadata.json"):
+            run_script("plain", "plugin", tmp_path, tmp_path / "out")
+
+    run_ranks(1, attempt)
+
+
+def test_megatrons_dense_norms_extra_state_moves_with_its_norm():
+    """As TransformerEngine's norms save one; the plugin's own entry takes the place that they leave."""
+    state = {
+        "decoder.final_layernorm.weight": torch.ones(4),
+        "decoder.final_layernorm._extra_state/shard_0_1": "te",
+        "decoder.layers.self_attention.linear_proj.weight": torch.ones(2, 4, 4),
+    }
+    out = convert.from_plain(state, MHCConfig())
+    assert out["decoder.final_layernorm.norm._extra_state/shard_0_1"] == "te"
+    assert convert.read_arithmetic(out) == MHCConfig()
+    back = convert.rename(out, "plugin", "megatron-main", MHCConfig())
+    assert back["decoder.final_layernorm._extra_state/shard_0_1"] == "te"
+    assert convert.ARITHMETIC not in back

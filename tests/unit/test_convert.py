@@ -1,0 +1,174 @@
+"""Conversion of mapping parameters; oracles are formulas written out here and exact round trips."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from megatron_mhc import MHCConfig, convert
+from megatron_mhc.ops import reference
+
+LAYERS, WIDTH = 3, 8
+V4 = MHCConfig(preset="deepseek_v4")
+PAPER_HEAD = MHCConfig(contract="learned_head")
+
+
+def plugin_state(mhc, stacked, seed=0):
+    """A plugin's state dict of random fp64 mappings, its norm and one foreign weight."""
+    generator = torch.Generator().manual_seed(seed)
+    n, c = mhc.num_residual_streams, WIDTH
+    rows = n * n + 2 * n
+    shapes = {"mapping_proj.weight": (rows, n * c), "bias": (rows,)}
+    shapes |= {f"alpha_{part}": (1,) for part in ("pre", "post", "res")}
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    state = {}
+    for sublayer in ("self_attention", "mlp"):
+        for part, shape in shapes.items():
+            name = f"{sublayer}_hyper_connection.{part}"
+            values = random(LAYERS, *shape)
+            if stacked:
+                state[f"decoder.layers.{name}"] = values
+            else:
+                state.update({f"decoder.layers.{i}.{name}": values[i] for i in range(LAYERS)})
+    state["decoder.final_layernorm.norm.weight"] = random(c)
+    state["decoder.layers.0.mlp.linear_fc1.weight"] = random(4, c)
+    if mhc.contract == "learned_head":
+        state["decoder.final_layernorm.head.mapping_proj.weight"] = random(n, n * c)
+        state["decoder.final_layernorm.head.bias"] = random(n)
+        state["decoder.final_layernorm.head.alpha"] = random(1)
+    state[convert.ARITHMETIC] = convert.arithmetic(mhc)
+    return state
+
+
+def assert_equal(a, b):
+    assert a.keys() == b.keys()
+    assert [key for key in a if not torch.equal(a[key], b[key])] == []
+
+
+def deepseek(x, fn, base, scale, iterations=20, eps=1e-6):
+    """DeepSeek-V4's mappings of x [T, n, C] by its published names: pre, post, comb[read, written]."""
+    n = x.shape[1]
+    flat = x.flatten(1)
+    mixes = F.linear(flat, fn) * torch.rsqrt(flat.square().mean(-1, keepdim=True) + 1e-6)
+    pre = torch.sigmoid(mixes[:, :n] * scale[0] + base[:n]) + eps
+    post = 2 * torch.sigmoid(mixes[:, n : 2 * n] * scale[1] + base[n : 2 * n])
+    comb = (mixes[:, 2 * n :] * scale[2] + base[2 * n :]).view(-1, n, n).softmax(-1) + eps
+    comb = comb / (comb.sum(-2, keepdim=True) + eps)
+    for _ in range(iterations - 1):
+        comb = comb / (comb.sum(-1, keepdim=True) + eps)
+        comb = comb / (comb.sum(-2, keepdim=True) + eps)
+    return pre, post, comb
+
+
+def plugin_mappings(x, state, layer, sublayer, mhc):
+    at = f"decoder.layers.{layer}.{sublayer}_hyper_connection."
+    alphas = tuple(state[at + "alpha_" + part] for part in ("pre", "post", "res"))
+    logits = reference.mapping_logits(x, state[at + "mapping_proj.weight"], alphas, state[at + "bias"], 1e-6)
+    return reference.mhc_mappings(
+        logits, mhc.num_residual_streams, deepseek_v4=mhc.preset == "deepseek_v4", sinkhorn_iterations=20
+    )
+
+
+# The paper's arithmetic has no eps; with it left out of DeepSeek-V4's, both are the same to rounding.
+@pytest.mark.parametrize("mhc, eps", [(V4, 1e-6), (PAPER_HEAD, 0.0)], ids=["deepseek_v4", "paper"])
+@pytest.mark.parametrize("names", convert.PUBLISHED)
+@pytest.mark.parametrize("stacked", [False, True], ids=["numbered", "stacked"])
+def test_published_parameters_give_the_plugins_mappings(mhc, eps, names, stacked):
+    out = convert.to_published(plugin_state(mhc, stacked), names, mhc)
+    keys = {
+        "transformers": ("model.layers.2.attn_hc.{}", "model.layers.2.ffn_hc.{}"),
+        "deepseek": ("layers.2.hc_attn_{}", "layers.2.hc_ffn_{}"),
+    }[names]
+    assert len(out) == LAYERS * 2 * 3 + 3
+    x = torch.randn(5, 4, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    numbered = plugin_state(mhc, False)
+    for sublayer, key in zip(("self_attention", "mlp"), keys, strict=True):
+        parts = (out[key.format(part)] for part in ("fn", "base", "scale"))
+        pre, post, comb = deepseek(x, *parts, eps=eps)
+        ours = plugin_mappings(x, numbered, 2, sublayer, mhc)
+        torch.testing.assert_close(ours.h_pre, pre, rtol=0, atol=1e-12)
+        torch.testing.assert_close(ours.h_post, post, rtol=0, atol=1e-12)
+        torch.testing.assert_close(ours.h_res, comb.transpose(1, 2), rtol=0, atol=1e-12)
+        assert (ours.h_res - comb).abs().max() > 1e-2  # a forgotten transposition would not pass
+
+
+@pytest.mark.parametrize("mhc", [V4, PAPER_HEAD], ids=["deepseek_v4", "paper"])
+@pytest.mark.parametrize("names", convert.PUBLISHED)
+@pytest.mark.parametrize("stacked", [False, True], ids=["numbered", "stacked"])
+def test_published_round_trip_is_exact(mhc, names, stacked):
+    state = plugin_state(mhc, stacked)
+    other = plugin_state(mhc, stacked, seed=7)
+    for key in ("decoder.final_layernorm.norm.weight", "decoder.layers.0.mlp.linear_fc1.weight"):
+        other[key] = state[key]  # what is no mapping comes from the checkpoint that they are put into
+    published = convert.to_published(state, names, mhc)
+    assert_equal(convert.from_published(published, names, mhc, other), state)
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_published_layers_of_a_later_stage_are_counted_from_its_first(first):
+    out = convert.to_published(plugin_state(V4, False), "deepseek", V4, first_layer=first)
+    assert {int(key.split(".")[1]) for key in out if key.startswith("layers.")} == set(
+        range(first, first + LAYERS)
+    )
+
+
+@pytest.mark.parametrize("stacked", [False, True], ids=["numbered", "stacked"])
+@pytest.mark.parametrize(
+    "branch, mhc",
+    [("megatron-dev", V4), ("megatron-dev", PAPER_HEAD), ("megatron-main", MHCConfig())],
+    ids=["dev", "dev-paper", "main"],
+)
+def test_branch_round_trip_is_exact(branch, mhc, stacked):
+    state = plugin_state(mhc, stacked)
+    renamed = convert.rename(state, "plugin", branch, mhc)
+    assert "decoder.final_layernorm.weight" in renamed and convert.ARITHMETIC not in renamed
+    heads = [key for key in renamed if "hc_head" in key]
+    assert heads == (
+        ["decoder.hc_head_fn", "decoder.hc_head_base", "decoder.hc_head_scale"] * (mhc.contract != "mean")
+    )
+    assert_equal(convert.rename(renamed, branch, "plugin", mhc), state)
+
+
+def test_mean_becomes_a_head_of_equal_weights():
+    state = plugin_state(MHCConfig(), False)
+    out = convert.to_published(state, "transformers", MHCConfig())
+    x = torch.randn(5, 4, WIDTH)
+    fn, base, scale = (out[f"model.hc_head.hc_{part}"] for part in ("fn", "base", "scale"))
+    head = reference.learned_head(x, fn, scale, base, norm_eps=1e-6, deepseek_v4=True)
+    torch.testing.assert_close(head, x.mean(1), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "options, source, target, words",
+    [
+        (dict(h_res="identity"), "plugin", "transformers", "--mhc-h-res=identity has no form"),
+        (dict(h_pre="fixed"), "plugin", "megatron-dev", "--mhc-h-pre=fixed has no form"),
+        (dict(contract="learned_head"), "plugin", "megatron-main", "averages the streams"),
+        (dict(contract="mean"), "megatron-dev", "plugin", "give contract=learned_head"),
+        (dict(), "plain", "deepseek", "convert plain -> plugin first"),
+        (dict(), "plugin", "plugin", "nothing to convert"),
+    ],
+)
+def test_what_cannot_be_converted_is_refused(options, source, target, words):
+    with pytest.raises(ValueError, match=words):
+        convert.check(MHCConfig(**options), source, target)
+
+
+def test_wrong_shapes_and_missing_parts_are_refused():
+    state = plugin_state(V4, False)
+    with pytest.raises(ValueError, match="give num_residual_streams=4"):
+        convert.rename(state, "plugin", "megatron-dev", MHCConfig(num_residual_streams=2))
+    published = convert.to_published(state, "transformers", V4)
+    del published["model.layers.1.ffn_hc.base"]
+    with pytest.raises(ValueError, match="model.layers.1.ffn_hc.base is absent"):
+        convert.from_published(published, "transformers", V4, state)
+    headless = {key: value for key, value in state.items() if ".head." not in key}
+    with pytest.raises(ValueError, match="is absent, though contract=learned_head"):
+        convert.rename(headless, "plugin", "megatron-dev", V4)
+    state["mtp.layers.0.self_attention_hyper_connection.bias"] = torch.zeros(24)
+    with pytest.raises(ValueError, match="no counterpart"):
+        convert.rename(state, "megatron-dev", "plugin", V4)
+    with pytest.raises(ValueError, match="use --from plugin"):
+        convert.from_plain(plugin_state(V4, False), V4)
