@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
@@ -20,6 +21,9 @@ from megatron_mhc.pipeline.layer_nodes import FusedPass
 from megatron_mhc.pipeline.nodes import StageExit
 from megatron_mhc.recompute.chunk import Chunks, check_recompute
 from megatron_mhc.recompute.connection import ReplayedConnection
+
+# It exchanges a tensor's storage by `.data`, which inductor compiles to a tensor of the wrong shape.
+viewless = torch.compiler.disable(make_viewless_tensor)
 
 
 class HyperConnectionTransformerLayer(TransformerLayer):
@@ -87,7 +91,7 @@ class HyperConnectionTransformerLayer(TransformerLayer):
         streams = self.mlp_hyper_connection.post_res(streams, f, mappings)
 
         # Pipeline schedules free a sent tensor by its data and refuse views for that reason.
-        streams = make_viewless_tensor(streams, requires_grad=streams.requires_grad, keep_graph=True)
+        streams = viewless(streams, requires_grad=streams.requires_grad, keep_graph=True)
         return streams, context
 
     def forward_mlp(self, layer_input: Tensor, kwargs: dict[str, Any]) -> Tensor:

@@ -1,6 +1,6 @@
 """Peak memory and step time of a stack of layers: vanilla, mHC, and mHC with every block size.
 
-    python scripts/bench/recompute.py [--cheap] [--widths 2560,4096] [--sublayers 16,32] [--out bench.json]
+    python scripts/bench/recompute.py [--cheap] [--only bits|memory] [--widths 2560,4096] [--out bench.json]
 
 A TransformerBlock of Megatron's (Transformer Engine's layers where it is installed), bf16, forward and
 backward of one micro-batch. Peak is what a step takes above weights and their gradients, which are there
@@ -306,7 +306,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--cheap", action="store_true")
-    parser.add_argument("--bits", action="store_true", help="check the bits and measure nothing")
+    parser.add_argument("--only", choices=("bits", "memory"), help="one of the two parts")
     parser.add_argument("--backend", default="nccl", help="of torch.distributed")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
@@ -318,8 +318,8 @@ def main() -> None:
 
     device = torch.cuda.get_device_name()
     print(f"{device}, torch {torch.__version__}, {'Transformer Engine' if HAVE_TE else 'local'} layers")
-    bits = check_bits()
-    if args.bits:
+    bits = check_bits() if args.only != "memory" else {}
+    if args.only == "bits":
         raise SystemExit("DIFFERENT" in bits.values())
     print("  width  sub  setting             peak   estimate     error  vanilla+       step")
     depths = sorted(map(int, args.sublayers.split(",")))
