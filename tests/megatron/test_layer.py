@@ -167,3 +167,24 @@ def test_triton_backend_matches_the_reference_backend(run_ranks, preset, variant
     floor = 1e-3 * max(grad.abs().max() for grad in grads.values())
     for name, grad in grads.items():
         assert (triton_grads[name] - grad).abs().max() <= 1e-4 * max(grad.abs().max(), floor), name
+
+
+@pytest.mark.slow  # inductor calls a C++ compiler
+def test_a_compiled_layer_gives_the_same(run_ranks):
+    """Loss and every gradient with inductor around each layer."""
+
+    def both():
+        results = []
+        for compiled in (False, True):
+            model = gpt.build(MHCConfig(init="uniform", init_gating_factor=0.5, backend="triton"))
+            for layer in model.decoder.layers if compiled else ():
+                # testing.cpu takes torch.compile itself away.
+                layer._compiled_call_impl = torch._dynamo.optimize("inductor")(layer._call_impl)
+            results.append(gpt.forward_backward(model))
+        return results
+
+    (loss, grads), (compiled_loss, compiled_grads) = run_ranks(1, both, timeout=400)[0]
+    assert compiled_loss.item() == pytest.approx(loss.item(), rel=1e-6)
+    floor = 1e-3 * max(grad.abs().max() for grad in grads.values())
+    for name, grad in grads.items():
+        assert (compiled_grads[name] - grad).abs().max() <= 1e-4 * max(grad.abs().max(), floor), name
