@@ -198,7 +198,8 @@ class HyperConnectionModule(MappingParameters):
         else:
             from megatron_mhc.ops import deferred
 
-            mixed = deferred.post_res(f, mappings)
+            # A replayed `saved` must not be held by the graph as well.
+            mixed = deferred.post_res(f, mappings, linked=not self.mhc.recompute_coefficients)
         return mixed.view(s, b, -1)
 
 

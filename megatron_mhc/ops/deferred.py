@@ -8,6 +8,9 @@ would form both gradients and add them, n*C wide each. Instead `post_res` hands 
 through the tunnel as it is, next to f, and the backward of `pre` turns it into dx in one pass. So what
 the tunnel carries is not the gradient of x. It leaves `pre` only inside `DeferredMappings`, whose one
 consumer is `post_res`; a second use raises.
+
+Where streams' goes straight into the next connection's `pre`, the backward of that makes f's gradient too,
+beside the gradient of streams' that f's is made of (`_written` is where the two are linked).
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_mhc.ops.post_res import post_backward, post_res_forward
+from megatron_mhc.ops.post_res import Written, post_backward, post_res_forward
 from megatron_mhc.ops.pre import pre_forward
 from megatron_mhc.ops.pre_backward import pre_backward
 
@@ -64,6 +67,18 @@ class _Baton:
     f: Tensor | None = None
 
 
+# Nodes of the autograd graph that hand a gradient on as it is: reshapes, and Megatron's make_viewless_tensor.
+_PASSING = ("ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0", "MakeViewlessTensorBackward")
+
+
+def _written(x: Tensor) -> Written | None:
+    """The `Written` of the post_res that made x, or None if something else did."""
+    node = x.grad_fn
+    while node is not None and node.name() in _PASSING:
+        node = node.next_functions[0][0]
+    return getattr(node, "written", None)
+
+
 class _Pre(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -75,6 +90,7 @@ class _Pre(torch.autograd.Function):
         alpha_post: Tensor,
         alpha_res: Tensor,
         baton: _Baton,
+        upstream: Written | None,
         norm_eps: float,
         iterations: int,
         deepseek_v4: bool,
@@ -84,7 +100,8 @@ class _Pre(torch.autograd.Function):
             x, weight, bias, alphas, norm_eps=norm_eps, iterations=iterations, deepseek_v4=deepseek_v4
         )
         ctx.save_for_backward(x, weight, bias, *alphas, saved)
-        ctx.baton, ctx.options = baton, dict(iterations=iterations, deepseek_v4=deepseek_v4)
+        ctx.baton, ctx.upstream = baton, upstream
+        ctx.options = dict(iterations=iterations, deepseek_v4=deepseek_v4)
         ctx.mark_non_differentiable(saved, values)
         ctx.set_materialize_grads(False)  # else autograd fills zeros for saved and values
         return layer_input, x.view_as(x), saved, values
@@ -107,9 +124,10 @@ class _Pre(torch.autograd.Function):
             bias,
             (alpha_pre, alpha_post, alpha_res),
             saved,
+            written=ctx.upstream,
             **ctx.options,
         )
-        return dx, d_weight, d_bias, d_alphas[:1], d_alphas[1:2], d_alphas[2:], None, None, None, None
+        return dx, d_weight, d_bias, d_alphas[:1], d_alphas[1:2], d_alphas[2:], *[None] * 5
 
 
 class _PostRes(torch.autograd.Function):
@@ -123,9 +141,10 @@ class _PostRes(torch.autograd.Function):
         bias: Tensor,
         alpha_post: Tensor,
         baton: _Baton,
+        linked: bool,
     ) -> Tensor:
         ctx.save_for_backward(f, saved, bias, alpha_post)
-        ctx.baton = baton
+        ctx.baton, ctx.written = baton, Written(saved, bias, alpha_post) if linked else None
         return post_res_forward(tunnel, f, values)
 
     @staticmethod
@@ -133,8 +152,11 @@ class _PostRes(torch.autograd.Function):
         f, saved, bias, alpha_post = ctx.saved_tensors
         ctx.baton.f = f
         g = g.contiguous()
+        df = None if ctx.written is None else ctx.written.take(g)
+        if df is None:
+            df = post_backward(g, saved, bias, alpha_post)
         # g is not the gradient of the tunnel's streams: pre's backward makes it so.
-        return g, post_backward(g, saved, bias, alpha_post), None, None, None, None, None
+        return g, df, *[None] * 6
 
 
 @torch.compiler.disable  # between compiled regions these run as they are
@@ -155,14 +177,18 @@ def pre(
     """
     baton = _Baton()
     layer_input, tunnel, saved, values = _Pre.apply(
-        x.contiguous(), weight, bias, *alphas, baton, norm_eps, iterations, deepseek_v4
+        x.contiguous(), weight, bias, *alphas, baton, _written(x), norm_eps, iterations, deepseek_v4
     )
     rest = (saved, bias.detach(), alphas[1].detach(), baton)
     return layer_input, DeferredMappings(tunnel, values, rest)
 
 
 @torch.compiler.disable
-def post_res(f: Tensor, mappings: DeferredMappings) -> Tensor:
-    """Mix the streams that `mappings` came from and write f: [T, C] into them; returns [T, n, C]."""
+def post_res(f: Tensor, mappings: DeferredMappings, linked: bool = True) -> Tensor:
+    """Mix the streams that `mappings` came from and write f: [T, C] into them; returns [T, n, C].
+
+    Args:
+        linked: let the next connection's backward make f's gradient; its graph then holds what pre saved.
+    """
     tunnel = mappings.take_tunnel()
-    return _PostRes.apply(tunnel, f.contiguous(), mappings.values, *mappings.rest)
+    return _PostRes.apply(tunnel, f.contiguous(), mappings.values, *mappings.rest, linked)

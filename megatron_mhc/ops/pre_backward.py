@@ -2,6 +2,8 @@
 
 `mapping_backward` reads x, g, f, dl once and leaves the gradients per token. Then one launch reads x, g and
 dl, last tokens first since those are still in L2, and writes dx, complete, while dphi gathers in registers.
+Where x came straight from another connection's post_res, dx is that connection's g: its df, which is made
+of g alone, is written from the same registers (`Written`), and nobody reads g for it again.
 No float atomics: programs that own the same columns of phi add their sums one after the other, in the order
 of their tickets, so results repeat bit for bit. A program waits for an earlier ticket alone, which
 runs already: no deadlock, whatever else the GPU runs and however few programs are resident.
@@ -23,6 +25,7 @@ from megatron_mhc.ops.launch import (
     split,
 )
 from megatron_mhc.ops.mapping_backward import mapping_backward
+from megatron_mhc.ops.post_res import Written, write_weight
 
 
 @triton.jit
@@ -74,12 +77,14 @@ def _reduce(partial, d_bias, d_alphas, part, P, N: tl.constexpr, BP: tl.constexp
 
 @triton.jit
 def _dx_kernel(
-    x, g, dl, weight, d, mappings, dx, d_weight, turns, partial, d_bias, d_alphas, T, C, SLICES, RANGES, P,
+    x, g, dl, weight, d, mappings, writer, writer_bias, writer_alpha, dx, df, d_weight,
+    turns, partial, d_bias, d_alphas, T, C, SLICES, RANGES, P,
     N: tl.constexpr, MP: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr,
-    STAGES: tl.constexpr, PAIR: tl.constexpr, DPHI: tl.constexpr, UPCAST: tl.constexpr,
+    STAGES: tl.constexpr, PAIR: tl.constexpr, DPHI: tl.constexpr, DF: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """dx_j = sum_i h_res[i, j] g_i + h_pre_j dl + (d . weight)_j + d[M] x_j, BC channels of every RANGES-th
-    block of tokens; with DPHI also d_weight, and three programs more for d_bias and d_alphas.
+    block of tokens; with DPHI also d_weight, and three programs more for d_bias and d_alphas; with DF also
+    the df of the connection that wrote x, from what that has saved.
 
     turns [0] counts tickets out, turns [1 + slice] the programs that have added to that slice's d_weight.
     """
@@ -122,6 +127,7 @@ def _dx_kernel(
                     grown = grown + (_dphi_step(totals[j], xs[j], dv, PAIR, UPCAST),)
                 totals = grown
             row = mappings + t * (N + N * N)
+            dfv = tl.zeros([BT, BC], tl.float32)
             for j in tl.static_range(N):
                 if PAIR and not UPCAST:
                     high = dv.to(tl.bfloat16)
@@ -135,7 +141,13 @@ def _dx_kernel(
                     h = tl.load(row + N + i * N + j, mask=live, other=0.0)
                     acc += h[:, None] * gs[i].to(tl.float32)
                 place = (t * N + j)[:, None] * C + c[None, :]
-                tl.store(dx + place, acc.to(dx.dtype.element_ty), mask=keep)
+                rounded = acc.to(dx.dtype.element_ty)
+                tl.store(dx + place, rounded, mask=keep)
+                if DF:
+                    h_post = write_weight(writer, writer_bias, writer_alpha, t, live, j, N)
+                    dfv += h_post[:, None] * rounded.to(tl.float32)
+            if DF:
+                tl.store(df + t[:, None] * C + c[None, :], dfv.to(df.dtype.element_ty), mask=keep)
         if DPHI:
             await_turn(turns + 1 + mine, piece)
             for j in tl.static_range(N):
@@ -184,12 +196,14 @@ def pre_backward(
     *,
     iterations: int,
     deepseek_v4: bool,
+    written: Written | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x [T, n, C] in x's dtype, weight [M, n*C], bias [M] and alphas [3] in fp32.
 
     Args:
         x, weight, bias, alphas: as given to `pre_forward`; saved: as it returned.
         g: [T, n, C], gradient of x'; f: [T, C], the sub-layer's output; dl: [T, C], gradient of its input.
+        written: of the connection whose x' this x is, which gets its df.
     """
     T, n, C = x.shape
     M, MP, K = mapping_rows(n), mapping_block(n), n * C
@@ -211,11 +225,17 @@ def pre_backward(
     d, mappings, partial = mapping_backward(
         x, g, f, dl, bias, alphas, saved, turns, iterations=iterations, deepseek_v4=deepseek_v4
     )
+    if written is None:
+        writer, df = (saved, bias, alphas[1]), dl  # neither read nor written
+    else:
+        writer, df = written.saved, torch.empty_like(dl)
+        written.fill(dx, df)
     sums = (turns, partial, d_bias, d_alphas)
     P, BP = partial.shape[0], 256 if n < 8 else 64
     _dx_kernel[(slices * ranges + 3 * with_dphi,)](
-        x, g, dl, weight, d, mappings, dx, d_weight, *sums, T, C, slices, ranges, P,
-        n, MP, BT, BC, BP, 3 if n < 8 else 1, is_pair, with_dphi, INTERPRETED, num_warps=4,
+        x, g, dl, weight, d, mappings, *writer, dx, df, d_weight, *sums, T, C, slices, ranges, P,
+        n, MP, BT, BC, BP, 3 if n < 8 else 1, is_pair, with_dphi, written is not None, INTERPRETED,
+        num_warps=4,
     )  # fmt: skip
     if not with_dphi:
         turns.zero_()

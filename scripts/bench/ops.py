@@ -2,7 +2,8 @@
 
     python scripts/bench/ops.py [--shapes 8192x4096,4096x2560] [--n 4] [--dtype bf16] [--out bench.json]
 
-Chain = pre -> F -> post_res, forward and backward with every gradient, where F is the identity. One unit
+Chain = pre -> F -> post_res, forward and backward with every gradient, where F is the identity; with
+--sublayers 4 four of them in a row, as in a model, and times are of a quarter of that. One unit
 u is the bytes of one stream of all tokens; the floor of the chain is 7 n + 5 u, 33 for n = 4
 (pre 5, post_res 9, their backward 5 and 14, each tensor moved once per operation), at the bandwidth of a
 large device-to-device copy measured in the same run. Errors are relative L2 against float64.
@@ -163,7 +164,9 @@ def errors(pre, post, width: int, n: int, dtype: torch.dtype, channel_last: bool
     }
 
 
-def bench(name: str, pre, post, tokens: int, width: int, n: int, dtype: torch.dtype, unit_us: float) -> dict:
+def bench(
+    name: str, pre, post, tokens: int, width: int, n: int, dtype: torch.dtype, sublayers: int, unit_us: float
+) -> dict:
     channel_last = name.startswith("TransformerEngine")
     leaves = make_inputs(tokens, width, n, dtype, channel_last)
     layer_input, state = pre(*leaves)
@@ -172,25 +175,29 @@ def bench(name: str, pre, post, tokens: int, width: int, n: int, dtype: torch.dt
     del layer_input, state, out
 
     def forward():
-        layer_input, state = pre(*leaves)
-        return post(layer_input, state)
+        x = leaves[0]
+        for _ in range(sublayers):
+            layer_input, state = pre(x, *leaves[1:])
+            x = post(layer_input, state).view_as(leaves[0])
+        return x
 
     def chain():
-        return torch.autograd.grad(forward(), leaves, g)
+        return torch.autograd.grad(forward(), leaves, g.view_as(leaves[0]))
 
     def pre_only():
         with torch.no_grad():
             return pre(*leaves)
 
     row = {"name": name, "tokens": tokens, "width": width, "n": n, "dtype": str(dtype).split(".")[-1]}
+    row["sublayers"] = sublayers
     chain()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     chain()
     row["peak_MiB"] = (torch.cuda.max_memory_allocated() - before) / 2**20
-    row["chain_us"] = time_us(chain, graph=True)
-    row["chain_eager_us"] = time_us(chain, graph=False)
+    row["chain_us"] = time_us(chain, graph=True) / sublayers
+    row["chain_eager_us"] = time_us(chain, graph=False) / sublayers
     row["pre_us"] = time_us(pre_only, graph=True)
     with torch.no_grad():
         layer_input, state = pre_only()
@@ -219,6 +226,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", default="4096x2560,8192x4096,4096x7168", help="tokens x channels, ...")
     parser.add_argument("--n", type=int, default=4)
+    parser.add_argument("--sublayers", type=int, default=1, help="connections in a row")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--only", default="", help="run providers whose name contains this")
     parser.add_argument("--out", type=Path)
@@ -243,7 +251,7 @@ def main() -> None:
             if options.only not in name:
                 continue
             try:
-                row = bench(name, pre, post, tokens, width, options.n, dtype, unit_us)
+                row = bench(name, pre, post, tokens, width, options.n, dtype, options.sublayers, unit_us)
             except Exception as error:  # a rival's failure is a result too
                 row = {"name": name, "tokens": tokens, "width": width, "failed": repr(error)[:300]}
                 print(f"| {name} | {shape} | failed: {row['failed'][:120]} |", flush=True)

@@ -188,3 +188,33 @@ def test_a_compiled_layer_gives_the_same(run_ranks):
     floor = 1e-3 * max(grad.abs().max() for grad in grads.values())
     for name, grad in grads.items():
         assert (compiled_grads[name] - grad).abs().max() <= 1e-4 * max(grad.abs().max(), floor), name
+
+
+@pytest.mark.parametrize(
+    "variant, mhc, own",
+    [
+        ("dense", {}, 1),
+        pytest.param("moe", {}, 1, marks=pytest.mark.slow),
+        pytest.param("dense", dict(recompute_layer_num="3"), 1, marks=pytest.mark.slow),
+        ("dense", dict(recompute_layer_num="3", recompute_coefficients=True), 4),
+        ("recompute", {}, 2),  # Megatron's checkpoints cut the graph between layers
+    ],
+)
+def test_connections_in_a_row_are_linked_within_and_across_layers(run_ranks, variant, mhc, own):
+    """Same loss and gradients, bit for bit, and only `own` of the four df come from a launch of their own."""
+
+    def both():
+        from megatron_mhc.ops import deferred
+
+        options = MHCConfig(init="uniform", init_gating_factor=0.5, backend="triton", **mhc)
+        calls, results, original, find = [], [], deferred.post_backward, deferred._written
+        deferred.post_backward = lambda *args: (calls.append(args), original(*args))[1]
+        for linked in (False, True):
+            deferred._written = find if linked else lambda x: None
+            calls.clear()
+            results.append(gpt.forward_backward(gpt.build(options, **VARIANTS[variant])))
+        return *results, len(calls)
+
+    unlinked, linked, launches = run_ranks(1, both)[0]
+    same_bits(linked, unlinked)
+    assert launches == own
