@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_mhc.ops.boundary import can_project, post_res_project
 from megatron_mhc.ops.post_res import Written, post_backward, post_res_forward
 from megatron_mhc.ops.pre import pre_forward
 from megatron_mhc.ops.pre_backward import pre_backward
@@ -96,12 +97,13 @@ class _Pre(torch.autograd.Function):
         deepseek_v4: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         alphas = (alpha_pre, alpha_post, alpha_res)
+        options: dict[str, Any] = dict(iterations=iterations, deepseek_v4=deepseek_v4)
+        parts = None if upstream is None else upstream.take_parts(x, weight)
         layer_input, saved, values = pre_forward(
-            x, weight, bias, alphas, norm_eps=norm_eps, iterations=iterations, deepseek_v4=deepseek_v4
+            x, weight, bias, alphas, norm_eps=norm_eps, parts=parts, **options
         )
         ctx.save_for_backward(x, weight, bias, *alphas, saved)
-        ctx.baton, ctx.upstream = baton, upstream
-        ctx.options = dict(iterations=iterations, deepseek_v4=deepseek_v4)
+        ctx.baton, ctx.upstream, ctx.options = baton, upstream, options
         ctx.mark_non_differentiable(saved, values)
         ctx.set_materialize_grads(False)  # else autograd fills zeros for saved and values
         return layer_input, x.view_as(x), saved, values
@@ -142,10 +144,15 @@ class _PostRes(torch.autograd.Function):
         alpha_post: Tensor,
         baton: _Baton,
         linked: bool,
+        next_weight: Tensor | None,
     ) -> Tensor:
         ctx.save_for_backward(f, saved, bias, alpha_post)
         ctx.baton, ctx.written = baton, Written(saved, bias, alpha_post) if linked else None
-        return post_res_forward(tunnel, f, values)
+        if ctx.written is None or next_weight is None or not can_project(tunnel):
+            return post_res_forward(tunnel, f, values)
+        out, parts = post_res_project(tunnel, f, values, next_weight)
+        ctx.written.project(out, next_weight, parts)
+        return out
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -156,7 +163,7 @@ class _PostRes(torch.autograd.Function):
         if df is None:
             df = post_backward(g, saved, bias, alpha_post)
         # g is not the gradient of the tunnel's streams: pre's backward makes it so.
-        return g, df, *[None] * 6
+        return g, df, *[None] * 7
 
 
 @torch.compiler.disable  # between compiled regions these run as they are
@@ -184,11 +191,14 @@ def pre(
 
 
 @torch.compiler.disable
-def post_res(f: Tensor, mappings: DeferredMappings, linked: bool = True) -> Tensor:
+def post_res(
+    f: Tensor, mappings: DeferredMappings, linked: bool = True, next_weight: Tensor | None = None
+) -> Tensor:
     """Mix the streams that `mappings` came from and write f: [T, C] into them; returns [T, n, C].
 
     Args:
         linked: let the next connection's backward make f's gradient; its graph then holds what pre saved.
+        next_weight: [M, n*C], phi of the next connection, which then need not read the streams for it.
     """
     tunnel = mappings.take_tunnel()
-    return _PostRes.apply(tunnel, f.contiguous(), mappings.values, *mappings.rest, linked)
+    return _PostRes.apply(tunnel, f.contiguous(), mappings.values, *mappings.rest, linked, next_weight)

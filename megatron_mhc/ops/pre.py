@@ -106,6 +106,23 @@ def _aggregate_kernel(
         tl.store(out + t[:, None] * C + c[None, :], acc.to(out.dtype.element_ty), mask=keep)
 
 
+def _project(x: Tensor, weight: Tensor) -> Tensor:
+    """The projection of x and its sum of squares in parts, [pieces, T, M+1] fp32."""
+    T, n, C = x.shape
+    M, K = mapping_rows(n), n * C
+    BT, BK = (16, 64) if INTERPRETED else (128, 64)
+    if n == 8:
+        BT = min(BT, 64)  # four times the accumulator columns
+    # Enough programs for every multiprocessor, however few tokens there are.
+    size, pieces = split(K, max(4, min(16, 1024 * 128 // (T * 4))), BK)
+    parts = torch.empty(pieces, T, M + 1, device=x.device, dtype=torch.float32)
+    _project_kernel[(triton.cdiv(T, BT), pieces)](
+        x, weight, parts, T, K, size, M, mapping_block(n), BT, BK, x.dtype == torch.bfloat16, INTERPRETED,
+        num_warps=8, num_stages=4 if n < 8 else 2,
+    )  # fmt: skip
+    return parts
+
+
 def pre_forward(
     x: Tensor,
     weight: Tensor,
@@ -115,12 +132,14 @@ def pre_forward(
     norm_eps: float,
     iterations: int,
     deepseek_v4: bool,
+    parts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute coefficients and layer input.
 
     Args:
         x: [T, n, C] bf16, fp16 or fp32, contiguous; C a multiple of 16.
         weight: [M, n*C] fp32; bias: [M] fp32; alphas: three [1] fp32.
+        parts: [pieces, T, M+1] fp32, the projection in parts, where x's writer has made it.
 
     Returns:
         layer input [T, C] in x's dtype; `saved` [T, M+1] fp32 (u and 1/r, for backward); the
@@ -129,25 +148,17 @@ def pre_forward(
     Source: arXiv 2512.24880 Eqs. (14)-(19).
     """
     T, n, C = x.shape
-    M, K = mapping_rows(n), n * C
+    M = mapping_rows(n)
     f32 = dict(device=x.device, dtype=torch.float32)
     out = x.new_empty(T, C)
     saved, mappings = torch.empty(T, M + 1, **f32), torch.empty(T, M, **f32)
     if T == 0:
         return out, saved, mappings
-    BT, BK = (16, 64) if INTERPRETED else (128, 64)
-    if n == 8:
-        BT = min(BT, 64)  # four times the accumulator columns
-    # Enough programs for every multiprocessor, however few tokens there are.
-    size, pieces = split(K, max(4, min(16, 1024 * 128 // (T * 4))), BK)
-    parts = torch.empty(pieces, T, M + 1, **f32)
-    _project_kernel[(triton.cdiv(T, BT), pieces)](
-        x, weight, parts, T, K, size, M, mapping_block(n), BT, BK, x.dtype == torch.bfloat16, INTERPRETED,
-        num_warps=8, num_stages=4 if n < 8 else 2,
-    )  # fmt: skip
+    if parts is None:
+        parts = _project(x, weight)
     BT, BC = (8, power_of_two(C)) if INTERPRETED else (2, min(512, power_of_two(C)))
     _aggregate_kernel[(triton.cdiv(T, BT),)](
-        x, parts, bias, *alphas, out, saved, mappings, T, C, pieces, norm_eps,
+        x, parts, bias, *alphas, out, saved, mappings, T, C, parts.shape[0], norm_eps,
         n, iterations, deepseek_v4, BT, BC, num_warps=2, num_stages=2,
     )  # fmt: skip
     return out, saved, mappings

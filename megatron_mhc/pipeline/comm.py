@@ -58,8 +58,34 @@ def channels_of(pp_group: Any) -> Channels:
             if dist.get_rank() in ranks:
                 mine[name] = group
     channels = Channels(pipelines[dist.get_rank()], mine, timeout, backend)
+    _connect(channels)
     _channels.append((pp_group, channels))
     return channels
+
+
+def links(pp: int) -> list[tuple[str, int, int]]:
+    """(channel, sending rank, receiving rank) of every link of a pipeline that `program.channel` can name."""
+    ring = [(rank, (rank + 1) % pp) for rank in range(pp)] if pp > 1 else []
+    if pp == 2:
+        return [(NAMES[0], 0, 1), (WRAPS[0], 1, 0), (NAMES[1], 1, 0), (WRAPS[1], 0, 1)]
+    return [(NAMES[0], a, b) for a, b in ring] + [(NAMES[1], b, a) for a, b in ring]
+
+
+def _connect(channels: Channels) -> None:
+    """Send a number over every link, in one order on all ranks.
+
+    NCCL connects two ranks at the first message between them in a group, and the host of each waits there
+    for the other: under virtual stages the programs of two ranks begin on different channels, and both
+    would wait for ever.
+    """
+    me, device = dist.get_rank(), "cuda" if channels.backend == "nccl" else "cpu"
+    for name, source, target in links(len(channels.ranks)):
+        ends = channels.ranks[source], channels.ranks[target]
+        number, group = torch.zeros(1, device=device), channels.groups[name]
+        if me == ends[0]:
+            dist.send(number, ends[1], group=group)
+        elif me == ends[1]:
+            dist.recv(number, ends[0], group=group)
 
 
 def timeout_of(group: Any) -> timedelta:

@@ -1,1 +1,1 @@
-"""Tools for testing on machines without a GPU; nothing here is imported by training code."""
+"""Tools for testing, most of them on machines without a GPU; nothing here is imported by training code."""

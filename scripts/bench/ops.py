@@ -44,6 +44,12 @@ def ours(x, weight, bias, *alphas):
     return deferred.pre(x, weight, bias, alphas, norm_eps=1e-6, iterations=20, deepseek_v4=False)
 
 
+def ours_ahead(x, weight, *rest):
+    """The same; its post_res projects for the next connection, which here has the same phi."""
+    layer_input, mappings = ours(x, weight, *rest)
+    return layer_input, (mappings, weight)
+
+
 def transformer_engine(split_k: bool):
     """TE's operations; their streams lie [.., C, n], so inputs are laid out for them."""
     from transformer_engine.pytorch.triton import mhc
@@ -65,6 +71,10 @@ def transformer_engine(split_k: bool):
 def providers(n: int) -> dict[str, tuple[Callable, Callable]]:
     found = {
         "megatron_mhc": (ours, lambda f, mappings: deferred.post_res(f, mappings)),
+        "megatron_mhc, projecting ahead": (
+            ours_ahead,
+            lambda f, state: deferred.post_res(f, state[0], next_weight=state[1]),
+        ),
         "torch eager": (plain, plain_post),
         "torch.compile": (torch.compile(plain), torch.compile(plain_post)),
     }
@@ -205,6 +215,8 @@ def bench(
         def post_only():
             if hasattr(state, "take_tunnel"):  # a benchmark may call it again: no gradient is at stake
                 return deferred.post_res_forward(leaves[0], layer_input, state.values)
+            if isinstance(state, tuple) and hasattr(state[0], "take_tunnel"):
+                return deferred.post_res_project(leaves[0], layer_input, state[0].values, leaves[1])
             return post(layer_input, state)
 
         row["post_us"] = time_us(post_only, graph=True)
