@@ -1,6 +1,7 @@
 """The mHC operations: `reference` defines them in plain torch, the other files run them by Triton.
 
-pre.py, post_res.py    forward kernels, and the gradient of f     boundary.py   post_res and the next projection
+pre.py, post_res.py    forward kernels, and the gradient of f
+boundary.py            post_res and the next connection's projection in one
 mapping_backward.py    the gradients of the coefficients, per token
 pre_backward.py        the gradients of the streams and of the mapping parameters
 sinkhorn.py            H_res in registers     deferred.py       autograd over all of them

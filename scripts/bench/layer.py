@@ -21,64 +21,40 @@ Without a GPU, to check the program and no speed, on Megatron's local layers:
 from __future__ import annotations
 
 import argparse
-import functools
-import gc
-import importlib.metadata
 import json
-import os
 import statistics
 import sys
-from itertools import pairwise
 from pathlib import Path
-
-os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-os.environ.setdefault("TEARDOWN_CUPTI", "0")  # CUDA graphs follow the profiler in this process
 
 import torch
 import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from megatron.core import parallel_state, tensor_parallel
+from common import (
+    MODELS,
+    ON_GPU,
+    attempt,
+    clean,
+    compare,
+    compile_operations,
+    gpu_work,
+    intervals,
+    make_config,
+    start,
+    summary,
+)
+from megatron.core import tensor_parallel
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.tensor_parallel.random import get_all_rng_states
-from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 from megatron.core.transformer.spec_utils import build_module
 
 from megatron_mhc import MHCConfig
 from megatron_mhc.hyper_connection import HyperConnectionModule
 from megatron_mhc.specs import wrap_layer_spec
 
-ON_GPU = torch.empty(0, device="cuda").is_cuda  # testing.cpu redirects "cuda"
 OPS = ("vanilla", "reference", "compile", "triton")
-DENSE = dict(hidden_size=4096, ffn_hidden_size=14336, num_attention_heads=32, num_query_groups=8)
-MOE = dict(hidden_size=2560, num_attention_heads=32, moe_token_dispatcher_type="alltoall")
-MOE |= dict(q_lora_rank=None, kv_lora_rank=512, qk_head_dim=128, qk_pos_emb_head_dim=64, v_head_dim=128)
-MOE |= dict(rope_type="rope", qk_layernorm=ON_GPU)  # the local spec refuses it without q_lora_rank
-MOE |= dict(num_moe_experts=72, moe_ffn_hidden_size=1536, moe_router_topk=6, moe_grouped_gemm=ON_GPU)
-MOE |= dict(moe_shared_expert_intermediate_size=3072, moe_router_load_balancing_type="none")
-MOE |= dict(moe_router_score_function="sigmoid", moe_router_enable_expert_bias=True, moe_router_dtype="fp32")
-MODELS = {"dense": DENSE, "moe": MOE, "moe_ep8": MOE | dict(num_moe_experts=9)}
-TINY = dict(hidden_size=128, ffn_hidden_size=256, num_attention_heads=4)
-TINY_MOE = dict(kv_lora_rank=64, qk_head_dim=32, qk_pos_emb_head_dim=32, v_head_dim=32)
-TINY_MOE |= TINY | dict(moe_ffn_hidden_size=64, moe_shared_expert_intermediate_size=64)
-COMPILE = functools.partial(torch.compile, fullgraph=True, dynamic=False)
 PADDED = dict(moe_expert_capacity_factor=1.0, moe_pad_expert_input_to_capacity=True)
-
-
-def make_config(model: str, options: argparse.Namespace, padded: bool) -> TransformerConfig:
-    moe = model != "dense"
-    settings = dict(num_layers=options.layers + 1, normalization="RMSNorm", add_bias_linear=False)
-    settings |= dict(gated_linear_unit=True, activation_func=torch.nn.functional.silu)
-    settings |= dict(hidden_dropout=0.0, attention_dropout=0.0, gradient_accumulation_fusion=False)
-    settings |= dict(bias_activation_fusion=ON_GPU, bias_dropout_fusion=ON_GPU, masked_softmax_fusion=False)
-    settings |= dict(bf16=True, params_dtype=torch.bfloat16, pipeline_dtype=torch.bfloat16) | MODELS[model]
-    if options.tiny:
-        settings |= TINY_MOE if moe else TINY | dict(num_query_groups=2)
-    if not moe:  # Megatron's rope fusion for MLA is for YaRN alone
-        return TransformerConfig(apply_rope_fusion=ON_GPU, **settings)
-    settings |= dict(moe_permute_fusion=options.permute_fusion) | (PADDED if padded else {})
-    return MLATransformerConfig(**settings)
 
 
 class Stack:
@@ -87,7 +63,9 @@ class Stack:
     def __init__(self, row: dict, options: argparse.Namespace, padded: bool = False):
         tensor_parallel.model_parallel_cuda_manual_seed(1, use_cudagraphable_rng=ON_GPU, force_reset_rng=True)
         torch.manual_seed(1)
-        config, n = make_config(row["model"], options, padded), row["n"] or 1
+        moe = dict(moe_permute_fusion=options.permute_fusion) | (PADDED if padded else {})
+        config = make_config(row["model"], options.layers + 1, options.tiny, **moe)
+        n = row["n"] or 1
         specs = get_gpt_decoder_block_spec(config, use_transformer_engine=ON_GPU).layer_specs[1:]
         if row["ops"] != "vanilla":
             backend = "triton" if row["ops"] == "triton" else "reference"
@@ -103,7 +81,7 @@ class Stack:
                 for alpha in (module.alpha_pre, module.alpha_post, module.alpha_res):
                     alpha.data.fill_(0.5)
                 if row["ops"] == "compile":
-                    module.forward, module.post_res = map(COMPILE, (module.forward, module.post_res))
+                    compile_operations(module)
         shape = (options.seq, row["batch"], n * config.hidden_size)
         self.x, self.g = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(2))
         self.leaves = [self.x.requires_grad_(), *self.layers.parameters()]
@@ -142,19 +120,7 @@ class Stack:
     def profile(self, steps: int = 3) -> dict[str, float]:
         """Per step: milliseconds of kernels, milliseconds in which any ran, and their number."""
         self.warm_up()
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
-            for _ in range(steps):
-                self.step()
-            torch.cuda.synchronize()
-        on_gpu = (e for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA)
-        work = (e for e in on_gpu if not e.is_user_annotation and not e.name.endswith(" Sync"))
-        spans = sorted((e.time_range.start, e.time_range.end) for e in work)  # microseconds
-        assert spans, "the profiler saw no kernel"
-        busy, reached = 0.0, 0.0
-        for start, end in spans:  # kernels on several streams overlap
-            busy, reached = busy + max(0.0, end - max(start, reached)), max(reached, end)
-        total, per = sum(end - start for start, end in spans), 1e3 * steps
-        return {"kernels_ms": total / per, "any_ms": busy / per, "launches": len(spans) / steps}
+        return summary(gpu_work(self.step, steps), steps)
 
     def replay(self, steps: int, name: str) -> dict[str, float]:
         """Median milliseconds of a step replayed as a CUDA graph, under `name`."""
@@ -166,36 +132,6 @@ class Stack:
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self.step()
         return {name: statistics.median(intervals(graph.replay, steps)[1:])}
-
-
-def intervals(run, steps: int) -> list[float]:
-    """Milliseconds between the ends of successive calls."""
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
-    marks[0].record()
-    for mark in marks[1:]:
-        run()
-        mark.record()
-    torch.cuda.synchronize()
-    return [a.elapsed_time(b) for a, b in pairwise(marks)]
-
-
-def attempt(row: dict, stage: str, fn, *args):
-    """fn(*args); None after a failure, which the row then names: it is a result too."""
-    try:
-        return fn(*args)
-    except Exception as error:
-        cause, reasons = error, []
-        while cause is not None:  # a capture's end hides what ended it
-            reasons.append(f"{type(cause).__name__}: {cause}".splitlines()[0][:300])
-            cause = cause.__context__
-    row.setdefault("failed", {})[stage] = reasons
-    print(f"{row['model']} b={row['batch']} n={row['n']} {row['ops']}: {stage}: {reasons}", flush=True)
-    clean()
-
-
-def clean() -> None:
-    gc.collect()
-    torch.cuda.empty_cache()
 
 
 def time_group(rows: list[dict], options: argparse.Namespace) -> None:
@@ -235,12 +171,7 @@ def run_pass(name: str, rows: list[dict], options: argparse.Namespace) -> None:
             found = attempt(row, name, SINGLE[name], row, options) or {}
             row |= {key: value / options.layers for key, value in found.items()}
     clean()
-    base = next((r for r in rows if r["ops"] == "vanilla"), {})
-    for row in rows:
-        both = [k for k in ("wall_ms", "kernels_ms", "graph_ms", "peak_MiB") if row.get(k) and base.get(k)]
-        row["overhead_pct"] = {key: 100 * (row[key] / base[key] - 1) for key in both}
-        if row.get("any_ms") and row.get("wall_ms"):
-            row["busy"] = row["any_ms"] / row["wall_ms"]
+    compare(rows, ("wall_ms", "kernels_ms", "graph_ms", "peak_MiB"))
 
 
 def table(rows: list[dict]) -> str:
@@ -273,11 +204,7 @@ def main() -> None:
     if unknown := {*models, *ops, *measure} - {*MODELS, *OPS, *PASSES}:
         parser.error(f"unknown: {', '.join(unknown)}; there are {', '.join([*MODELS, *OPS, *PASSES])}")
     options.seq = min(options.seq, 64) if options.tiny else options.seq
-    dist.init_process_group("nccl" if ON_GPU else "gloo", "tcp://127.0.0.1:29714", rank=0, world_size=1)
-    parallel_state.initialize_model_parallel()
-    found = {d.name.replace("_", "-"): d.version for d in importlib.metadata.distributions()}
-    versions = {p: found.get(p) for p in ("torch", "triton", "transformer-engine", "megatron-core")}
-    report = {"device": torch.cuda.get_device_name(), "versions": versions}
+    report = start(29714)
     print(report, flush=True)
     kinds = [("vanilla", None)] * ("vanilla" in ops)  # no streams: one row for every n
     kinds += [(op, int(n)) for n in options.n.split(",") for op in ops if op != "vanilla"]

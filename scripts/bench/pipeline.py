@@ -66,7 +66,8 @@ from megatron.core.models.gpt import GPTModel  # noqa: E402
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec  # noqa: E402
 from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
 from megatron.core.transformer import TransformerConfig  # noqa: E402
-from standins import DEVICE, Copies, Exchange, Log, LoopTransport, Mark, TimedStreams, synchronize  # noqa: E402
+from standins import Copies, Exchange, LoopTransport  # noqa: E402
+from timeline import DEVICE, Log, Mark, Measured, TimedStreams, medians, synchronize  # noqa: E402
 
 from megatron_mhc import MHCConfig, specs  # noqa: E402
 from megatron_mhc.pipeline import engine, fused, program  # noqa: E402
@@ -239,27 +240,17 @@ class Bench:
         return statistics.median(times), logs
 
 
-class Measured:
-    """Median times of every kind of operation and message, for the simulator."""
+def _kind(op: Op) -> tuple[str, str]:
+    return op.kind, op.what
 
-    def __init__(self, serial: list[Log], copied: list[Log]):
-        spans: dict[Any, list[float]] = {}
-        for log in serial:
-            for (op, start), (_, end) in zip(log.begun, log.begun[1:], strict=False):
-                if op.kind in program.COMPUTE:
-                    spans.setdefault((op.kind, op.what), []).append(end.since(start))
-        self.ops = {key: statistics.median(values) for key, values in spans.items()}
-        moves: dict[str, list[float]] = {}
-        for log in copied:
-            for name, start, end in log.copies:
-                moves.setdefault(name, []).append(end.since(start))
-        self.messages = {name: statistics.median(values) for name, values in moves.items()}
 
-    def compute(self, plan: Plan, op: Op) -> float:
-        return self.ops.get((op.kind, op.what), 0.0)
-
-    def transfer(self, message: Any) -> tuple[float, int]:
-        return self.messages[message.name], 1
+def moved(logs: list[Log]) -> dict[str, float]:
+    """Median milliseconds of every kind of message."""
+    moves: dict[str, list[float]] = {}
+    for log in logs:
+        for name, start, end in log.copies:
+            moves.setdefault(name, []).append(end.since(start))
+    return {name: statistics.median(values) for name, values in moves.items()}
 
 
 def latencies(logs: list[Log]) -> dict[str, float]:
@@ -350,7 +341,7 @@ def main() -> None:
         still, _ = bench.median(copy=False)
         quiet, _ = bench.median(copy=False, exchange=False)
         _, serial = bench.median(copy=False, serial=True)
-        measured = Measured(serial, logs)
+        measured = Measured(medians(serial, _kind), moved(logs), _kind)
         simulated = simulate(bench.plan, measured, [bench.program], alone=True).step
         volume = sum(end.since(start) for _, start, end in logs[-1].copies)
         run = {

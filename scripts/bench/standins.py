@@ -2,82 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from types import SimpleNamespace
 from typing import Any
 
 import torch
+from timeline import DEVICE, Log, Mark
 
 from megatron_mhc.pipeline.comm import Transport
-from megatron_mhc.pipeline.program import Op
-from megatron_mhc.pipeline.streams import CudaStreams
-
-DEVICE = torch.device("cpu" if "--cpu" in sys.argv else "cuda")
-
-
-class Mark:
-    """A point in time of the current CUDA stream, or of the host."""
-
-    def __init__(self) -> None:
-        self.event: Any = None
-        self.at = time.perf_counter()
-        if DEVICE.type == "cuda":
-            self.event = torch.cuda.Event(enable_timing=True)
-            self.event.record()
-
-    def since(self, earlier: Mark) -> float:
-        if self.event is not None:
-            return earlier.event.elapsed_time(self.event)
-        return 1e3 * (self.at - earlier.at)
-
-    def wait(self) -> None:
-        """Have the current stream wait for it."""
-        if self.event is not None:
-            torch.cuda.current_stream().wait_event(self.event)
-
-
-def synchronize() -> None:
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
-
-
-class TimedStreams(CudaStreams):
-    """Notes when each node of a fused program began and ended on its stream."""
-
-    def __init__(self, log: Log, post_priority: bool):
-        super().__init__(DEVICE, post_priority)
-        self.log = log
-
-    @contextmanager
-    def on(self, name: str, after: Mark | None = None) -> Iterator[Any]:
-        with torch.cuda.stream(self._beside.get(name)):
-            if after is not None:
-                after.wait()
-            op, start = self.log.op, Mark()
-
-            def record() -> Mark:
-                end = Mark()
-                self.log.nodes.append((op, name, start, end, after))
-                return end
-
-            yield SimpleNamespace(record=record)
-
-
-class Log:
-    """What one step did: operations as the host began them, fused nodes, copies."""
-
-    def __init__(self) -> None:
-        self.op: Op | None = None
-        self.begun: list[tuple[Op, Mark]] = []
-        self.nodes: list[tuple[Op | None, str, Mark, Mark, Mark | None]] = []
-        self.copies: list[tuple[str, Mark, Mark]] = []
-
-    def observe(self, op: Op, step: Any) -> None:
-        self.op = op
-        self.begun.append((op, Mark()))
 
 
 class Copies:

@@ -7,10 +7,17 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from harness import FLOOR, Comparison, Iteration, Layout, build, iterate
+from harness import (
+    Comparison,
+    Iteration,
+    Layout,
+    build,
+    differences,
+    global_parameters,
+    gradient,
+    iterate,
+)
 from harness import ps as parallel_state
-from parameters import global_parameters, gradient, shard
 
 from megatron_mhc import MHCConfig
 from megatron_mhc.pipeline import engine
@@ -34,8 +41,7 @@ def _reference(kind: str, mhc: MHCConfig, count: int, layers: int) -> Iteration:
     layout.initialize()
     config = layout.config(kind, num_layers=layers)
     chunks = build(layout, config, kind, mhc)
-    loss = iterate(chunks, config, count=count)
-    return Iteration(loss, {name: gradient(p).clone() for name, p in global_parameters(chunks)})
+    return Iteration.of(iterate(chunks, config, count=count), chunks)
 
 
 def compare_all(
@@ -59,27 +65,8 @@ def compare_all(
         if prepare:
             prepare(config, chunks)
         loss = iterate(chunks, config, count=count, schedule=engine.forward_backward)
-        results.append(differences(loss, chunks, expected))
+        results.append(differences(loss, chunks, expected, config.params_dtype))
     return results
-
-
-def differences(loss: float, chunks: list[Any], expected: Iteration) -> Comparison:
-    """As `harness.compare`, for a model that has run its iteration."""
-    floor = FLOOR[torch.float64] * max(g.abs().max().item() for g in expected.gradients.values())
-    mine: dict[str, float] = {}
-    for name, parameter in global_parameters(chunks):
-        wanted = shard(expected.gradients[name], parameter)
-        error = (gradient(parameter) - wanted).abs().max() / max(expected.gradients[name].abs().max(), floor)
-        mine[name] = max(error.item(), mine.get(name, 0.0))
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
-    errors: dict[str, float] = {}
-    for part in everyone:
-        for name, error in part.items():
-            errors[name] = max(error, errors.get(name, 0.0))
-    if missing := set(expected.gradients) - set(errors):
-        raise AssertionError(f"no rank holds {sorted(missing)}")
-    return Comparison(abs(loss - expected.loss), errors)
 
 
 def gradients(chunks: list[Any]) -> dict[str, torch.Tensor]:

@@ -1,6 +1,6 @@
 """Loss and every gradient in every parallel layout, compared with a single process.
 
-In float64, where the layouts agree to rounding; `harness.keep_float64` says what that takes.
+In float64, where the layouts agree to rounding; `testing.gpt.keep_float64` says what that takes.
 """
 
 import pytest
