@@ -72,7 +72,9 @@ def adapt_request(request: dict[str, Any], checkpoint_dir: str) -> dict[str, Any
     from megatron.core.dist_checkpointing import load_tensors_metadata
 
     items = [item for item in _leaves(request) if isinstance(item, ShardedBase)]
-    wanted = [item for item in items if _is_mhc(item.key)]
+    # Transformer Engine's norm has an extra state too: a plain model's may lie where mHC's arithmetic does.
+    ours = any(_is_mhc(item.key) and item.key != _ARITHMETIC or item.key.startswith(_NORM) for item in items)
+    wanted = [item for item in items if ours and _is_mhc(item.key)]
     if not wanted and not any(item.key.startswith("decoder.layers.") for item in items):
         return request
     there = load_tensors_metadata(checkpoint_dir)

@@ -86,11 +86,12 @@ class ContractNorm(nn.Module):
                 )
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # A plain checkpoint keeps the norm one level higher; Transformer Engine's has an extra state too.
+        if any(prefix + name in state_dict for name, _ in self.norm.named_parameters()):
+            for name in self.norm.state_dict():
+                if prefix + name in state_dict:
+                    state_dict[prefix + "norm." + name] = state_dict.pop(prefix + name)
         take_or_refuse(self.mhc, state_dict, prefix, [("_extra_state", self.get_extra_state())])
-        for name in self.norm.state_dict():
-            # A plain checkpoint, which take_or_refuse has just let in, keeps the norm one level higher.
-            if prefix + name in state_dict and prefix + "norm." + name not in state_dict:
-                state_dict[prefix + "norm." + name] = state_dict.pop(prefix + name)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 

@@ -90,11 +90,13 @@ def read_torch_dist(folder: Path) -> tuple[State, State]:
     }
     common = dist_checkpointing.load_common_state_dict(str(folder))
     loaded = dist_checkpointing.load(dict(request), str(folder), validate_access_integrity=False)
+    # A plain model's final norm, by Transformer Engine, has its own extra state in this place.
+    plugin = any(key.startswith("decoder.final_layernorm.norm.") for key in request)
     state: State = {}
     for key, item in request.items():
         if not isinstance(item, ShardedObject):
             state[key] = loaded[key]
-        elif item.key == convert.ARITHMETIC and isinstance(loaded[key], torch.Tensor):
+        elif plugin and item.key == convert.ARITHMETIC:
             state[item.key] = loaded[key]
         else:
             item.data = loaded[key]

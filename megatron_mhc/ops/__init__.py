@@ -2,6 +2,7 @@
 
 pre.py, post_res.py    forward kernels, and the gradient of f
 boundary.py            post_res and the next connection's projection in one
+replay.py              several connections from their coefficients, for recompute
 mapping_backward.py    the gradients of the coefficients, per token
 pre_backward.py        the gradients of the streams and of the mapping parameters
 sinkhorn.py            H_res in registers     deferred.py       autograd over all of them

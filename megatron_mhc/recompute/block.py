@@ -15,7 +15,7 @@ F is not run again.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 from weakref import ref
@@ -101,8 +101,12 @@ class Emptied:
 class Replayed(Protocol):
     """A sub-layer of a block, as its replay sees it."""
 
-    def replay(self, x: Tensor, last: bool) -> Tensor | None:
-        """Bring back what was dropped, given the streams; return the next streams unless `last`."""
+    def replay(self, x: Tensor, behind: Sequence[Replayed]) -> tuple[int, Tensor | None]:
+        """Bring back what was dropped, given the streams, and maybe what the first ones `behind` it dropped.
+
+        Returns:
+            for how many sub-layers, and the streams behind those; None if they were the last.
+        """
 
     def kept(self) -> list[Tensor]:
         """Tensors that the replay reads."""
@@ -156,9 +160,10 @@ class Block:
                 used_on(elsewhere, tensor)
         with torch.no_grad():
             streams: Tensor | None = x
-            for sublayer in sublayers:
-                assert streams is not None
-                streams = sublayer.replay(streams, last=sublayer is sublayers[-1])
+            done = 0
+            while streams is not None:
+                count, streams = sublayers[done].replay(streams, sublayers[done + 1 :])
+                done += count
         if elsewhere is not None:
             self._replayed = elsewhere.record_event()
             for tensor in (t for s in sublayers for t in s.restored()):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 from weakref import ref
 
@@ -14,6 +15,7 @@ from megatron_mhc.ops import reference
 from megatron_mhc.recompute.block import (
     Block,
     Emptied,
+    Replayed,
     Slot,
     StreamSlots,
     owns_storage,
@@ -72,16 +74,10 @@ class ReplayedConnection(HyperConnectionModule):
         if storage_key(inputs[0]) == storage_key(now.layer_input):
             now.norm, now.norm_output = norm, output
 
-    def read_again(self, x: Tensor, coefficients: reference.Coefficients | Tensor, out: Tensor) -> None:
-        """Write the layer input of the streams x: [s, b, n*C] into out: [s, b, C]."""
-        tokens, width = out.shape[0] * out.shape[1], out.shape[2]
-        x = x.view(tokens, -1, width)
-        if isinstance(coefficients, reference.Coefficients):
-            out.copy_(reference.pre(x, coefficients.h_pre).view(out.shape))
-        else:
-            from megatron_mhc.recompute.aggregate import read_into  # imports triton
-
-            read_into(x, coefficients, out.view(tokens, width))
+    def read_again(self, x: Tensor, coefficients: reference.Coefficients, out: Tensor) -> None:
+        """Write the layer input of the streams x: [s, b, n*C] into out: [s, b, C], by the reference."""
+        x = x.view(out.shape[0] * out.shape[1], -1, out.shape[2])
+        out.copy_(reference.pre(x, coefficients.h_pre).view(out.shape))
 
     def write_again(self, x: Tensor, f: Tensor, coefficients: reference.Coefficients | Tensor) -> Tensor:
         """`post_res` from coefficients alone."""
@@ -97,7 +93,7 @@ class ReplayedConnection(HyperConnectionModule):
 
 
 def coefficients_of(mappings: Mappings) -> reference.Coefficients | Tensor:
-    """What `read_again` and `write_again` take, detached; [T, n*n + 2n] of the Triton operations."""
+    """What a replay needs, detached; [T, n*n + 2n] of the Triton operations."""
     if isinstance(mappings, reference.Coefficients):
         return reference.Coefficients(*(h.detach() for h in mappings))
     return mappings.values
@@ -150,25 +146,63 @@ class _Pass:
         self.slots.close()
         self.block.sublayers.append(self)
 
-    def replay(self, x: Tensor, last: bool) -> Tensor | None:
+    def replay(self, x: Tensor, behind: Sequence[Replayed]) -> tuple[int, Tensor | None]:
         """See `block.Replayed`."""
+        if isinstance(self.coefficients, Tensor):
+            return self._replay_row(x, behind)
+        self._put_back(x)
+        target = None if self.emptied is None else self.emptied.refill()
+        coefficients: reference.Coefficients | Tensor
+        if self.coefficients is None:
+            coefficients = self._read_all(x, target)
+        else:
+            coefficients = self.coefficients
+            if target is not None:
+                self.connection.read_again(x, coefficients, target)
+        self._finish(target)
+        assert self.f is not None
+        return 1, self.connection.write_again(x, self.f, coefficients) if behind else None
+
+    def _replay_row(self, x: Tensor, behind: Sequence[Replayed]) -> tuple[int, Tensor | None]:
+        """As many connections as one launch takes, from the coefficients that they kept."""
+        from megatron_mhc.ops import replay  # imports triton
+
+        row, n = [self], self.connection.mhc.num_residual_streams
+        for sublayer in behind[: replay.at_once(n) - 1]:
+            if not isinstance(sublayer, _Pass) or not isinstance(sublayer.coefficients, Tensor):
+                break
+            row.append(sublayer)
+        s, b, _ = x.shape
+        width = x.shape[-1] // n
+        targets = [None if one.emptied is None else one.emptied.refill() for one in row]
+        kept = []
+        for one, target in zip(row, targets, strict=True):
+            assert isinstance(one.coefficients, Tensor) and one.f is not None
+            f = one.f.reshape(s * b, width).contiguous()
+            out = None if target is None else target.view(s * b, width)
+            kept.append(replay.Connection(one.coefficients, f, out))
+        more = len(behind) >= len(row)
+        between = replay.replay(x.view(s * b, n, width), kept, behind=more)
+        streams = [x, *(t.view(x.shape) for t in between)]
+        for one, its, target in zip(row, streams, targets, strict=False):
+            one._put_back(its)
+            one._finish(target)
+        return len(row), streams[-1] if more else None
+
+    def _put_back(self, x: Tensor) -> None:
+        """Put the streams where the forward pass has dropped them."""
         if self.slot is not None and (slot := self.slot()) is not None:
             slot.tensor = x
             self.refilled.append(x)
-        coefficients = self.coefficients
-        target = None if self.emptied is None else self.emptied.refill()
-        if coefficients is None:
-            coefficients = self._read_all(x, target)
-        elif target is not None:
-            self.connection.read_again(x, coefficients, target)
-        if target is not None:
-            self.refilled.append(target)
+
+    def _finish(self, layer_input: Tensor | None) -> None:
+        """Bring the norm's output back from the layer input, and keep all from use by other streams."""
+        if layer_input is not None:
+            self.refilled.append(layer_input)
             if self.emptied_norm is not None:
-                self._norm(target, self.emptied_norm.refill())
+                self._norm(layer_input, self.emptied_norm.refill())
         for tensor in self.refilled:
             used_on(self.stream, tensor)
-        assert self.f is not None
-        return None if last else self.connection.write_again(x, self.f, coefficients)
 
     def _read_all(self, x: Tensor, target: Tensor | None) -> reference.Coefficients | Tensor:
         """Run `pre` as in the forward pass, and put what it saves where that pass had dropped it."""

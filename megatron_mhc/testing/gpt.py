@@ -294,7 +294,9 @@ def forward_backward(
     # A context rank holds one chunk from the front and its mirror from the back, as RoPE expects.
     pieces = torch.arange(sequence, device="cuda").chunk(2 * cp_size)
     local = torch.cat([pieces[cp_rank], pieces[-1 - cp_rank]])
-    mask = torch.ones(sequence, sequence, dtype=torch.bool, device="cuda").triu(1)[None, None]
+    mask = None
+    if masked:
+        mask = torch.ones(sequence, sequence, dtype=torch.bool, device="cuda").triu(1)[None, None]
     positions = local.expand(size, -1).contiguous()
 
     def forward_step(iterator: Iterator[Tensor], model: Any) -> Any:
@@ -303,7 +305,7 @@ def forward_backward(
         output = model(
             batch[:, :-1][:, local].contiguous(),
             positions,
-            mask if masked else None,
+            mask,
             labels=labels,
             loss_mask=torch.ones_like(labels, dtype=config.params_dtype),
         )

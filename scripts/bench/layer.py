@@ -204,7 +204,7 @@ def main() -> None:
     if unknown := {*models, *ops, *measure} - {*MODELS, *OPS, *PASSES}:
         parser.error(f"unknown: {', '.join(unknown)}; there are {', '.join([*MODELS, *OPS, *PASSES])}")
     options.seq = min(options.seq, 64) if options.tiny else options.seq
-    report = start(29714)
+    report = start()
     print(report, flush=True)
     kinds = [("vanilla", None)] * ("vanilla" in ops)  # no streams: one row for every n
     kinds += [(op, int(n)) for n in options.n.split(",") for op in ops if op != "vanilla"]

@@ -81,6 +81,22 @@ def test_replay_matches_no_recompute_bit_for_bit(run_ranks, case, coefficients):
     run_ranks(1, compare)
 
 
+@pytest.mark.slow
+def test_blocks_longer_than_a_launch_match_bit_for_bit(run_ranks):
+    """Five connections in a block, two in a launch of the Triton replay."""
+
+    def compare():
+        from megatron_mhc.ops import replay
+
+        replay.at_once = lambda n: 2
+        options = LIVELY | dict(backend="triton")
+        want = gpt.forward_backward(gpt.build(MHCConfig(**options), num_layers=3))
+        mhc = MHCConfig(**options, recompute_layer_num="5")
+        same_bits(gpt.forward_backward(gpt.build(mhc, num_layers=3)), want)
+
+    run_ranks(1, compare)
+
+
 def test_mla_matches_no_recompute_bit_for_bit(run_ranks):
     def run(mhc):
         gpt.start()

@@ -1,0 +1,99 @@
+"""Several connections in a row from their coefficients (Triton): the streams stay in registers.
+
+    x -> l_0 = h_pre_0 . x,  x_1 = H_res_0 x + h_post_0^T f_0,  l_1 = h_pre_1 . x_1,  x_2 = ...
+
+For recompute: x is read once, each f is read, each l and each x after the first is written. 6 + 4 / k units
+for each of k connections, where pre and post_res take 14. Order and rounding are those of `pre` and
+`post_res`, so the bits are the same.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from megatron_mhc.ops.launch import INTERPRETED, power_of_two
+
+
+def at_once(n: int) -> int:
+    """Connections of one launch, which unrolls them: with more, compiling takes minutes for n = 8."""
+    return 4 if n < 8 else 2
+
+
+class Connection(NamedTuple):
+    """What a connection kept: coefficients [T, M] fp32 (h_pre, h_post, h_res), f [T, C], and where its
+    layer input [T, C] goes, None for nowhere."""
+
+    mappings: Tensor
+    f: Tensor
+    layer_input: Tensor | None
+
+
+@triton.jit
+def _replay_kernel(
+    x, mappings, fs, layer_inputs, streams, T, C,
+    K: tl.constexpr, READS: tl.constexpr, WRITES: tl.constexpr,
+    N: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """K connections; bit k of READS: write its layer input, of WRITES: the streams behind it."""
+    M: tl.constexpr = 2 * N + N * N
+    blocks = tl.cdiv(C, BC)
+    t = (tl.program_id(0) // blocks * BT + tl.arange(0, BT)).to(tl.int64)
+    c = tl.program_id(0) % blocks * BC + tl.arange(0, BC)
+    live = t < T
+    keep = live[:, None] & (c < C)[None, :]
+    narrow = t[:, None] * C + c[None, :]
+    xs = ()
+    for j in tl.static_range(N):
+        xs = xs + (tl.load(x + (t * N + j)[:, None] * C + c[None, :], mask=keep, other=0.0).to(tl.float32),)
+    for k in tl.static_range(K):
+        row = mappings[k] + t * M
+        if (READS >> k) & 1:
+            acc = tl.zeros([BT, BC], tl.float32)
+            for j in tl.static_range(N):
+                acc += tl.load(row + j, mask=live, other=0.0)[:, None] * xs[j]
+            tl.store(layer_inputs[k] + narrow, acc.to(layer_inputs[k].dtype.element_ty), mask=keep)
+        if (WRITES >> k) & 1:
+            fv = tl.load(fs[k] + narrow, mask=keep, other=0.0).to(tl.float32)
+            ys = ()
+            for i in tl.static_range(N):
+                acc = tl.load(row + N + i, mask=live, other=0.0)[:, None] * fv
+                for j in tl.static_range(N):
+                    acc += tl.load(row + 2 * N + i * N + j, mask=live, other=0.0)[:, None] * xs[j]
+                rounded = acc.to(streams[k].dtype.element_ty)
+                tl.store(streams[k] + (t * N + i)[:, None] * C + c[None, :], rounded, mask=keep)
+                ys = ys + (rounded.to(tl.float32),)
+            xs = ys
+
+
+def replay(x: Tensor, row: list[Connection], behind: bool) -> list[Tensor]:
+    """Write the layer inputs of a row of connections, and return the streams between them.
+
+    Args:
+        x: [T, n, C], the first one's streams.
+        row: at most `at_once(n)`.
+        behind: return the streams behind the last one too.
+
+    Source: arXiv 2512.24880 Eq. (3).
+    """
+    T, n, C = x.shape
+    count = len(row)
+    writes = (1 << (count if behind else count - 1)) - 1
+    streams = [torch.empty_like(x) for _ in range(count if behind else count - 1)]
+    reads = sum((entry.layer_input is not None) << k for k, entry in enumerate(row))
+    if T == 0 or not (reads or writes):
+        return streams
+    BT, BC = (8, power_of_two(C)) if INTERPRETED else (1, min(1024, power_of_two(C)))
+    grid = (triton.cdiv(C, BC) * triton.cdiv(T, BT),)
+    with torch.cuda.device_of(x):
+        _replay_kernel[grid](
+            x,
+            tuple(entry.mappings for entry in row),
+            tuple(entry.f for entry in row),
+            tuple(entry.f if entry.layer_input is None else entry.layer_input for entry in row),
+            (*streams, x)[:count],  # the last one's is not written without `behind`
+            T, C, count, reads, writes, n, BT, BC, num_warps=4,
+        )  # fmt: skip
+    return streams

@@ -1,0 +1,145 @@
+"""Several GPUs over NCCL: the same numbers as one GPU's, and what communication costs that nothing hides.
+
+    torchrun --standalone --nproc-per-node 2 scripts/bench/multi_gpu.py --out multi_gpu.json
+        [--only parity,curves,measure,resume] [--layouts tp2,...] [--schedules megatron,...]
+        [--widths 2560,4096] [--streams 1,4] [--dtype float64] [--backend reference]
+
+parity   one float32 iteration in every layout and schedule: loss and gradients within 1e-5 of one GPU's
+curves   50 steps in bf16 with Transformer Engine: losses within 0.02 nats of one GPU's, on average
+measure  PP2 x VPP2 and expert parallelism: step time, beside the simulator's from measured parts; then the
+         exposed communication of a profiled step, with a picture
+resume   multi_gpu_resume.py: checkpoints between two GPUs and one, a rank killed in the midst of a step
+
+--out is written after every row. The same call again goes on behind the row at which a run ended. With
+NCCL_P2P_DISABLE=1 NCCL_SHM_DISABLE=1 in the environment (and another --out) messages cross the network
+stack. Without a GPU, to check the program and no speed:
+
+    torchrun --standalone --nproc-per-node 2 -m megatron_mhc.testing.cpu scripts/bench/multi_gpu.py --tiny \\
+        --out multi_gpu.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import warnings
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+# Many queues: with one, a message that waits for its sender holds up the compute behind it.
+os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
+os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # no NVLink multicast
+if "LOCAL_RANK" not in os.environ:
+    raise SystemExit(__doc__)  # torchrun sets it
+
+import torch
+import torch.distributed as dist
+
+torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # before anything else touches a GPU
+warnings.filterwarnings("ignore", module="megatron")
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import multi_gpu_measure as measure  # noqa: E402
+import multi_gpu_parity as parity  # noqa: E402
+import multi_gpu_resume as resume  # noqa: E402
+from multi_gpu_report import Report  # noqa: E402
+
+ON_GPU = parity.ON_GPU
+SECTIONS = ("parity", "curves", "measure", "resume")
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+    def listed(allowed: Any, kind: Any = str) -> Any:
+        def parse(given: str) -> list[Any]:
+            values = [kind(value) for value in given.split(",")]
+            if allowed and (unknown := [value for value in values if value not in allowed]):
+                raise argparse.ArgumentTypeError(f"no {unknown[0]}; there are {', '.join(allowed)}")
+            return values
+
+        return parse
+
+    add = parser.add_argument
+    add("--out", type=Path, required=True)
+    add("--only", type=listed(SECTIONS), default=list(SECTIONS))
+    add("--layouts", type=listed(parity.LAYOUTS), default=[], help="of parity and curves; default all")
+    add("--schedules", type=listed(parity.SCHEDULES), default=list(parity.SCHEDULES))
+    add("--widths", type=listed(None, int), default=[2560, 4096], help="of measure")
+    add("--streams", type=listed(None, int), default=[1, 4], help="n; curves take the largest")
+    add("--dtype", choices=("float32", "float64"), default="float32", help="of parity")
+    add("--backend", choices=("auto", "reference"), default="auto", help="--mhc-backend")
+    sizes = dict(layers=2, sequence=4096, micro_batch=2, microbatches=8, steps=5, warmup=2, timeout=180)
+    notes = dict(layers="of a model chunk", microbatches="of a pipeline", timeout="of a collective, in s")
+    for name, default in sizes.items():
+        what = f"{notes.get(name, 'of measure')}; default {default}"
+        add("--" + name.replace("_", "-"), type=int, default=default, help=what)
+    add("--tiny", action="store_true", help="toy sizes, for a CPU")
+    options = parser.parse_args()
+    if options.tiny:
+        options.widths, options.steps, options.warmup = [64], 2, 1
+        options.layers, options.sequence, options.micro_batch, options.microbatches = 1, 16, 1, 4
+    options.dtype = getattr(torch, options.dtype)
+    world = int(os.environ["WORLD_SIZE"])
+    if world % 2 and set(options.only) - {"resume"}:
+        raise SystemExit(f"--nproc-per-node {world}: the layouts need an even number of GPUs, two or more")
+    if ON_GPU and not parity.HAVE_TE and set(options.only) & {"curves", "measure", "resume"}:
+        raise SystemExit(
+            f"--only {','.join(options.only)}: install Transformer Engine, or give --only parity"
+        )
+    return options
+
+
+def references(options: argparse.Namespace, backend: str) -> dict[Any, Any]:
+    """This rank's share of what one GPU computes, each a world of its own at that time."""
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    tasks: dict[Any, Any] = {}
+    if "parity" in options.only:
+        tasks |= parity.exact_references(options, world)
+    if "curves" in options.only:
+        tasks |= parity.curve_references(options, world)
+    mine = list(tasks)[rank::world]
+    if not mine:
+        return {}
+    with parity.alone(backend):
+        return {key: tasks[key]() for key in mine}
+
+
+def main() -> None:
+    options = arguments()
+    logging.getLogger("megatron").setLevel(logging.ERROR)
+    backend = "nccl" if ON_GPU else "gloo"
+    torch.backends.cuda.matmul.allow_tf32 = False
+    sizes = ("layers", "sequence", "micro_batch", "microbatches", "steps", "dtype", "backend", "tiny")
+    report = Report(options.out, {name: str(getattr(options, name)) for name in sizes})
+    found = references(options, backend)
+    # Not with a device_id: it would put all messages of a group on one stream.
+    dist.init_process_group(backend, timeout=timedelta(seconds=options.timeout))
+    shares: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(shares, found)
+    expected = {key: value for share in shares for key, value in share.items()}
+    if "parity" in options.only:
+        parity.run_exact(report, expected, options)
+    if "curves" in options.only:
+        parity.run_curves(report, expected, options)
+    if "measure" in options.only:
+        measure.run(report, options)
+    dist.barrier()
+    dist.destroy_process_group()
+    if os.environ["RANK"] != "0":
+        return
+    if "resume" in options.only:
+        resume.run(report, options.out.with_suffix(".resume"), not ON_GPU)
+    print({key: value for key, value in report.head.items() if key != "links"})
+    print(report.tables(), flush=True)
+    if bad := report.bad():
+        raise SystemExit("failed or beyond its tolerance: " + "; ".join(bad))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""What scripts/bench/multi_gpu.py makes of kernels whose times are known, and of a run that was killed."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts" / "bench"))
+import multi_gpu_report as report  # noqa: E402
+import multi_gpu_trace as trace  # noqa: E402
+
+SEND = "ncclDevKernel_SendRecv(ncclDevKernelArgsStorage<4096ul>)"
+REDUCE = "ncclDevKernel_AllReduce_Sum_bf16_RING_LL(ncclDevKernelArgsStorage<4096ul>)"
+
+
+def write(path, events, base=5_000_000):
+    """A trace of (name, start, end) in microseconds, as torch.profiler exports it."""
+    kernels = [
+        {"ph": "X", "cat": "kernel", "name": name, "ts": start, "dur": end - start, "args": {"stream": 7}}
+        for name, start, end in events
+    ]
+    others = [
+        {"ph": "X", "cat": "cpu_op", "name": "aten::mm", "ts": 0, "dur": 99_000},
+        {"ph": "M", "name": "process_name", "args": {"name": "python"}},
+    ]
+    path.write_text(json.dumps({"baseTimeNanoseconds": base, "traceEvents": others + kernels}))
+    return path
+
+
+# Microseconds. Compute 0-10 ms (two kernels that overlap) and 14-20; p2p 5-13 and 19-22; all-reduce 24-25.
+EVENTS = [
+    ("gemm", 0, 6_000),
+    ("gemm", 4_000, 10_000),
+    (SEND, 5_000, 13_000),
+    ("gemm", 14_000, 20_000),
+    (SEND, 19_000, 22_000),
+    (REDUCE, 24_000, 25_000),
+]
+
+
+def test_exposed_communication_of_known_kernels(tmp_path):
+    kernels = trace.read_trace(write(tmp_path / "trace.json", EVENTS), pp=2, ep=1)
+    assert kernels[0].start == pytest.approx(5.0)  # ms: the base counts
+    found = trace.summary(kernels)
+    expected = {
+        "whole": 25,
+        "idle": 3,  # 13-14 and 22-24
+        "compute": 16,
+        "p2p": 11,
+        "exposed p2p": 5,  # 10-13 and 20-22
+        "all-to-all": 0,
+        "exposed all-to-all": 0,
+        "collectives": 1,
+        "exposed collectives": 1,
+        "without compute": 9,
+    }
+    assert found == pytest.approx(expected)
+
+
+def test_a_message_between_stages_and_an_all_to_all_are_told_apart():
+    assert trace.kind_of("void cutlass::gemm_nccl", {}, 2, 2) == "compute"
+    assert trace.kind_of(SEND, {}, pp=2, ep=1) == "p2p"
+    assert trace.kind_of(SEND, {}, pp=1, ep=2) == "all-to-all"
+    assert trace.kind_of(SEND, {"Collective name": "all_to_allv"}, 2, 2) == "all-to-all"
+    assert trace.kind_of(SEND, {"Collective name": "recv"}, 2, 2) == "p2p"
+    assert trace.kind_of(SEND, {"Process Group Description": "MHC_PIPELINE_FORWARD"}, 2, 2) == "p2p"
+    with pytest.raises(ValueError, match="profile the host too"):
+        trace.kind_of(SEND, {}, pp=2, ep=2)
+
+
+@pytest.mark.parametrize(
+    "spans, others, left",
+    [
+        ([(0, 10)], [], [(0, 10)]),
+        ([(0, 10)], [(0, 10)], []),
+        ([(0, 10)], [(2, 3), (5, 12)], [(0, 2), (3, 5)]),
+        ([(0, 4), (6, 10)], [(3, 7)], [(0, 3), (7, 10)]),
+        ([(0, 2), (4, 6), (8, 9)], [(1, 5), (8, 20)], [(0, 1), (5, 6)]),
+    ],
+)
+def test_what_is_left_of_spans(spans, others, left):
+    assert trace.minus(spans, others) == left
+
+
+def test_the_picture_of_two_ranks(tmp_path):
+    ranks = [trace.read_trace(write(tmp_path / "trace.json", EVENTS, base), 2, 1) for base in (0, 1_000_000)]
+    trace.draw(ranks, tmp_path / "picture.png", "two ranks")
+    assert (tmp_path / "picture.png").stat().st_size > 5000
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("NCCL_P2P_DISABLE", raising=False)
+
+
+def test_a_killed_run_is_gone_on_with(alone, tmp_path):
+    path = tmp_path / "out.json"
+    first = report.Report(path, {"layers": "2"})
+    assert first.wanted("parity", "tp2")
+    first.add("parity", "tp2", {"loss": 1e-7, "ok": True})
+    assert first.wanted("parity", "pp2")  # and here it is killed
+    again = report.Report(path, {"layers": "2"})
+    assert not again.wanted("parity", "tp2")
+    assert not again.wanted("parity", "pp2")
+    assert again.wanted("parity", "ep2")
+    again.add("parity", "ep2", {"loss": 1e-3, "ok": False})
+    assert again.bad() == ["parity: pp2", "parity: ep2"]
+    assert {row["name"] for row in json.loads(path.read_text())["rows"]} == {"tp2", "pp2", "ep2"}
+    table = again.tables()
+    assert "| tp2 | 1.0e-07 | yes |" in table and "| ep2 | 1.0e-03 | **NO** |" in table
+
+
+def test_rows_of_another_machine_do_not_mix(alone, tmp_path, monkeypatch):
+    path = tmp_path / "out.json"
+    first = report.Report(path, {"layers": "2"})
+    first.wanted("parity", "tp2")
+    with pytest.raises(ValueError, match="settings .*give another file"):
+        report.Report(path, {"layers": "3"})
+    monkeypatch.setenv("NCCL_P2P_DISABLE", "1")
+    with pytest.raises(ValueError, match="environment .*give another file"):
+        report.Report(path, {"layers": "2"})
