@@ -5,7 +5,8 @@ boundary.py            post_res and the next connection's projection in one
 replay.py              several connections from their coefficients, for recompute
 mapping_backward.py    the gradients of the coefficients, per token
 pre_backward.py        the gradients of the streams and of the mapping parameters
-sinkhorn.py            H_res in registers     deferred.py       autograd over all of them
+sinkhorn.py            H_res in registers
+deferred.py, link.py   autograd over all of them, and what connections in a row share
 """
 
 import os

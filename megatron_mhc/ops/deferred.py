@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from megatron_mhc.ops.boundary import can_project, post_res_project
-from megatron_mhc.ops.post_res import Written, post_backward, post_res_forward
+from megatron_mhc.ops.link import Written
+from megatron_mhc.ops.post_res import post_backward, post_res_forward
 from megatron_mhc.ops.pre import pre_forward
 from megatron_mhc.ops.pre_backward import pre_backward
 

@@ -24,8 +24,9 @@ from megatron_mhc.ops.launch import (
     mapping_rows,
     split,
 )
+from megatron_mhc.ops.link import Written
 from megatron_mhc.ops.mapping_backward import mapping_backward
-from megatron_mhc.ops.post_res import Written, write_weight
+from megatron_mhc.ops.post_res import write_weight
 
 
 @triton.jit
