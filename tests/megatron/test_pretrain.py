@@ -4,6 +4,7 @@ Losses come from TensorBoard, which keeps all of their 32 bits; the oracle of a 
 that was never interrupted.
 """
 
+import re
 import shlex
 import subprocess
 import sys
@@ -110,6 +111,20 @@ def test_a_run_saved_on_two_stages_resumes_on_two_tensor_parallel_ranks(unbroken
         *("--tensor-model-parallel-size", "2", "--load", str(checkpoint), "--ckpt-step", "5"),
     )
     torch.testing.assert_close(torch.tensor(resumed), torch.tensor(values[5:]), rtol=1e-5, atol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "optimizer", [[], ["--use-distributed-optimizer"]], ids=["replicated", "distributed"]
+)
+def test_fully_parallel_save_and_load_resume_bit_for_bit(tmp_path, optimizer):
+    """Two data-parallel ranks share the writing (Megatron's default) and the reading of a checkpoint."""
+    arguments = [*MHC, *optimizer, "--ckpt-fully-parallel-load"]
+    values, output = launch(tmp_path / "whole", *arguments, "--save", str(tmp_path / "checkpoint"))
+    assert re.search(r"ckpt_fully_parallel_save \.+ True", output)
+    load = ["--load", str(tmp_path / "checkpoint"), "--ckpt-step", "5"]
+    resumed, _ = launch(tmp_path / "resumed", *arguments, *load)
+    assert resumed == values[5:]
 
 
 def test_mhc_options_contradict_no_mhc():
