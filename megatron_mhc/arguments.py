@@ -23,6 +23,7 @@ _HELP = {
     "load_dense": "let --load take a checkpoint without mHC parameters (a plain GPT); "
     "the mappings keep their initial values",
     "backend": "kernels; auto is Triton on CUDA where it can serve, else plain torch",
+    "boundary": "what the Triton kernels of two connections in a row do together",
     "log_interval": "steps between two diagnostics in TensorBoard and W&B (mhc/...); 0 is never",
     "log_tokens": "tokens of a micro-batch that the diagnostics sample",
     "alarm": "what to do when a gain or a mapping logit leaves its range",

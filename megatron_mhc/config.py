@@ -19,6 +19,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "init": ("home_stream", "uniform"),
     "contract": ("auto", "mean", "sum", "learned_head"),
     "backend": ("auto", "triton", "reference"),
+    "boundary": ("apart", "linked", "fused"),
     "alarm": ("off", "warn", "stop"),
     "pipeline_schedule": ("megatron", "interleaved", "fused"),
     "pp_boundary": ("whole", "split"),
@@ -50,6 +51,9 @@ class MHCConfig:
         load_dense: allow a checkpoint without mHC parameters to fill everything else.
         backend: `triton`, `reference` (plain torch), or `auto`: Triton on CUDA where it can serve, plain
             torch elsewhere.
+        boundary: what the Triton kernels of two connections in a row do together. `linked`: the second
+            one's backward makes the first one's df (the same bits). `fused`: besides, the first one's
+            post_res projects for the second, in bf16 (docs/kernels.md). `apart`: nothing.
         log_interval: write diagnostics of the mappings every so many steps; 0 never.
         log_tokens: how many tokens of the first micro-batch of each data-parallel rank they sample.
         alarm: `warn` or `stop` when a gain leaves [1 / alarm_gain, alarm_gain] or a mapping logit
@@ -82,6 +86,7 @@ class MHCConfig:
     norm_eps: float = 1e-6
     load_dense: bool = False
     backend: str = "auto"
+    boundary: str = "linked"
     log_interval: int = 0
     log_tokens: int = 256
     alarm: str = "off"
@@ -153,7 +158,7 @@ class MHCConfig:
 
     def arithmetic(self) -> dict[str, Any]:
         """The options that a checkpoint's weights are only meaningful under."""
-        loose = {"init", "init_gating_factor", "load_dense", "backend"}
+        loose = {"init", "init_gating_factor", "load_dense", "backend", "boundary"}
         loose |= {"recompute_layer_num", "recompute_coefficients", "pipeline_schedule", "pp_boundary"}
         loose |= {"log_interval", "log_tokens", "alarm", "alarm_gain", "alarm_logit"}
         return {k: v for k, v in asdict(self).items() if k not in loose}

@@ -86,6 +86,7 @@ class HyperConnectionModule(MappingParameters):
     Source: arXiv 2512.24880 Eqs. (3), (14)-(19).
     """
 
+    following: tuple[HyperConnectionModule, ...] = ()  # the one that reads what this one writes, if any
     plain = False  # use the reference operations now, whose gradient a split pipeline boundary takes apart
 
     def __init__(self, config: TransformerConfig, mhc: MHCConfig, sublayer_index: int):
@@ -199,8 +200,17 @@ class HyperConnectionModule(MappingParameters):
             from megatron_mhc.ops import deferred
 
             # A replayed `saved` must not be held by the graph as well.
-            mixed = deferred.post_res(f, mappings, linked=not self.mhc.recompute_coefficients)
+            linked = self.mhc.boundary != "apart" and not self.mhc.recompute_coefficients
+            mixed = deferred.post_res(f, mappings, linked, self.next_weight() if linked else None)
         return mixed.view(s, b, -1)
+
+    def next_weight(self) -> Tensor | None:
+        """phi of the connection that `post_res` is to project for, under `--mhc-boundary fused`."""
+        if self.mhc.boundary != "fused" or not self.following or not torch.is_grad_enabled():
+            return None
+        if self.config.recompute_granularity == "full":
+            return None  # its first pass has no graph that could hand the projection on, and other last bits
+        return self.following[0].mapping_proj()
 
 
 def check_width(streams: Tensor, expected: int, where: str) -> None:

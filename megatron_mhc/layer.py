@@ -26,6 +26,20 @@ from megatron_mhc.recompute.connection import ReplayedConnection
 viewless = torch.compiler.disable(make_viewless_tensor)
 
 
+class Row:
+    """Tells every connection of a model chunk which one reads what it writes."""
+
+    _last: HyperConnectionTransformerLayer | None = None
+
+    def add(self, layer: HyperConnectionTransformerLayer) -> None:
+        """Take in a layer that has just been built; a spec's layers are built in order."""
+        last, self._last = self._last, layer
+        # In a tuple, since a module in a module would be its part.
+        if last is not None and last.layer_number + 1 == layer.layer_number:
+            last.mlp_hyper_connection.following = (layer.self_attention_hyper_connection,)
+        layer.self_attention_hyper_connection.following = (layer.mlp_hyper_connection,)
+
+
 class HyperConnectionTransformerLayer(TransformerLayer):
     """A TransformerLayer between n residual streams.
 
@@ -53,6 +67,7 @@ class HyperConnectionTransformerLayer(TransformerLayer):
         *,
         mhc: MHCConfig,
         chunks: Chunks | None = None,
+        row: Row | None = None,
         **kwargs: Any,
     ):
         parallel.validate(config, mhc)
@@ -65,6 +80,7 @@ class HyperConnectionTransformerLayer(TransformerLayer):
         self.mlp_hyper_connection = connection(config, mhc, first + 1)
         if chunks is not None:
             chunks.add(self)
+        (row or Row()).add(self)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """Run the layer.

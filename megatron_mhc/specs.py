@@ -17,7 +17,7 @@ from megatron.core.utils import log_single_rank
 from megatron_mhc import hooks, ops, parallel
 from megatron_mhc.config import ENVIRONMENT, MHCConfig
 from megatron_mhc.diagnostics.training import check_writers
-from megatron_mhc.layer import HyperConnectionTransformerLayer, bias_dropout, unsupported_submodule
+from megatron_mhc.layer import HyperConnectionTransformerLayer, Row, bias_dropout, unsupported_submodule
 from megatron_mhc.pipeline.options import OVERLAPPED, check_config
 from megatron_mhc.recompute.chunk import Chunks
 from megatron_mhc.streams import contract_norm_builder
@@ -25,13 +25,16 @@ from megatron_mhc.streams import contract_norm_builder
 logger = logging.getLogger(__name__)
 
 
-def wrap_layer_spec(spec: ModuleSpec, mhc: MHCConfig, chunks: Chunks | None = None) -> ModuleSpec:
+def wrap_layer_spec(
+    spec: ModuleSpec, mhc: MHCConfig, chunks: Chunks | None = None, row: Row | None = None
+) -> ModuleSpec:
     """Return a copy of a transformer layer's spec with mHC in place of its residual additions.
 
     Args:
         spec: of a TransformerLayer.
         mhc: mHC options.
         chunks: shared by the layers of a model chunk; `--mhc-recompute-layer-num` needs it.
+        row: shared likewise; `--mhc-boundary fused` then spans layers too.
 
     Raises:
         ValueError: a layer class or submodule that mHC cannot wrap.
@@ -47,7 +50,7 @@ def wrap_layer_spec(spec: ModuleSpec, mhc: MHCConfig, chunks: Chunks | None = No
     submodules = dataclasses.replace(spec.submodules, self_attn_bda=bias_dropout, mlp_bda=bias_dropout)
     return ModuleSpec(
         module=HyperConnectionTransformerLayer,
-        params={**spec.params, "mhc": mhc, **({} if chunks is None else {"chunks": chunks})},
+        params={**spec.params, "mhc": mhc, "chunks": chunks, "row": row},
         submodules=submodules,
         metainfo=spec.metainfo,
     )
@@ -86,8 +89,9 @@ def wrap_block_spec(
     hooks.register(training=mhc.log_interval > 0)
     config.mhc = mhc  # type: ignore[attr-defined]
     chunks = None if mhc.recompute_layer_num == "off" else Chunks(config, mhc, len(layers))
+    row = Row()
     return TransformerBlockSubmodules(
-        layer_specs=[wrap_layer_spec(layer, mhc, chunks) for layer in layers],
+        layer_specs=[wrap_layer_spec(layer, mhc, chunks, row) for layer in layers],
         layer_norm=contract_norm_builder(norm, mhc),  # type: ignore[arg-type]
     )
 

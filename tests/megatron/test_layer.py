@@ -218,3 +218,42 @@ def test_connections_in_a_row_are_linked_within_and_across_layers(run_ranks, var
     unlinked, linked, launches = run_ranks(1, both)[0]
     same_bits(linked, unlinked)
     assert launches == own
+
+
+@pytest.mark.parametrize(
+    "variant, options, own",
+    [
+        ("dense", {}, 1),
+        pytest.param("moe", {}, 1, marks=pytest.mark.slow),
+        pytest.param("dense", dict(recompute_layer_num="3"), 1, marks=pytest.mark.slow),
+        pytest.param(
+            "dense", dict(recompute_layer_num="3", recompute_coefficients=True), 4 + 4, marks=pytest.mark.slow
+        ),
+        ("recompute", {}, 4 + 4),  # a checkpoint runs everything twice
+    ],
+)
+def test_a_fused_boundary_projects_ahead_within_and_across_layers(run_ranks, variant, options, own):
+    """bf16: loss and gradients as by the separate kernels, to rounding; `own` separate projections."""
+
+    def both():
+        from megatron_mhc.ops import pre
+
+        calls, results, original = [], [], pre._project
+        pre._project = lambda *args: (calls.append(args), original(*args))[1]
+        for boundary in ("apart", "fused"):
+            mhc = MHCConfig(
+                init="uniform", init_gating_factor=0.5, backend="triton", boundary=boundary, **options
+            )
+            calls.clear()
+            model = gpt.build(mhc, bf16=True, params_dtype=torch.bfloat16, **VARIANTS[variant])
+            results.append(gpt.forward_backward(model))
+        return *results, len(calls)
+
+    (loss, grads), (fused_loss, fused_grads), launches = run_ranks(1, both)[0]
+    assert launches == own
+    assert fused_loss.item() == pytest.approx(loss.item(), rel=2e-3)
+    whole, difference = (
+        torch.cat([t.float().flatten() for t in parts]).norm()
+        for parts in (grads.values(), [fused_grads[name] - grad for name, grad in grads.items()])
+    )
+    assert difference <= 2e-2 * whole
