@@ -208,8 +208,8 @@ class HyperConnectionModule(MappingParameters):
         """phi of the connection that `post_res` is to project for, under `--mhc-boundary fused`."""
         if self.mhc.boundary != "fused" or not self.following or not torch.is_grad_enabled():
             return None
-        if self.config.recompute_granularity == "full":
-            return None  # its first pass has no graph that could hand the projection on, and other last bits
+        if self.config.recompute_granularity == "full" or self.mhc.pipeline_schedule == "fused":
+            return None  # no graph, or one that is cut, between the two: nothing would hand the projection on
         return self.following[0].mapping_proj()
 
 
