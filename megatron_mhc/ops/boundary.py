@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_mhc.ops.launch import INTERPRETED, mapping_block, mapping_rows, split
+from megatron_mhc.ops.launch import INTERPRETED, add_product, mapping_block, mapping_rows, split
 
 
 @triton.jit
@@ -62,13 +62,7 @@ def _boundary_kernel(
             tl.store(out + (t * N + i)[:, None] * C + c[None, :], rounded, mask=keep)
             exact = rounded.to(tl.float32)
             squares += exact * exact
-            # phi as bf16 high and low halves, as in `pre`.
-            high = ws[i].to(tl.bfloat16)
-            low = (ws[i] - high.to(tl.float32)).to(tl.bfloat16)
-            if UPCAST:
-                total += tl.dot(exact, high.to(tl.float32)) + tl.dot(exact, low.to(tl.float32))
-            else:
-                total = tl.dot(rounded, low, tl.dot(rounded, high, total))
+            total = add_product(total, rounded, ws[i], True, UPCAST)
     place = parts + (piece * T + t) * (M + 1)
     tl.store(place[:, None] + m[None, :], total, mask=live[:, None] & (m < M)[None, :])
     tl.store(place + M, tl.sum(squares, axis=1), mask=live)

@@ -30,6 +30,22 @@ def split(total: int, parts: int, block: int) -> tuple[int, int]:
 
 
 @triton.jit
+def add_product(total, a, b, PAIR: tl.constexpr, UPCAST: tl.constexpr):
+    """total + a . b in fp32, of b in fp32; with PAIR, b as bf16 high and low halves, 16 bits of mantissa
+    against an exact bf16 a."""
+    if PAIR:
+        high = b.to(tl.bfloat16)
+        low = (b - high.to(tl.float32)).to(tl.bfloat16)
+        if UPCAST:
+            a = a.to(tl.float32)
+            return total + tl.dot(a, high.to(tl.float32)) + tl.dot(a, low.to(tl.float32))
+        else:
+            return tl.dot(a, low, tl.dot(a, high, total))
+    else:
+        return tl.dot(a.to(tl.float32), b, total, input_precision="ieee" if UPCAST else "tf32x3")
+
+
+@triton.jit
 def await_turn(turn, mine):
     """Wait until `mine` programs have finished their turn; what they stored is visible from here on."""
     while tl.atomic_add(turn, 0, sem="acquire") < mine:

@@ -13,7 +13,7 @@ from megatron_mhc.ops.launch import INTERPRETED, power_of_two
 
 
 @triton.jit
-def _tile(T, C, BT: tl.constexpr, BC: tl.constexpr):
+def tile(T, C, BT: tl.constexpr, BC: tl.constexpr):
     """Tokens and channels of this program, and where they exist."""
     blocks = tl.cdiv(C, BC)
     t = (tl.program_id(0) // blocks * BT + tl.arange(0, BT)).to(tl.int64)
@@ -24,10 +24,19 @@ def _tile(T, C, BT: tl.constexpr, BC: tl.constexpr):
 
 
 @triton.jit
+def mixed(row, xs, f, live, i, N: tl.constexpr):
+    """Stream i of x', [BT, BC] fp32, of tiles x and f in fp32; row: the tokens' coefficients."""
+    acc = tl.load(row + N + i, mask=live, other=0.0)[:, None] * f
+    for j in tl.static_range(N):
+        acc += tl.load(row + 2 * N + i * N + j, mask=live, other=0.0)[:, None] * xs[j]
+    return acc
+
+
+@triton.jit
 def _post_res_kernel(x, f, mappings, out, T, C, N: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr):
     """out_i = sum_j h_res[i, j] x_j + h_post_i f."""
     M: tl.constexpr = 2 * N + N * N
-    t, c, live, keep = _tile(T, C, BT, BC)
+    t, c, live, keep = tile(T, C, BT, BC)
     fv = tl.load(f + t[:, None] * C + c[None, :], mask=keep, other=0.0).to(tl.float32)
     xs = ()
     for j in tl.static_range(N):
@@ -35,9 +44,7 @@ def _post_res_kernel(x, f, mappings, out, T, C, N: tl.constexpr, BT: tl.constexp
         xs = xs + (xv.to(tl.float32),)
     row = mappings + t * M
     for i in tl.static_range(N):
-        acc = tl.load(row + N + i, mask=live, other=0.0)[:, None] * fv
-        for j in tl.static_range(N):
-            acc += tl.load(row + 2 * N + i * N + j, mask=live, other=0.0)[:, None] * xs[j]
+        acc = mixed(row, xs, fv, live, i, N)
         tl.store(out + (t * N + i)[:, None] * C + c[None, :], acc.to(out.dtype.element_ty), mask=keep)
 
 
@@ -53,7 +60,7 @@ def _post_backward_kernel(
     g, saved, bias, alpha_post, df, T, C, N: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr
 ):
     """df = sum_i h_post_i g_i."""
-    t, c, live, keep = _tile(T, C, BT, BC)
+    t, c, live, keep = tile(T, C, BT, BC)
     acc = tl.zeros([BT, BC], tl.float32)
     for i in tl.static_range(N):
         h_post = write_weight(saved, bias, alpha_post, t, live, i, N)
@@ -62,7 +69,8 @@ def _post_backward_kernel(
     tl.store(df + t[:, None] * C + c[None, :], acc.to(df.dtype.element_ty), mask=keep)
 
 
-def _tile_sizes(C: int) -> tuple[int, int]:
+def tile_sizes(C: int) -> tuple[int, int]:
+    """Tokens and channels of a program that needs no others."""
     return (8, power_of_two(C)) if INTERPRETED else (1, min(1024, power_of_two(C)))
 
 
@@ -74,7 +82,7 @@ def post_res_forward(x: Tensor, f: Tensor, mappings: Tensor) -> Tensor:
     T, n, C = x.shape
     out = torch.empty_like(x)
     if T:
-        BT, BC = _tile_sizes(C)
+        BT, BC = tile_sizes(C)
         grid = (triton.cdiv(C, BC) * triton.cdiv(T, BT),)
         _post_res_kernel[grid](x, f, mappings, out, T, C, n, BT, BC, num_warps=4)
     return out
@@ -85,7 +93,7 @@ def post_backward(g: Tensor, saved: Tensor, bias: Tensor, alpha_post: Tensor) ->
     T, n, C = g.shape
     df = g.new_empty(T, C)
     if T:
-        BT, BC = _tile_sizes(C)
+        BT, BC = tile_sizes(C)
         grid = (triton.cdiv(C, BC) * triton.cdiv(T, BT),)
         _post_backward_kernel[grid](g, saved, bias, alpha_post, df, T, C, n, BT, BC, num_warps=4)
     return df

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_mhc.ops.launch import INTERPRETED, mapping_block, mapping_rows, power_of_two, split
+from megatron_mhc.ops.launch import INTERPRETED, add_product, mapping_block, mapping_rows, power_of_two, split
 from megatron_mhc.ops.sinkhorn import sinkhorn_fwd
 
 
@@ -34,17 +34,7 @@ def _project_kernel(
         wv = tl.load(weight + m[None, :] * K + k[:, None], mask=(m < M)[None, :] & inside[:, None], other=0.0)
         xf = xv.to(tl.float32)
         squares += tl.sum(xf * xf, axis=1)
-        if PAIR:
-            # phi as bf16 high and low halves: 16 bits of mantissa against exact bf16 streams.
-            high = wv.to(tl.bfloat16)
-            low = (wv - high.to(tl.float32)).to(tl.bfloat16)
-            if UPCAST:
-                acc += tl.dot(xf, high.to(tl.float32)) + tl.dot(xf, low.to(tl.float32))
-            else:
-                acc = tl.dot(xv, high, acc)
-                acc = tl.dot(xv, low, acc)
-        else:
-            acc = tl.dot(xf, wv, acc, input_precision="ieee" if UPCAST else "tf32x3")
+        acc = add_product(acc, xv, wv, PAIR, UPCAST)
     row = parts + (piece * T + t) * (M + 1)
     tl.store(row[:, None] + m[None, :], acc, mask=live[:, None] & (m < M)[None, :])
     tl.store(row + M, squares, mask=live)

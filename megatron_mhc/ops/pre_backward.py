@@ -18,6 +18,7 @@ from torch import Tensor
 
 from megatron_mhc.ops.launch import (
     INTERPRETED,
+    add_product,
     await_turn,
     finish_turn,
     mapping_block,
@@ -27,23 +28,6 @@ from megatron_mhc.ops.launch import (
 from megatron_mhc.ops.link import Written
 from megatron_mhc.ops.mapping_backward import mapping_backward
 from megatron_mhc.ops.post_res import write_weight
-
-
-@triton.jit
-def _dphi_step(total, xv, dv, PAIR: tl.constexpr, UPCAST: tl.constexpr):
-    """total [BK, MP] + xv^T [BK, BT] . dv [BT, MP]."""
-    xt = tl.trans(xv)
-    if PAIR:
-        # d as bf16 high and low halves, against exact bf16 streams.
-        high = dv.to(tl.bfloat16)
-        low = (dv - high.to(tl.float32)).to(tl.bfloat16)
-        if UPCAST:
-            xt = xt.to(tl.float32)
-            return total + tl.dot(xt, high.to(tl.float32)) + tl.dot(xt, low.to(tl.float32))
-        else:
-            return tl.dot(xt, low, tl.dot(xt, high, total))
-    else:
-        return tl.dot(xt.to(tl.float32), dv, total, input_precision="ieee" if UPCAST else "tf32x3")
 
 
 @triton.jit
@@ -125,7 +109,7 @@ def _dx_kernel(
             if DPHI:
                 grown = ()
                 for j in tl.static_range(N):
-                    grown = grown + (_dphi_step(totals[j], xs[j], dv, PAIR, UPCAST),)
+                    grown = grown + (add_product(totals[j], tl.trans(xs[j]), dv, PAIR, UPCAST),)
                 totals = grown
             row = mappings + t * (N + N * N)
             dfv = tl.zeros([BT, BC], tl.float32)
@@ -179,7 +163,7 @@ def _dphi_kernel(
             live = t < T
             xv = tl.load(x + t[:, None] * K + k[None, :], mask=live[:, None] & inside[None, :], other=0.0)
             dv = tl.load(d + t[:, None] * MP + m[None, :], mask=live[:, None] & (m < M)[None, :], other=0.0)
-            total = _dphi_step(total, xv, dv, PAIR, UPCAST)
+            total = add_product(total, tl.trans(xv), dv, PAIR, UPCAST)
         await_turn(turns + 1 + mine, piece)
         _store_dphi(d_weight, total, k, inside, K, M, MP, piece == 0)
         finish_turn(turns + 1 + mine)

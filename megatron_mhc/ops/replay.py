@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_mhc.ops.launch import INTERPRETED, power_of_two
+from megatron_mhc.ops.post_res import mixed, tile, tile_sizes
 
 
 def at_once(n: int) -> int:
@@ -39,11 +39,7 @@ def _replay_kernel(
 ):  # fmt: skip
     """K connections; bit k of READS: write its layer input, of WRITES: the streams behind it."""
     M: tl.constexpr = 2 * N + N * N
-    blocks = tl.cdiv(C, BC)
-    t = (tl.program_id(0) // blocks * BT + tl.arange(0, BT)).to(tl.int64)
-    c = tl.program_id(0) % blocks * BC + tl.arange(0, BC)
-    live = t < T
-    keep = live[:, None] & (c < C)[None, :]
+    t, c, live, keep = tile(T, C, BT, BC)
     narrow = t[:, None] * C + c[None, :]
     xs = ()
     for j in tl.static_range(N):
@@ -59,10 +55,7 @@ def _replay_kernel(
             fv = tl.load(fs[k] + narrow, mask=keep, other=0.0).to(tl.float32)
             ys = ()
             for i in tl.static_range(N):
-                acc = tl.load(row + N + i, mask=live, other=0.0)[:, None] * fv
-                for j in tl.static_range(N):
-                    acc += tl.load(row + 2 * N + i * N + j, mask=live, other=0.0)[:, None] * xs[j]
-                rounded = acc.to(streams[k].dtype.element_ty)
+                rounded = mixed(row, xs, fv, live, i, N).to(streams[k].dtype.element_ty)
                 tl.store(streams[k] + (t * N + i)[:, None] * C + c[None, :], rounded, mask=keep)
                 ys = ys + (rounded.to(tl.float32),)
             xs = ys
@@ -85,7 +78,7 @@ def replay(x: Tensor, row: list[Connection], behind: bool) -> list[Tensor]:
     reads = sum((entry.layer_input is not None) << k for k, entry in enumerate(row))
     if T == 0 or not (reads or writes):
         return streams
-    BT, BC = (8, power_of_two(C)) if INTERPRETED else (1, min(1024, power_of_two(C)))
+    BT, BC = tile_sizes(C)
     grid = (triton.cdiv(C, BC) * triton.cdiv(T, BT),)
     with torch.cuda.device_of(x):
         _replay_kernel[grid](
