@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import os
 from dataclasses import fields
 from typing import Any
 
-from megatron_mhc.config import _CHOICES, ENVIRONMENT, MHCConfig, flag
+from megatron_mhc.config import _CHOICES, MHCConfig, flag, refuse_environment
 
 _HELP = {
     "num_residual_streams": "number of parallel residual streams",
@@ -68,8 +67,7 @@ def use_mhc(args: Any, model_config: Any) -> None:
         ValueError: options in MEGATRON_MHC, another --spec, or a model that takes no layer spec.
     """
     given = [f.name for f in fields(MHCConfig) if getattr(args, "mhc_" + f.name) is not None]
-    if os.environ.get(ENVIRONMENT):
-        raise ValueError(f"this script has --mhc-* flags: unset {ENVIRONMENT}, so that one place decides")
+    refuse_environment()
     if not given:
         return
     from megatron_mhc.specs import gpt_mhc_spec

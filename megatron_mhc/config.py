@@ -26,6 +26,12 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 }
 
 
+def refuse_environment() -> None:
+    """Raise ValueError if MEGATRON_MHC is set beside a script's own --mhc-* flags."""
+    if os.environ.get(ENVIRONMENT):
+        raise ValueError(f"this script has --mhc-* flags: unset {ENVIRONMENT}, so that one place decides")
+
+
 def flag(name: str) -> str:
     """Command-line spelling of a field: `num_residual_streams` -> `--mhc-num-residual-streams`."""
     return "--mhc-" + name.replace("_", "-")

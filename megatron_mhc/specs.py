@@ -15,7 +15,7 @@ from megatron.core.transformer.transformer_layer import MoETransformerLayer, Tra
 from megatron.core.utils import log_single_rank
 
 from megatron_mhc import hooks, ops, parallel
-from megatron_mhc.config import ENVIRONMENT, MHCConfig
+from megatron_mhc.config import MHCConfig, refuse_environment
 from megatron_mhc.diagnostics.training import check_writers
 from megatron_mhc.layer import HyperConnectionTransformerLayer, Row, bias_dropout, unsupported_submodule
 from megatron_mhc.pipeline.options import OVERLAPPED, check_config
@@ -119,8 +119,6 @@ def gpt_mhc_spec(model_config: Any, vp_stage: int | None = None) -> TransformerB
 
 def mhc_options() -> MHCConfig:
     """Options from the --mhc-* flags of Megatron's parsed arguments, or from MEGATRON_MHC."""
-    import os
-
     from megatron.training import get_args
 
     args = get_args()
@@ -131,9 +129,8 @@ def mhc_options() -> MHCConfig:
             )
     if not hasattr(args, "mhc_num_residual_streams"):
         mhc = MHCConfig.from_environment()
-    elif os.environ.get(ENVIRONMENT):
-        raise ValueError(f"this script has --mhc-* flags: unset {ENVIRONMENT}, so that one place decides")
     else:
+        refuse_environment()
         mhc = MHCConfig.from_args(args)
     check_writers(args, mhc)
     return mhc

@@ -59,13 +59,27 @@ def build(mhc=None, tied=False, **settings):
     )
 
 
-def forward_backward(model, seed=0):
-    """Mean loss, and gradients by the parameter's name in a plain model."""
+def batch(seed):
+    """(tokens, positions, mask) and labels."""
     tokens = torch.randint(0, VOCAB, (BATCH, SEQ + 1), generator=torch.Generator().manual_seed(seed))
     positions = torch.arange(SEQ).expand(BATCH, SEQ).contiguous()
     mask = torch.triu(torch.ones(1, 1, SEQ, SEQ, dtype=torch.bool), 1)
+    return (tokens[:, :-1].contiguous(), positions, mask), tokens[:, 1:].contiguous()
+
+
+def same_bits(got, want):
+    """Assert that two results of `forward_backward` are equal."""
+    assert torch.equal(got[0], want[0])
+    assert got[1].keys() == want[1].keys()
+    for name in want[1]:
+        assert torch.equal(got[1][name], want[1][name]), name
+
+
+def forward_backward(model, seed=0):
+    """Mean loss, and gradients by the parameter's name in a plain model."""
     torch.manual_seed(99)  # dropout
-    loss = model(tokens[:, :-1].contiguous(), positions, mask, labels=tokens[:, 1:].contiguous()).mean()
+    inputs, labels = batch(seed)
+    loss = model(*inputs, labels=labels).mean()
     loss.backward()
     return loss.detach(), {plain_name(name): p.grad for name, p in model.named_parameters()}
 

@@ -20,18 +20,19 @@ VARIANTS = {
 }
 
 
-def same_bits(a, b):
-    assert torch.equal(a[0], b[0])
-    assert a[1].keys() == b[1].keys()
-    for name in a[1]:
-        assert torch.equal(a[1][name], b[1][name]), name
+def agree(got, want):
+    """Loss and every gradient in fp32, by the same formulas in another order."""
+    assert got[0].item() == pytest.approx(want[0].item(), rel=1e-6)
+    floor = 1e-3 * max(grad.abs().max() for grad in want[1].values())
+    for name, grad in want[1].items():
+        assert (got[1][name] - grad).abs().max() <= 1e-4 * max(grad.abs().max(), floor), name
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_one_stream_with_identity_mappings_matches_vanilla_bit_for_bit(run_ranks, variant):
     def compare():
         plain = gpt.forward_backward(gpt.build(**VARIANTS[variant]))
-        same_bits(gpt.forward_backward(gpt.build(IDENTITY, **VARIANTS[variant])), plain)
+        gpt.same_bits(gpt.forward_backward(gpt.build(IDENTITY, **VARIANTS[variant])), plain)
 
     run_ranks(1, compare)
 
@@ -41,7 +42,7 @@ def test_vanilla_with_the_plugin_registered_matches_vanilla_bit_for_bit(run_rank
     def compare():
         before = gpt.forward_backward(gpt.build(**VARIANTS[variant]))
         with register():
-            same_bits(gpt.forward_backward(gpt.build(**VARIANTS[variant])), before)
+            gpt.same_bits(gpt.forward_backward(gpt.build(**VARIANTS[variant])), before)
 
     run_ranks(1, compare)
 
@@ -162,11 +163,8 @@ def test_triton_backend_matches_the_reference_backend(run_ranks, preset, variant
             results.append(gpt.forward_backward(gpt.build(mhc, **VARIANTS[variant])))
         return results
 
-    (loss, grads), (triton_loss, triton_grads) = run_ranks(1, both)[0]
-    assert triton_loss.item() == pytest.approx(loss.item(), rel=1e-6)
-    floor = 1e-3 * max(grad.abs().max() for grad in grads.values())
-    for name, grad in grads.items():
-        assert (triton_grads[name] - grad).abs().max() <= 1e-4 * max(grad.abs().max(), floor), name
+    want, got = run_ranks(1, both)[0]
+    agree(got, want)
 
 
 @pytest.mark.slow  # inductor calls a C++ compiler
@@ -183,11 +181,8 @@ def test_a_compiled_layer_gives_the_same(run_ranks):
             results.append(gpt.forward_backward(model))
         return results
 
-    (loss, grads), (compiled_loss, compiled_grads) = run_ranks(1, both, timeout=400)[0]
-    assert compiled_loss.item() == pytest.approx(loss.item(), rel=1e-6)
-    floor = 1e-3 * max(grad.abs().max() for grad in grads.values())
-    for name, grad in grads.items():
-        assert (compiled_grads[name] - grad).abs().max() <= 1e-4 * max(grad.abs().max(), floor), name
+    want, got = run_ranks(1, both, timeout=400)[0]
+    agree(got, want)
 
 
 @pytest.mark.parametrize(
@@ -216,7 +211,7 @@ def test_connections_in_a_row_are_linked_within_and_across_layers(run_ranks, var
         return *results, len(calls)
 
     unlinked, linked, launches = run_ranks(1, both)[0]
-    same_bits(linked, unlinked)
+    gpt.same_bits(linked, unlinked)
     assert launches == own
 
 

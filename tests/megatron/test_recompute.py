@@ -1,18 +1,13 @@
 """Dropping and replaying changes no bit of a model's loss and gradients, and frees what it says it frees."""
 
-import gc
-import weakref
-
 import gpt
 import pytest
 import torch
-from live_bytes import LiveBytes
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer import MLATransformerConfig
 
 from megatron_mhc import MHCConfig, recompute
-from megatron_mhc.recompute import plan
 from megatron_mhc.recompute.chunk import chunk_of
 from megatron_mhc.recompute.connection import ReplayedConnection
 from megatron_mhc.specs import wrap_block_spec
@@ -28,13 +23,6 @@ def selective(*modules):
 
 def replaying(**options):
     return MHCConfig(**(LIVELY | dict(recompute_layer_num="3") | options))
-
-
-def same_bits(got, want):
-    assert torch.equal(got[0], want[0])
-    assert got[1].keys() == want[1].keys()
-    for name in want[1]:
-        assert torch.equal(got[1][name], want[1][name]), name
 
 
 # options of mHC, settings of Megatron
@@ -76,7 +64,7 @@ def test_replay_matches_no_recompute_bit_for_bit(run_ranks, case, coefficients):
         stored = MHCConfig(**(LIVELY | options | dict(recompute_layer_num="off")))
         want = gpt.forward_backward(gpt.build(stored, **settings))
         mhc = replaying(**options, recompute_coefficients=coefficients)
-        same_bits(gpt.forward_backward(gpt.build(mhc, **settings)), want)
+        gpt.same_bits(gpt.forward_backward(gpt.build(mhc, **settings)), want)
 
     run_ranks(1, compare)
 
@@ -92,7 +80,7 @@ def test_blocks_longer_than_a_launch_match_bit_for_bit(run_ranks):
         options = LIVELY | dict(backend="triton")
         want = gpt.forward_backward(gpt.build(MHCConfig(**options), num_layers=3))
         mhc = MHCConfig(**options, recompute_layer_num="5")
-        same_bits(gpt.forward_backward(gpt.build(mhc, num_layers=3)), want)
+        gpt.same_bits(gpt.forward_backward(gpt.build(mhc, num_layers=3)), want)
 
     run_ranks(1, compare)
 
@@ -123,7 +111,7 @@ def test_mla_matches_no_recompute_bit_for_bit(run_ranks):
             GPTModel(config, spec, gpt.VOCAB, gpt.SEQ, position_embedding_type="none")
         )
 
-    run_ranks(1, lambda: same_bits(run(replaying()), run(MHCConfig(**LIVELY))))
+    run_ranks(1, lambda: gpt.same_bits(run(replaying()), run(MHCConfig(**LIVELY))))
 
 
 def connections(model):
@@ -175,24 +163,15 @@ def test_replay_before_the_gradient_arrives_is_the_only_one(run_ranks, monkeypat
             return backward(loss, *args, **kwargs)
 
         monkeypatch.setattr(torch.Tensor, "backward", after_replay)
-        same_bits(gpt.forward_backward(model), want)
+        gpt.same_bits(gpt.forward_backward(model), want)
         assert [c.position for c in read] == [2, 3, 0, 1]
         recompute.replay(None)
 
     run_ranks(1, check)
 
 
-def batch(seed):
-    tokens = torch.randint(
-        0, gpt.VOCAB, (gpt.BATCH, gpt.SEQ + 1), generator=torch.Generator().manual_seed(seed)
-    )
-    mask = torch.triu(torch.ones(1, 1, gpt.SEQ, gpt.SEQ, dtype=torch.bool), 1)
-    positions = torch.arange(gpt.SEQ).expand(gpt.BATCH, gpt.SEQ).contiguous()
-    return (tokens[:, :-1].contiguous(), positions, mask), tokens[:, 1:].contiguous()
-
-
 def losses(model, seed):
-    inputs, labels = batch(seed)
+    inputs, labels = gpt.batch(seed)
     return model(*inputs, labels=labels).mean()
 
 
@@ -214,7 +193,7 @@ def test_several_micro_batches_in_flight_and_an_evaluation_between(run_ranks):
         total = torch.stack([first, second, third, evaluated]).detach()
         return total, {name: p.grad for name, p in model.named_parameters()}
 
-    run_ranks(1, lambda: same_bits(run(replaying()), run(MHCConfig(**LIVELY))))
+    run_ranks(1, lambda: gpt.same_bits(run(replaying()), run(MHCConfig(**LIVELY))))
 
 
 class Exit:
@@ -238,7 +217,7 @@ def test_last_sublayer_in_parts_matches_no_recompute(run_ranks, size):
         loss.backward()
         return loss.detach(), {name: p.grad for name, p in model.named_parameters()}
 
-    run_ranks(1, lambda: same_bits(run(replaying(recompute_layer_num=size)), run(MHCConfig(**LIVELY))))
+    run_ranks(1, lambda: gpt.same_bits(run(replaying(recompute_layer_num=size)), run(MHCConfig(**LIVELY))))
 
 
 def test_frozen_parts_match_no_recompute(run_ranks):
@@ -251,7 +230,7 @@ def test_frozen_parts_match_no_recompute(run_ranks):
         loss.backward()
         return loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
 
-    run_ranks(1, lambda: same_bits(run(replaying()), run(MHCConfig(**LIVELY))))
+    run_ranks(1, lambda: gpt.same_bits(run(replaying()), run(MHCConfig(**LIVELY))))
 
 
 def test_parameters_are_the_same_as_without(run_ranks):
@@ -262,7 +241,7 @@ def test_parameters_are_the_same_as_without(run_ranks):
         gpt.forward_backward(model, seed=7)
         model.load_state_dict(stored.state_dict())
         model.zero_grad()
-        same_bits(gpt.forward_backward(model), want)
+        gpt.same_bits(gpt.forward_backward(model), want)
 
     run_ranks(1, check)
 
@@ -273,131 +252,7 @@ def test_layers_out_of_order_are_noticed(run_ranks):
         losses(model, 0)
         streams = torch.randn(gpt.SEQ, gpt.BATCH, 4 * 32)
         with pytest.raises(RuntimeError, match="sub-layer 2 of a model chunk ran out of order"):
-            model.decoder.layers[1](streams, batch(0)[0][2])
+            model.decoder.layers[1](streams, gpt.batch(0)[0][2])
         losses(model, 0).backward()  # a pass from the start is right again
 
     run_ranks(1, check)
-
-
-def test_dropped_tensors_are_freed_and_come_back(run_ranks):
-    """Storages by weak reference: streams are gone after the forward pass, layer inputs are empty."""
-
-    def check():
-        model = gpt.build(replaying(recompute_layer_num="4"))
-        streams, inputs, norms = [], [], []
-
-        def look(module, args, output):
-            streams.append(weakref.ref(args[0].untyped_storage()))
-            inputs.append(output[0].untyped_storage())
-
-        def look_at_norm(module, args, output):
-            norms.append(output.untyped_storage())
-
-        for connection in connections(model):
-            connection.register_forward_hook(look)
-        for layer in model.decoder.layers:
-            layer.input_layernorm.register_forward_hook(look_at_norm)
-            layer.pre_mlp_layernorm.register_forward_hook(look_at_norm)
-        loss = losses(model, 0)
-        gc.disable()  # by counting alone: no cycles that wait for a collector
-        try:
-            assert [r() is None for r in streams] == [False, True, True, True]
-        finally:
-            gc.enable()
-        assert [s.nbytes() for s in inputs + norms] == [0] * 8
-        recompute.replay(recompute.handle(model))
-        one = gpt.SEQ * gpt.BATCH * 32 * 4
-        assert [s.nbytes() for s in inputs + norms[:4]] == [one] * 8
-        loss.backward()
-
-    run_ranks(1, check)
-
-
-def forward_bytes(mhc, **settings):
-    """Bytes that a forward pass leaves alive for the backward pass, and the chunk."""
-    model = gpt.build(mhc, **settings)
-    with LiveBytes() as live:
-        loss = losses(model, 0)
-        gc.collect()  # Triton's interpreter leaves its last arguments in cycles
-        alive = live.now()
-    loss.backward()
-    return alive, chunk_of(model)
-
-
-@pytest.mark.parametrize(
-    "backend, layers, coefficients",
-    [
-        ("reference", 3, False),
-        ("reference", 3, True),
-        ("triton", 1, False),
-        pytest.param("triton", 3, False, marks=pytest.mark.slow),
-        pytest.param("triton", 3, True, marks=pytest.mark.slow),
-    ],
-)
-def test_freed_bytes_match_the_estimate(run_ranks, backend, layers, coefficients):
-    """Counted bytes of real tensors; in fp32, of which the reference makes no copies."""
-    T, C, n, size = gpt.SEQ * gpt.BATCH, 32, 4, 4
-
-    def check():
-        common = LIVELY | dict(backend=backend)
-        stored, _ = forward_bytes(MHCConfig(**common), num_layers=layers)
-        mhc = MHCConfig(**common, recompute_layer_num=str(size), recompute_coefficients=coefficients)
-        alive, chunk = forward_bytes(mhc, num_layers=layers)
-        streams = torch.empty(gpt.SEQ, gpt.BATCH, n * C)
-        sublayers = chunk.sublayer_bytes(streams)
-        assert (sublayers[0].streams, sublayers[0].read) == (4 * T * n * C, 2 * 4 * T * C)
-        kept_streams = sum(sublayers[start].streams for start in range(0, 2 * layers, size))
-        dropped = sum(s.streams + s.read for s in sublayers) - kept_streams
-        return stored, alive, dropped
-
-    stored, alive, dropped = run_ranks(1, check)[0]
-    rows = n * n + 2 * n
-    coefficient_bytes = 4 * T * 2 * layers * rows
-    print(f"stored {stored}, with blocks {alive}: {stored - alive} freed, {dropped} estimated")
-    if backend == "triton" and not coefficients:
-        # Without recompute the coefficients die in the forward pass: keeping them is the price of a replay.
-        assert stored - alive == dropped - coefficient_bytes
-    elif backend == "triton":
-        assert stored - alive == dropped + coefficient_bytes + 4 * T * 2 * layers  # `saved` goes, 1/r with it
-    elif not coefficients:
-        assert stored - alive == dropped  # its graph holds the coefficients in any case
-    else:
-        assert stored - alive >= dropped + coefficient_bytes
-
-
-def backward_peak(mhc, layers):
-    model = gpt.build(mhc, num_layers=layers, params_dtype=torch.float64, hidden_size=64)
-    for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    with LiveBytes(peak=True) as live:
-        losses(model, 0).backward()
-    return live.peak, chunk_of(model)
-
-
-@pytest.mark.parametrize(
-    "layers, settings",
-    [
-        (5, ("off", "2", "auto")),
-        pytest.param(8, ("off", "1", "2", "3", "4", "5", "8", "16", "auto"), marks=pytest.mark.slow),
-    ],
-    ids=["fast", "all"],
-)
-def test_auto_needs_the_least_memory_and_as_much_as_estimated(run_ranks, layers, settings):
-    """The highest count of live bytes in a training step, for every block size and for auto."""
-
-    def measure():
-        peaks = {}
-        for setting in settings:
-            mhc = MHCConfig(**LIVELY, recompute_layer_num=setting, backend="reference")
-            peaks[setting], chunk = backward_peak(mhc, layers)
-        streams = torch.empty(gpt.SEQ, gpt.BATCH, 4 * 64, dtype=torch.float64)
-        return peaks, chunk.sublayer_bytes(streams), chunk.blocks
-
-    peaks, sublayers, blocks = run_ranks(1, measure)[0]
-    estimated = {s: plan.peak(sublayers, plan.choose(s, sublayers)) for s in peaks if s != "off"}
-    estimated["off"] = plan.without_replay(sublayers)
-    error = {s: (peaks[s] - peaks["off"] - estimated[s] + estimated["off"]) / peaks["off"] for s in peaks}
-    print(f"auto: blocks of {blocks}; peak bytes", peaks)
-    print("errors of the estimate:", {s: round(e, 4) for s, e in error.items()})
-    assert peaks["auto"] <= min(peaks.values()) * 1.03
-    assert max(map(abs, error.values())) <= 0.05
