@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 import torch
 from megatron.core.transformer.module import MegatronModule
@@ -87,11 +89,13 @@ class HyperConnectionModule(MappingParameters):
     """
 
     following: tuple[HyperConnectionModule, ...] = ()  # the one that reads what this one writes, if any
+    in_f: Mappings | None = None  # of the forward pass that is in F right now
     plain = False  # use the reference operations now, whose gradient a split pipeline boundary takes apart
 
     def __init__(self, config: TransformerConfig, mhc: MHCConfig, sublayer_index: int):
         super().__init__(config, mhc)
         self.sublayer_index = sublayer_index
+        _built.add(self)
         n, width = mhc.num_residual_streams, config.hidden_size
         if mhc.backend == "triton":  # at build time what no device could serve; the rest when streams come
             ops.choose_backend(mhc, width, config.params_dtype, "cuda")
@@ -175,7 +179,15 @@ class HyperConnectionModule(MappingParameters):
             return streams, coefficients
         return reference.pre(x, coefficients.h_pre).view(s, b, -1), coefficients
 
-    def triton_pre(self, x: Tensor) -> tuple[Tensor, Mappings]:
+    def leave_bias(self, f: Tensor, bias: Tensor) -> bool:
+        """Leave f + bias: [C] to `post_res`, which adds them as it reads f; False if it cannot."""
+        mappings = self.in_f
+        if mappings is None or isinstance(mappings, reference.Coefficients) or f.dtype != bias.dtype:
+            return False
+        mappings.f_bias = bias
+        return True
+
+    def triton_pre(self, x: Tensor) -> tuple[Tensor, DeferredMappings]:
         """`forward` of x: [T, n, C] by the Triton kernels."""
         from megatron_mhc.ops import deferred  # imports triton, which a CPU may lack
 
@@ -211,6 +223,31 @@ class HyperConnectionModule(MappingParameters):
         if self.config.recompute_granularity == "full" or self.mhc.pipeline_schedule == "fused":
             return None  # no graph, or one that is cut, between the two: nothing would hand the projection on
         return self.following[0].mapping_proj()
+
+
+_built: WeakSet[HyperConnectionModule] = WeakSet()
+
+
+def operations() -> list[str]:
+    """Which operations the connections of this process run; a line for each kind of streams."""
+    kinds: Counter[tuple[MHCConfig, int, torch.dtype, str]] = Counter()
+    for module in _built:
+        device = next((p.device.type for p in module.parameters()), torch.device(module.device).type)
+        kinds[module.mhc, module.config.hidden_size, module.config.params_dtype, device] += 1
+    lines = []
+    for (mhc, width, dtype, device), count in kinds.items():
+        try:
+            chosen = ops.choose_backend(mhc, width, dtype, device)
+        except ValueError as error:  # the first forward pass will raise it
+            chosen = f"none, {error}"
+        if chosen == "reference" and mhc.backend == "auto":
+            obstacle = ops.triton_obstacle(mhc, width, dtype, device)
+            chosen += f", since {obstacle or f'the streams are on {device}'}"
+        elif mhc.pp_boundary == "split":
+            chosen += "; reference in the last MLP of a pipeline stage that sends streams"
+        shape = f"{mhc.num_residual_streams} streams of {width} channels, {dtype}, {device}"
+        lines.append(f"{count} connections of {shape}: {flag('backend')} {mhc.backend} runs {chosen}")
+    return sorted(lines)
 
 
 def check_width(streams: Tensor, expected: int, where: str) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from megatron.core.transformer.identity_op import IdentityOp
@@ -22,8 +23,16 @@ from megatron_mhc.pipeline.nodes import StageExit
 from megatron_mhc.recompute.chunk import Chunks, check_recompute
 from megatron_mhc.recompute.connection import ReplayedConnection
 
-# It exchanges a tensor's storage by `.data`, which inductor compiles to a tensor of the wrong shape.
-viewless = torch.compiler.disable(make_viewless_tensor)
+if TYPE_CHECKING:
+    from megatron_mhc.hyper_connection import Mappings
+
+
+def viewless(streams: Tensor) -> Tensor:
+    """The streams as a tensor that is no view: pipeline schedules free it by its data, and refuse views."""
+    if torch.compiler.is_compiling():
+        # Megatron's exchanges storages by `.data`, which inductor compiles to a tensor of the wrong shape.
+        return torch.ops.aten._unsafe_view(streams, streams.shape)
+    return make_viewless_tensor(streams, requires_grad=streams.requires_grad, keep_graph=True)
 
 
 class Row:
@@ -78,6 +87,8 @@ class HyperConnectionTransformerLayer(TransformerLayer):
         connection = HyperConnectionModule if chunks is None else ReplayedConnection
         self.self_attention_hyper_connection = connection(config, mhc, first)
         self.mlp_hyper_connection = connection(config, mhc, first + 1)
+        self.self_attn_bda = partial(bias_dropout, connection=self.self_attention_hyper_connection)
+        self.mlp_bda = partial(bias_dropout, connection=self.mlp_hyper_connection)
         if chunks is not None:
             chunks.add(self)
         (row or Row()).add(self)
@@ -97,27 +108,45 @@ class HyperConnectionTransformerLayer(TransformerLayer):
         streams = self.enter(hidden_states)
 
         layer_input, mappings = self.self_attention_hyper_connection(streams)
-        f, context = self._forward_attention(layer_input, *args, **kwargs)
+        f, context = self.forward_attention(layer_input, mappings, args, kwargs)
         streams = self.self_attention_hyper_connection.post_res(streams, f, mappings)
 
         if self.exit is not None:
             return self.exit.run(self, streams, kwargs), context
         layer_input, mappings = self.mlp_hyper_connection(streams)
-        f = self.forward_mlp(layer_input, kwargs)
+        f = self.forward_mlp(layer_input, kwargs, mappings)
         streams = self.mlp_hyper_connection.post_res(streams, f, mappings)
 
-        # Pipeline schedules free a sent tensor by its data and refuse views for that reason.
-        streams = viewless(streams, requires_grad=streams.requires_grad, keep_graph=True)
-        return streams, context
+        return viewless(streams), context
 
-    def forward_mlp(self, layer_input: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        """Run norm and MLP on [s, b, C]; kwargs are those of `forward`."""
-        return self._forward_mlp(
+    def forward_attention(
+        self, layer_input: Tensor, mappings: Mappings, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Run norm and attention on [s, b, C]; post_res with `mappings` may have the output's bias to add.
+
+        Args:
+            args, kwargs: those of `forward`.
+        """
+        connection = self.self_attention_hyper_connection
+        connection.in_f = mappings
+        f, context = self._forward_attention(layer_input, *args, **kwargs)
+        connection.in_f = None
+        return f, context
+
+    def forward_mlp(
+        self, layer_input: Tensor, kwargs: dict[str, Any], mappings: Mappings | None = None
+    ) -> Tensor:
+        """Run norm and MLP on [s, b, C] as `forward_attention` does; without mappings f is complete."""
+        connection = self.mlp_hyper_connection
+        connection.in_f = mappings
+        f = self._forward_mlp(
             layer_input,
             kwargs.get("inference_context"),
             padding_mask=kwargs.get("padding_mask"),
             packed_seq_params=kwargs.get("packed_seq_params"),
         )
+        connection.in_f = None
+        return f
 
     def enter(self, hidden_states: Tensor) -> Tensor:
         """Expand the embedding in the model's first layer; elsewhere check that streams came in."""
@@ -127,12 +156,18 @@ class HyperConnectionTransformerLayer(TransformerLayer):
         return reference.expand(hidden_states, n) if first else hidden_states
 
 
-def bias_dropout(training: bool, fused: bool) -> Callable[..., Tensor]:
-    """Megatron's bias-dropout-add without the add: post_res adds the residual."""
+def bias_dropout(
+    training: bool, fused: bool, connection: HyperConnectionModule | None = None
+) -> Callable[..., Tensor]:
+    """Megatron's bias-dropout-add without the add: post_res adds the residual.
+
+    Without dropout, post_res of `connection` adds the bias too, if it can.
+    """
 
     def apply(output_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, prob: float) -> Tensor:
         output, bias = output_with_bias
-        if bias is not None:
+        dropout = training and prob > 0
+        if bias is not None and (dropout or connection is None or not connection.leave_bias(output, bias)):
             output = output + bias
         return F.dropout(output, p=prob, training=training)
 

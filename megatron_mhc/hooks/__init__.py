@@ -12,6 +12,7 @@ from typing import Any
 from packaging.specifiers import SpecifierSet
 
 from megatron_mhc.hooks.targets import HOOKS, SCHEDULE_HOOKS, SUPPORTED, TRAINING_HOOKS, Hook
+from megatron_mhc.hyper_connection import operations
 
 
 class Handle:
@@ -44,12 +45,13 @@ class Handle:
         self.hooks.clear()
 
     def report(self) -> str:
-        """A table of the replaced symbols and why each is replaced."""
+        """A table of the replaced symbols and why each is replaced, and what the models alive now run."""
         from megatron.core import __version__ as version
 
         state = "registered" if self.active else "not registered"
         lines = [f"megatron_mhc hooks on megatron-core {version} ({SUPPORTED} supported): {state}"]
         lines += [f"  {hook.target}\n      {hook.reason}" for hook in self.hooks or HOOKS]
+        lines += [f"  {line}" for line in operations() or ["no connection is built yet"]]
         return "\n".join(lines)
 
     def __enter__(self) -> Handle:

@@ -7,6 +7,7 @@ mapping_backward.py    the gradients of the coefficients, per token
 pre_backward.py        the gradients of the streams and of the mapping parameters
 sinkhorn.py            H_res in registers
 deferred.py, link.py   autograd over all of them, and what connections in a row share
+library.py             both again as ops of torch.library, which torch.compile traces
 """
 
 import os

@@ -11,17 +11,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_mhc.ops.launch import INTERPRETED, add_product, mapping_block, mapping_rows, split
+from megatron_mhc.ops.launch import INTERPRETED, add_product, load_output, mapping_block, mapping_rows, split
 
 
 @triton.jit
 def _boundary_kernel(
-    x, f, mappings, weight, out, parts, T, C, CS,
+    x, f, f_bias, mappings, weight, out, parts, T, C, CS,
     N: tl.constexpr, MP: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
     STAGES: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """out_i = sum_j h_res[i, j] x_j + h_post_i f on one slice of CS channels; parts[s, t, :M] = the slice's
-    out . weight^T over all streams; parts[s, t, M] = its sum of squares.
+    """out_i = sum_j h_res[i, j] x_j + h_post_i (f + f_bias) on one slice of CS channels;
+    parts[s, t, :M] = the slice's out . weight^T over all streams; parts[s, t, M] = its sum of squares.
     """
     M: tl.constexpr = 2 * N + N * N
     t = (tl.program_id(0) * BT + tl.arange(0, BT)).to(tl.int64)
@@ -41,7 +41,7 @@ def _boundary_kernel(
         c = c0 + tl.arange(0, BC)
         inside = c < C
         keep = live[:, None] & inside[None, :]
-        fv = tl.load(f + t[:, None] * C + c[None, :], mask=keep, other=0.0).to(tl.float32)
+        fv = load_output(f, f_bias, t[:, None] * C + c[None, :], c[None, :], C, keep)
         xs = ()
         ws = ()
         for j in tl.static_range(N):
@@ -51,7 +51,7 @@ def _boundary_kernel(
         for i in tl.static_range(N):
             acc = post[i][:, None] * fv
             for j in tl.static_range(N):
-                acc += res[i * N + j][:, None] * xs[j].to(tl.float32)
+                acc = tl.fma(res[i * N + j][:, None], xs[j].to(tl.float32), acc)  # as in post_res.mixed
             rounded = acc.to(out.dtype.element_ty)
             if not UPCAST:
                 # Opaque to the compiler, which would else compute all of the above a second time, in the
@@ -73,12 +73,15 @@ def can_project(x: Tensor) -> bool:
     return x.dtype == torch.bfloat16 and x.shape[1] in (1, 2, 4)
 
 
-def post_res_project(x: Tensor, f: Tensor, mappings: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+def post_res_project(
+    x: Tensor, f: Tensor, mappings: Tensor, weight: Tensor, f_bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """x' [T, n, C], and the parts of its projection [pieces, T, M+1] fp32 that `pre_forward` takes.
 
     Args:
         x: [T, n, C] bf16; f: [T, C] bf16; mappings: [T, M] fp32, of this connection.
         weight: [M, n*C] fp32, of the next one.
+        f_bias: as in `post_res_forward`.
 
     Source: arXiv 2512.24880 Eqs. (3), (14)-(16).
     """
@@ -91,7 +94,7 @@ def post_res_project(x: Tensor, f: Tensor, mappings: Tensor, weight: Tensor) -> 
     parts = torch.empty(pieces, T, M + 1, device=x.device, dtype=torch.float32)
     if T:
         _boundary_kernel[(triton.cdiv(T, BT), pieces)](
-            x, f, mappings, weight, out, parts, T, C, size,
+            x, f, f_bias, mappings, weight, out, parts, T, C, size,
             n, mapping_block(n), BT, BC, 3, INTERPRETED, num_warps=8,
         )  # fmt: skip
     return out, parts

@@ -11,6 +11,8 @@ consumer is `post_res`; a second use raises.
 
 Where streams' goes straight into the next connection's `pre`, the backward of that makes f's gradient too,
 beside the gradient of streams' that f's is made of (`_written` is where the two are linked).
+
+Under torch.compile the ops of `library` stand in for all this.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_mhc.ops import library
 from megatron_mhc.ops.boundary import can_project, post_res_project
 from megatron_mhc.ops.link import Written
 from megatron_mhc.ops.post_res import post_backward, post_res_forward
@@ -33,11 +36,13 @@ class DeferredMappings:
     h_pre, h_post: [T, n]; h_res: [T, n, n]; fp32, detached.
     """
 
-    def __init__(self, tunnel: Tensor, values: Tensor, rest: tuple[Any, ...]):
-        self.n = tunnel.shape[1]
+    def __init__(self, tunnels: tuple[Tensor, ...], values: Tensor, rest: tuple[Any, ...], traced: bool):
+        self.n = tunnels[0].shape[1]
         self.values = values
-        self.rest = rest  # what _PostRes takes behind values
-        self._tunnel: Tensor | None = tunnel
+        self.rest = rest
+        self.f_bias: Tensor | None = None  # [C], which post_res is to add to f
+        self.traced = traced  # made by `library.pre`; rest is then what its post_res takes, else _PostRes
+        self._tunnels: tuple[Tensor, ...] | None = tunnels
 
     @property
     def h_pre(self) -> Tensor:
@@ -51,22 +56,27 @@ class DeferredMappings:
     def h_res(self) -> Tensor:
         return self.values[:, 2 * self.n :].unflatten(1, (self.n, self.n))
 
-    def take_tunnel(self) -> Tensor:
-        """The streams for `post_res`, once.
+    def take_tunnel(self) -> tuple[Tensor, ...]:
+        """What `post_res` takes and hands its gradient back through, once: first the streams, or their place.
 
         Raises:
             RuntimeError: on a second call, whose gradient the backward of `pre` would misread.
         """
-        if self._tunnel is None:
+        if self._tunnels is None:
             raise RuntimeError("post_res was called twice with the mappings of one pre: call pre again")
-        tunnel, self._tunnel = self._tunnel, None
-        return tunnel
+        tunnels, self._tunnels = self._tunnels, None
+        return tunnels
+
+    def put_back(self, tunnels: tuple[Tensor, ...]) -> None:
+        """Undo `take_tunnel`, with tensors that stand for those taken."""
+        self._tunnels = tunnels
 
 
 class _Baton:
-    """Carries f from the backward of post_res to that of pre."""
+    """Carries f, and what post_res added to it, from the backward of post_res to that of pre."""
 
     f: Tensor | None = None
+    f_bias: Tensor | None = None
 
 
 # Nodes of the autograd graph that hand a gradient on as it is: reshapes, and Megatron's make_viewless_tensor.
@@ -114,10 +124,11 @@ class _Pre(torch.autograd.Function):
         ctx: Any, dl: Tensor | None, g: Tensor | None, *_: Any
     ) -> tuple[Tensor | None, ...]:
         x, weight, bias, alpha_pre, alpha_post, alpha_res, saved = ctx.saved_tensors
-        f, ctx.baton.f = ctx.baton.f, None
+        baton = ctx.baton
+        f, f_bias, baton.f, baton.f_bias = baton.f, baton.f_bias, None, None
         dl = torch.zeros_like(x[:, 0]) if dl is None else dl  # the layer input reaches no loss
         if g is None or f is None:  # no post_res downstream, so f counts for nothing
-            g, f = torch.zeros_like(x), torch.zeros_like(dl)
+            g, f, f_bias = torch.zeros_like(x), torch.zeros_like(dl), None
         dx, d_weight, d_bias, d_alphas = pre_backward(
             x,
             g.contiguous(),
@@ -128,6 +139,7 @@ class _Pre(torch.autograd.Function):
             (alpha_pre, alpha_post, alpha_res),
             saved,
             written=ctx.upstream,
+            f_bias=f_bias,
             **ctx.options,
         )
         return dx, d_weight, d_bias, d_alphas[:1], d_alphas[1:2], d_alphas[2:], *[None] * 5
@@ -146,28 +158,28 @@ class _PostRes(torch.autograd.Function):
         baton: _Baton,
         linked: bool,
         next_weight: Tensor | None,
+        f_bias: Tensor | None,
     ) -> Tensor:
-        ctx.save_for_backward(f, saved, bias, alpha_post)
+        ctx.save_for_backward(f, saved, bias, alpha_post, f_bias)
         ctx.baton, ctx.written = baton, Written(saved, bias, alpha_post) if linked else None
         if ctx.written is None or next_weight is None or not can_project(tunnel):
-            return post_res_forward(tunnel, f, values)
-        out, parts = post_res_project(tunnel, f, values, next_weight)
+            return post_res_forward(tunnel, f, values, f_bias)
+        out, parts = post_res_project(tunnel, f, values, next_weight, f_bias)
         ctx.written.project(out, next_weight, parts)
         return out
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        f, saved, bias, alpha_post = ctx.saved_tensors
-        ctx.baton.f = f
+        f, saved, bias, alpha_post, f_bias = ctx.saved_tensors
+        ctx.baton.f, ctx.baton.f_bias = f, f_bias
         g = g.contiguous()
         df = None if ctx.written is None else ctx.written.take(g)
         if df is None:
             df = post_backward(g, saved, bias, alpha_post)
         # g is not the gradient of the tunnel's streams: pre's backward makes it so.
-        return g, df, *[None] * 7
+        return g, df, *[None] * 7, df.sum(0) if ctx.needs_input_grad[9] else None
 
 
-@torch.compiler.disable  # between compiled regions these run as they are
 def pre(
     x: Tensor,
     weight: Tensor,
@@ -183,23 +195,40 @@ def pre(
     Returns:
         layer input [T, C] in x's dtype, and the mappings that `post_res` takes, once.
     """
+    if torch.compiler.is_compiling():
+        layer_input, *tunnels, saved, values = library.pre(
+            x, weight, bias, *alphas, norm_eps, iterations, deepseek_v4
+        )
+        rest: tuple[Any, ...] = (x, saved, bias, alphas[1])  # whose gradients all leave `pre`
+        return layer_input, DeferredMappings(tuple(tunnels), values, rest, traced=True)
     baton = _Baton()
     layer_input, tunnel, saved, values = _Pre.apply(
         x.contiguous(), weight, bias, *alphas, baton, _written(x), norm_eps, iterations, deepseek_v4
     )
     rest = (saved, bias.detach(), alphas[1].detach(), baton)
-    return layer_input, DeferredMappings(tunnel, values, rest)
+    return layer_input, DeferredMappings((tunnel,), values, rest, traced=False)
 
 
-@torch.compiler.disable
 def post_res(
     f: Tensor, mappings: DeferredMappings, linked: bool = True, next_weight: Tensor | None = None
 ) -> Tensor:
     """Mix the streams that `mappings` came from and write f: [T, C] into them; returns [T, n, C].
 
+    Where `mappings` carry an `f_bias`, f + f_bias is written: the bits of an addition of its own.
+
     Args:
         linked: let the next connection's backward make f's gradient; its graph then holds what pre saved.
         next_weight: [M, n*C], phi of the next connection, which then need not read the streams for it.
     """
-    tunnel = mappings.take_tunnel()
-    return _PostRes.apply(tunnel, f.contiguous(), mappings.values, *mappings.rest, linked, next_weight)
+    if mappings.traced:
+        x, *saved = mappings.rest
+        f = f if mappings.f_bias is None else f + mappings.f_bias  # fused by the compiler
+        return library.post_res(*mappings.take_tunnel(), x, f, mappings.values, *saved)
+    if torch.compiler.is_compiling():  # but the graph broke in front of pre
+        return _post_res_uncompiled(f, mappings, linked, next_weight)
+    (tunnel,) = mappings.take_tunnel()
+    rest = (*mappings.rest, linked, next_weight, mappings.f_bias)
+    return _PostRes.apply(tunnel, f.contiguous(), mappings.values, *rest)
+
+
+_post_res_uncompiled = torch.compiler.disable(post_res)

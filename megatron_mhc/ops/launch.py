@@ -30,6 +30,16 @@ def split(total: int, parts: int, block: int) -> tuple[int, int]:
 
 
 @triton.jit
+def load_output(f, f_bias, place, c, C, keep):
+    """F's output, in fp32, at f + place, channels c; with a bias, the sum is rounded as if it were stored."""
+    fv = tl.load(f + place, mask=keep, other=0.0)
+    if f_bias is not None:
+        bias = tl.load(f_bias + c, mask=c < C, other=0.0)
+        fv = tl.where(keep, fv.to(tl.float32) + bias.to(tl.float32), 0.0).to(f.dtype.element_ty)
+    return fv.to(tl.float32)
+
+
+@triton.jit
 def add_product(total, a, b, PAIR: tl.constexpr, UPCAST: tl.constexpr):
     """total + a . b in fp32, of b in fp32; with PAIR, b as bf16 high and low halves, 16 bits of mantissa
     against an exact bf16 a."""

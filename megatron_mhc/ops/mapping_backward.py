@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_mhc.ops.launch import INTERPRETED, mapping_block, mapping_rows, power_of_two
+from megatron_mhc.ops.launch import INTERPRETED, load_output, mapping_block, mapping_rows, power_of_two
 from megatron_mhc.ops.sinkhorn import sinkhorn_bwd, unfused_product
 
 VECTOR = tl.constexpr(8)  # channels a thread sums before anything is exchanged
@@ -21,7 +21,8 @@ VECTOR = tl.constexpr(8)  # channels a thread sums before anything is exchanged
 
 @triton.jit
 def _dots_kernel(
-    x, g, f, dl, saved, bias, alpha_pre, alpha_post, alpha_res, d, mappings, partial, turns, T, C, TURNS,
+    x, g, f, f_bias, dl, saved, bias, alpha_pre, alpha_post, alpha_res, d, mappings, partial, turns,
+    T, C, TURNS,
     N: tl.constexpr, MP: tl.constexpr, ITERATIONS: tl.constexpr, V4: tl.constexpr,
     BT: tl.constexpr, G: tl.constexpr,
 ):  # fmt: skip
@@ -46,7 +47,7 @@ def _dots_kernel(
     for c0 in tl.range(0, C, G * VECTOR):
         c = c0 + c3
         keep = live[:, None, None] & (c < C)
-        fv = tl.load(f + t3 * C + c, mask=keep, other=0.0).to(tl.float32)
+        fv = load_output(f, f_bias, t3 * C + c, c, C, keep)
         dv = tl.load(dl + t3 * C + c, mask=keep, other=0.0).to(tl.float32)
         xs = ()
         for j in tl.static_range(N):
@@ -132,6 +133,7 @@ def mapping_backward(
     *,
     iterations: int,
     deepseek_v4: bool,
+    f_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the raw projection [T, MP], replayed h_pre and h_res [T, n + n*n], partial sums; all fp32.
 
@@ -139,6 +141,7 @@ def mapping_backward(
 
     Args:
         x, bias, alphas, saved: of `pre_forward`; g: [T, n, C]; f, dl: [T, C].
+        f_bias: as in `post_res_forward`.
     """
     T, n, C = x.shape
     M, MP = mapping_rows(n), mapping_block(n)
@@ -148,7 +151,7 @@ def mapping_backward(
     d, mappings = torch.empty(T, MP, **f32), torch.empty(T, n + n * n, **f32)
     partial = torch.empty(programs, 2, M, **f32)
     _dots_kernel[(programs,)](
-        x, g, f, dl, saved, bias, *alphas, d, mappings, partial, turns, T, C, turns.numel(),
+        x, g, f, f_bias, dl, saved, bias, *alphas, d, mappings, partial, turns, T, C, turns.numel(),
         n, MP, iterations, deepseek_v4, BT, G, num_warps=2 if n < 8 else 4,
     )  # fmt: skip
     return d, mappings, partial

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_mhc.ops.launch import INTERPRETED, power_of_two
+from megatron_mhc.ops.launch import INTERPRETED, load_output, power_of_two
 
 
 @triton.jit
@@ -25,19 +25,23 @@ def tile(T, C, BT: tl.constexpr, BC: tl.constexpr):
 
 @triton.jit
 def mixed(row, xs, f, live, i, N: tl.constexpr):
-    """Stream i of x', [BT, BC] fp32, of tiles x and f in fp32; row: the tokens' coefficients."""
+    """Stream i of x', [BT, BC] fp32, of tiles x and f in fp32; row: the tokens' coefficients.
+
+    With `fma` spelled out: of two products in a sum the compiler fuses one or the other, differently from
+    kernel to kernel, and recompute needs the same bits from each.
+    """
     acc = tl.load(row + N + i, mask=live, other=0.0)[:, None] * f
     for j in tl.static_range(N):
-        acc += tl.load(row + 2 * N + i * N + j, mask=live, other=0.0)[:, None] * xs[j]
+        acc = tl.fma(tl.load(row + 2 * N + i * N + j, mask=live, other=0.0)[:, None], xs[j], acc)
     return acc
 
 
 @triton.jit
-def _post_res_kernel(x, f, mappings, out, T, C, N: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr):
-    """out_i = sum_j h_res[i, j] x_j + h_post_i f."""
+def _post_res_kernel(x, f, f_bias, mappings, out, T, C, N: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr):
+    """out_i = sum_j h_res[i, j] x_j + h_post_i (f + f_bias)."""
     M: tl.constexpr = 2 * N + N * N
     t, c, live, keep = tile(T, C, BT, BC)
-    fv = tl.load(f + t[:, None] * C + c[None, :], mask=keep, other=0.0).to(tl.float32)
+    fv = load_output(f, f_bias, t[:, None] * C + c[None, :], c[None, :], C, keep)
     xs = ()
     for j in tl.static_range(N):
         xv = tl.load(x + (t * N + j)[:, None] * C + c[None, :], mask=keep, other=0.0)
@@ -74,8 +78,11 @@ def tile_sizes(C: int) -> tuple[int, int]:
     return (8, power_of_two(C)) if INTERPRETED else (1, min(1024, power_of_two(C)))
 
 
-def post_res_forward(x: Tensor, f: Tensor, mappings: Tensor) -> Tensor:
+def post_res_forward(x: Tensor, f: Tensor, mappings: Tensor, f_bias: Tensor | None = None) -> Tensor:
     """x' of x: [T, n, C], f: [T, C] and coefficients [T, n*n+2n] fp32; in x's dtype.
+
+    Args:
+        f_bias: [C] in f's dtype, which is added to f, with the bits of an addition of its own.
 
     Source: arXiv 2512.24880 Eq. (3).
     """
@@ -84,7 +91,7 @@ def post_res_forward(x: Tensor, f: Tensor, mappings: Tensor) -> Tensor:
     if T:
         BT, BC = tile_sizes(C)
         grid = (triton.cdiv(C, BC) * triton.cdiv(T, BT),)
-        _post_res_kernel[grid](x, f, mappings, out, T, C, n, BT, BC, num_warps=4)
+        _post_res_kernel[grid](x, f, f_bias, mappings, out, T, C, n, BT, BC, num_warps=4)
     return out
 
 

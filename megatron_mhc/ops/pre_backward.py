@@ -182,6 +182,7 @@ def pre_backward(
     iterations: int,
     deepseek_v4: bool,
     written: Written | None = None,
+    f_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x [T, n, C] in x's dtype, weight [M, n*C], bias [M] and alphas [3] in fp32.
 
@@ -189,6 +190,7 @@ def pre_backward(
         x, weight, bias, alphas: as given to `pre_forward`; saved: as it returned.
         g: [T, n, C], gradient of x'; f: [T, C], the sub-layer's output; dl: [T, C], gradient of its input.
         written: of the connection whose x' this x is, which gets its df.
+        f_bias: [C], what post_res added to f, if anything.
     """
     T, n, C = x.shape
     M, MP, K = mapping_rows(n), mapping_block(n), n * C
@@ -208,8 +210,9 @@ def pre_backward(
     BK = 64 if INTERPRETED else 128
     turns = torch.empty(1 + max(slices, triton.cdiv(K, BK)), device=x.device, dtype=torch.int32)
     d, mappings, partial = mapping_backward(
-        x, g, f, dl, bias, alphas, saved, turns, iterations=iterations, deepseek_v4=deepseek_v4
-    )
+        x, g, f, dl, bias, alphas, saved, turns,
+        iterations=iterations, deepseek_v4=deepseek_v4, f_bias=f_bias,
+    )  # fmt: skip
     if written is None:
         writer, df = (saved, bias, alphas[1]), dl  # neither read nor written
     else:

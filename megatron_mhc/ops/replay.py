@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megatron_mhc.ops.launch import load_output
 from megatron_mhc.ops.post_res import mixed, tile, tile_sizes
 
 
@@ -23,21 +24,23 @@ def at_once(n: int) -> int:
 
 
 class Connection(NamedTuple):
-    """What a connection kept: coefficients [T, M] fp32 (h_pre, h_post, h_res), f [T, C], and where its
-    layer input [T, C] goes, None for nowhere."""
+    """What a connection kept: coefficients [T, M] fp32 (h_pre, h_post, h_res), f [T, C], where its layer
+    input [T, C] goes, None for nowhere, and what post_res added to f, if anything: [C]."""
 
     mappings: Tensor
     f: Tensor
     layer_input: Tensor | None
+    f_bias: Tensor | None = None
 
 
 @triton.jit
 def _replay_kernel(
-    x, mappings, fs, layer_inputs, streams, T, C,
-    K: tl.constexpr, READS: tl.constexpr, WRITES: tl.constexpr,
+    x, mappings, fs, f_biases, layer_inputs, streams, T, C,
+    K: tl.constexpr, READS: tl.constexpr, WRITES: tl.constexpr, BIASES: tl.constexpr,
     N: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """K connections; bit k of READS: write its layer input, of WRITES: the streams behind it."""
+    """K connections; bit k of READS: write its layer input, of WRITES: the streams behind it, of BIASES:
+    add a bias to its f."""
     M: tl.constexpr = 2 * N + N * N
     t, c, live, keep = tile(T, C, BT, BC)
     narrow = t[:, None] * C + c[None, :]
@@ -52,7 +55,10 @@ def _replay_kernel(
                 acc += tl.load(row + j, mask=live, other=0.0)[:, None] * xs[j]
             tl.store(layer_inputs[k] + narrow, acc.to(layer_inputs[k].dtype.element_ty), mask=keep)
         if (WRITES >> k) & 1:
-            fv = tl.load(fs[k] + narrow, mask=keep, other=0.0).to(tl.float32)
+            if (BIASES >> k) & 1:
+                fv = load_output(fs[k], f_biases[k], narrow, c[None, :], C, keep)
+            else:
+                fv = load_output(fs[k], None, narrow, c[None, :], C, keep)
             ys = ()
             for i in tl.static_range(N):
                 rounded = mixed(row, xs, fv, live, i, N).to(streams[k].dtype.element_ty)
@@ -76,6 +82,7 @@ def replay(x: Tensor, row: list[Connection], behind: bool) -> list[Tensor]:
     writes = (1 << (count if behind else count - 1)) - 1
     streams = [torch.empty_like(x) for _ in range(count if behind else count - 1)]
     reads = sum((entry.layer_input is not None) << k for k, entry in enumerate(row))
+    biases = sum((entry.f_bias is not None) << k for k, entry in enumerate(row))
     if T == 0 or not (reads or writes):
         return streams
     BT, BC = tile_sizes(C)
@@ -85,8 +92,9 @@ def replay(x: Tensor, row: list[Connection], behind: bool) -> list[Tensor]:
             x,
             tuple(entry.mappings for entry in row),
             tuple(entry.f for entry in row),
+            tuple(entry.f if entry.f_bias is None else entry.f_bias for entry in row),
             tuple(entry.f if entry.layer_input is None else entry.layer_input for entry in row),
             (*streams, x)[:count],  # the last one's is not written without `behind`
-            T, C, count, reads, writes, n, BT, BC, num_warps=4,
+            T, C, count, reads, writes, biases, n, BT, BC, num_warps=4,
         )  # fmt: skip
     return streams

@@ -156,7 +156,7 @@ class FusedPass:
                 (hidden_states,) = self._take((at, "attention"), hidden_states)
             streams = layer.enter(hidden_states)
             layer_input, mappings = attention(streams)
-            f, context = layer._forward_attention(layer_input, *args, **kwargs)
+            f, context = layer.forward_attention(layer_input, mappings, args, kwargs)
             streams = attention.post_res(streams, f, mappings)
             writing.plain = cut
             layer_input, mappings = writing(streams)
@@ -184,7 +184,7 @@ class FusedPass:
                 hidden, _ = layer.mlp.routed_experts_compute(hidden, probs)
             else:
                 hidden, *crossed = self._take((at, start), hidden, *crossing)
-                hidden = layer.forward_mlp(hidden, kwargs)
+                hidden = layer.forward_mlp(hidden, kwargs, mappings)
         with self.node(at, "combine", moe):
             if moe:
                 (hidden,) = self._take((at, "combine"), hidden)
@@ -237,11 +237,11 @@ def _crossing(streams: Tensor, mappings: Any) -> tuple[Tensor, ...]:
     """What post_res reads of the attention's piece, the MLP aside."""
     if isinstance(mappings, reference.Coefficients):
         return streams, mappings.h_post, mappings.h_res
-    return (mappings.take_tunnel(),)  # the streams, whose gradient post_res hands through for pre
+    return mappings.take_tunnel()  # whose gradients post_res hands through for pre
 
 
 def _crossed(streams: Tensor, mappings: Any, leaves: list[Tensor]) -> tuple[Tensor, Any]:
     if isinstance(mappings, reference.Coefficients):
         return leaves[0], mappings._replace(h_post=leaves[1], h_res=leaves[2])
-    mappings._tunnel = leaves[0]
+    mappings.put_back(tuple(leaves))
     return streams, mappings

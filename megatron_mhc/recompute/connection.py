@@ -42,6 +42,8 @@ class ReplayedConnection(HyperConnectionModule):
     inside: int  # bytes per token that F saves, see `inventory`
     _pass: _Pass | None = None  # the forward pass between `forward` and `post_res`
 
+    # Storages are emptied and hooks set, of which a compiled graph would know nothing.
+    @torch.compiler.disable
     def forward(self, streams: Tensor) -> tuple[Tensor, Mappings]:
         self._pass = None
         if self.plain:  # a split pipeline boundary, which keeps what its two gradients need
@@ -56,6 +58,7 @@ class ReplayedConnection(HyperConnectionModule):
         self._pass.layer_input, self._pass.mappings = layer_input, mappings
         return layer_input, mappings
 
+    @torch.compiler.disable
     def post_res(self, streams: Tensor, f: Tensor, mappings: Mappings) -> Tensor:
         if self._pass is None:
             return super().post_res(streams, f, mappings)
@@ -66,6 +69,7 @@ class ReplayedConnection(HyperConnectionModule):
         self.chunk.passed(self.position, done.block, output)
         return output
 
+    @torch.compiler.disable
     def see_norm(self, norm: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         """Forward hook of the norm in front of F."""
         now = self._pass
@@ -79,8 +83,10 @@ class ReplayedConnection(HyperConnectionModule):
         x = x.view(out.shape[0] * out.shape[1], -1, out.shape[2])
         out.copy_(reference.pre(x, coefficients.h_pre).view(out.shape))
 
-    def write_again(self, x: Tensor, f: Tensor, coefficients: reference.Coefficients | Tensor) -> Tensor:
-        """`post_res` from coefficients alone."""
+    def write_again(
+        self, x: Tensor, f: Tensor, coefficients: reference.Coefficients | Tensor, f_bias: Tensor | None
+    ) -> Tensor:
+        """`post_res` from coefficients alone; f_bias: [C], what the Triton operation added to f."""
         s, b, width = f.shape
         x, f = x.view(s * b, -1, width), f.reshape(s * b, width)
         if isinstance(coefficients, reference.Coefficients):
@@ -88,7 +94,7 @@ class ReplayedConnection(HyperConnectionModule):
         else:
             from megatron_mhc.ops.post_res import post_res_forward  # imports triton
 
-            mixed = post_res_forward(x, f.contiguous(), coefficients)
+            mixed = post_res_forward(x, f.contiguous(), coefficients, f_bias)
         return mixed.view(s, b, -1)
 
 
@@ -110,6 +116,7 @@ class _Pass:
         self.norm_output: Tensor | None = None
         self.coefficients: reference.Coefficients | Tensor | None = None
         self.f: Tensor | None = None
+        self.f_bias: Tensor | None = None
         self.needs_grad = streams.requires_grad
         self.stream = stream_of(streams)  # on which the backward pass of `pre` and F will run too
         self.emptied: Emptied | None = None
@@ -129,7 +136,7 @@ class _Pass:
         """Let the streams go, and empty what F has read, unless no gradient will ask for it."""
         layer_input, norm_output = self.layer_input, self.norm_output
         assert layer_input is not None
-        self.f = f.detach()
+        self.f, self.f_bias = f.detach(), getattr(self.mappings, "f_bias", None)
         if not self.connection.mhc.recompute_coefficients:
             self.coefficients = coefficients_of(self.mappings)
         if output.requires_grad:
@@ -161,7 +168,7 @@ class _Pass:
                 self.connection.read_again(x, coefficients, target)
         self._finish(target)
         assert self.f is not None
-        return 1, self.connection.write_again(x, self.f, coefficients) if behind else None
+        return 1, self.connection.write_again(x, self.f, coefficients, self.f_bias) if behind else None
 
     def _replay_row(self, x: Tensor, behind: Sequence[Replayed]) -> tuple[int, Tensor | None]:
         """As many connections as one launch takes, from the coefficients that they kept."""
@@ -180,7 +187,7 @@ class _Pass:
             assert isinstance(one.coefficients, Tensor) and one.f is not None
             f = one.f.reshape(s * b, width).contiguous()
             out = None if target is None else target.view(s * b, width)
-            kept.append(replay.Connection(one.coefficients, f, out))
+            kept.append(replay.Connection(one.coefficients, f, out, one.f_bias))
         more = len(behind) >= len(row)
         between = replay.replay(x.view(s * b, n, width), kept, behind=more)
         streams = [x, *(t.view(x.shape) for t in between)]

@@ -167,22 +167,62 @@ def test_triton_backend_matches_the_reference_backend(run_ranks, preset, variant
     agree(got, want)
 
 
-@pytest.mark.slow  # inductor calls a C++ compiler
-def test_a_compiled_layer_gives_the_same(run_ranks):
-    """Loss and every gradient with inductor around each layer."""
+@pytest.mark.parametrize(
+    "compiler",
+    ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)],  # it calls a C++ compiler
+)
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(backend="triton"),
+        pytest.param(dict(backend="reference"), marks=pytest.mark.slow),
+        pytest.param(dict(backend="triton", recompute_layer_num="3"), marks=pytest.mark.slow),
+    ],
+)
+def test_a_compiled_layer_gives_the_same(run_ranks, compiler, options):
+    """Loss and every gradient with a compiler around each layer."""
 
     def both():
         results = []
         for compiled in (False, True):
-            model = gpt.build(MHCConfig(init="uniform", init_gating_factor=0.5, backend="triton"))
+            model = gpt.build(MHCConfig(init="uniform", init_gating_factor=0.5, **options))
             for layer in model.decoder.layers if compiled else ():
                 # testing.cpu takes torch.compile itself away.
-                layer._compiled_call_impl = torch._dynamo.optimize("inductor")(layer._call_impl)
+                layer._compiled_call_impl = torch._dynamo.optimize(compiler)(layer._call_impl)
             results.append(gpt.forward_backward(model))
         return results
 
     want, got = run_ranks(1, both, timeout=400)[0]
     agree(got, want)
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_what_mhc_adds_to_a_layer_compiles_to_one_graph(run_ranks, backend):
+    """Megatron's own attention and MLP, in which graphs break, stand aside."""
+
+    def both():
+        model = gpt.build(MHCConfig(init="uniform", init_gating_factor=0.5, backend=backend))
+        layer = model.decoder.layers[1]
+        bias = torch.linspace(-1, 1, 32).requires_grad_()
+        biased = layer.self_attn_bda(layer.training, False)
+        layer._forward_attention = lambda x: (biased((torch.tanh(x), bias), x, 0.0), None)
+        layer._forward_mlp = lambda x, *args, **kwargs: x * 0.5
+        streams = torch.randn(8, 2, 4 * 32)
+        results = []
+        for run in (layer, torch._dynamo.optimize("aot_eager", nopython=True)(layer)):
+            leaf = streams.clone().requires_grad_()
+            output, _ = run(leaf)
+            assert output._base is None  # else a pipeline schedule would refuse it
+            layer.zero_grad()
+            bias.grad = None
+            output.square().sum().backward()
+            grads = {name: p.grad for name, p in layer.named_parameters() if p.grad is not None}
+            results.append((output.detach(), {"streams": leaf.grad, "bias": bias.grad, **grads}))
+        return *results, torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+    want, got, graphs = run_ranks(1, both)[0]
+    assert graphs == 1 and len(want[1]) == 12
+    gpt.same_bits(got, want)
 
 
 @pytest.mark.parametrize(
@@ -213,6 +253,42 @@ def test_connections_in_a_row_are_linked_within_and_across_layers(run_ranks, var
     unlinked, linked, launches = run_ranks(1, both)[0]
     gpt.same_bits(linked, unlinked)
     assert launches == own
+
+
+@pytest.mark.parametrize(
+    "mhc, settings, folds",
+    [
+        ({}, {}, 4),
+        (dict(recompute_layer_num="3"), {}, 4),
+        (dict(recompute_layer_num="3", recompute_coefficients=True), {}, 4),
+        pytest.param({}, VARIANTS["recompute"], 8, marks=pytest.mark.slow),
+        ({}, dict(hidden_dropout=0.1), 0),
+        (dict(backend="reference"), {}, 0),
+    ],
+)
+def test_post_res_adds_a_linear_bias_with_the_bits_of_an_addition(run_ranks, mhc, settings, folds):
+    def both():
+        options = dict(init="uniform", init_gating_factor=0.5, backend="triton") | mhc
+        settings_ = dict(add_bias_linear=True) | settings
+        taken, results, original = [], [], HyperConnectionModule.leave_bias
+
+        def build(**changes):
+            model = gpt.build(MHCConfig(**options | changes), **settings_)
+            for name, parameter in model.named_parameters():
+                if name.endswith(("proj.bias", "fc2.bias")):  # Megatron starts them at zero
+                    torch.nn.init.normal_(parameter)
+            return model
+
+        HyperConnectionModule.leave_bias = lambda *args: False
+        results.append(gpt.forward_backward(build(recompute_layer_num="off", recompute_coefficients=False)))
+        HyperConnectionModule.leave_bias = lambda *args: (taken.append(original(*args)), taken[-1])[1]
+        results.append(gpt.forward_backward(build()))
+        return *results, sum(taken)
+
+    want, got, added = run_ranks(1, both)[0]
+    gpt.same_bits(got, want)
+    assert added == folds
+    assert all(got[1][name].abs().max() > 0 for name in got[1] if name.endswith(("proj.bias", "fc2.bias")))
 
 
 @pytest.mark.parametrize(

@@ -2,15 +2,18 @@
 
 import dataclasses
 import functools
+import gc
 import importlib
 import inspect
 
 import pytest
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+from megatron.core.transformer import TransformerConfig
 
 import megatron_mhc
 from megatron_mhc import hooks
 from megatron_mhc.hooks import targets
+from megatron_mhc.hyper_connection import HyperConnectionModule
 
 
 @pytest.fixture(autouse=True)
@@ -58,6 +61,41 @@ def test_report_names_every_symbol_and_its_reason():
     report = megatron_mhc.register().report()
     for hook in targets.HOOKS:
         assert hook.target in report and hook.reason in report
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({}, "auto runs reference, since the streams are on cpu"),
+        (dict(backend="reference"), "reference runs reference"),
+        (dict(backend="triton"), "triton runs triton"),  # in the interpreter
+        (dict(backend="triton", pp_boundary="split", pipeline_schedule="fused"), "reference in the last"),
+    ],
+)
+def test_report_says_which_operations_the_models_run(options, words):
+    gc.collect()
+    assert "no connection is built yet" in megatron_mhc.register().report()
+    config = TransformerConfig(
+        num_layers=1, hidden_size=32, num_attention_heads=2, use_cpu_initialization=True
+    )
+    mhc = megatron_mhc.MHCConfig(num_residual_streams=2, **options)
+    connections = [HyperConnectionModule(config, mhc, k) for k in range(2)]
+    (line,) = [line for line in megatron_mhc.register().report().splitlines() if "connections of" in line]
+    assert line.startswith("  2 connections of 2 streams of 32 channels, torch.float32, cpu: ")
+    assert words in line
+    del connections
+
+
+def test_report_says_that_triton_cannot_serve(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET")
+    config = TransformerConfig(
+        num_layers=1, hidden_size=32, num_attention_heads=2, use_cpu_initialization=True
+    )
+    connection = HyperConnectionModule(config, megatron_mhc.MHCConfig(backend="triton"), 0)
+    assert (
+        "triton runs none, --mhc-backend triton: the streams are on cpu" in megatron_mhc.register().report()
+    )
+    del connection
 
 
 @pytest.mark.parametrize("version", ["0.18.2", "0.20.0", "0.20.0rc0", "1.0"])

@@ -97,11 +97,13 @@ def test_the_tunnel_of_the_triton_operations_crosses_a_tape():
 
     x, weight, bias = noise(3, 4, 16), noise(24, 64), noise(24)
     alphas = tuple(noise(1) for _ in range(3))
-    leaves = (x, weight, bias, *alphas)
+    f_bias = noise(16)
+    leaves = (x, weight, bias, *alphas, f_bias)
     dx = torch.randn(3, 4, 16, generator=generator)
     options = dict(norm_eps=1e-6, iterations=3, deepseek_v4=False)
 
     layer_input, mappings = deferred.pre(x, weight, bias, alphas, **options)
+    mappings.f_bias = f_bias
     deferred.post_res(torch.tanh(layer_input), mappings).backward(dx)
     expected = [leaf.grad for leaf in leaves]
     for leaf in leaves:
@@ -110,6 +112,7 @@ def test_the_tunnel_of_the_triton_operations_crosses_a_tape():
     tape = Tape(HostStreams())
     layer_input, mappings = deferred.pre(x, weight, bias, alphas, **options)
     layer_input, *crossed = tape.cut((0, "experts"), layer_input, *_crossing(x, mappings))
+    mappings.f_bias = f_bias
     (f,) = tape.cut((0, "post"), torch.tanh(layer_input))
     _, mappings = _crossed(x, mappings, crossed)
     tape.end(get_gradient_edge(deferred.post_res(f, mappings)))

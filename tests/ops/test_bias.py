@@ -1,0 +1,91 @@
+"""A bias of F's output that the operations add as they read it: the bits of an addition of its own."""
+
+import pytest
+import torch
+from test_triton import DEVICE, ON_GPU, inputs
+
+from megatron_mhc.ops import deferred, replay
+from megatron_mhc.ops.post_res import post_res_forward
+
+CASES = [
+    (5, 4, 48, torch.float32),
+    (7, 4, 80, torch.bfloat16),
+    (9, 2, 48, torch.float16),
+    (4, 1, 16, torch.bfloat16),
+    (3, 8, 16, torch.float32),
+    (0, 4, 32, torch.bfloat16),
+]
+if ON_GPU:
+    CASES += [(4096, 4, 2560, torch.bfloat16), (333, 2, 272, torch.bfloat16), (130, 8, 1024, torch.float16)]
+
+
+def bias_like(f):
+    return torch.randn(f.shape[1], generator=torch.Generator().manual_seed(5)).to(f.detach())
+
+
+class Eighths(torch.autograd.Function):
+    """Triton's interpreter truncates to bf16 where torch rounds: sums that bf16 holds, with gradients."""
+
+    @staticmethod
+    def forward(ctx, t):
+        return t.clone() if ON_GPU or t.dtype != torch.bfloat16 else (t * 8).round() / 8
+
+    @staticmethod
+    def backward(ctx, g):
+        return g
+
+
+eighths = Eighths.apply
+
+
+def run(case, fold, linked=True, ahead=False):
+    """Output and gradients of two connections whose F has a bias, which post_res adds if `fold`."""
+    tokens, n, channels, dtype = case
+    x, weight, bias, *alphas, f = (t.clone().requires_grad_() for t in inputs(tokens, n, channels, dtype))
+    f_bias = eighths(bias_like(f)).requires_grad_()
+    out = x
+    for k in range(2):
+        layer_input, mappings = deferred.pre(
+            out, weight, bias, tuple(alphas), norm_eps=1e-6, iterations=20, deepseek_v4=False
+        )
+        raw = eighths(f if k == 0 else layer_input)
+        if fold:
+            mappings.f_bias = f_bias
+        else:
+            raw = raw + f_bias
+        out = deferred.post_res(raw, mappings, linked=linked, next_weight=weight if ahead else None)
+    g = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
+    leaves = [x, weight, bias, *alphas, f, f_bias]
+    return [out, *torch.autograd.grad(out, leaves, g)]
+
+
+@pytest.mark.parametrize("options", [{}, dict(linked=False), dict(ahead=True)], ids=["", "apart", "ahead"])
+@pytest.mark.parametrize("case", CASES)
+def test_a_bias_that_post_res_adds_has_the_bits_of_one_added_before(case, options):
+    got, want = run(case, True, **options), run(case, False, **options)
+    for a, b in zip(got, want, strict=True):
+        assert a.dtype == b.dtype and torch.equal(a, b)
+    assert not case[0] or all(grad.abs().max() > 0 for grad in got[-2:])
+
+
+def test_a_bias_without_a_gradient_gets_none():
+    x, weight, bias, *alphas, f = (t.clone().requires_grad_() for t in inputs(3, 2, 16, torch.float32))
+    _, mappings = deferred.pre(
+        x, weight, bias, tuple(alphas), norm_eps=1e-6, iterations=20, deepseek_v4=False
+    )
+    mappings.f_bias = bias_like(f)
+    deferred.post_res(f, mappings).square().sum().backward()
+    assert mappings.f_bias.grad is None and f.grad is not None
+
+
+@pytest.mark.parametrize("tokens, n, channels, dtype", CASES)
+def test_replay_of_connections_with_and_without_a_bias(tokens, n, channels, dtype):
+    x, *_, f = inputs(tokens, n, channels, dtype)
+    f, f_bias = eighths(f), eighths(bias_like(f))
+    generator = torch.Generator().manual_seed(3)
+    mappings = [torch.rand(tokens, n * n + 2 * n, generator=generator).to(DEVICE) for _ in range(2)]
+    want = post_res_forward(x, f + f_bias, mappings[0])
+    want = [want, post_res_forward(want, f, mappings[1])]
+    row = [replay.Connection(mappings[0], f, None, f_bias), replay.Connection(mappings[1], f, None)]
+    for a, b in zip(replay.replay(x, row, behind=True), want, strict=True):
+        assert torch.equal(a, b)

@@ -1,0 +1,185 @@
+"""The operations under torch.compile: one graph, and the bits of the eager run."""
+
+import functools
+
+import pytest
+import torch
+from test_triton import ON_GPU, inputs
+
+from megatron_mhc.ops import deferred, library
+from megatron_mhc.testing import ranks
+
+CASES = [
+    (5, 4, 48, torch.float32, False),
+    (7, 4, 80, torch.bfloat16, True),
+    (3, 2, 32, torch.float16, False),
+    (2, 1, 16, torch.bfloat16, False),
+    (0, 4, 32, torch.bfloat16, False),
+]
+if ON_GPU:
+    CASES += [(1000, 4, 2560, torch.bfloat16, False), (65, 8, 144, torch.float32, True)]
+
+
+def optimize(fn, backend="aot_eager", fullgraph=True, dynamic=False):
+    """torch.compile, which testing.cpu takes away."""
+    return torch._dynamo.optimize(backend, nopython=fullgraph, dynamic=dynamic)(fn)
+
+
+def sublayer(layer_input, f):
+    return layer_input * 0.5 + f
+
+
+def broken(layer_input, f):
+    torch._dynamo.graph_break()
+    return layer_input * 0.5 + f
+
+
+def connections(x, weight, bias, a_pre, a_post, a_res, f, v4, branch=sublayer):
+    """Two connections in a row around `branch`."""
+    for _ in range(2):
+        layer_input, mappings = deferred.pre(
+            x, weight, bias, (a_pre, a_post, a_res), norm_eps=1e-6, iterations=20, deepseek_v4=v4
+        )
+        x = deferred.post_res(branch(layer_input, f), mappings)
+    return layer_input, x
+
+
+def results(run, tensors, *args):
+    """Outputs and the gradient of every input."""
+    leaves = [t.clone().requires_grad_() for t in tensors]
+    outputs = run(*leaves, *args)
+    generator = torch.Generator().manual_seed(1)
+    grads = [torch.randn(o.shape, generator=generator).to(o) for o in outputs]
+    return [*outputs, *torch.autograd.grad(outputs, leaves, grads)]
+
+
+def same(got, want):
+    assert len(got) == len(want)
+    for a, b in zip(got, want, strict=True):
+        assert a.dtype == b.dtype and a.stride() == b.stride()
+        assert torch.equal(a, b)
+
+
+def apart(test):
+    """Run a test in a process of its own: one that has compiled cannot fork ranks that go backward."""
+
+    @functools.wraps(test)
+    def run(*args, **kwargs):
+        body = functools.partial(test, *args, **kwargs)
+        body() if ON_GPU else ranks.run_ranks(1, body)
+
+    return run
+
+
+def graphs():
+    """How many were compiled."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+
+
+@pytest.mark.parametrize("tokens, n, channels, dtype, v4", CASES)
+@apart
+def test_connections_compile_to_one_graph_with_the_bits_of_eager(tokens, n, channels, dtype, v4):
+    tensors = inputs(tokens, n, channels, dtype)
+    compiled = optimize(connections)
+    same(results(compiled, tensors, v4), results(connections, tensors, v4))
+    assert graphs() == 1
+
+
+@apart
+def test_a_graph_that_breaks_inside_f_gives_the_same():
+    """Tunnels are outputs of one graph and inputs of the next."""
+    tensors = inputs(*CASES[0][:4])
+    compiled = optimize(connections, fullgraph=False)
+    same(results(compiled, tensors, False, broken), results(connections, tensors, False))
+    assert graphs() == 3
+
+
+@pytest.mark.parametrize("compiled_pre", [False, True])
+@apart
+def test_one_operation_compiled_and_the_other_not(compiled_pre):
+    tensors = inputs(*CASES[0][:4])
+
+    def pre(x, weight, bias, *alphas):
+        return deferred.pre(x, weight, bias, alphas, norm_eps=1e-6, iterations=20, deepseek_v4=False)
+
+    def write(layer_input, f, mappings):
+        return deferred.post_res(sublayer(layer_input, f), mappings)
+
+    def run(*leaves, mixed=True):
+        compile_ = functools.partial(optimize, fullgraph=False)
+        first, second = pre, write
+        if mixed:
+            first, second = (compile_(pre), write) if compiled_pre else (pre, compile_(write))
+        layer_input, mappings = first(*leaves[:-1])
+        return layer_input, second(layer_input, leaves[-1], mappings)
+
+    same(results(run, tensors), results(functools.partial(run, mixed=False), tensors))
+
+
+@apart
+def test_one_graph_serves_any_number_of_tokens():
+    compiled = optimize(connections, dynamic=True)
+    for tokens in (3, 6):
+        tensors = inputs(tokens, 4, 32, torch.float32)
+        same(results(compiled, tensors, False), results(connections, tensors, False))
+    assert graphs() == 1
+
+
+@apart
+def test_a_layer_input_alone_has_its_gradient():
+    tensors = inputs(*CASES[0][:4])[:-1]
+
+    def run(x, weight, bias, *alphas):
+        return deferred.pre(x, weight, bias, alphas, norm_eps=1e-6, iterations=20, deepseek_v4=False)[:1]
+
+    same(results(optimize(run), tensors), results(run, tensors))
+
+
+@apart
+def test_a_second_post_res_is_refused():
+    x, weight, bias, *alphas, f = inputs(*CASES[0][:4])
+
+    def run():
+        _, mappings = deferred.pre(x, weight, bias, alphas, norm_eps=1e-6, iterations=20, deepseek_v4=False)
+        return deferred.post_res(f, mappings) + deferred.post_res(f, mappings)
+
+    with pytest.raises(Exception, match="post_res was called twice"):
+        optimize(run, fullgraph=False)()
+
+
+@apart
+def test_ops_hold_what_torch_asks_of_custom_ops(monkeypatch):
+    """Schema, fake tensors (shapes, dtypes, strides), autograd under AOTAutograd with dynamic shapes."""
+    new = torch.Tensor.new_empty_strided
+    # Nobody reads what is in the tunnels; the check compares them all the same.
+    monkeypatch.setattr(torch.Tensor, "new_empty_strided", lambda *args: new(*args).fill_(0))
+    *tensors, f = inputs(3, 4, 32, torch.float32)
+    x, weight, bias, *alphas = leaves = [t.requires_grad_() for t in tensors]
+    torch.library.opcheck(library.pre, (*leaves, 1e-6, 20, False))
+    layer_input, g_tunnel, f_tunnel, saved, values = (
+        t.detach() for t in library.pre(*leaves, 1e-6, 20, False)
+    )
+    tunnels = g_tunnel.requires_grad_(), f_tunnel.requires_grad_()
+    torch.library.opcheck(library.post_res, (*tunnels, x, f.requires_grad_(), values, saved, bias, alphas[1]))
+    g = torch.randn_like(x)
+    plain = [t.detach() for t in leaves]
+    torch.library.opcheck(library._post_backward, (g, saved, plain[2], plain[4]))
+    torch.library.opcheck(
+        library._pre_backward, (plain[0], g, f.detach(), layer_input, *plain[1:], saved, 20, False)
+    )
+
+
+@pytest.mark.slow  # inductor calls a C++ compiler
+@pytest.mark.parametrize("branch", [sublayer, broken])
+@pytest.mark.parametrize("tokens, n, channels, dtype, v4", CASES[:2])
+@apart
+def test_inductor_gives_the_same(tokens, n, channels, dtype, v4, branch):
+    tensors = inputs(tokens, n, channels, dtype)
+    compiled = optimize(connections, "inductor", fullgraph=branch is sublayer)
+    same(results(compiled, tensors, v4, branch), results(connections, tensors, v4))
