@@ -60,7 +60,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
         axis.minorticks_off()
         axis.set_yticks(range(len(rows)), [label(row) for row in rows])
         axis.invert_yaxis()
-        axis.set_xlabel("% over vanilla")
+        axis.set_xlabel("% over vanilla (mean of its two runs)")
         axis.set_title(f"{model}, {batch} sequences a micro-batch")
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     settings = report["settings"]
