@@ -190,15 +190,18 @@ class FusedPass:
                 (hidden,) = self._take((at, "combine"), hidden)
                 hidden = layer.mlp.combine(hidden)
             if cut:
+                self._reads(layer, mappings)
                 f = _join(layer, hidden, shared) if moe else hidden
                 tape.end(get_gradient_edge(f))
                 return pack(f, mappings.h_post), context
         with self.node(at, "post", moe):
             (hidden,) = self._take((at, "post"), hidden)
+            self._reads(layer, mappings, shared, *crossed)
             f = _join(layer, hidden, shared) if moe else hidden
             streams, mappings = _crossed(streams, mappings, crossed)
             streams = writing.post_res(streams, f, mappings)
             streams = make_viewless_tensor(streams, requires_grad=streams.requires_grad, keep_graph=True)
+        self._streams.used(f)  # by the backward of the MLP's mHC pre, on the compute stream
         if self._last and self._at == self._layers:
             with self._streams.on("compute", self._event):
                 self._streams.used(streams)
@@ -209,6 +212,17 @@ class FusedPass:
             if tensor is not None:
                 self._streams.used(tensor)
         return self.tape.cut(where, *tensors)
+
+    def _reads(self, layer: HyperConnectionTransformerLayer, mappings: Any, *tensors: Tensor | None) -> None:
+        """The current stream reads tensors, the mappings' own, and what the dispatcher keeps for itself."""
+        if isinstance(mappings, reference.Coefficients):
+            own: tuple[Any, ...] = tuple(mappings)
+        else:
+            own = (mappings.values, *mappings.rest)
+        kept = vars(layer.mlp.token_dispatcher).values() if layer.is_moe_layer else ()
+        for tensor in (*tensors, *own, *kept):
+            if isinstance(tensor, Tensor):
+                self._streams.used(tensor)
 
 
 def _route(

@@ -77,7 +77,8 @@ class CudaStreams(HostStreams):
 
     def used(self, tensor: Tensor) -> None:
         # Not to be reused by its own stream before the current one is done with it.
-        tensor.record_stream(torch.cuda.current_stream(tensor.device))
+        if tensor.is_cuda:
+            tensor.record_stream(torch.cuda.current_stream(tensor.device))
 
 
 _made: dict[tuple[str, str], HostStreams] = {}  # streams live as long as the process

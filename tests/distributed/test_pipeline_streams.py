@@ -1,0 +1,138 @@
+"""Whether CUDA streams could race in a fused step: every read is behind the write, and keeps its memory.
+
+Runs on a CPU, in the order of the host. A dispatch mode notes on which stream each operation would run and
+what it reads and writes; events carry vector clocks.
+"""
+
+import contextlib
+
+import pytest
+import torch
+from harness import Layout, build, iterate
+from pipeline import interleaved
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from megatron_mhc.pipeline import comm, engine, fused, layer_nodes
+from megatron_mhc.pipeline.streams import COMPUTE, HostStreams
+
+
+class Clocks(HostStreams):
+    """Streams that run nothing, and know what has happened before the next operation of each."""
+
+    def __init__(self):
+        self.current, self.time = COMPUTE, {}
+        self.written, self.home, self.users, self.alive = {}, {}, {}, []
+
+    def now(self):
+        return self.time.setdefault(self.current, {})
+
+    @contextlib.contextmanager
+    def switch(self, name):
+        before, self.current = self.current, name
+        yield
+        self.current = before
+
+    def posting(self):
+        return self.switch("posting")
+
+    @contextlib.contextmanager
+    def on(self, name, after=None):
+        # Like torch.cuda.stream(None): "compute" is whatever stream is current.
+        with self.switch(self.current if name == COMPUTE else name):
+            for stream, at in (after or {}).items():
+                self.now()[stream] = max(at, self.now().get(stream, 0))
+            yield self
+
+    def record(self):
+        return dict(self.now())
+
+    def used(self, tensor):
+        self.users.setdefault(key(tensor), set()).add(self.current)
+
+    def write(self, tensor):
+        if key(tensor) not in self.home:
+            self.alive.append(tensor.untyped_storage())  # or its key would come again
+            self.home[key(tensor)] = self.current
+        self.now()[self.current] = self.now().get(self.current, 0) + 1
+        self.written[key(tensor)] = self.current, self.now()[self.current]
+
+
+def key(tensor):
+    return tensor.untyped_storage()._cdata
+
+
+class Watch(TorchDispatchMode):
+    """Notes the operations that would race; what was there before is nobody's."""
+
+    def __init__(self, clocks):
+        super().__init__()
+        self.clocks, self.early, self.unsafe = clocks, set(), set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        clocks = self.clocks
+        out = function(*args, **(kwargs or {}))
+        inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        for tensor in inputs:
+            # Single numbers: Megatron has the sizes of an all-to-all on the host.
+            if key(tensor) not in clocks.home or function.is_view or tensor.dim() == 0:
+                continue
+            stream, at = clocks.written[key(tensor)]
+            note = str(function), tuple(tensor.shape), stream, clocks.current
+            if clocks.now().get(stream, 0) < at:
+                self.early.add(note)
+            users = clocks.users.get(key(tensor), set()) | {clocks.home[key(tensor)]}
+            if clocks.current not in users:
+                self.unsafe.add(note)
+        seen = {key(tensor) for tensor in inputs}
+        for tensor in (t for t in tree_leaves(out) if isinstance(t, torch.Tensor)):
+            if key(tensor) not in seen:
+                clocks.write(tensor)
+        return out
+
+
+def race(layout, kind, mhc, spoil):
+    """Reads before their writes, and of memory that may be gone, on this rank."""
+    layout.initialize()
+    config = layout.config(kind, num_layers=8)
+    chunks = build(layout, config, kind, mhc)
+    iterate(chunks, config, count=4 * layout.ep, schedule=engine.forward_backward)
+    clocks = Clocks()
+    engine.streams_for = lambda *_: clocks
+    wait = comm.Transport.wait
+
+    def waited(self, message):
+        tensor = wait(self, message)
+        clocks.write(tensor)  # what comes in is there once the current stream has waited
+        return tensor
+
+    comm.Transport.wait = waited
+    if spoil == "events":
+        fused.Tape.on = lambda self, stream: clocks.on(stream)
+    if spoil == "memory":
+        layer_nodes.FusedPass._reads = lambda *_: None
+    with Watch(clocks) as watch:
+        iterate(chunks, config, count=4 * layout.ep, schedule=engine.forward_backward)
+    beside = {"posting", "all-to-all" if kind != "dense" else "posting"}
+    assert beside <= set(clocks.home.values())
+    return watch.early, watch.unsafe
+
+
+# Rank 0 has no last stage: a loss goes backward on its own stream under CUDA, and not here.
+LAYOUTS = {"dense": (2, Layout(pp=2, vpp=2)), "moe_shared": (4, Layout(pp=2, vpp=2, ep=2))}
+
+
+@pytest.mark.parametrize("boundary", ["whole", "split"])
+@pytest.mark.parametrize("kind", ["dense", "moe_shared"])
+def test_no_stream_reads_what_may_not_be_there(run_ranks, kind, boundary):
+    world, layout = LAYOUTS[kind]
+    early, unsafe = run_ranks(world, race, layout, kind, interleaved(boundary, "fused"), None)[0]
+    assert not early and not unsafe
+
+
+@pytest.mark.parametrize("spoil", ["events", "memory"])
+@pytest.mark.parametrize("boundary", ["whole", "split"])
+def test_a_race_is_noticed(run_ranks, boundary, spoil):
+    world, layout = LAYOUTS["moe_shared"]
+    early, unsafe = run_ranks(world, race, layout, "moe_shared", interleaved(boundary, "fused"), spoil)[0]
+    assert early if spoil == "events" else unsafe
