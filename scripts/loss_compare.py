@@ -32,6 +32,13 @@ from run_logs import (
 )
 
 
+def cut(run: Run, last: int) -> None:
+    """Drop what a run logged after a step."""
+    for tag, values in run.scalars.items():
+        run.scalars[tag] = {step: value for step, value in values.items() if step <= last}
+    run.scalars = {tag: values for tag, values in run.scalars.items() if values}
+
+
 def tail(curve: dict[int, float], window: int) -> float:
     """Mean of the last `window` values."""
     return statistics.mean([curve[step] for step in sorted(curve)[-window:]])
@@ -110,9 +117,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help=".png or .pdf; without it the table alone")
     parser.add_argument("--reference", help="label of the runs to subtract (the first)")
     parser.add_argument("--window", type=int, help="steps of the trailing mean (a 50th of the run)")
+    parser.add_argument("--until", type=int, help="compare at this step, not at the last")
     parser.add_argument("--tag", default=LOSS, help=f"TensorBoard scalar ({LOSS})")
     options = parser.parse_args()
-    groups = by_label(read_run(argument) for argument in options.runs)
+    runs = [read_run(argument) for argument in options.runs]
+    if options.until:
+        for run in runs:
+            cut(run, options.until)
+    groups = by_label(runs)
     reference = options.reference or next(iter(groups))
     if reference not in groups:
         parser.error(f"--reference {reference}: no such label; there are {', '.join(groups)}")

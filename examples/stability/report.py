@@ -2,7 +2,8 @@
 
     python examples/stability/report.py runs/stability     writes runs/stability/figures/
 
-Runs that are not finished are left out.
+A run that is not finished is drawn as far as it has come, and losses are compared at the last step that all
+have reached.
 """
 
 from __future__ import annotations
@@ -17,19 +18,25 @@ from pathlib import Path
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
-from run_logs import Run, by_label, read_run  # noqa: E402
+from run_logs import LOSS, Run, by_label, read_run  # noqa: E402
 
 LABELS = {"plain": "plain", "hc": "HC", "mhc": "mHC"}
 STEP_TIME = re.compile(r"elapsed time per iteration \(ms\): ([0-9.]+)")
 
 
-def finished(out: Path) -> list[str]:
-    """LABEL=FOLDER of the finished runs, model by model, seeds in order."""
+def started(out: Path) -> list[str]:
+    """LABEL=FOLDER of the runs that have logged something, model by model, seeds in order."""
     found = []
     for model, label in LABELS.items():
-        folders = [path for path in out.glob(f"{model}_seed*") if (path / "finished.json").exists()]
-        folders.sort(key=lambda path: int(path.name.rpartition("seed")[2]))
-        found += [f"{label}={path / 'tensorboard'}" for path in folders]
+        folders = [path / "tensorboard" for path in out.glob(f"{model}_seed*")]
+        folders = [path for path in folders if any(path.glob("events.*"))]
+        folders.sort(key=lambda path: int(path.parent.name.rpartition("seed")[2]))
+        for argument in (f"{label}={path}" for path in folders):
+            run = read_run(argument)
+            if LOSS in run.scalars and (model == "plain" or "mhc/composite_gain_forward" in run.scalars):
+                found.append(argument)
+            else:
+                print(f"{run.path}: nothing logged yet, left out")
     return found
 
 
@@ -43,7 +50,8 @@ def summary(groups: dict[str, list[Run]]) -> list[dict]:
     """One row per model; of several seeds the mean, and of gains the largest."""
     rows = []
     for label, runs in groups.items():
-        row: dict = {"model": label, "seeds": len(runs)}
+        reached = [max(run.scalars[LOSS]) for run in runs]
+        row: dict = {"model": label, "seeds": len(runs), "steps": reached}
         for name, tag in (
             ("composite_gain_forward", "mhc/composite_gain_forward"),
             ("composite_gain_backward", "mhc/composite_gain_backward"),
@@ -61,7 +69,8 @@ def summary(groups: dict[str, list[Run]]) -> list[dict]:
 
 def step_times(log: Path) -> list[float]:
     """Milliseconds per step, without the first ten steps."""
-    return [float(ms) for ms in STEP_TIME.findall(log.read_text(errors="replace"))][1:]
+    text = log.read_text(errors="replace") if log.exists() else ""
+    return [float(ms) for ms in STEP_TIME.findall(text)][1:]
 
 
 def table(rows: list[dict]) -> str:
@@ -75,22 +84,23 @@ def table(rows: list[dict]) -> str:
 
     # The largest of all sub-layers; of the peak also over steps and seeds.
     lines = [
-        "| model | seeds | composite gain forward, peak | at the end | backward, peak | at the end | ms |",
+        "| model | steps | composite gain forward, peak | at the end | backward, peak | at the end | ms |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         forward, backward = gain(row, "composite_gain_forward"), gain(row, "composite_gain_backward")
         time = f"{row['median_step_ms']:.0f}" if row["median_step_ms"] else "-"
-        lines.append(f"| {row['model']} | {row['seeds']} | {forward} | {backward} | {time} |")
+        steps = ", ".join(map(str, row["steps"]))
+        lines.append(f"| {row['model']} | {steps} | {forward} | {backward} | {time} |")
     return "\n".join(lines)
 
 
 def main() -> None:
     out = Path(sys.argv[1]).resolve()
     figures = out / "figures"
-    arguments = finished(out)
+    arguments = started(out)
     if not arguments:
-        raise SystemExit(f"{out}: no finished run, so no figures")
+        raise SystemExit(f"{out}: no run has logged anything, so no figures")
     groups = by_label(read_run(argument) for argument in arguments)
     mapped = [argument for argument in arguments if not argument.startswith("plain=")]
 
@@ -108,7 +118,9 @@ def main() -> None:
     curves = figures / "curves.png"
     script("plot_mhc.py", "curves", *arguments, "--reference", reference, "--out", str(curves))
     if len(groups) > 1:
-        gap = script("loss_compare.py", *arguments, "--out", str(figures / "loss_gap.png"))
+        common = min(step for row in rows for step in row["steps"])
+        until = ["--until", str(common)] if any(set(row["steps"]) != {common} for row in rows) else []
+        gap = script("loss_compare.py", *arguments, *until, "--out", str(figures / "loss_gap.png"))
         text += "\n" + "\n".join(line for line in gap.splitlines() if line.startswith("|")) + "\n"
     (figures / "summary.json").write_text(json.dumps(rows, indent=1))
     (figures / "summary.md").write_text(text)

@@ -2,10 +2,12 @@
 
     python examples/stability/run.py                        one GPU (or --cpu), 48 layers, 2 seeds
     python examples/stability/run.py --jobs 3               three runs at a time on that GPU
+    python examples/stability/run.py --minutes 6            each run ends itself after 6 minutes
     python examples/stability/run.py --figures-only         draw again, from the runs that are finished
 
 All go through Megatron's own `pretrain()` on the quickstart's text, with the same data for one seed.
-A finished run is not repeated, and an interrupted one goes on from its last checkpoint. Per run:
+A finished run is not repeated, and an interrupted one goes on from its last checkpoint; figures take in what
+an unfinished one has logged. Per run:
 OUT/<model>_seed<seed>/ with train.sh, log.txt and tensorboard/; the figures: OUT/figures/.
 """
 
@@ -71,7 +73,8 @@ class Runs:
             --train-iters {o.steps} --lr {o.lr} --min-lr {o.lr / 10} --lr-decay-style cosine
             --lr-decay-iters {o.steps} --lr-warmup-iters {o.warmup} --weight-decay 0.1 --adam-beta2 0.95
             --clip-grad {o.clip} --seed {seed} --log-interval 10 --eval-iters 5 --eval-interval {o.steps}
-            --save-interval {max(1, o.steps // 4)} --rerun-mode disabled --no-check-for-nan-in-loss-and-grad
+            --save-interval {o.save_interval or max(1, o.steps // 4)}
+            --rerun-mode disabled --no-check-for-nan-in-loss-and-grad
         """
         )
         if not self.machine.gpu:
@@ -80,7 +83,11 @@ class Runs:
             text += "--bf16 --transformer-impl transformer_engine --no-gradient-accumulation-fusion"
         else:
             text += "--bf16 --transformer-impl local" + NO_FUSION
+        if o.minutes:
+            text += f" --exit-duration-in-mins {o.minutes}"
         words = shlex.split(text) + data_arguments(self.out / "data" / "stdlib")
+        # Runs of one seed that start together would write the same index at the same time.
+        words += ["--data-cache-path", str(folder / "cache")]
         words += ["--save", str(folder / "checkpoint"), "--load", str(folder / "checkpoint")]
         words += ["--tensorboard-dir", str(folder / "tensorboard")]
         words += MODELS[model]
@@ -106,7 +113,7 @@ cd {shlex.quote(str(ROOT))}
 export OMP_NUM_THREADS=1 CUDA_DEVICE_MAX_CONNECTIONS=1 PYTHONPATH="$PWD:$PYTHONPATH"
 exec {shlex.join(command)}
 """)
-        started, reached = time.time(), 0
+        started, reached, ended = time.time(), 0, False
         with open(folder / "log.txt", "a") as log:
             pipe = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
             process = subprocess.Popen(["bash", str(script)], **pipe)  # type: ignore[call-overload]
@@ -114,6 +121,7 @@ exec {shlex.join(command)}
             for line in process.stdout:
                 log.write(line)
                 log.flush()
+                ended |= "exiting program after" in line  # --exit-duration-in-mins
                 if found := ITERATION.search(line):
                     self._progress(int(found[1]) - reached)
                     reached = int(found[1])
@@ -121,6 +129,8 @@ exec {shlex.join(command)}
         self.processes.discard(process)
         if status:
             return f"exit status {status}; see {folder / 'log.txt'}"
+        if ended:
+            return f"--minutes {self.options.minutes} are over; the same command goes on from the checkpoint"
         shutil.rmtree(folder / "checkpoint", ignore_errors=True)
         seconds = time.time() - started
         (folder / "finished.json").write_text(json.dumps({"model": model, "seed": seed, "seconds": seconds}))
@@ -187,6 +197,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seeds", default="1,2", help="by commas (1,2)")
     parser.add_argument("--models", default="plain,hc,mhc", help="of plain, hc and mhc, by commas (all)")
     parser.add_argument("--log-interval", type=int, default=25, help="steps between two diagnostics (25)")
+    parser.add_argument("--minutes", type=int, help="end each run after so many, with a checkpoint (never)")
+    parser.add_argument("--save-interval", type=int, help="steps between checkpoints (a quarter of all)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time on the one device (1)")
     parser.add_argument("--extra", default="", help="further arguments of all runs, in one quoted string")
     parser.add_argument(

@@ -3,14 +3,18 @@
     python scripts/bench/diagnostics.py                                   on one GPU
     python scripts/bench/diagnostics.py --cpu --layers 2 --hidden 64      does it run at all
 
-Forward and backward of a GPT from Megatron's specs (Transformer Engine's where it is installed), without
-optimizer: a real step is longer, so the share printed is an upper bound. Four kinds of step take turns,
-each timed from an idle device to an idle device:
+Forward and backward of --micro-batches micro-batches through a GPT from Megatron's specs (Transformer
+Engine's where it is installed), without optimizer and communication: a real step is longer. Four kinds of
+step take turns, each timed from an idle device to an idle device:
 
     plain       Megatron's train_step as it is, which is what --mhc-log-interval 0 runs
     between     under the hook, at a step that is not logged
     sampled     forward hooks only
     logged      a whole logging step: hooks, reduction, copy to the host, TensorBoard
+
+What a logging step adds does not grow with the number of micro-batches, since only the first is sampled; so
+step_for_half_a_percent_ms says from which length of a step on the share is below 0.5 %. busy is the part of a
+plain step in which the GPU worked (CUPTI, after all times): below 0.95 the host sets the pace.
 """
 
 from __future__ import annotations
@@ -96,7 +100,8 @@ def measure(options: argparse.Namespace, gpu: bool) -> dict[str, Any]:
     def train_step(*_: Any, **__: Any) -> tuple[Any, ...]:
         for parameter in model.parameters():
             parameter.grad = None
-        model(tokens, positions, mask, labels=labels).float().mean().backward()
+        for _ in range(options.micro_batches):
+            model(tokens, positions, mask, labels=labels).float().mean().backward()
         return ({}, 0, False, False, 0, 0.0, 0, 0)
 
     hooked = sample_steps(train_step)
@@ -124,7 +129,11 @@ def measure(options: argparse.Namespace, gpu: bool) -> dict[str, Any]:
     )
     times: dict[str, list[float]] = {name: [] for name in kinds}
     synchronize = torch.cuda.synchronize if gpu else lambda: None
+    began = time.perf_counter()
     for repeat in range(options.warmup + options.repeats):
+        if repeat > options.warmup + 2 and time.perf_counter() - began > options.limit:
+            print(f"--limit {options.limit:.0f}: {repeat - options.warmup} repeats")
+            break
         for name, step in kinds.items():
             synchronize()
             started = time.perf_counter()
@@ -138,8 +147,16 @@ def measure(options: argparse.Namespace, gpu: bool) -> dict[str, Any]:
     added = result["logged_ms"] - result["plain_ms"]
     result["logging_step_adds_ms"] = added
     result[f"share_at_{options.interval}_percent"] = 100 * added / options.interval / result["plain_ms"]
-    quartiles = statistics.quantiles(times["plain"], n=4)
-    result["plain_quartiles_ms"] = [quartiles[0], quartiles[2]]
+    result["step_for_half_a_percent_ms"] = added / options.interval / 0.005
+    for name, values in times.items():
+        quartiles = statistics.quantiles(values, n=4)
+        result[f"{name}_quartiles_ms"] = [quartiles[0], quartiles[2]]
+    result["repeats"] = len(times["plain"])
+    if gpu:
+        from common import gpu_work, summary
+
+        result["busy"] = summary(gpu_work(train_step, 1), 1)["any_ms"] / result["plain_ms"]
+        result["peak_MiB"] = torch.cuda.max_memory_allocated() / 2**20
     return result
 
 
@@ -149,13 +166,15 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--heads", type=int, default=16)
     parser.add_argument("--sequence", type=int, default=4096)
-    parser.add_argument("--micro-batch", type=int, default=1)
+    parser.add_argument("--micro-batch", type=int, default=2, help="sequences")
+    parser.add_argument("--micro-batches", type=int, default=4, help="of a step")
     parser.add_argument("--tokens", type=int, default=256, help="--mhc-log-tokens")
     parser.add_argument("--h-res", default="sinkhorn")
     parser.add_argument("--backend", default="auto", choices=("auto", "triton", "reference"))
     parser.add_argument("--interval", type=int, default=100, help="K, for the share of the whole")
-    parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--warmup", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--warmup", type=int, default=3)
+    parser.add_argument("--limit", type=float, default=300.0, help="seconds; at least three repeats are made")
     parser.add_argument("--cpu", action="store_true", help="on the CPU, to see that it runs")
     parser.add_argument("--out", type=Path, help="write the numbers there as JSON")
     options = parser.parse_args()
@@ -181,7 +200,9 @@ def main() -> None:
     result = {
         "device": torch.cuda.get_device_name() if gpu else "cpu",
         "versions": {name: version(name) for name in ("torch", "megatron-core")},
-        "settings": {name: value for name, value in vars(options).items() if name not in ("cpu", "out")},
+        "settings": {
+            name: value for name, value in vars(options).items() if name not in ("cpu", "out", "limit")
+        },
         **measure(options, gpu),
     }
     print(json.dumps(result, indent=1))

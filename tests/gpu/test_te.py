@@ -25,6 +25,7 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_block import TransformerBlock
 
 from megatron_mhc import MHCConfig
+from megatron_mhc.diagnostics import sampler as sampler_module
 from megatron_mhc.specs import wrap_block_spec
 
 SEQ, BATCH, WIDTH, LAYERS = 128, 2, 256, 4
@@ -180,3 +181,34 @@ def test_model_loss_matches_plain_model_at_step_0():
         losses.append(model(tokens, positions, None, labels=tokens).float().mean().item())
     print(f"plain {losses[0]:.5f}, mHC {losses[1]:.5f}")
     assert losses[1] == pytest.approx(losses[0], rel=2e-3)
+
+
+def test_sampling_does_not_wait_for_the_gpu(monkeypatch):
+    mhc = MHCConfig(log_interval=1, alarm="warn")
+    config = make_config()
+    tensor_parallel.model_parallel_cuda_manual_seed(5, force_reset_rng=True)
+    spec = wrap_block_spec(te_spec(config, "dense"), mhc, config)
+    block = Float16Module(config, TransformerBlock(config, spec).cuda())
+    x = torch.randn(SEQ, BATCH, WIDTH, device="cuda", dtype=torch.bfloat16)
+    take, taken = sampler_module.take, []
+
+    def take_without_waiting(*args):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            taken.append(take(*args))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        return taken[-1]
+
+    monkeypatch.setattr(sampler_module, "take", take_without_waiting)
+    with torch.no_grad(), sampler_module.Sampler(block, config) as sampler:
+        block(x, None)
+    assert len(taken) == 2 * LAYERS
+    report = sampler.report()
+    assert max(report.statistics["row_error"]) < 1e-4
+    torch.cuda.set_sync_debug_mode("error")  # what the test counts on
+    try:
+        with pytest.raises(RuntimeError):
+            x.sum().item()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -5,6 +5,7 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from test_diagnostics import C, N, T, config_of, connections, random_samples
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_mhc import MHCConfig
 from megatron_mhc.diagnostics import Sampler, amax_gain, capture_h_res, composite
@@ -98,6 +99,26 @@ def test_only_the_first_call_is_sampled_and_no_hook_stays():
         assert not any(module._forward_hooks for module in modules)
     for i in range(2):
         assert torch.equal(sampler.samples[i].h_res, expected[i].double())
+
+
+class NoNumberOnTheHost(TorchDispatchMode):
+    """Refuses what makes the host wait for a device: a number, or a shape that depends on numbers."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        assert name not in ("_local_scalar_dense", "nonzero", "equal", "masked_select"), name
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("options", [{}, {"h_res": "unconstrained"}, {"h_pre": "fixed"}], ids=str)
+def test_the_host_waits_for_no_number_while_sampling(options):
+    mhc = MHCConfig(**options)
+    modules = connections(2, mhc)
+    with torch.no_grad(), NoNumberOnTheHost(), Sampler(modules, config_of(mhc), tokens=4) as sampler:
+        for module in modules:
+            module(torch.randn(T, 2, N * C))
+        with pytest.raises(AssertionError, match="_local_scalar_dense"):
+            sampler.samples[0].gram.sum().item()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

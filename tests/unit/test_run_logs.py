@@ -109,6 +109,30 @@ def test_table_has_the_numbers(runs):
     assert "| -0.6000 ± 0.1414 |" in lines[3]
 
 
+def test_losses_are_compared_at_a_step_that_all_have(monkeypatch, runs, tmp_path):
+    out = tmp_path / "gap.png"
+    run_script(monkeypatch, loss_compare, *runs, "--until", "4", "--window", "1", "--out", str(out))
+    plain, mhc = json.loads(out.with_suffix(".json").read_text())["rows"]
+    assert plain["steps"] == mhc["steps"] == 4 and plain["loss"] == pytest.approx(6.5)
+    assert plain["largest_gradient_norm"] == 5.0 and plain["validation"] is None
+
+
+def test_stability_report_takes_in_unfinished_runs(tmp_path):
+    gains = {4: [2.0, 3.0], 8: [5.0, 4.0]}
+    write_run(tmp_path / "plain_seed1/tensorboard", {step: 10.0 - step for step in range(1, 11)})
+    write_run(tmp_path / "mhc_seed1/tensorboard", {step: 9.5 - step for step in range(1, 9)}, gains)
+    write_run(tmp_path / "hc_seed1/tensorboard", {1: 9.0})  # ended before its first diagnostics
+    command = [sys.executable, str(SCRIPTS.parent / "examples/stability/report.py"), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "hc_seed1/tensorboard: nothing logged yet, left out" in done.stdout
+    plain, mhc = json.loads((tmp_path / "figures/summary.json").read_text())
+    assert plain["steps"] == [10] and mhc["steps"] == [8] and mhc["peak_composite_gain_forward"] == 5.0
+    rows = json.loads((tmp_path / "figures/loss_gap.json").read_text())["rows"]
+    assert [row["steps"] for row in rows] == [8, 8] and rows[1]["gap"] == pytest.approx(-0.5)
+    assert {"gains.png", "heatmaps.png", "curves.png"} <= {p.name for p in (tmp_path / "figures").iterdir()}
+
+
 def run_script(monkeypatch, module, *words: str) -> None:
     monkeypatch.setattr(sys, "argv", [module.__name__, *words])
     module.main()
