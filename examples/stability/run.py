@@ -73,7 +73,6 @@ class Runs:
             --train-iters {o.steps} --lr {o.lr} --min-lr {o.lr / 10} --lr-decay-style cosine
             --lr-decay-iters {o.steps} --lr-warmup-iters {o.warmup} --weight-decay 0.1 --adam-beta2 0.95
             --clip-grad {o.clip} --seed {seed} --log-interval 10 --eval-iters 5 --eval-interval {o.steps}
-            --save-interval {o.save_interval or max(1, o.steps // 4)}
             --rerun-mode disabled --no-check-for-nan-in-loss-and-grad
         """
         )
@@ -88,7 +87,9 @@ class Runs:
         words = shlex.split(text) + data_arguments(self.out / "data" / "stdlib")
         # Runs of one seed that start together would write the same index at the same time.
         words += ["--data-cache-path", str(folder / "cache")]
-        words += ["--save", str(folder / "checkpoint"), "--load", str(folder / "checkpoint")]
+        if o.save_interval:
+            words += ["--save", str(folder / "checkpoint"), "--load", str(folder / "checkpoint")]
+            words += ["--save-interval", str(o.save_interval)]
         words += ["--tensorboard-dir", str(folder / "tensorboard")]
         words += MODELS[model]
         if model != "plain":
@@ -130,7 +131,7 @@ exec {shlex.join(command)}
         if status:
             return f"exit status {status}; see {folder / 'log.txt'}"
         if ended:
-            return f"--minutes {self.options.minutes} are over; the same command goes on from the checkpoint"
+            return f"--minutes {self.options.minutes} are over; without --minutes it goes on or begins again"
         shutil.rmtree(folder / "checkpoint", ignore_errors=True)
         seconds = time.time() - started
         (folder / "finished.json").write_text(json.dumps({"model": model, "seed": seed, "seconds": seconds}))
@@ -197,8 +198,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seeds", default="1,2", help="by commas (1,2)")
     parser.add_argument("--models", default="plain,hc,mhc", help="of plain, hc and mhc, by commas (all)")
     parser.add_argument("--log-interval", type=int, default=25, help="steps between two diagnostics (25)")
-    parser.add_argument("--minutes", type=int, help="end each run after so many, with a checkpoint (never)")
-    parser.add_argument("--save-interval", type=int, help="steps between checkpoints (a quarter of all)")
+    parser.add_argument("--minutes", type=int, help="end each run after so many (never)")
+    parser.add_argument("--save-interval", type=int, help="steps between checkpoints; 0: none (a 4th of all)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time on the one device (1)")
     parser.add_argument("--extra", default="", help="further arguments of all runs, in one quoted string")
     parser.add_argument(
@@ -211,6 +212,8 @@ def parse() -> argparse.Namespace:
     options.seeds = [int(seed) for seed in options.seeds.split(",")]
     options.models = options.models.split(",")
     options.out = options.out.resolve()
+    if options.save_interval is None:
+        options.save_interval = max(1, options.steps // 4)
     if unknown := [model for model in options.models if model not in MODELS]:
         parser.error(f"--models {unknown[0]}: choose of {', '.join(MODELS)}")
     if options.steps < options.log_interval:

@@ -55,12 +55,11 @@ import torch
 import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import train_figure
 from common import MODELS, ON_GPU, attempt, clean, gpu_work, intervals, start, summary
+from train_figure import KEYS, draw, table
 from trainer import LATE, OPS, PLAIN, Row, Trainer
 
 ROWS = "vanilla,triton/4,fused/4,triton/4/auto,triton/2,fused/2,fused/4/auto,again,reference/4,compile/4"
-KEYS = ("wall_ms", "kernels_ms", "peak_MiB")
 
 
 @contextlib.contextmanager
@@ -174,23 +173,6 @@ def finish(group: list[Row]) -> None:
             row["loss_from_reference"] = row["loss"] - reference
 
 
-def table(rows: list[Row]) -> str:
-    head = "model | b | n | ops | recompute | wall ms | + % | kernels ms | + % | busy | launches/layer "
-    head += "| tokens/s | MiB | + % | states | loss | from reference | MHz"
-    lines = [f"| {head} |", "|---" * 18 + "|"]
-    columns = {"wall_ms": 1, "kernels_ms": 1, "busy": 3, "launches_per_layer": 0, "tokens_per_s": 0}
-    columns |= {"peak_MiB": 0, "states_MiB": 0, "loss": 4, "loss_from_reference": 5, "MHz": 0}
-    for row in rows:
-        cells = [row["model"], str(row["batch"]), str(row["n"] or "-"), row["ops"], row["recompute"]]
-        for key, digits in columns.items():
-            cells.append("-" if row.get(key) is None else f"{row[key]:.{digits}f}")
-            if key in KEYS:
-                more = row.get("overhead_pct", {}).get(key)
-                cells.append("" if more is None else f"{more:+.1f}")
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
 def plan(options: argparse.Namespace) -> list[Row]:
     """The rows that are asked for, what is worth most first.
 
@@ -288,7 +270,7 @@ def main() -> None:
     print(f"\n{table(rows)}")
     if options.out:
         options.out.write_text(json.dumps(report, indent=1) + "\n")
-        train_figure.draw(report, options.out.with_suffix(".png"))
+        draw(report, options.out.with_suffix(".png"))
     dist.destroy_process_group()
 
 

@@ -1,6 +1,8 @@
-"""Draw what train.py measured: overhead over vanilla, by wall time and by kernel time.
+"""Draw what train.py measured, overhead over vanilla by wall time and by kernel time, and print its table.
 
-python scripts/bench/train_figure.py train.json [train.png]
+python scripts/bench/train_figure.py FIGURE.png REPORT.json [REPORT.json ...]
+
+Several reports, for example of one model each, must be of the same device, versions and settings.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 PAPER = 6.7  # %, n = 4, with the paper's overlap of pipeline communication
+KEYS = ("wall_ms", "kernels_ms", "peak_MiB")
 COLOURS = {"wall_ms": "#2c6fbb", "kernels_ms": "#9ec5ee"}
 NAMES = {"wall_ms": "wall time", "kernels_ms": "kernel time"}
 
@@ -20,6 +23,23 @@ def label(row: dict[str, Any]) -> str:
     if row["n"] is None:
         return "vanilla again"
     return f"n={row['n']} {row['ops']}" + (", recompute" if row["recompute"] == "auto" else "")
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    head = "model | b | n | ops | recompute | wall ms | + % | kernels ms | + % | busy | launches/layer "
+    head += "| tokens/s | MiB | + % | states | loss | from reference | MHz"
+    lines = [f"| {head} |", "|---" * 18 + "|"]
+    columns = {"wall_ms": 1, "kernels_ms": 1, "busy": 3, "launches_per_layer": 0, "tokens_per_s": 0}
+    columns |= {"peak_MiB": 0, "states_MiB": 0, "loss": 4, "loss_from_reference": 5, "MHz": 0}
+    for row in rows:
+        cells = [row["model"], str(row["batch"]), str(row["n"] or "-"), row["ops"], row["recompute"]]
+        for key, digits in columns.items():
+            cells.append("-" if row.get(key) is None else f"{row[key]:.{digits}f}")
+            if key in KEYS:
+                more = row.get("overhead_pct", {}).get(key)
+                cells.append("" if more is None else f"{more:+.1f}")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
@@ -74,6 +94,24 @@ def draw(report: dict[str, Any], path: Path) -> None:
     print(f"wrote {path}")
 
 
+def merge(paths: list[Path]) -> dict[str, Any]:
+    """The rows of all reports under the head of the first.
+
+    Raises:
+        SystemExit: another device, version or setting.
+    """
+    merged, *others = (json.loads(path.read_text()) for path in paths)
+    for path, other in zip(paths[1:], others, strict=True):
+        for name in ("device", "versions", "settings"):
+            if other[name] != merged[name]:
+                raise SystemExit(f"{path}: {name} {other[name]}, in {paths[0]} {merged[name]}")
+        merged["rows"] += other["rows"]
+    return merged
+
+
 if __name__ == "__main__":
-    source = Path(sys.argv[1])
-    draw(json.loads(source.read_text()), Path(sys.argv[2]) if sys.argv[2:] else source.with_suffix(".png"))
+    if len(sys.argv) < 3:
+        raise SystemExit(__doc__)
+    report = merge(list(map(Path, sys.argv[2:])))
+    print(table(report["rows"]))
+    draw(report, Path(sys.argv[1]))

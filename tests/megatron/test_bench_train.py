@@ -81,3 +81,24 @@ def test_a_row_that_cannot_be_is_refused(monkeypatch, row):
     train = pytest.importorskip("train")
     with pytest.raises(ValueError, match=f"--rows {row}: "):
         train.plan(argparse.Namespace(rows=[row], models=["dense"], batches=["4"]))
+
+
+def test_reports_of_two_models_become_one_table_and_figure(tmp_path):
+    head = {"device": "x", "versions": {}, "settings": {"layers": 2, "seq": 32, "micro_batches": 2}}
+    row = {"batch": 1, "recompute": "off", "wall_ms": 2.0, "overhead_pct": {"wall_ms": 5.0}}
+    paths = []
+    for model in ("dense", "moe_ep8"):
+        rows = [row | {"model": model, "ops": ops, "n": n} for ops, n in (("vanilla", None), ("fused", 4))]
+        paths.append(tmp_path / f"{model}.json")
+        paths[-1].write_text(json.dumps(head | {"rows": rows}))
+
+    def call() -> subprocess.CompletedProcess:
+        script, figure = ROOT / "scripts/bench/train_figure.py", tmp_path / "figure.png"
+        return subprocess.run([sys.executable, script, figure, *paths], capture_output=True, text=True)
+
+    done = call()
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("| 2.0 | +5.0 |") == 4 and "| moe_ep8 | 1 | 4 | fused | off |" in done.stdout
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+    paths[1].write_text(json.dumps(head | {"device": "y", "rows": []}))
+    assert "device y, in" in call().stderr
