@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import importlib.metadata
 import json
 import os
@@ -46,12 +47,15 @@ class Report:
     A file that exists is gone on with: rows in it are not run again, one that was running when its
     process ended counts as failed.
 
+    Args:
+        limit: seconds after which a row's process ends, with its stacks on stderr; 0 for none.
+
     Raises:
         ValueError: the file's machine or environment is another.
     """
 
-    def __init__(self, path: Path, settings: Row):
-        self.path, self.head = path, machine() | {"settings": settings}
+    def __init__(self, path: Path, settings: Row, limit: int = 0):
+        self.path, self.head, self.limit = path, machine() | {"settings": settings}, limit
         self.rows: list[Row] = []
         if path.exists():
             old = json.loads(path.read_text())
@@ -72,6 +76,8 @@ class Report:
             return False
         self.rows.append({"section": section, "name": name, "running": True})
         self._write()
+        if self.limit:
+            faulthandler.dump_traceback_later(self.limit, exit=True)
         return True
 
     def row(self, section: str, name: str) -> Row | None:
@@ -81,6 +87,7 @@ class Report:
         """Fill the row that `wanted` made."""
         row = self.row(section, name)
         assert row is not None
+        faulthandler.cancel_dump_traceback_later()
         del row["running"]
         row |= result
         self._write()

@@ -1,6 +1,6 @@
 """Checkpoints between several GPUs and one, and a rank killed in the midst of a step; through pretrain().
 
-    python scripts/bench/multi_gpu_resume.py --out resume.json [--cpu]
+    python scripts/bench/multi_gpu_resume.py --out resume.json [--scratch DIR] [--cpu]
 
 Five jobs of `torchrun -m megatron_mhc.pretrain_gpt`, on mock data:
 
@@ -20,7 +20,6 @@ import os
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -33,9 +32,11 @@ import psutil
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 from multi_gpu_report import Report, Row  # noqa: E402
+from multi_gpu_supervise import stop  # noqa: E402
 from run_logs import LOSS, read_run, series  # noqa: E402
 
 STEPS, SAVED, KILLED = 10, 5, 7
+LIMIT = 180  # seconds of a job
 COMMON = f"""
     --num-layers 8 --seq-length 256 --max-position-embeddings 256 --position-embedding-type rope
     --swiglu --disable-bias-linear --normalization RMSNorm --untie-embeddings-and-output-weights
@@ -46,7 +47,7 @@ COMMON = f"""
     --distributed-timeout-minutes 2 --mhc-init uniform --mhc-init-gating-factor 0.5
 """
 GPU = """
-    --hidden-size 1024 --num-attention-heads 8 --transformer-impl transformer_engine --bf16
+    --hidden-size 512 --num-attention-heads 8 --transformer-impl transformer_engine --bf16
     --no-gradient-accumulation-fusion --num-workers 1 --lr 1e-3
 """
 CPU = """
@@ -124,17 +125,15 @@ class Driver:
                 env=self.environment(),
                 stdout=file,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,
             )
             try:
                 if kill_after is not None:
                     self._kill(torchrun, log, kill_after)
                     begin = time.monotonic()  # from here on it counts until the job ends
-                status = torchrun.wait(timeout=420)
+                status = torchrun.wait(timeout=LIMIT)
             finally:
                 if torchrun.poll() is None:
-                    os.killpg(torchrun.pid, signal.SIGKILL)
-                    torchrun.wait()
+                    stop(torchrun)
         output, seconds = log.read_text(errors="replace"), time.monotonic() - begin
         if status and kill_after is None:
             raise RuntimeError(f"{log}: exit {status}\n" + "\n".join(output.splitlines()[-40:]))
@@ -142,9 +141,10 @@ class Driver:
         return Job(status, losses, output, seconds)
 
     def _kill(self, torchrun: subprocess.Popen[bytes], log: Path, step: int) -> None:
+        deadline = time.monotonic() + LIMIT
         while step not in steps_of(log.read_text(errors="replace")):
-            if torchrun.poll() is not None:
-                raise RuntimeError(f"{log}: the job ended before step {step}")
+            if torchrun.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"{log}: the job ended, or {LIMIT} s did, before step {step}")
             time.sleep(0.01)
         ranks = [p for p in psutil.Process(torchrun.pid).children() if p.environ().get("RANK") == "1"]
         if len(ranks) != 1:
@@ -191,6 +191,7 @@ def worst(job: Job, unbroken: Job, after: int) -> float:
 def run(report: Report, folder: Path, cpu: bool) -> None:
     """Both chains of jobs, on GPUs side by side."""
     names = "two ranks, one, two", "rank 1 killed", "resumed"
+    report.limit = 0  # every job has its own
     if not [name for name in names if report.wanted("resume", name)]:
         return
     driver = Driver(folder, cpu)
@@ -219,6 +220,7 @@ def outcome(chain: Future[tuple[Job, Row]]) -> tuple[Job | None, Row]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--scratch", type=Path, help="for checkpoints and logs; default beside --out")
     parser.add_argument("--cpu", action="store_true")
     options = parser.parse_args()
     os.environ |= dict(RANK="0", WORLD_SIZE="2")
@@ -227,7 +229,7 @@ def main() -> None:
 
         cpu.install()
     report = Report(options.out, {"cpu": str(options.cpu)})
-    run(report, options.out.with_suffix(".resume"), options.cpu)
+    run(report, options.scratch or options.out.with_suffix(".scratch"), options.cpu)
     print(report.tables())
     if bad := report.bad():
         raise SystemExit("failed or beyond its tolerance: " + "; ".join(bad))

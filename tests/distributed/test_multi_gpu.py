@@ -50,7 +50,7 @@ def test_parity_through_the_script(tmp_path):
 @pytest.mark.slow
 def test_curves_and_measurement_through_the_script(tmp_path):
     out = tmp_path / "out.json"
-    rows, _ = launch(out, "--only", "curves,measure", "--streams", "4")
+    rows, _ = launch(out, "--only", "curves,measure,profile", "--streams", "4")
     curves = {name: row for (section, name), row in rows.items() if section == "curves"}
     assert {name.split(", ")[0] for name in curves} == LAYOUTS - {"tp2"}
     assert all(row["ok"] and row["last"] < row["first"] for row in curves.values())

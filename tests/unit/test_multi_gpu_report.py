@@ -1,6 +1,7 @@
 """What scripts/bench/multi_gpu.py makes of kernels whose times are known, and of a run that was killed."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts" / "bench"))
 import multi_gpu_report as report  # noqa: E402
+import multi_gpu_supervise as supervisor  # noqa: E402
 import multi_gpu_trace as trace  # noqa: E402
 
 SEND = "ncclDevKernel_SendRecv(ncclDevKernelArgsStorage<4096ul>)"
@@ -122,3 +124,47 @@ def test_rows_of_another_machine_do_not_mix(alone, tmp_path, monkeypatch):
     monkeypatch.setenv("NCCL_P2P_DISABLE", "1")
     with pytest.raises(ValueError, match="environment .*give another file"):
         report.Report(path, {"layers": "2"})
+
+
+RUN = """
+import os, sys, time
+from pathlib import Path
+from megatron_mhc.testing import cpu
+cpu.install()
+import multi_gpu_report as report
+found = report.Report(Path(sys.argv[1]), {}, limit=1)
+for name in "abc":
+    if not found.wanted("parity", name):
+        continue
+    if name == "a":
+        time.sleep(600)
+    if name == "b":
+        os._exit(7)
+    found.add("parity", name, {"ok": True})
+"""
+
+
+def test_a_row_that_hangs_and_one_that_dies_do_not_keep_the_others_from_running(alone, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(Path(report.__file__).parent))
+    out = tmp_path / "out.json"
+    assert supervisor.supervise([sys.executable, "-c", RUN, str(out)], out, limit=200) == 0
+    rows = {row["name"]: row for row in json.loads(out.read_text())["rows"]}
+    assert "failed" in rows["a"] and "failed" in rows["b"] and rows["c"]["ok"]
+
+
+def test_what_fails_outside_of_the_rows_is_not_tried_again(tmp_path):
+    calls = tmp_path / "calls"
+    command = ["bash", "-c", f"echo x >> {calls}; exit 3"]
+    assert supervisor.supervise(command, tmp_path / "out.json", limit=60) == 3
+    assert calls.read_text().count("x") == 1
+
+
+def test_the_limit_ends_what_runs(tmp_path):
+    started = subprocess.Popen
+    running = []
+    supervisor.subprocess.Popen = lambda command: running.append(started(command)) or running[0]
+    try:
+        assert supervisor.supervise(["sleep", "600"], tmp_path / "out.json", limit=0.2) == 124
+    finally:
+        supervisor.subprocess.Popen = started
+    assert running[0].returncode == -15
