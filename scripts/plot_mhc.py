@@ -181,9 +181,9 @@ def plot_curves(groups: dict[str, list[Run]], reference: str, window: int | None
     if reference not in groups:
         raise SystemExit(f"--reference {reference}: no such label; there are {', '.join(groups)}")
     figure, axes = plt.subplots(3, 1, figsize=(9, 10), layout="constrained", sharex=True)
+    width = window or max(1, max(len(series(run, LOSS)) for runs in groups.values() for run in runs) // 50)
     for index, (label, runs) in enumerate(groups.items()):
         losses = [series(run, LOSS) for run in runs]
-        width = window or max(1, len(losses[0]) // 50)
         draw(axes[0], losses, index, label, width)
         if label != reference:
             draw(axes[1], losses_minus(runs, groups[reference]), index, label, width)

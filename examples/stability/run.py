@@ -207,7 +207,9 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "stability")
     parser.add_argument("--cpu", action="store_true", help="train on the CPU even where a GPU is")
-    parser.add_argument("--figures-only", action="store_true")
+    figures = parser.add_mutually_exclusive_group()
+    figures.add_argument("--figures-only", action="store_true", help="train nothing")
+    figures.add_argument("--no-figures", action="store_true", help="draw elsewhere, from OUT/*/tensorboard")
     options = parser.parse_args()
     options.seeds = [int(seed) for seed in options.seeds.split(",")]
     options.models = options.models.split(",")
@@ -237,7 +239,8 @@ def main() -> int:
         failures = runs.train_all()
         for (model, seed), problem in failures.items():
             print(f"stability: {model}, seed {seed}: {problem}", file=sys.stderr)
-    subprocess.run([sys.executable, str(HERE / "report.py"), str(options.out)], check=True)
+    if not options.no_figures:
+        subprocess.run([sys.executable, str(HERE / "report.py"), str(options.out)], check=True)
     return 1 if failures else 0
 
 

@@ -162,12 +162,12 @@ def measure(options: argparse.Namespace, gpu: bool) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--layers", type=int, default=24)
-    parser.add_argument("--hidden", type=int, default=2048)
-    parser.add_argument("--heads", type=int, default=16)
+    parser.add_argument("--layers", type=int, default=16)
+    parser.add_argument("--hidden", type=int, default=2560)
+    parser.add_argument("--heads", type=int, default=20)
     parser.add_argument("--sequence", type=int, default=4096)
-    parser.add_argument("--micro-batch", type=int, default=2, help="sequences")
-    parser.add_argument("--micro-batches", type=int, default=4, help="of a step")
+    parser.add_argument("--micro-batch", type=int, default=4, help="sequences")
+    parser.add_argument("--micro-batches", type=int, default=2, help="of a step")
     parser.add_argument("--tokens", type=int, default=256, help="--mhc-log-tokens")
     parser.add_argument("--h-res", default="sinkhorn")
     parser.add_argument("--backend", default="auto", choices=("auto", "triton", "reference"))
