@@ -2,13 +2,14 @@
 
     python scripts/bench/multi_gpu_resume.py --out resume.json [--scratch DIR] [--cpu]
 
-Five jobs of `torchrun -m megatron_mhc.pretrain_gpt`, on mock data:
+Six jobs of `torchrun -m megatron_mhc.pretrain_gpt`, on mock data:
 
 unbroken   ten steps on two ranks, PP2 x VPP2, `fused` with the split boundary; saved after five and ten
 one        its checkpoint of step 5 on one rank, saved after every other step
 two        that one's of step 8 on two ranks, TP2 with sequence parallelism
 killed     as unbroken, in a folder of its own; rank 1 gets SIGKILL after step 7
 resumed    the same command again
+stopped    as unbroken, but rank 1 gets SIGSTOP after step 7 and is silent from there on
 
 The losses of `one`, `two` and `resumed` are compared with the unbroken run's.
 """
@@ -20,6 +21,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -108,11 +110,11 @@ class Driver:
         kept |= dict(CUDA_DEVICE_MAX_CONNECTIONS="1", NCCL_NVLS_ENABLE="0")  # no NVLink multicast
         return kept | dict(PYTHONPATH=path, PYTHONUNBUFFERED="1")
 
-    def run(self, name: str, ranks: int, arguments: str, kill_after: int | None = None) -> Job:
+    def run(self, name: str, ranks: int, arguments: str, hit: signal.Signals | None = None) -> Job:
         """Run a job.
 
         Args:
-            kill_after: the step behind which rank 1 gets SIGKILL.
+            hit: what rank 1 gets after step KILLED.
 
         Raises:
             RuntimeError: a job failed that was not to be killed.
@@ -127,29 +129,29 @@ class Driver:
                 stderr=subprocess.STDOUT,
             )
             try:
-                if kill_after is not None:
-                    self._kill(torchrun, log, kill_after)
+                if hit is not None:
+                    self._hit(torchrun, log, hit)
                     begin = time.monotonic()  # from here on it counts until the job ends
                 status = torchrun.wait(timeout=LIMIT)
             finally:
                 if torchrun.poll() is None:
                     stop(torchrun)
         output, seconds = log.read_text(errors="replace"), time.monotonic() - begin
-        if status and kill_after is None:
+        if status and hit is None:
             raise RuntimeError(f"{log}: exit {status}\n" + "\n".join(output.splitlines()[-40:]))
         losses = {} if status else series(read_run(str(events)), LOSS)
         return Job(status, losses, output, seconds)
 
-    def _kill(self, torchrun: subprocess.Popen[bytes], log: Path, step: int) -> None:
+    def _hit(self, torchrun: subprocess.Popen[bytes], log: Path, hit: signal.Signals) -> None:
         deadline = time.monotonic() + LIMIT
-        while step not in steps_of(log.read_text(errors="replace")):
+        while KILLED not in steps_of(log.read_text(errors="replace")):
             if torchrun.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"{log}: the job ended, or {LIMIT} s did, before step {step}")
+                raise RuntimeError(f"{log}: the job ended, or {LIMIT} s did, before step {KILLED}")
             time.sleep(0.01)
         ranks = [p for p in psutil.Process(torchrun.pid).children() if p.environ().get("RANK") == "1"]
         if len(ranks) != 1:
             raise RuntimeError(f"{log}: found {len(ranks)} processes of rank 1")
-        ranks[0].kill()
+        ranks[0].send_signal(hit)
 
 
 def reshard(driver: Driver) -> tuple[Job, Row]:
@@ -170,13 +172,22 @@ def reshard(driver: Driver) -> tuple[Job, Row]:
 def kill(driver: Driver) -> tuple[Job, Row]:
     """A job that loses rank 1, and its command again: (the resumed job, what was found of the killed)."""
     again = f"{PIPELINE} --save {driver.folder}/killed --load {driver.folder}/killed --save-interval {SAVED}"
-    killed = driver.run("killed", 2, again, kill_after=KILLED)
+    killed = driver.run("killed", 2, again, signal.SIGKILL)
     resumed = driver.run("resumed", 2, again)
     messages = re.findall(r".*(?:Signal 9|PipelineError|has failed or was silent).*", killed.output)
     named = bool(re.search(r"rank\s*:\s*1 ", killed.output)) and "Signal 9 (SIGKILL)" in killed.output
     row: Row = {"last step": killed.last, "exit": killed.status, "seconds": killed.seconds}
     row |= {"names rank 1": named, "messages": messages}
     return resumed, row | {"ok": killed.status != 0 and named and KILLED <= killed.last < STEPS}
+
+
+def halt(driver: Driver) -> tuple[Job, Row]:
+    """A job whose rank 1 says nothing any more: how it ends, and after how long."""
+    stopped = driver.run("stopped", 2, f"{PIPELINE} --distributed-timeout-minutes 1", signal.SIGSTOP)
+    pattern = r".*(?:has failed or was silent for 60 s|Watchdog caught collective operation timeout).*"
+    messages = list(dict.fromkeys(re.findall(pattern, stopped.output)))
+    row: Row = {"last step": stopped.last, "exit": stopped.status, "seconds": stopped.seconds}
+    return stopped, row | {"messages": messages[:3], "ok": stopped.status != 0 and bool(messages)}
 
 
 def worst(job: Job, unbroken: Job, after: int) -> float:
@@ -189,23 +200,22 @@ def worst(job: Job, unbroken: Job, after: int) -> float:
 
 
 def run(report: Report, folder: Path, cpu: bool) -> None:
-    """Both chains of jobs, on GPUs side by side."""
-    names = "two ranks, one, two", "rank 1 killed", "resumed"
+    """All chains of jobs, on GPUs side by side."""
+    names = "two ranks, one, two", "rank 1 killed", "rank 1 silent", "resumed"
     report.limit = 0  # every job has its own
     if not [name for name in names if report.wanted("resume", name)]:
         return
     driver = Driver(folder, cpu)
-    with ThreadPoolExecutor(1 if cpu else 2) as pool:
-        chains = [pool.submit(chain, driver) for chain in (reshard, kill)]
-        results = [outcome(chain) for chain in chains]
-    for name, (_, row) in zip(names, results, strict=False):
-        report.add("resume", name, row)
-    unbroken, resumed = (job for job, _ in results)
+    with ThreadPoolExecutor(1 if cpu else 3) as pool:
+        chains = [pool.submit(chain, driver) for chain in (reshard, kill, halt)]
+        for name, chain in zip(names, chains, strict=False):
+            report.add("resume", name, outcome(chain)[1])
+    unbroken, resumed = (outcome(chain)[0] for chain in chains[:2])
     if unbroken is None or resumed is None:
-        report.add("resume", names[2], {"failed": "a job before it failed"})
+        report.add("resume", names[-1], {"failed": "a job before it failed"})
         return
     row = {"error": worst(resumed, unbroken, SAVED), "last step": max(resumed.losses)}
-    report.add("resume", names[2], row | {"ok": row["error"] <= ERROR[not cpu]})
+    report.add("resume", names[-1], row | {"ok": row["error"] <= ERROR[not cpu]})
 
 
 def outcome(chain: Future[tuple[Job, Row]]) -> tuple[Job | None, Row]:

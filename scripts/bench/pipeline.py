@@ -1,21 +1,29 @@
 """Run one interior pipeline rank's program on one GPU, with copies over PCIe in place of its neighbours.
 
     python scripts/bench/pipeline.py --out runs/pipeline [--pp 8 --vpp 2 --microbatches 16 --layers 2]
+        [--runs "megatron whole,fused split"] [--limit 120] [--trace "fused split"] [--share 0.125]
     python scripts/bench/pipeline.py --out runs/pipeline --cpu       # tiny, without CUDA: checks the script
 
 A message that is received is copied from pinned host memory as soon as its receive is posted, a message
-that is sent is copied to it; an expert all-to-all is a copy of the tokens to the host and back. So what
-is measured is this rank's order, streams and overlap. What is not: neighbours that are late, NCCL's use
-of SMs, and the fabric. Written to the folder: results.json, timeline_*.png, and trace_*.json of
-torch.profiler with --trace.
+that is sent is copied to it; an expert all-to-all is a copy of the tokens, or of a --share of them (NVLink is
+faster than PCIe), to the host and back. So what is measured is this rank's order, streams and overlap. What
+is not: neighbours that are late, NCCL's use of SMs, and the fabric.
+
+Written to --out: results.json, after every run; to --pictures, or there too: timeline_*.png of CUDA events,
+and trace_*.png of one more step under torch.profiler, after all that is timed. The same command again does
+the runs that are not in results.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import faulthandler
+import gc
 import json
 import statistics
 import sys
+import tempfile
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +31,10 @@ import torch
 import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+
+LATER = ("runs", "out", "pictures", "limit", "trace")  # may differ where results are gone on with
+ORDERS = ("megatron whole", "interleaved whole", "interleaved split", "fused whole", "fused split")
 
 
 def arguments() -> argparse.Namespace:
@@ -40,7 +52,11 @@ def arguments() -> argparse.Namespace:
         "--no-te", action="store_true", help="Megatron's local layers, without flash attention"
     )
     parser.add_argument("--out", required=True)
-    parser.add_argument("--trace", action="store_true", help="one more step of each run under torch.profiler")
+    parser.add_argument("--runs", default=",".join(ORDERS), help="order and boundary, with commas between")
+    parser.add_argument("--limit", type=int, default=0, help="seconds of a run, 0: none")
+    parser.add_argument("--trace", default="", help="runs of which torch.profiler sees one more step")
+    parser.add_argument("--share", type=float, default=1.0, help="of the tokens that all-to-alls copy")
+    parser.add_argument("--pictures", help="folder; default --out")
     parser.add_argument("--cpu", action="store_true")
     args = parser.parse_args()
     if args.cpu:
@@ -49,6 +65,9 @@ def arguments() -> argparse.Namespace:
         for name, value in tiny.items():
             setattr(args, name, value)
         args.no_te = True
+    args.runs, args.trace = args.runs.split(","), [name for name in args.trace.split(",") if name]
+    if unknown := {*args.runs, *args.trace} - set(ORDERS):
+        raise ValueError(f"no run {unknown.pop()}: choose of {', '.join(ORDERS)}")
     if not 0 < args.rank < args.pp - 1:
         raise ValueError(f"--rank {args.rank}: an interior rank of {args.pp} is 1 to {args.pp - 2}")
     return args
@@ -68,6 +87,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: 
 from megatron.core.transformer import TransformerConfig  # noqa: E402
 from standins import Copies, Exchange, LoopTransport  # noqa: E402
 from timeline import DEVICE, Log, Mark, Measured, TimedStreams, medians, synchronize  # noqa: E402
+from timeline_picture import draw, draw_trace  # noqa: E402
 
 from megatron_mhc import MHCConfig, specs  # noqa: E402
 from megatron_mhc.pipeline import engine, fused, program  # noqa: E402
@@ -175,7 +195,10 @@ class Bench:
         self.program = program.build_program(self.plan, ARGS.rank)
         if order == "megatron":
             self.program = megatron_program(self.plan, ARGS.rank)
-        self.copies = Exchange.copies = Copies()
+        self.copies = Exchange.copies
+        self.timed: dict[
+            bool, TimedStreams
+        ] = {}  # by priority; every new stream would take memory of its own
         self.mask = torch.ones(ARGS.sequence, ARGS.sequence, dtype=torch.bool, device=DEVICE).triu(1)[
             None, None
         ]
@@ -183,10 +206,16 @@ class Bench:
     def forward_step(self, iterator: Any, model: Any) -> Any:
         return model(None, None, self.mask if ARGS.no_te else None), None
 
+    def streams(self, log: Log, priority: bool) -> TimedStreams:
+        if priority not in self.timed:
+            self.timed[priority] = TimedStreams(log, priority)
+        self.timed[priority].log = log
+        return self.timed[priority]
+
     def step(self, log: Log, *, copy: bool, exchange: bool, serial: bool, priority: bool) -> float:
         """One step; returns its milliseconds."""
         cuda = DEVICE.type == "cuda" and not serial
-        streams = TimedStreams(log, priority) if cuda and self.plan.fused else HostStreams()
+        streams = self.streams(log, priority) if cuda and self.plan.fused else HostStreams()
         bench = self
 
         def transport(step: Any, sizes: tuple[int, int]) -> LoopTransport:
@@ -267,110 +296,101 @@ def latencies(logs: list[Log]) -> dict[str, float]:
     return {"median": statistics.median(found), "p95": found[int(0.95 * (len(found) - 1))]}
 
 
-def draw(log: Log, path: Path, title: str) -> None:
-    """The middle third of one step: a row for each stream."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    origin = log.begun[0][1]
-    bars: list[tuple[str, float, float, str]] = []
-    timed = {id(op) for op, *_ in log.nodes}
-    for (op, start), (_, end) in zip(log.begun, log.begun[1:], strict=False):
-        if op.kind in program.COMPUTE and id(op) not in timed:
-            bars.append(("compute", start.since(origin), end.since(origin), op.kind))
-    for op, name, start, end, _ in log.nodes:
-        bars.append((name, start.since(origin), end.since(origin), op.kind if op else ""))
-    for name, start, end in log.copies:
-        row = "copies in" if name in ("streams", "write", "mixed") else "copies, gradients"
-        bars.append((row, start.since(origin), end.since(origin), "copy"))
-    last = max(end for _, _, end, _ in bars)
-    colours = {
-        "forward": "#4c78a8",
-        "backward": "#72b7b2",
-        "replay": "#b279a2",
-        "copy": "#f58518",
-        "": "#999999",
+def run(order: str, boundary: str, pictures: Path) -> dict[str, Any]:
+    """All that is measured of one program."""
+    bench = Bench(order, boundary)
+    full, logs = bench.median()
+    still, _ = bench.median(copy=False)
+    quiet = still if ARGS.dense else bench.median(copy=False, exchange=False)[0]
+    _, serial = bench.median(copy=False, serial=True)
+    measured = Measured(medians(serial, _kind), moved(logs), _kind)
+    simulated = simulate(bench.plan, measured, [bench.program], alone=True).step
+    volume = sum(end.since(start) for _, start, end in logs[-1].copies)
+    found = {
+        "step": full,
+        "exposed messages": full - still,
+        "messages": volume,
+        "hidden": 1 - (full - still) / volume,
+        "exposed all-to-all": still - quiet,
+        "simulated": simulated,
+        "simulated / measured": simulated / full,
+        "operations": {f"{kind} {what}": value for (kind, what), value in measured.ops.items()},
+        "message": measured.messages,
     }
-    rows = sorted({row for row, *_ in bars})
-    figure, axes = pyplot.subplots(figsize=(16, 0.8 + 0.5 * len(rows)))
-    for row, start, end, kind in bars:
-        axes.broken_barh(
-            [(start, end - start)], (rows.index(row) - 0.35, 0.7), facecolors=colours[kind], lw=0.2, ec="w"
-        )
-    axes.set_yticks(range(len(rows)), rows)
-    axes.set_xlim(last / 3, 2 * last / 3)
-    axes.set_xlabel("ms (blue forward, green backward, orange copies)")
-    axes.set_title(title, fontsize=10)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    if DEVICE.type == "cuda":
+        found["peak GiB"] = torch.cuda.max_memory_allocated() / 2**30
+        torch.cuda.reset_peak_memory_stats()
+    if order == "fused" and boundary == "whole":
+        found["combine end to post end"] = latencies(logs)
+        slower, normal = bench.median(priority=False)
+        found["step, normal priority"] = slower
+        found["combine end to post end, normal priority"] = latencies(normal)
+    draw(logs[-1], pictures / f"timeline_{order}_{boundary}.png", f"{order}, {boundary}")
+    return found
 
 
-def profile(bench: Bench, path: Path) -> None:
+def profile(order: str, boundary: str, path: Path) -> None:
+    """Draw one step as torch.profiler sees it."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiler
 
-    kinds = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if DEVICE.type == "cuda" else [])
-    with profiler(activities=kinds) as recorded:
-        bench.step(Log(), copy=True, exchange=True, serial=False, priority=True)
-    recorded.export_chrome_trace(str(path))
+    bench = Bench(order, boundary)
+    how = dict(copy=True, exchange=True, serial=False, priority=True)
+    bench.step(Log(), **how)
+    kind = ProfilerActivity.CUDA if DEVICE.type == "cuda" else ProfilerActivity.CPU
+    with profiler(activities=[kind]) as recorded:
+        bench.step(Log(), **how)
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        recorded.export_chrome_trace(str(trace))
+        draw_trace(trace, path, f"{order}, {boundary}: one step's middle, torch.profiler")
 
 
 def main() -> None:
-    out = Path(ARGS.out)
-    out.mkdir(parents=True, exist_ok=True)
+    out, pictures = Path(ARGS.out), Path(ARGS.pictures or ARGS.out)
+    for folder in (out, pictures):
+        folder.mkdir(parents=True, exist_ok=True)
+    file = out / "results.json"
+    about = {k: v for k, v in vars(ARGS).items() if k not in LATER}
+    results: dict[str, Any] = {"arguments": about, "device": torch.cuda.get_device_name(), "runs": {}}
+    if file.exists() and (old := json.loads(file.read_text()))["arguments"] == about:
+        results = old
     dist.init_process_group(
         "gloo" if ARGS.cpu else "nccl", init_method="tcp://127.0.0.1:0", rank=0, world_size=1
     )
     parallel_state.initialize_model_parallel()
     tensor_parallel.model_parallel_cuda_manual_seed(1)
-    results: dict[str, Any] = {"arguments": vars(ARGS), "runs": {}}
-    if DEVICE.type == "cuda":
-        results["device"] = torch.cuda.get_device_name()
-    for order, boundary in (
-        ("megatron", "whole"),
-        ("interleaved", "whole"),
-        ("interleaved", "split"),
-        ("fused", "whole"),
-        ("fused", "split"),
-    ):
-        bench = Bench(order, boundary)
-        full, logs = bench.median()
-        still, _ = bench.median(copy=False)
-        quiet, _ = bench.median(copy=False, exchange=False)
-        _, serial = bench.median(copy=False, serial=True)
-        measured = Measured(medians(serial, _kind), moved(logs), _kind)
-        simulated = simulate(bench.plan, measured, [bench.program], alone=True).step
-        volume = sum(end.since(start) for _, start, end in logs[-1].copies)
-        run = {
-            "step": full,
-            "exposed messages": full - still,
-            "messages": volume,
-            "exposed all-to-all": still - quiet,
-            "simulated": simulated,
-            "simulated / measured": simulated / full,
-            "operations": {f"{kind} {what}": value for (kind, what), value in measured.ops.items()},
-            "message": measured.messages,
-        }
-        if DEVICE.type == "cuda":
-            run["peak GiB"] = torch.cuda.max_memory_allocated() / 2**30
-            torch.cuda.reset_peak_memory_stats()
-        if order == "fused" and boundary == "whole":
-            run["combine end to post end"] = latencies(logs)
-            _, normal = bench.median(priority=False)
-            run["combine end to post end, normal priority"] = latencies(normal)
-        name = f"{order}, {boundary}"
-        results["runs"][name] = run
-        draw(logs[-1], out / f"timeline_{order}_{boundary}.png", name)
-        if ARGS.trace:
-            profile(bench, out / f"trace_{order}_{boundary}.json")
-        shown = {k: round(v, 3) for k, v in run.items() if isinstance(v, float)}
-        print(f"{name:20} {shown}", flush=True)
-        del bench
-    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    Exchange.copies, Exchange.share = Copies(), ARGS.share
+    for name in (name for name in ARGS.runs if name not in results["runs"]):
+        results["runs"][name] = {"failed": "the process ended in its midst"}
+        file.write_text(json.dumps(results, indent=1) + "\n")
+        if ARGS.limit:
+            faulthandler.dump_traceback_later(ARGS.limit, exit=True)
+        try:
+            results["runs"][name] = run(*name.split(), pictures)
+        except (RuntimeError, ValueError, AssertionError, torch.OutOfMemoryError):
+            results["runs"][name] = {"failed": traceback.format_exc()}
+        faulthandler.cancel_dump_traceback_later()
+        file.write_text(json.dumps(results, indent=1) + "\n")
+        shown = {k: round(v, 3) for k, v in results["runs"][name].items() if isinstance(v, float)}
+        print(f"{name:20} {shown or results['runs'][name]}", flush=True)
+        clean()
+    for name in ARGS.trace:
+        if ARGS.limit:
+            faulthandler.dump_traceback_later(ARGS.limit, exit=True)
+        profile(*name.split(), pictures / f"trace_{name.replace(' ', '_')}.png")
+        faulthandler.cancel_dump_traceback_later()
+        clean()
     dist.destroy_process_group()
+    if failed := [name for name, found in results["runs"].items() if "failed" in found]:
+        raise SystemExit(f"failed: {', '.join(failed)}")
+
+
+def clean() -> None:
+    """Give back the memory of the last run."""
+    engine.observers.clear()
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

@@ -66,11 +66,13 @@ def test_curves_and_measurement_through_the_script(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(540)  # one of its jobs waits for a minute for a rank that says nothing
 def test_resume_through_the_script(tmp_path):
-    rows, _ = launch(tmp_path / "out.json", "--only", "resume")
+    rows, _ = launch(tmp_path / "out.json", "--only", "resume", timeout=500)
     assert rows["resume", "two ranks, one, two"]["error"] <= 1e-5
     assert rows["resume", "rank 1 killed"]["names rank 1"]
     assert rows["resume", "resumed"]["error"] <= 1e-5
+    assert "pipeline rank 1 (global rank 1) has failed" in rows["resume", "rank 1 silent"]["messages"][0]
 
 
 # A message's first use of a link waits, on the host, for the other end: so does NCCL.
