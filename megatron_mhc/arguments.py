@@ -21,8 +21,8 @@ _HELP = {
     "norm_eps": "epsilon inside the root of the mappings' RMS norm",
     "load_dense": "let --load take a checkpoint without mHC parameters (a plain GPT); "
     "the mappings keep their initial values",
-    "backend": "kernels; auto is Triton on CUDA where it can serve, else plain torch",
-    "boundary": "what the Triton kernels of two connections in a row do together",
+    "backend": "kernels; auto is hopper (H100, H200) or else triton where they can serve, else plain torch",
+    "boundary": "what the kernels of two connections in a row do together",
     "log_interval": "steps between two diagnostics in TensorBoard and W&B (mhc/...); 0 is never",
     "log_tokens": "tokens of a micro-batch that the diagnostics sample",
     "alarm": "what to do when a gain or a mapping logit leaves its range",

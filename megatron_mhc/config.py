@@ -18,7 +18,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "h_post": ("dynamic", "fixed"),
     "init": ("home_stream", "uniform"),
     "contract": ("auto", "mean", "sum", "learned_head"),
-    "backend": ("auto", "triton", "reference"),
+    "backend": ("auto", "hopper", "triton", "reference"),
     "boundary": ("apart", "linked", "fused"),
     "alarm": ("off", "warn", "stop"),
     "pipeline_schedule": ("megatron", "interleaved", "fused"),
@@ -55,9 +55,10 @@ class MHCConfig:
             `deepseek_v4` and `mean` otherwise.
         norm_eps: added to mean(x^2) inside the root.
         load_dense: allow a checkpoint without mHC parameters to fill everything else.
-        backend: `triton`, `reference` (plain torch), or `auto`: Triton on CUDA where it can serve, plain
-            torch elsewhere.
-        boundary: what the Triton kernels of two connections in a row do together. `linked`: the second
+        backend: `triton`; `hopper`, for n = 4 and bf16 on H100 and H200: CUDA kernels for reading the
+            streams and their gradient, Triton for the rest; `reference` (plain torch); or `auto`: on CUDA
+            hopper, else triton, where they can serve, plain torch elsewhere.
+        boundary: what the kernels of two connections in a row do together. `linked`: the second
             one's backward makes the first one's df (the same bits). `fused`: besides, the first one's
             post_res projects for the second, in bf16 (docs/kernels.md). `apart`: nothing.
         log_interval: write diagnostics of the mappings every so many steps; 0 never.

@@ -97,8 +97,8 @@ class HyperConnectionModule(MappingParameters):
         self.sublayer_index = sublayer_index
         _built.add(self)
         n, width = mhc.num_residual_streams, config.hidden_size
-        if mhc.backend == "triton":  # at build time what no device could serve; the rest when streams come
-            ops.choose_backend(mhc, width, config.params_dtype, "cuda")
+        if mhc.backend in ("hopper", "triton"):  # what no device could serve; the rest when streams come
+            ops.choose_backend(mhc, width, config.params_dtype, "cuda", ops.HOPPER)
         self.dynamic = {
             "pre": mhc.h_pre == "dynamic",
             "post": mhc.h_post == "dynamic",
@@ -170,9 +170,11 @@ class HyperConnectionModule(MappingParameters):
         """
         s, b, _ = streams.shape
         x = streams.view(s * b, self.mhc.num_residual_streams, -1)
-        if not self.plain and ops.choose_backend(self.mhc, x.shape[-1], x.dtype, x.device.type) == "triton":
-            layer_input, mappings = self.triton_pre(x)
-            return layer_input.view(s, b, -1), mappings
+        if not self.plain:
+            backend = ops.choose_backend(self.mhc, x.shape[-1], x.dtype, x.device.type)
+            if backend != "reference":
+                layer_input, mappings = self.kernel_pre(x, backend)
+                return layer_input.view(s, b, -1), mappings
         coefficients = self.coefficients(x)
         if self.mhc.num_residual_streams == 1 and not self.dynamic["pre"]:
             # 1 * x is x; handing on x itself also keeps the order in which autograd sums its gradient.
@@ -187,8 +189,8 @@ class HyperConnectionModule(MappingParameters):
         mappings.f_bias = bias
         return True
 
-    def triton_pre(self, x: Tensor) -> tuple[Tensor, DeferredMappings]:
-        """`forward` of x: [T, n, C] by the Triton kernels."""
+    def kernel_pre(self, x: Tensor, backend: str) -> tuple[Tensor, DeferredMappings]:
+        """`forward` of x: [T, n, C] by the kernels of `backend`, hopper or triton."""
         from megatron_mhc.ops import deferred  # imports triton, which a CPU may lack
 
         return deferred.pre(
@@ -199,6 +201,7 @@ class HyperConnectionModule(MappingParameters):
             norm_eps=self.mhc.norm_eps,
             iterations=self.mhc.sinkhorn_iterations,
             deepseek_v4=self.mhc.preset == "deepseek_v4",
+            hopper=backend == "hopper",
         )
 
     def post_res(self, streams: Tensor, f: Tensor, mappings: Mappings) -> Tensor:
@@ -240,10 +243,11 @@ def operations() -> list[str]:
             chosen = ops.choose_backend(mhc, width, dtype, device)
         except ValueError as error:  # the first forward pass will raise it
             chosen = f"none, {error}"
-        if chosen == "reference" and mhc.backend == "auto":
-            obstacle = ops.triton_obstacle(mhc, width, dtype, device)
-            chosen += f", since {obstacle or f'the streams are on {device}'}"
-        elif mhc.pp_boundary == "split":
+        if mhc.backend == "auto" and chosen != "hopper":
+            why_not = ops.hopper_obstacle if chosen == "triton" else ops.triton_obstacle
+            obstacle = why_not(mhc, width, dtype, device) or f"the streams are on {device}"
+            chosen += f", since {obstacle}"
+        if mhc.pp_boundary == "split" and not chosen.startswith("reference"):
             chosen += "; reference in the last MLP of a pipeline stage that sends streams"
         shape = f"{mhc.num_residual_streams} streams of {width} channels, {dtype}, {device}"
         lines.append(f"{count} connections of {shape}: {flag('backend')} {mhc.backend} runs {chosen}")

@@ -1,23 +1,51 @@
-"""The mHC operations: `reference` defines them in plain torch, the other files run them by Triton.
+"""The mHC operations: `reference` defines them in plain torch, the other files run them by Triton or CUDA.
 
 pre.py, post_res.py    forward kernels, and the gradient of f
 boundary.py            post_res and the next connection's projection in one
 replay.py              several connections from their coefficients, for recompute
 mapping_backward.py    the gradients of the coefficients, per token
 pre_backward.py        the gradients of the streams and of the mapping parameters
+hopper/                pre.py and pre_backward.py again, in CUDA for H100 and H200
 sinkhorn.py            H_res in registers
 deferred.py, link.py   autograd over all of them, and what connections in a row share
 library.py             both again as ops of torch.library, which torch.compile traces
 """
 
+import functools
 import os
+from collections.abc import Callable
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 
 from megatron_mhc.config import MHCConfig, flag
 
+HOPPER = (9, 0, 132)  # an H100: compute capability, multiprocessors
+_HOPPER_CHANNELS = 128  # that a multiprocessor takes at most
 _HAS_TRITON = find_spec("triton") is not None
+
+
+def _once(fn: Callable[[], Any]) -> Callable[[], Any]:
+    """fn, asked once; torch.compile asks it too, instead of tracing through it."""
+    cached = functools.cache(fn)
+    return torch.compiler.assume_constant_result(lambda: cached())
+
+
+@_once
+def _gpu() -> tuple[int, int, int] | None:
+    """As `HOPPER`, of the device that is current at the first call, which initialises CUDA."""
+    if not torch.cuda.is_available():
+        return None
+    found = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return found.major, found.minor, found.multi_processor_count
+
+
+@_once
+def _has_cuda_bindings() -> bool:
+    from megatron_mhc.ops.hopper.compile import installed
+
+    return installed()
 
 
 def triton_obstacle(mhc: MHCConfig, width: int, dtype: torch.dtype, device_type: str) -> str | None:
@@ -38,21 +66,77 @@ def triton_obstacle(mhc: MHCConfig, width: int, dtype: torch.dtype, device_type:
     return None
 
 
-def choose_backend(mhc: MHCConfig, width: int, dtype: torch.dtype, device_type: str) -> str:
-    """`triton` or `reference`, as `--mhc-backend` says.
+def hopper_obstacle(
+    mhc: MHCConfig,
+    width: int,
+    dtype: torch.dtype,
+    device_type: str,
+    gpu: tuple[int, int, int] | None = None,
+) -> str | None:
+    """The same of the kernels for Hopper; gpu: as `HOPPER`, the current device by default."""
+    if device_type != "cuda":
+        return f"the streams are on {device_type}"
+    if obstacle := triton_obstacle(mhc, width, dtype, device_type):  # post_res stays Triton's
+        return obstacle
+    if dtype != torch.bfloat16:
+        return f"the streams are {dtype}, not {torch.bfloat16}"
+    if mhc.num_residual_streams != 4:
+        return f"{flag('num_residual_streams')} {mhc.num_residual_streams} is not 4"
+    gpu = gpu or _gpu()
+    if gpu is None:
+        return "there is no CUDA device"
+    major, minor, multiprocessors = gpu
+    if (major, minor) != HOPPER[:2]:
+        return f"the GPU's compute capability is {major}.{minor}, not 9.0 (H100, H200)"
+    if width > multiprocessors * _HOPPER_CHANNELS:
+        return f"--hidden-size {width} is more than {multiprocessors} multiprocessors can take"
+    return None if _has_cuda_bindings() else "cuda-bindings is not installed"
 
-    `auto` takes Triton on CUDA wherever it can serve.
+
+def choose_backend(
+    mhc: MHCConfig,
+    width: int,
+    dtype: torch.dtype,
+    device_type: str,
+    gpu: tuple[int, int, int] | None = None,
+) -> str:
+    """`hopper`, `triton` or `reference`, as `--mhc-backend` says.
+
+    `auto` takes, on CUDA, the first of them that can serve. Under `hopper`, post_res is Triton's.
+
+    Args:
+        gpu: as `HOPPER`, the current CUDA device by default.
 
     Raises:
-        ValueError: Triton was asked for and cannot serve.
+        ValueError: kernels were asked for that cannot serve.
     """
     if mhc.backend == "reference":
         return "reference"
     if mhc.backend == "auto" and device_type != "cuda":
         return "reference"
-    obstacle = triton_obstacle(mhc, width, dtype, device_type)
-    if obstacle is None:
-        return "triton"
-    if mhc.backend == "triton":
-        raise ValueError(f"{flag('backend')} triton: {obstacle}; use {flag('backend')} auto or change that")
-    return "reference"
+    if mhc.backend != "triton":
+        obstacle = hopper_obstacle(mhc, width, dtype, device_type, gpu)
+        if obstacle is None:
+            return "hopper"
+    if mhc.backend != "hopper":
+        obstacle = triton_obstacle(mhc, width, dtype, device_type)
+        if obstacle is None:
+            return "triton"
+    if mhc.backend == "auto":
+        return "reference"
+    raise ValueError(
+        f"{flag('backend')} {mhc.backend}: {obstacle}; use {flag('backend')} auto or change that"
+    )
+
+
+def pre_kernels(hopper: bool) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """`pre_forward` and `pre_backward`, Hopper's or Triton's; each takes what the other's partner saved."""
+    if hopper:
+        from megatron_mhc.ops.hopper.pre import pre_forward
+        from megatron_mhc.ops.hopper.pre_backward import pre_backward
+
+        return pre_forward, pre_backward
+    from megatron_mhc.ops import pre
+    from megatron_mhc.ops import pre_backward as backward
+
+    return pre.pre_forward, backward.pre_backward

@@ -1,4 +1,4 @@
-"""The Triton operations under autograd, with the gradient of the streams applied once.
+"""The kernels under autograd, with the gradient of the streams applied once.
 
     streams --pre--> layer input --F--> f
        \\--- (tunnel) ---------------post_res--> streams'
@@ -22,12 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_mhc.ops import library
+from megatron_mhc.ops import library, pre_kernels
 from megatron_mhc.ops.boundary import can_project, post_res_project
 from megatron_mhc.ops.link import Written
 from megatron_mhc.ops.post_res import post_backward, post_res_forward
-from megatron_mhc.ops.pre import pre_forward
-from megatron_mhc.ops.pre_backward import pre_backward
 
 
 class DeferredMappings:
@@ -106,15 +104,18 @@ class _Pre(torch.autograd.Function):
         norm_eps: float,
         iterations: int,
         deepseek_v4: bool,
+        hopper: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         alphas = (alpha_pre, alpha_post, alpha_res)
         options: dict[str, Any] = dict(iterations=iterations, deepseek_v4=deepseek_v4)
         parts = None if upstream is None else upstream.take_parts(x, weight)
+        pre_forward = pre_kernels(hopper and parts is None)[0]
+        ahead = {} if parts is None else {"parts": parts}  # which Triton's alone takes
         layer_input, saved, values = pre_forward(
-            x, weight, bias, alphas, norm_eps=norm_eps, parts=parts, **options
+            x, weight, bias, alphas, norm_eps=norm_eps, **ahead, **options
         )
         ctx.save_for_backward(x, weight, bias, *alphas, saved)
-        ctx.baton, ctx.upstream, ctx.options = baton, upstream, options
+        ctx.baton, ctx.upstream, ctx.options, ctx.hopper = baton, upstream, options, hopper
         ctx.mark_non_differentiable(saved, values)
         ctx.set_materialize_grads(False)  # else autograd fills zeros for saved and values
         return layer_input, x.view_as(x), saved, values
@@ -129,6 +130,7 @@ class _Pre(torch.autograd.Function):
         dl = torch.zeros_like(x[:, 0]) if dl is None else dl  # the layer input reaches no loss
         if g is None or f is None:  # no post_res downstream, so f counts for nothing
             g, f, f_bias = torch.zeros_like(x), torch.zeros_like(dl), None
+        pre_backward = pre_kernels(ctx.hopper and f.dtype == x.dtype)[1]
         dx, d_weight, d_bias, d_alphas = pre_backward(
             x,
             g.contiguous(),
@@ -142,7 +144,7 @@ class _Pre(torch.autograd.Function):
             f_bias=f_bias,
             **ctx.options,
         )
-        return dx, d_weight, d_bias, d_alphas[:1], d_alphas[1:2], d_alphas[2:], *[None] * 5
+        return dx, d_weight, d_bias, d_alphas[:1], d_alphas[1:2], d_alphas[2:], *[None] * 6
 
 
 class _PostRes(torch.autograd.Function):
@@ -189,21 +191,26 @@ def pre(
     norm_eps: float,
     iterations: int,
     deepseek_v4: bool,
+    hopper: bool = False,
 ) -> tuple[Tensor, DeferredMappings]:
     """Read the layer input from the streams; see `pre.pre_forward` for shapes.
+
+    Args:
+        hopper: by the kernels of `hopper`, forward and backward, which are for n = 4 and bf16. A projection
+            made ahead is left to Triton's, and so is the backward of an f that is not bf16.
 
     Returns:
         layer input [T, C] in x's dtype, and the mappings that `post_res` takes, once.
     """
     if torch.compiler.is_compiling():
         layer_input, *tunnels, saved, values = library.pre(
-            x, weight, bias, *alphas, norm_eps, iterations, deepseek_v4
+            x, weight, bias, *alphas, norm_eps, iterations, deepseek_v4, hopper
         )
         rest: tuple[Any, ...] = (x, saved, bias, alphas[1])  # whose gradients all leave `pre`
         return layer_input, DeferredMappings(tuple(tunnels), values, rest, traced=True)
     baton = _Baton()
     layer_input, tunnel, saved, values = _Pre.apply(
-        x.contiguous(), weight, bias, *alphas, baton, _written(x), norm_eps, iterations, deepseek_v4
+        x.contiguous(), weight, bias, *alphas, baton, _written(x), norm_eps, iterations, deepseek_v4, hopper
     )
     rest = (saved, bias.detach(), alphas[1].detach(), baton)
     return layer_input, DeferredMappings((tunnel,), values, rest, traced=False)

@@ -1,4 +1,4 @@
-"""The Triton operations as ops of `torch.library`, with their autograd: what torch.compile traces.
+"""The operations of `deferred` as ops of `torch.library`, with their autograd: what torch.compile traces.
 
 The scheme is that of `deferred`, with nothing but tensors between forward and backward. `pre` returns two
 tensors that no one reads: the tunnels. `post_res` takes them, and its backward returns g as the "gradient"
@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 from torch.library import custom_op, register_autograd, register_fake
 
+from megatron_mhc.ops import pre_kernels
 from megatron_mhc.ops.launch import mapping_rows
 from megatron_mhc.ops.post_res import post_backward, post_res_forward
-from megatron_mhc.ops.pre import pre_forward
-from megatron_mhc.ops.pre_backward import pre_backward
 
 # Inductor may hand an op other strides than it traced; contiguous() of what is contiguous does nothing.
 
@@ -42,8 +41,10 @@ def pre(
     norm_eps: float,
     iterations: int,
     deepseek_v4: bool,
+    hopper: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`pre_forward`: layer input, tunnels of g [T, n, C] and of f [T, C], saved, coefficients."""
+    pre_forward = pre_kernels(hopper)[0]
     layer_input, saved, values = pre_forward(
         x.contiguous(),
         weight.contiguous(),
@@ -70,7 +71,9 @@ def _pre_backward(
     saved: Tensor,
     iterations: int,
     deepseek_v4: bool,
+    hopper: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    pre_backward = pre_kernels(hopper and f.dtype == x.dtype)[1]
     return pre_backward(
         x.contiguous(),
         g.contiguous(),
@@ -143,7 +146,7 @@ def _gradients_of_pre(ctx: Any, dl: Tensor | None, g: Tensor | None, f: Tensor |
     if g is None or f is None:  # no post_res downstream, so f counts for nothing
         g, f = torch.zeros_like(x), torch.zeros_like(dl)
     dx, d_weight, d_bias, d_alphas = _pre_backward(x, g, f, dl, weight, *small, saved, *ctx.options)
-    return dx, d_weight, d_bias, d_alphas[:1], d_alphas[1:2], d_alphas[2:], *[None] * 3
+    return dx, d_weight, d_bias, d_alphas[:1], d_alphas[1:2], d_alphas[2:], *[None] * 4
 
 
 def _keep_for_post_res(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:

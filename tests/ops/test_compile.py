@@ -161,9 +161,9 @@ def test_ops_hold_what_torch_asks_of_custom_ops(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "new_empty_strided", lambda *args: new(*args).fill_(0))
     *tensors, f = inputs(3, 4, 32, torch.float32)
     x, weight, bias, *alphas = leaves = [t.requires_grad_() for t in tensors]
-    torch.library.opcheck(library.pre, (*leaves, 1e-6, 20, False))
+    torch.library.opcheck(library.pre, (*leaves, 1e-6, 20, False, False))
     layer_input, g_tunnel, f_tunnel, saved, values = (
-        t.detach() for t in library.pre(*leaves, 1e-6, 20, False)
+        t.detach() for t in library.pre(*leaves, 1e-6, 20, False, False)
     )
     tunnels = g_tunnel.requires_grad_(), f_tunnel.requires_grad_()
     torch.library.opcheck(library.post_res, (*tunnels, x, f.requires_grad_(), values, saved, bias, alphas[1]))
@@ -171,7 +171,7 @@ def test_ops_hold_what_torch_asks_of_custom_ops(monkeypatch):
     plain = [t.detach() for t in leaves]
     torch.library.opcheck(library._post_backward, (g, saved, plain[2], plain[4]))
     torch.library.opcheck(
-        library._pre_backward, (plain[0], g, f.detach(), layer_input, *plain[1:], saved, 20, False)
+        library._pre_backward, (plain[0], g, f.detach(), layer_input, *plain[1:], saved, 20, False, False)
     )
 
 

@@ -1,5 +1,8 @@
 """Which operations run: what --mhc-backend says, checked against what the kernels can serve."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from megatron.core.transformer import TransformerConfig
@@ -9,6 +12,19 @@ from megatron_mhc.config import MHCConfig
 from megatron_mhc.hyper_connection import HyperConnectionModule
 
 BF16 = torch.bfloat16
+A100, H20 = (8, 0, 108), (9, 0, 78)
+
+
+@pytest.fixture(autouse=True)
+def machine(monkeypatch):
+    """Sets the GPU and whether cuda-bindings is installed; at first, neither is there."""
+
+    def pretend(gpu, installed=True):
+        monkeypatch.setattr(ops, "_gpu", lambda: gpu)
+        monkeypatch.setattr(ops, "_has_cuda_bindings", lambda: installed)
+
+    pretend(None, False)
+    return pretend
 
 
 @pytest.mark.parametrize(
@@ -33,6 +49,74 @@ def test_backend_follows_the_option_and_the_streams(options, width, dtype, devic
 
 
 @pytest.mark.parametrize(
+    "options, width, dtype, backend",
+    [
+        ({}, 4096, BF16, "hopper"),
+        (dict(preset="deepseek_v4"), 16, BF16, "hopper"),
+        (dict(boundary="fused"), 132 * 128, BF16, "hopper"),
+        ({}, 132 * 128 + 16, BF16, "triton"),
+        ({}, 4096, torch.float16, "triton"),
+        (dict(num_residual_streams=2), 4096, BF16, "triton"),
+        (dict(backend="triton"), 4096, BF16, "triton"),
+        (dict(backend="hopper"), 4096, BF16, "hopper"),
+        (dict(backend="reference"), 4096, BF16, "reference"),
+        (dict(h_post="fixed"), 4096, BF16, "reference"),
+        ({}, 4100, BF16, "reference"),
+    ],
+)
+def test_backend_of_an_h100(machine, options, width, dtype, backend):
+    machine(ops.HOPPER)
+    assert ops.choose_backend(MHCConfig(**options), width, dtype, "cuda") == backend
+
+
+@pytest.mark.parametrize("gpu, installed", [(A100, True), ((9, 1, 132), True), (ops.HOPPER, False)])
+def test_backend_of_other_machines_is_triton(machine, gpu, installed):
+    machine(gpu, installed)
+    assert ops.choose_backend(MHCConfig(), 4096, BF16, "cuda") == "triton"
+
+
+def test_streams_on_a_cpu_ask_for_no_gpu(monkeypatch):
+    monkeypatch.setattr(ops, "_gpu", lambda: pytest.fail("asked"))
+    assert ops.choose_backend(MHCConfig(), 4096, BF16, "cpu") == "reference"
+    with pytest.raises(ValueError, match="--mhc-backend hopper: the streams are on cpu"):
+        ops.choose_backend(MHCConfig(backend="hopper"), 4096, BF16, "cpu")
+
+
+@pytest.mark.parametrize(
+    "gpu, installed, options, width, dtype, words",
+    [
+        (None, True, {}, 4096, BF16, "there is no CUDA device"),
+        (A100, True, {}, 4096, BF16, "the GPU's compute capability is 8.0, not 9.0 (H100, H200)"),
+        (H20, True, {}, 16384, BF16, "--hidden-size 16384 is more than 78 multiprocessors can take"),
+        (ops.HOPPER, False, {}, 4096, BF16, "cuda-bindings is not installed"),
+        (ops.HOPPER, True, {}, 4096, torch.float32, "the streams are torch.float32, not torch.bfloat16"),
+        (ops.HOPPER, True, {}, 4100, BF16, "--hidden-size 4100 is no multiple of 16"),
+        (
+            ops.HOPPER,
+            True,
+            dict(num_residual_streams=2),
+            4096,
+            BF16,
+            "--mhc-num-residual-streams 2 is not 4",
+        ),
+        (ops.HOPPER, True, dict(h_res="identity"), 4096, BF16, "--mhc-h-res is identity"),
+    ],
+)
+def test_hopper_where_it_cannot_serve_is_refused(machine, gpu, installed, options, width, dtype, words):
+    machine(gpu, installed)
+    with pytest.raises(ValueError) as error:
+        ops.choose_backend(MHCConfig(backend="hopper", **options), width, dtype, "cuda")
+    assert f"--mhc-backend hopper: {words}; use --mhc-backend auto or change that" == str(error.value)
+
+
+def test_hopper_without_triton_is_refused(machine, monkeypatch):
+    machine(ops.HOPPER)
+    monkeypatch.setattr(ops, "_HAS_TRITON", False)
+    with pytest.raises(ValueError, match="hopper: triton is not installed"):
+        ops.choose_backend(MHCConfig(backend="hopper"), 4096, BF16, "cuda")
+
+
+@pytest.mark.parametrize(
     "options, width, dtype, words",
     [
         (dict(num_residual_streams=3), 4096, BF16, "--mhc-num-residual-streams 3 is not 1, 2, 4 or 8"),
@@ -53,10 +137,37 @@ def test_triton_without_a_gpu_is_refused(monkeypatch):
         ops.choose_backend(MHCConfig(backend="triton"), 64, BF16, "cpu")
 
 
-def test_triton_for_a_width_it_cannot_serve_is_refused_when_the_layer_is_built():
+@pytest.mark.parametrize("backend", ["triton", "hopper"])
+def test_a_width_that_kernels_cannot_serve_is_refused_when_the_layer_is_built(machine, backend):
+    machine(None)
     config = TransformerConfig(
         num_layers=1, hidden_size=20, num_attention_heads=2, use_cpu_initialization=True
     )
     with pytest.raises(ValueError, match="--hidden-size 20 is no multiple of 16"):
-        HyperConnectionModule(config, MHCConfig(backend="triton"), 0)
+        HyperConnectionModule(config, MHCConfig(backend=backend), 0)
     HyperConnectionModule(config, MHCConfig(), 0)
+
+
+def test_a_layer_for_hopper_is_built_where_none_is(machine):
+    machine(None)
+    shape = dict(num_layers=1, hidden_size=32, num_attention_heads=2, use_cpu_initialization=True)
+    HyperConnectionModule(TransformerConfig(params_dtype=BF16, **shape), MHCConfig(backend="hopper"), 0)
+    with pytest.raises(ValueError, match="the streams are torch.float32, not torch.bfloat16"):
+        HyperConnectionModule(TransformerConfig(**shape), MHCConfig(backend="hopper"), 0)
+
+
+def test_the_machine_is_asked_once_and_by_no_import():
+    code = """
+import sys, torch
+from megatron_mhc import ops
+from megatron_mhc.config import MHCConfig
+assert not torch.cuda.is_initialized() and "megatron_mhc.ops.hopper" not in sys.modules
+assert ops.choose_backend(MHCConfig(), 64, torch.bfloat16, "cpu") == "reference"
+assert not torch.cuda.is_initialized() and "megatron_mhc.ops.hopper" not in sys.modules
+times = []
+torch.cuda.is_available = lambda: bool(times.append(0))
+for _ in range(2):
+    assert ops.choose_backend(MHCConfig(), 64, torch.bfloat16, "cuda") == "triton"
+assert times == [0], times
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

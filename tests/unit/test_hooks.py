@@ -5,13 +5,15 @@ import functools
 import gc
 import importlib
 import inspect
+import types
 
 import pytest
+import torch
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.transformer import TransformerConfig
 
 import megatron_mhc
-from megatron_mhc import hooks
+from megatron_mhc import hooks, ops
 from megatron_mhc.hooks import targets
 from megatron_mhc.hyper_connection import HyperConnectionModule
 
@@ -84,6 +86,32 @@ def test_report_says_which_operations_the_models_run(options, words):
     assert line.startswith("  2 connections of 2 streams of 32 channels, torch.float32, cpu: ")
     assert words in line
     del connections
+
+
+@pytest.mark.parametrize(
+    "backend, gpu, words",
+    [
+        ("auto", (9, 0, 132), "auto runs hopper"),
+        ("hopper", (9, 0, 132), "hopper runs hopper"),
+        ("auto", (8, 0, 108), "auto runs triton, since the GPU's compute capability is 8.0"),
+        ("hopper", (8, 0, 108), "hopper runs none, --mhc-backend hopper: the GPU's compute capability"),
+    ],
+)
+def test_report_says_whether_hopper_runs(monkeypatch, backend, gpu, words):
+    monkeypatch.setattr(ops, "_gpu", lambda: gpu)
+    monkeypatch.setattr(ops, "_has_cuda_bindings", lambda: True)
+    config = TransformerConfig(
+        num_layers=1,
+        hidden_size=32,
+        num_attention_heads=2,
+        use_cpu_initialization=True,
+        params_dtype=torch.bfloat16,
+    )
+    connection = HyperConnectionModule(config, megatron_mhc.MHCConfig(backend=backend), 0)
+    on_gpu = types.SimpleNamespace(device=types.SimpleNamespace(type="cuda"))
+    monkeypatch.setattr(connection, "parameters", lambda: iter([on_gpu]))
+    assert words in megatron_mhc.register().report()
+    del connection
 
 
 def test_report_says_that_triton_cannot_serve(monkeypatch):

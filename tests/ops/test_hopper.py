@@ -1,0 +1,229 @@
+"""The kernels for Hopper against the reference in float64 and against themselves, on an H100 or H200.
+
+MEGATRON_MHC_GPU_TESTS=1 python -m pytest tests/ops/test_hopper.py
+"""
+
+import functools
+
+import pytest
+import test_boundary
+import test_replay
+import torch
+from test_bias import run as two_with_a_bias
+from test_compile import connections, optimize, results
+from test_linked import run as linked
+from test_triton import COEFFICIENT, DEVICE, ON_GPU, STREAM, compare, error, inputs, triton_connection
+from test_triton import poisoned as poisoned  # buffers start as NaN here too
+
+from megatron_mhc import MHCConfig, ops
+from megatron_mhc.ops import deferred
+
+BF16 = torch.bfloat16
+ON_HOPPER = ON_GPU and torch.cuda.get_device_capability() == (9, 0)
+pytestmark = pytest.mark.skipif(not ON_HOPPER, reason="needs an H100 or H200: MEGATRON_MHC_GPU_TESTS=1")
+
+# (tokens, channels)
+SHAPES = [(1, 16), (16, 16), (37, 48), (257, 1040), (1000, 4096), (4096, 2560), (5, 7168), (0, 32)]
+WIDE = ("layer_input", "streams", "d x", "d f")
+ALPHA = 1e-2  # d alpha is one number, and a sum in which much cancels: most shapes are within COEFFICIENT
+
+
+@pytest.fixture(autouse=True)
+def by_hopper(monkeypatch):
+    monkeypatch.setattr(deferred, "pre", functools.partial(deferred.pre, hopper=True))
+
+
+@pytest.fixture
+def by_triton(monkeypatch, by_hopper):
+    """Call it to go back to Triton."""
+    return lambda: monkeypatch.setattr(deferred, "pre", deferred.pre.func)
+
+
+def check(errors):
+    print({name: f"{value:.1e}" for name, value in errors.items()})
+    for name, value in errors.items():
+        limit = STREAM[BF16] if name in WIDE else ALPHA if "alpha" in name else COEFFICIENT[BF16]
+        assert value <= limit, name
+
+
+def step(leaves, v4=False):
+    """Outputs and all gradients of one connection."""
+    layer_input, streams, _ = triton_connection(*leaves, v4)
+    loss = layer_input.float().square().sum() + streams.float().square().sum()
+    return [layer_input, streams, *torch.autograd.grad(loss, leaves)]
+
+
+def leaves_of(tokens, channels):
+    return [t.requires_grad_() for t in inputs(tokens, 4, channels, BF16)]
+
+
+def same(got, want):
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_auto_takes_them():
+    assert ops.choose_backend(MHCConfig(), 4096, BF16, "cuda") == "hopper"
+
+
+@pytest.mark.parametrize("v4", [False, True])
+@pytest.mark.parametrize("tokens, channels", SHAPES)
+def test_outputs_and_every_gradient_match_float64(tokens, channels, v4):
+    check(compare(inputs(tokens, 4, channels, BF16), BF16, v4))
+
+
+@pytest.mark.parametrize("iterations", [1, 2, 5])
+def test_other_numbers_of_iterations_match_float64(iterations):
+    for v4 in (False, True):
+        check(compare(inputs(37, 4, 48, BF16), BF16, v4, iterations))
+
+
+@pytest.mark.parametrize("tokens, channels", SHAPES[2:5])
+def test_extreme_logits_stay_finite_and_rows_sum_to_one(tokens, channels):
+    tensors = inputs(tokens, 4, channels, BF16, logits=3000.0)
+    errors = compare(tensors, BF16, False)  # in which all must be finite
+    print(errors)
+    assert errors["layer_input"] <= STREAM[BF16]
+    assert errors["h_res"] <= 2e-3 and errors["streams"] <= 5e-3  # fp32 logits of 1e4 are off by 5e-4
+    _, _, h = triton_connection(*tensors, False)
+    assert (h.h_res.sum(-1) - 1).abs().max() <= 1e-5
+    compare(tensors, BF16, True)
+
+
+def test_tiny_and_huge_streams_match_float64():
+    for scale in (1e-3, 1e3):
+        check(compare(inputs(37, 4, 48, BF16, scale=scale), BF16, False))
+
+
+@pytest.mark.parametrize("linked", [True, False])
+@pytest.mark.parametrize("tokens, channels", [*SHAPES[:4], (4096, 2560), (0, 32)])
+def test_a_bias_of_f_gives_what_an_addition_before_gives(tokens, channels, linked):
+    case = (tokens, 4, channels, BF16)
+    got, want = (two_with_a_bias(case, fold, linked) for fold in (True, False))
+    for a, b in zip(got, want, strict=True):
+        assert error(a, b.double()) <= STREAM[BF16]  # f + f_bias is rounded there alone
+
+
+@pytest.mark.parametrize("v4", [False, True])
+@pytest.mark.parametrize("tokens, channels", SHAPES)
+def test_linked_connections_give_the_gradients_of_unlinked_ones(monkeypatch, tokens, channels, v4):
+    made, original = [], deferred.post_backward
+    monkeypatch.setattr(deferred, "post_backward", lambda *args: (made.append(0), original(*args))[1])
+    case = (tokens, 4, channels, BF16, v4)
+    want = linked(case, linked=False)
+    assert len(made) == 2
+    got = linked(case)
+    assert len(made) == (3 if tokens else 4)  # the last one has its own
+    for a, b in zip(got, want, strict=True):
+        assert error(a, b.double()) <= STREAM[BF16]
+
+
+@pytest.mark.parametrize("tokens, channels", [(257, 1040), (1000, 2560)])
+def test_a_chain_that_projects_ahead_matches_float64(tokens, channels):
+    """--mhc-boundary fused: the first connection reads by these kernels, all go back by them."""
+    tensors = inputs(tokens, 4, channels, BF16)
+    want, apart, ahead = (test_boundary.chain(tensors, how) for how in (None, False, True))
+    for got, without, exact in zip(ahead, apart, want, strict=True):
+        assert error(got, exact) <= max(1.2 * error(without, exact), test_boundary.COEFFICIENT)
+
+
+@pytest.mark.parametrize("back", [False, True])
+@pytest.mark.parametrize("tokens, channels", SHAPES[2:5])
+def test_one_way_by_these_kernels_and_the_other_by_tritons(monkeypatch, tokens, channels, back):
+    """`saved` has one format."""
+    mixed = ops.pre_kernels(not back)[0], ops.pre_kernels(back)[1]
+    monkeypatch.setattr(deferred, "pre_kernels", lambda hopper: mixed)
+    check(compare(inputs(tokens, 4, channels, BF16), BF16, False))
+
+
+@pytest.mark.parametrize("tokens, channels", [*SHAPES[:3], (4096, 2560), (333, 1040)])
+def test_a_replay_has_the_bits_of_the_forward_pass(monkeypatch, tokens, channels):
+    """Recompute writes layer inputs again from the coefficients, by a Triton kernel."""
+    monkeypatch.setattr(test_replay, "pre_forward", ops.pre_kernels(True)[0])
+    case = (tokens, 4, channels, BF16, 3)
+    test_replay.test_streams_and_layer_inputs_have_the_bits_of_the_forward_pass(case, True)
+
+
+@pytest.mark.parametrize("tokens, channels", [(37, 48), (2000, 1024), (1000, 4096)])
+def test_results_repeat_bit_for_bit(tokens, channels):
+    leaves = leaves_of(tokens, channels)
+    first, *more = (step(leaves) for _ in range(3))
+    for again in more:
+        same(again, first)
+
+
+@pytest.mark.parametrize("tokens, channels", [(300, 1024), (1000, 4096)])
+def test_a_replayed_graph_on_another_stream_gives_the_same_bits(tokens, channels):
+    leaves = leaves_of(tokens, channels)
+    want = [t.detach().clone() for t in step(leaves)]
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        same(step(leaves), want)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=side):
+            got = step(leaves)
+        for _ in range(3):
+            graph.replay()
+    torch.cuda.synchronize()
+    same(got, want)
+
+
+@pytest.mark.parametrize("tokens, channels", [(300, 1024), (1000, 4096), (5, 7168)])
+def test_another_kernel_on_the_gpu_changes_nothing(tokens, channels):
+    """Blocks then start late and far apart, and wait for one another."""
+    leaves = leaves_of(tokens, channels)
+    want = step(leaves)
+    torch.cuda.synchronize()
+    side = torch.cuda.Stream()
+    a = torch.randn(4096, 4096, device=DEVICE, dtype=BF16)
+    for _ in range(5):
+        with torch.cuda.stream(side):
+            for _ in range(20):
+                b = a @ a
+        same(step(leaves), want)
+        assert b.shape == a.shape
+    torch.cuda.synchronize()
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("tokens, channels", SHAPES[:6])
+def test_few_multiprocessors_match_float64(monkeypatch, tokens, channels, groups):
+    """A group works through many tiles, more than its rings have places."""
+    from megatron_mhc.ops.hopper import pre, pre_backward
+
+    for module in (pre, pre_backward):
+        enough = -(-channels // module.WIDEST) * groups
+        monkeypatch.setattr(module, "multiprocessors", lambda device, enough=enough: enough)
+    check(compare(inputs(tokens, 4, channels, BF16), BF16, False))
+
+
+def test_compiled_graphs_give_the_results_of_eager():
+    torch._dynamo.reset()
+    tensors = inputs(1000, 4, 2560, BF16)
+    got, want = (results(run, tensors, False) for run in (optimize(connections), connections))
+    for a, b in zip(got, want, strict=True):
+        assert error(a, b.double()) <= STREAM[BF16]  # eager connections are linked, compiled ones are not
+
+
+def test_results_are_tritons_to_rounding(by_triton):
+    leaves = leaves_of(4096, 2560)
+    got = step(leaves)
+    by_triton()
+    for a, b in zip(got, step(leaves), strict=True):
+        assert error(a, b.double()) <= STREAM[BF16]
+
+
+def test_several_streams_at_a_time_change_nothing():
+    """Launches then share the multiprocessors; a group of blocks is a fourth of them."""
+    leaves = leaves_of(1000, 4096)
+    want = step(leaves)
+    torch.cuda.synchronize()
+    sides, got = [torch.cuda.Stream() for _ in range(3)], []
+    for _ in range(5):
+        for side in sides:
+            with torch.cuda.stream(side):
+                got.append(step([t.detach().requires_grad_() for t in leaves]))
+    torch.cuda.synchronize()
+    for each in got:
+        same(each, want)

@@ -1,0 +1,113 @@
+"""That `hopper` calls the kernels of `ops/hopper`, where Triton's stand for them; how channels are cut."""
+
+import functools
+
+import pytest
+import torch
+from megatron.core.transformer import TransformerConfig
+from test_boundary import chain
+from test_compile import apart, connections, optimize, results, same
+from test_linked import run as linked
+from test_triton import DEVICE, inputs
+
+from megatron_mhc import MHCConfig, ops
+from megatron_mhc.hyper_connection import HyperConnectionModule
+from megatron_mhc.ops import deferred
+from megatron_mhc.ops.hopper import compile, pre, pre_backward
+
+BF16 = torch.bfloat16
+CASE = (5, 4, 48, BF16)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The names of Hopper's functions as they are called; Triton's do the work."""
+    made = []
+
+    def counted(original):
+        def call(*args, **options):
+            assert "parts" not in options
+            made.append(original.__name__)
+            return original(*args, **options)
+
+        return call
+
+    for module, original in zip((pre, pre_backward), ops.pre_kernels(False), strict=True):
+        monkeypatch.setattr(module, original.__name__, counted(original))
+    return made
+
+
+@pytest.fixture
+def by_hopper(monkeypatch):
+    monkeypatch.setattr(deferred, "pre", functools.partial(deferred.pre, hopper=True))
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_forward_and_backward_are_hoppers(calls, links, request):
+    want = linked((*CASE, True), linked=links)
+    assert not calls
+    request.getfixturevalue("by_hopper")
+    same(linked((*CASE, True), linked=links), want)
+    assert calls == ["pre_forward"] * 2 + ["pre_backward"] * 2
+
+
+def test_a_projection_made_ahead_is_tritons(calls, by_hopper):
+    chain(inputs(*CASE), True)
+    assert calls == ["pre_forward"] + ["pre_backward"] * 3
+
+
+def test_the_backward_of_another_dtype_of_f_is_tritons(calls, by_hopper):
+    x, weight, bias, *alphas, f = (t.requires_grad_() for t in inputs(*CASE))
+    options = dict(norm_eps=1e-6, iterations=20, deepseek_v4=False)
+    _, mappings = deferred.pre(x, weight, bias, tuple(alphas), **options)
+    deferred.post_res(f.float(), mappings).sum().backward()
+    assert calls == ["pre_forward"] and x.grad.isfinite().all()
+
+
+@apart
+def test_compiled_graphs_call_hoppers(calls, by_hopper):
+    tensors = inputs(*CASE)
+    want = results(connections, tensors, False)
+    calls.clear()
+    same(results(optimize(connections), tensors, False), want)
+    assert calls == ["pre_forward"] * 2 + ["pre_backward"] * 2
+
+
+@pytest.mark.parametrize("backend, count", [("hopper", 1), ("triton", 0)])
+def test_a_connection_says_which_it_wants(monkeypatch, calls, backend, count):
+    config = TransformerConfig(
+        num_layers=1, hidden_size=48, num_attention_heads=2, use_cpu_initialization=True
+    )
+    connection = HyperConnectionModule(config, MHCConfig(), 0).to(DEVICE)
+    monkeypatch.setattr(ops, "choose_backend", lambda *args: backend)
+    streams = torch.randn(5, 1, 4 * 48).to(DEVICE, BF16).requires_grad_()
+    layer_input, mappings = connection(streams)
+    connection.post_res(streams, layer_input, mappings).sum().backward()
+    assert calls == ["pre_forward", "pre_backward"][: 2 * count]
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 17, 300, 8192])
+@pytest.mark.parametrize("channels", [16, 48, 1040, 2560, 4096, 7168, 16384])
+@pytest.mark.parametrize("widest", [pre.WIDEST, pre_backward.WIDEST])
+@pytest.mark.parametrize("blocks", [132, 144])
+def test_layout_covers_all_channels_once_with_blocks_that_are_there(tokens, channels, widest, blocks):
+    width, slices, groups = compile.layout(tokens, channels, widest, blocks)
+    assert width % 16 == 0 and 0 < width <= widest
+    assert (slices - 1) * width < channels <= slices * width
+    assert 1 <= groups <= -(-tokens // compile.TOKENS) and slices * groups <= blocks
+
+
+def test_layout_uses_most_multiprocessors_where_there_are_tokens_enough():
+    for channels in (2560, 4096, 7168):
+        _, slices, groups = compile.layout(8192, channels, pre_backward.WIDEST, 132)
+        assert slices * groups >= 100
+
+
+def test_layout_of_more_channels_than_blocks_is_refused():
+    with pytest.raises(ValueError, match="4096 channels need more than 31 blocks of 128"):
+        compile.layout(100, 4096, 128, 31)
+    assert compile.layout(100, 4096, 128, 32).groups == 1
+
+
+def test_what_a_multiprocessor_takes_is_what_the_obstacle_says():
+    assert ops._HOPPER_CHANNELS == min(pre.WIDEST, pre_backward.WIDEST)
