@@ -114,7 +114,7 @@ def _finite(value: float) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "gpu_check")
-    parser.add_argument("--backend", choices=("auto", "triton", "reference"), default="auto")
+    parser.add_argument("--backend", choices=("auto", "hopper", "triton", "reference"), default="auto")
     parser.add_argument("--only", default="", help="run recipes whose name contains this")
     parser.add_argument("--jobs", type=int, default=1, help="recipes at a time")
     options = parser.parse_args()

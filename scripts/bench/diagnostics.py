@@ -170,7 +170,7 @@ def main() -> None:
     parser.add_argument("--micro-batches", type=int, default=2, help="of a step")
     parser.add_argument("--tokens", type=int, default=256, help="--mhc-log-tokens")
     parser.add_argument("--h-res", default="sinkhorn")
-    parser.add_argument("--backend", default="auto", choices=("auto", "triton", "reference"))
+    parser.add_argument("--backend", default="auto", choices=("auto", "hopper", "triton", "reference"))
     parser.add_argument("--interval", type=int, default=100, help="K, for the share of the whole")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--warmup", type=int, default=3)

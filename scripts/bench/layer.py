@@ -5,7 +5,8 @@
 Transformer Engine's layers, bf16. dense: 4096/14336, 32 heads, 8 groups. moe: the paper's 27B layer, MLA
 with 72 experts of 1536 (top 6) and a shared one of 3072. moe_ep8: what a rank of EP=8 computes of it, 9
 experts with the same rows each, no exchange. The layers neither expand nor contract; numbers are per
-layer, peak memory (gradients included) of all --layers. compile is torch.compile of the reference.
+layer, peak memory (gradients included) of all --layers. compile is torch.compile of the reference; hopper
+and triton are the values of --mhc-backend.
 
 wall     median interval between steps, none of which is waited for, the ops taking turns
 kernels  GPU time summed over kernels and copies (CUPTI, in steps of their own); launches: their number
@@ -53,7 +54,8 @@ from megatron_mhc import MHCConfig
 from megatron_mhc.hyper_connection import HyperConnectionModule
 from megatron_mhc.specs import wrap_layer_spec
 
-OPS = ("vanilla", "reference", "compile", "triton")
+KERNELS = ("triton", "hopper")
+OPS = ("vanilla", "reference", "compile", *KERNELS)
 PADDED = dict(moe_expert_capacity_factor=1.0, moe_pad_expert_input_to_capacity=True)
 
 
@@ -68,7 +70,7 @@ class Stack:
         n = row["n"] or 1
         specs = get_gpt_decoder_block_spec(config, use_transformer_engine=ON_GPU).layer_specs[1:]
         if row["ops"] != "vanilla":
-            backend = "triton" if row["ops"] == "triton" else "reference"
+            backend = row["ops"] if row["ops"] in KERNELS else "reference"
             mhc = MHCConfig(num_residual_streams=n, backend=backend)
             specs = [wrap_layer_spec(spec, mhc) for spec in specs]
         # Layer 1 would expand the embedding.

@@ -7,6 +7,7 @@ Chain = pre -> F -> post_res, forward and backward with every gradient, where F 
 u is the bytes of one stream of all tokens; the floor of the chain is 7 n + 5 u, 33 for n = 4
 (pre 5, post_res 9, their backward 5 and 14, each tensor moved once per operation), at the bandwidth of a
 large device-to-device copy measured in the same run. Errors are relative L2 against float64.
+"megatron_mhc" is Triton's kernels; "megatron_mhc, Hopper" is there on H100 and H200, for n = 4 and bf16.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from megatron_mhc.ops import deferred, reference
+from megatron_mhc.ops import HOPPER, deferred, reference
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 GRADS = ("x", "weight", "bias", "alpha_pre", "alpha_post", "alpha_res")
@@ -42,6 +43,11 @@ def plain_post(f, state):
 
 def ours(x, weight, bias, *alphas):
     return deferred.pre(x, weight, bias, alphas, norm_eps=1e-6, iterations=20, deepseek_v4=False)
+
+
+def by_hopper(x, weight, bias, *alphas):
+    options = dict(norm_eps=1e-6, iterations=20, deepseek_v4=False)
+    return deferred.pre(x, weight, bias, alphas, **options, hopper=True)
 
 
 def ours_ahead(x, weight, *rest):
@@ -68,9 +74,10 @@ def transformer_engine(split_k: bool):
     return pre, post
 
 
-def providers(n: int) -> dict[str, tuple[Callable, Callable]]:
+def providers(n: int, dtype: torch.dtype) -> dict[str, tuple[Callable, Callable]]:
     found = {
-        "megatron_mhc": (ours, lambda f, mappings: deferred.post_res(f, mappings)),
+        "megatron_mhc": (ours, deferred.post_res),
+        "megatron_mhc, Hopper": (by_hopper, deferred.post_res),
         "megatron_mhc, projecting ahead": (
             ours_ahead,
             lambda f, state: deferred.post_res(f, state[0], next_weight=state[1]),
@@ -78,6 +85,8 @@ def providers(n: int) -> dict[str, tuple[Callable, Callable]]:
         "torch eager": (plain, plain_post),
         "torch.compile": (torch.compile(plain), torch.compile(plain_post)),
     }
+    if torch.cuda.get_device_capability() != HOPPER[:2] or n != 4 or dtype != torch.bfloat16:
+        del found["megatron_mhc, Hopper"]
     if n == 4:
         try:
             found["TransformerEngine"] = transformer_engine(False)
@@ -259,7 +268,7 @@ def main() -> None:
     for shape in options.shapes.split(","):
         tokens, width = map(int, shape.split("x"))
         unit_us = tokens * width * torch.finfo(dtype).bits // 8 / bandwidth * 1e6
-        for name, (pre, post) in providers(options.n).items():
+        for name, (pre, post) in providers(options.n, dtype).items():
             if options.only not in name:
                 continue
             try:

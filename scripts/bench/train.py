@@ -12,7 +12,7 @@ gradients accumulate inside TE's GEMMs. All rows see the same seeds and tokens.
 A row is OPS, OPS/N, or OPS/N/auto for --mhc-recompute-layer-num auto. Rows come in the order given:
 
 vanilla, again  without mHC, at the start and at the end; the rest is compared with their mean
-triton          the kernels under the default --mhc-boundary linked; fused: under --mhc-boundary fused
+triton, hopper  these kernels under the default --mhc-boundary linked; fused: Triton's under fused
 reference       plain torch; compile: torch.compile of it. They come last, after the profiles of the others
 
 wall            median interval between the ends of steps
@@ -59,7 +59,8 @@ from common import MODELS, ON_GPU, attempt, clean, gpu_work, intervals, start, s
 from train_figure import KEYS, draw, table
 from trainer import LATE, OPS, PLAIN, Row, Trainer
 
-ROWS = "vanilla,triton/4,fused/4,triton/4/auto,triton/2,fused/2,fused/4/auto,again,reference/4,compile/4"
+ROWS = "vanilla,hopper/4,triton/4,fused/4,hopper/4/auto,triton/4/auto,triton/2,fused/2,fused/4/auto,again"
+ROWS += ",reference/4,compile/4"
 
 
 @contextlib.contextmanager

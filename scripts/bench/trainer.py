@@ -28,7 +28,7 @@ from megatron_mhc.hyper_connection import HyperConnectionModule
 from megatron_mhc.specs import wrap_block_spec
 
 PLAIN, LATE = ("vanilla", "again"), ("reference", "compile")
-OPS = (*PLAIN, "triton", "fused", *LATE)
+OPS = (*PLAIN, "triton", "hopper", "fused", *LATE)
 PAPER, LLAMA = (129280, 30), (128256, 32)  # tokens and layers of the whole models
 WHOLE = {"dense": LLAMA, "moe": PAPER, "moe_ep8": PAPER}
 
@@ -119,7 +119,7 @@ def build(row: Row, options: argparse.Namespace, tokens: int) -> tuple[GPTModel,
     config = make_config(row["model"], options.layers, options.tiny, **fusion)
     spec: Any = get_gpt_decoder_block_spec(config, use_transformer_engine=ON_GPU, normalization="RMSNorm")
     if row["n"]:
-        backend = "reference" if row["ops"] in LATE else "triton"
+        backend = "reference" if row["ops"] in LATE else "hopper" if row["ops"] == "hopper" else "triton"
         boundary = "fused" if row["ops"] == "fused" else "linked"
         asked = dict(num_residual_streams=row["n"], recompute_layer_num=row["recompute"])
         spec = wrap_block_spec(spec, MHCConfig(backend=backend, boundary=boundary, **asked), config)
