@@ -21,7 +21,7 @@ _HELP = {
     "norm_eps": "epsilon inside the root of the mappings' RMS norm",
     "load_dense": "let --load take a checkpoint without mHC parameters (a plain GPT); "
     "the mappings keep their initial values",
-    "backend": "kernels; auto is hopper (H100, H200) or else triton where they can serve, else plain torch",
+    "backend": "kernels; auto is triton where it can serve, else plain torch; hopper is for H100 and H200",
     "boundary": "what the kernels of two connections in a row do together",
     "log_interval": "steps between two diagnostics in TensorBoard and W&B (mhc/...); 0 is never",
     "log_tokens": "tokens of a micro-batch that the diagnostics sample",

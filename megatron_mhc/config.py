@@ -56,8 +56,8 @@ class MHCConfig:
         norm_eps: added to mean(x^2) inside the root.
         load_dense: allow a checkpoint without mHC parameters to fill everything else.
         backend: `triton`; `hopper`, for n = 4 and bf16 on H100 and H200: CUDA kernels for reading the
-            streams and their gradient, Triton for the rest; `reference` (plain torch); or `auto`: on CUDA
-            hopper, else triton, where they can serve, plain torch elsewhere.
+            streams and their gradient, Triton for the rest; `reference` (plain torch); or `auto`: triton on
+            CUDA where it can serve, plain torch elsewhere.
         boundary: what the kernels of two connections in a row do together. `linked`: the second
             one's backward makes the first one's df (the same bits). `fused`: besides, the first one's
             post_res projects for the second, in bf16 (docs/kernels.md). `apart`: nothing.

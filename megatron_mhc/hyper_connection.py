@@ -243,9 +243,8 @@ def operations() -> list[str]:
             chosen = ops.choose_backend(mhc, width, dtype, device)
         except ValueError as error:  # the first forward pass will raise it
             chosen = f"none, {error}"
-        if mhc.backend == "auto" and chosen != "hopper":
-            why_not = ops.hopper_obstacle if chosen == "triton" else ops.triton_obstacle
-            obstacle = why_not(mhc, width, dtype, device) or f"the streams are on {device}"
+        if mhc.backend == "auto" and chosen == "reference":
+            obstacle = ops.triton_obstacle(mhc, width, dtype, device) or f"the streams are on {device}"
             chosen += f", since {obstacle}"
         if mhc.pp_boundary == "split" and not chosen.startswith("reference"):
             chosen += "; reference in the last MLP of a pipeline stage that sends streams"

@@ -22,7 +22,9 @@ import torch
 from megatron_mhc.config import MHCConfig, flag
 
 HOPPER = (9, 0, 132)  # an H100: compute capability, multiprocessors
-_HOPPER_CHANNELS = 128  # that a multiprocessor takes at most
+# That a multiprocessor takes at most is twice this: so two launches at a time, each of which waits until all
+# blocks of a row of tokens run, cannot keep each other from starting.
+_HOPPER_CHANNELS = 64
 _HAS_TRITON = find_spec("triton") is not None
 
 
@@ -102,7 +104,7 @@ def choose_backend(
 ) -> str:
     """`hopper`, `triton` or `reference`, as `--mhc-backend` says.
 
-    `auto` takes, on CUDA, the first of them that can serve. Under `hopper`, post_res is Triton's.
+    `auto` takes Triton on CUDA wherever it can serve. Under `hopper`, post_res is Triton's.
 
     Args:
         gpu: as `HOPPER`, the current CUDA device by default.
@@ -110,20 +112,16 @@ def choose_backend(
     Raises:
         ValueError: kernels were asked for that cannot serve.
     """
-    if mhc.backend == "reference":
+    if mhc.backend == "reference" or (mhc.backend == "auto" and device_type != "cuda"):
         return "reference"
-    if mhc.backend == "auto" and device_type != "cuda":
-        return "reference"
-    if mhc.backend != "triton":
+    if mhc.backend == "hopper":
         obstacle = hopper_obstacle(mhc, width, dtype, device_type, gpu)
-        if obstacle is None:
-            return "hopper"
-    if mhc.backend != "hopper":
+    else:
         obstacle = triton_obstacle(mhc, width, dtype, device_type)
-        if obstacle is None:
-            return "triton"
     if mhc.backend == "auto":
-        return "reference"
+        return "reference" if obstacle else "triton"
+    if obstacle is None:
+        return mhc.backend
     raise ValueError(
         f"{flag('backend')} {mhc.backend}: {obstacle}; use {flag('backend')} auto or change that"
     )

@@ -101,7 +101,8 @@ def test_a_bias_of_f_gives_what_an_addition_before_gives(tokens, channels, linke
     case = (tokens, 4, channels, BF16)
     got, want = (two_with_a_bias(case, fold, linked) for fold in (True, False))
     for a, b in zip(got, want, strict=True):
-        assert error(a, b.double()) <= STREAM[BF16]  # f + f_bias is rounded there alone
+        # f + f_bias is rounded there alone: of a single number, as d alpha is, up to a few parts in 256.
+        assert error(a, b.double()) <= (STREAM[BF16] if b.numel() > 1 else 3e-2)
 
 
 @pytest.mark.parametrize("v4", [False, True])

@@ -110,4 +110,4 @@ def test_layout_of_more_channels_than_blocks_is_refused():
 
 
 def test_what_a_multiprocessor_takes_is_what_the_obstacle_says():
-    assert ops._HOPPER_CHANNELS == min(pre.WIDEST, pre_backward.WIDEST)
+    assert 2 * ops._HOPPER_CHANNELS == min(pre.WIDEST, pre_backward.WIDEST)

@@ -1,0 +1,154 @@
+"""Compiles the CUDA sources of this folder by NVRTC and launches them; PyTorch brings both libraries."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+TOKENS = 16  # of a tile: BT of common.cuh
+BOX = 64  # channels that a copy brings
+SHARED = 226 * 1024  # bytes that a block may have beside the barriers
+HERE = Path(__file__).parent
+
+
+def installed() -> bool:
+    """Whether NVRTC and the driver can be called (the package cuda-bindings)."""
+    return find_spec("cuda") is not None and find_spec("cuda.bindings") is not None
+
+
+def _checked(result: tuple[Any, ...], what: str) -> Any:
+    code, *values = result
+    if int(code) != 0:
+        raise RuntimeError(f"{what} failed: {code!r}")
+    return values[0] if len(values) == 1 else values
+
+
+class Kernel(NamedTuple):
+    """A compiled kernel of one device, and the threads and shared bytes of its blocks."""
+
+    function: Any
+    threads: int
+    shared: int
+
+    def launch(self, blocks: int, device: torch.device, *arguments: Any) -> None:
+        """Run it on the device's current stream.
+
+        Args:
+            arguments: tensors, which go in as their address, numbers, None and `tensor_map`s.
+        """
+        from cuda.bindings import driver
+
+        kept = [_argument(argument) for argument in arguments]
+        places = (ctypes.c_void_p * len(kept))(*(place for place, _ in kept))
+        stream = torch.cuda.current_stream(device).cuda_stream
+        result = driver.cuLaunchKernel(
+            self.function, blocks, 1, 1, self.threads, 1, 1, self.shared, stream, ctypes.addressof(places), 0
+        )
+        _checked(result, "cuLaunchKernel")
+
+
+def _argument(value: Any) -> tuple[int, Any]:
+    """Where the argument lies, and what keeps it there."""
+    if hasattr(value, "getPtr"):
+        return value.getPtr(), value
+    if isinstance(value, float):
+        held: Any = ctypes.c_float(value)
+    elif isinstance(value, int):
+        held = ctypes.c_int(value)
+    else:
+        held = ctypes.c_void_p(None if value is None else value.data_ptr())
+    return ctypes.addressof(held), held
+
+
+def tensor_map(tensor: Tensor) -> Any:
+    """What copies between global and shared memory need to know of a [T, n, C] or [T, C] tensor in bf16."""
+    shape = tensor.shape if tensor.dim() == 3 else (tensor.shape[0], 1, tensor.shape[1])
+    return _tensor_map(tensor.data_ptr(), *shape)
+
+
+@functools.lru_cache(maxsize=4096)  # the allocator hands out the same places again and again
+def _tensor_map(address: int, tokens: int, streams: int, channels: int) -> Any:
+    from cuda.bindings import driver
+
+    sizes, box = (channels, streams, tokens), (BOX, 1, TOKENS)
+    strides = (2 * channels, 2 * channels * streams)
+    result = driver.cuTensorMapEncodeTiled(
+        driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+        3,
+        address,
+        [driver.cuuint64_t(size) for size in sizes],
+        [driver.cuuint64_t(stride) for stride in strides],
+        [driver.cuuint32_t(size) for size in box],
+        [driver.cuuint32_t(1)] * 3,
+        driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+        driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+        driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+        driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+    )
+    return _checked(result, "cuTensorMapEncodeTiled")
+
+
+@functools.cache
+def kernel(name: str, device: int, threads: int, shared: int, **defines: int) -> Kernel:
+    """Compile `name`.cu for the device; once per set of `defines`, in about a second."""
+    from cuda.bindings import driver, nvrtc
+
+    source = "".join((HERE / part).read_text() for part in ("common.cuh", f"{name}.cu"))
+    program = _checked(
+        nvrtc.nvrtcCreateProgram(source.encode(), f"{name}.cu".encode(), 0, [], []), "nvrtcCreateProgram"
+    )
+    options = ["--gpu-architecture=sm_90a", "--std=c++17", "-default-device"]
+    options += [f"-D{key}={value}" for key, value in defines.items()]
+    compiled = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
+    if int(compiled[0]) != 0:
+        log = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program), "nvrtcGetProgramLogSize")
+        nvrtc.nvrtcGetProgramLog(program, log)
+        raise RuntimeError(f"NVRTC cannot compile {name}.cu with {defines}:\n{log.decode()}")
+    binary = b" " * _checked(nvrtc.nvrtcGetCUBINSize(program), "nvrtcGetCUBINSize")
+    _checked(nvrtc.nvrtcGetCUBIN(program, binary), "nvrtcGetCUBIN")
+    with torch.cuda.device(device):
+        torch.cuda.current_stream()  # makes the device's context current in this thread
+        module = _checked(driver.cuModuleLoadData(binary), "cuModuleLoadData")
+        function = _checked(driver.cuModuleGetFunction(module, name.encode()), "cuModuleGetFunction")
+        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        _checked(driver.cuFuncSetAttribute(function, attribute, shared), "cuFuncSetAttribute")
+    return Kernel(function, threads, shared)
+
+
+class Layout(NamedTuple):
+    """How C channels are cut: `slices` of `width`, a block each; the tokens go round `groups` of them."""
+
+    width: int
+    slices: int
+    groups: int
+
+
+@functools.cache
+def layout(tokens: int, channels: int, widest: int, blocks: int) -> Layout:
+    """The cut of `channels` (a multiple of 16) that leaves the fewest of `blocks` idle.
+
+    A width is a multiple of BOX up to `widest`; of equals the widest is taken.
+    """
+    tiles = -(-tokens // TOKENS)
+    best, most = None, 0.0
+    for width in range(widest, 0, -BOX):
+        slices = -(-channels // width)
+        groups = min(tiles, blocks // slices)
+        busy = groups * channels / width  # a last slice that is cut short counts as the part it is
+        if groups and busy > most * 1.02:
+            best, most = Layout(width, slices, groups), busy
+    if best is None:
+        raise ValueError(f"{channels} channels need more than {blocks} blocks of {widest}")
+    return best
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Of the device; one block runs on each."""
+    return torch.cuda.get_device_properties(device).multi_processor_count

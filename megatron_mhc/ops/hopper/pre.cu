@@ -1,0 +1,233 @@
+// pre, forward: coefficients and layer input from one read of the streams. See common.cuh for the scheme.
+//
+// Per tile, four kinds of warps, each a few tiles behind the one before:
+//   load       x into shared memory, a ring of STAGES tiles
+//   project    x . phi^T and the sum of squares of this slice on the tensor cores, phi as bf16 high + low
+//              halves in registers for good; the sums go to global memory
+//   aggregate  waits for the group's sums, forms h_pre, writes l = h_pre . x from shared memory
+//   finish     waits likewise; saves the projection and writes the coefficients of this slice's share of tokens
+//
+// parts [group, slot, slice, token, 36]: a ring of EXCHANGE tiles, 25 numbers as nine atoms: pre 4, squares, post
+// 4, res 16. A block loads tile k when it is through with tile k - STAGES, for which it had the sums of the whole
+// group; the others had loaded that one when they were through with k - 2 STAGES, whose slot tile k takes.
+//
+// x [T, 4, C] bf16, weight [24, 4 C] fp32, out [T, C] bf16, saved [T, 25] fp32 (projection / r, 1 / r),
+// mappings [T, 24] fp32, parts and ticket zeros.
+
+#define PROJECTING 8
+#define AGGREGATING 5
+#define FINISHING 2
+#define THREADS ((PROJECTING + AGGREGATING + FINISHING + 1) * 32)
+#define STAGE (N * BOXES * BOX_BYTES)
+#define STEPS_ALL (N * CW / 16)                                // of 16 columns
+#define STEPS_EACH (STEPS_ALL / PROJECTING)  // per warp; CW is a multiple of 64
+#define ATOMS 9                                                 // of three numbers that hold a token's 25
+#define SUMS (BT * ATOMS * 3)
+#define PART (BT * ATOMS * 4)
+
+// H_res of up to eight tokens, row lane % 4 of token t in lanes 4 k to 4 k + 3.
+__device__ __forceinline__ void finish_held(const float* logits, int tokens, int t, int lane, float* mappings) {
+  __syncwarp();
+  if (tokens == 0) return;
+  const float4 z = lane / 4 < tokens ? *(const float4*)(logits + lane * 4) : make_float4(0.f, 0.f, 0.f, 0.f);
+  float h[N] = {z.x, z.y, z.z, z.w};
+  sinkhorn_rows(h);
+  if (lane / 4 < tokens) {
+    float* to = mappings + (u64)t * M + 2 * N;
+    const int i = lane % 4;
+    if (V4)
+#pragma unroll
+      for (int j = 0; j < N; j++) to[j * N + i] = h[j];  // comb is H_res transposed
+    else *(float4*)(to + i * N) = make_float4(h[0], h[1], h[2], h[3]);
+  }
+  __syncwarp();
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+pre(const __grid_constant__ TensorMap x, const float* __restrict__ weight, const float* __restrict__ bias,
+    const float* __restrict__ alpha_pre, const float* __restrict__ alpha_post,
+    const float* __restrict__ alpha_res, bf16* __restrict__ out, float* __restrict__ saved,
+    float* __restrict__ mappings, float* parts, u32* ticket, int T, int G, int groups, float eps) {
+  extern __shared__ __align__(1024) unsigned char memory[];
+  __shared__ __align__(8) u64 full[STAGES], empty[STAGES];
+  float* sums = (float*)(memory + STAGES * STAGE);  // [2, PROJECTING, SUMS]
+  __shared__ __align__(16) float held[FINISHING * 8 * 16];
+  const u32 tiles = shared_address(memory), fulls = shared_address(full), empties = shared_address(empty);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const Place at = take_place(ticket, T, G, groups);
+  parts += (u64)at.group * EXCHANGE * G * PART;
+
+  if (threadIdx.x == 0) {
+    for (int s = 0; s < STAGES; s++) {
+      barrier_init(fulls + 8 * s, 1);
+      barrier_init(empties + 8 * s, 1 + 1);
+    }
+  }
+  fence_copies();
+  __syncthreads();
+
+  if (warp < PROJECTING) {
+    set_registers<152>();
+    u32 high[STEPS_EACH][3][2], low[STEPS_EACH][3][2];
+    const int row = lane / 4, pair = lane % 4 * 2;
+#pragma unroll
+    for (int s = 0; s < STEPS_EACH; s++) {
+      const int step = warp * STEPS_EACH + s, i = step / (CW / 16), c = step % (CW / 16) * 16;
+#pragma unroll
+      for (int n = 0; n < 3; n++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+          float2 w = make_float2(0.f, 0.f);
+          if (c < at.width)
+            w = *(const float2*)(weight + (u64)(n * 8 + row) * N * C + (u64)i * C + at.first_channel + c + pair + 8 * half);
+          high[s][n][half] = pack(w.x, w.y);
+          low[s][n][half] = pack_rest(w.x, w.y, high[s][n][half]);
+        }
+    }
+    u32 offset[STEPS_EACH];
+#pragma unroll
+    for (int s = 0; s < STEPS_EACH; s++) {
+      const int step = warp * STEPS_EACH + s;
+      offset[s] = place(step / (CW / 16) * (BOXES * BOX_BYTES) + lane % 16 * 128, step % (CW / 16) * 2 + lane / 16);
+    }
+    for (int it = 0; it < at.tiles; it++) {
+      const int stage = it % STAGES;
+      barrier_wait(fulls + 8 * stage, it / STAGES & 1);
+      float acc[3][4] = {}, rest[3][4] = {};  // with the high and the low halves of phi, in chains of their own
+      float square0 = 0.f, square1 = 0.f;
+#pragma unroll
+      for (int s = 0; s < STEPS_EACH; s++) {
+        u32 a[4];
+        load_matrices(a, tiles + stage * STAGE + offset[s]);
+#pragma unroll
+        for (int n = 0; n < 3; n++) {
+          multiply16(rest[n], a[0], a[1], a[2], a[3], low[s][n][0], low[s][n][1]);
+          multiply16(acc[n], a[0], a[1], a[2], a[3], high[s][n][0], high[s][n][1]);
+        }
+#pragma unroll
+        for (int k = 0; k < 4; k++) {
+          const float square = __fmaf_rn(low_half(a[k]), low_half(a[k]), high_half(a[k]) * high_half(a[k]));
+          if (k % 2) square1 += square;
+          else square0 += square;
+        }
+      }
+      square0 = sum_axis<1>(square0);
+      square1 = sum_axis<1>(square1);
+      float* buffer = sums + (it & 1) * (PROJECTING * SUMS);
+      float* own = buffer + warp * SUMS + row * (ATOMS * 3);  // in the order of atoms: squares behind pre
+#pragma unroll
+      for (int n = 0; n < 3; n++) {
+        const int at_n = n * 8 + pair + (n > 0 || pair >= N);
+        own[at_n] = acc[n][0] + rest[n][0];
+        own[at_n + 1] = acc[n][1] + rest[n][1];
+        own[8 * (ATOMS * 3) + at_n] = acc[n][2] + rest[n][2];
+        own[8 * (ATOMS * 3) + at_n + 1] = acc[n][3] + rest[n][3];
+      }
+      if (pair == 0) own[N] = square0, own[8 * (ATOMS * 3) + N] = square1;
+      sync_threads<PROJECTING * 32>(1);
+      if (threadIdx.x < BT * ATOMS) {
+        float total[3] = {};
+#pragma unroll
+        for (int w = 0; w < PROJECTING; w++)
+#pragma unroll
+          for (int k = 0; k < 3; k++) total[k] += buffer[w * SUMS + 3 * threadIdx.x + k];
+        put(parts + ((it % EXCHANGE) * G + at.slice) * PART + threadIdx.x * 4, total[0], total[1], total[2], it + 1);
+      }
+    }
+  } else {
+    set_registers<104>();
+  if (warp < PROJECTING + AGGREGATING) {
+    // A tile a warp. Lanes 2 t and 2 t + 1 sum up pre 0 to 2, and pre 3 and squares, of token t.
+    const float gate = *alpha_pre, shift = bias[lane % 4];
+    for (int it = warp - PROJECTING; it < at.tiles; it += AGGREGATING) {
+      const int stage = it % STAGES, tile = at.group + it * groups;
+      barrier_wait(fulls + 8 * stage, it / STAGES & 1);
+      const float* part = parts + (it % EXCHANGE) * G * PART + lane / 2 * ATOMS * 4 + lane % 2 * 4;
+      await_slices(part, G, PART, it + 1, lane);
+      const float3 total = add(sum_every_second(part, 0, G, PART, it + 1), sum_every_second(part, 1, G, PART, it + 1));
+      float read[2];  // of tokens lane / 4 and 8 + lane / 4, stream lane % 4
+#pragma unroll
+      for (int k = 0; k < 2; k++) {
+        const int token = 8 * k + lane / 4;
+        const float inverse = rsqrtf(__fmaf_rn(__shfl_sync(ALL, total.y, 2 * token + 1), 1.f / (N * C), eps));
+        const float product = pick(total, 6 * token + lane % 4);
+        read[k] = sigmoid(__fmaf_rn(__fmul_rn(product, inverse), gate, shift)) + (V4 ? EPS : 0.f);
+      }
+#pragma unroll 4
+      for (int k = 0; k < BT; k++) {
+        float h[N];
+#pragma unroll
+        for (int j = 0; j < N; j++) h[j] = __shfl_sync(ALL, k < 8 ? read[0] : read[1], k % 8 * 4 + j);
+        const int t = tile * BT + k;
+        // Only the store has a condition, so that tokens overlap.
+#pragma unroll
+        for (int c0 = 0; c0 < CW; c0 += 256) {
+          const int c = min(c0 + lane * 8, CW - 8);
+          float l[8] = {};
+#pragma unroll
+          for (int j = 0; j < N; j++) {
+            const uint4 four = *(const uint4*)(memory + stage * STAGE + place(j * (BOXES * BOX_BYTES) + k * 128, c / 8));
+            const u32 v4[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+              l[2 * e] = __fmaf_rn(h[j], low_half(v4[e]), l[2 * e]);
+              l[2 * e + 1] = __fmaf_rn(h[j], high_half(v4[e]), l[2 * e + 1]);
+            }
+          }
+          if (t < T && c0 + lane * 8 < at.width)
+            *(uint4*)(out + (u64)t * C + at.first_channel + c) =
+                make_uint4(pack(l[0], l[1]), pack(l[2], l[3]), pack(l[4], l[5]), pack(l[6], l[7]));
+        }
+      }
+      __syncwarp();
+      if (lane == 0) barrier_arrive(empties + 8 * stage);
+    }
+  } else if (warp < PROJECTING + AGGREGATING + FINISHING) {
+    // A token at a time; of eight the logits then go through Sinkhorn together, four lanes a token.
+    float* logits = held + (warp - PROJECTING - AGGREGATING) * (8 * 16);
+    const int m = lane < M ? lane : 0;
+    const float gate = m < N ? *alpha_pre : m < 2 * N ? *alpha_post : *alpha_res, shift = bias[m];
+    int tokens = 0, mine = 0;  // held, and the one of this lane
+    for (int it = warp - PROJECTING - AGGREGATING; it < at.tiles; it += FINISHING) {
+      const int stage = it % STAGES, tile = at.group + it * groups;
+      barrier_wait(fulls + 8 * stage, it / STAGES & 1);
+      int r = own_token(at, it, G);
+      if (r >= BT && lane == 0) barrier_arrive(empties + 8 * stage);
+      for (; r < BT; r += G) {
+        const float* part = parts + (it % EXCHANGE) * G * PART + r * ATOMS * 4;
+        await_slices(part, G, PART, it + 1, lane);
+        const float3 total = add_lanes(
+            sum_every_second(part + min(lane % 16, ATOMS - 1) * 4, lane / 16, G, PART, it + 1), lane % 16, lane % 16 + 16);
+        if (r + G >= BT && lane == 0) barrier_arrive(empties + 8 * stage);
+        const float inverse = rsqrtf(__fmaf_rn(pick(total, N), 1.f / (N * C), eps));
+        const float u = __fmul_rn(pick(total, m + (m >= N)), inverse), z = __fmaf_rn(u, gate, shift);
+        const int t = tile * BT + r;
+        if (t < T) {
+          if (lane <= M) saved[(u64)t * 25 + lane] = lane < M ? u : inverse;
+          if (lane < 2 * N) {
+            const float s = sigmoid(z);
+            mappings[(u64)t * M + lane] = lane < N ? s + (V4 ? EPS : 0.f) : 2.f * s;
+          }
+          if (lane >= 2 * N && lane < M) logits[tokens * 16 + lane - 2 * N] = z;
+          if (lane / 4 == tokens) mine = t;
+          if (++tokens == 8) finish_held(logits, 8, mine, lane, mappings), tokens = 0;
+        }
+      }
+    }
+    finish_held(logits, tokens, mine, lane, mappings);
+  } else {
+    const u64 policy = evict_first();
+    for (int it = 0; it < at.tiles; it++) {
+      const int stage = it % STAGES;
+      if (it >= STAGES) barrier_wait(empties + 8 * stage, (it / STAGES - 1) & 1);
+      if (lane == 0) {
+        barrier_expect(fulls + 8 * stage, STAGE);
+#pragma unroll
+        for (int j = 0; j < N; j++)
+          load_boxes(tiles + stage * STAGE + j * (BOXES * BOX_BYTES), x, at.first_channel, j,
+                     (at.group + it * groups) * BT, fulls + 8 * stage, policy);
+      }
+    }
+  }
+  }
+}

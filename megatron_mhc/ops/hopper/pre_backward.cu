@@ -1,0 +1,383 @@
+// pre, backward: every gradient from one read of x, g, f and dl. See common.cuh for the scheme.
+//
+// Per tile, five kinds of warps, each a few tiles behind the one before:
+//   copy    g, dl, x and f into shared memory, a ring of STAGES tiles, and what `dx` makes of them out of it
+//   dots    the 24 products over C that the coefficients' gradients are made of, on the tensor cores:
+//           for each token [g_0..g_3, dl] (x_0..x_3, f, f_bias)^T; the slice's share goes to global memory
+//   middle  for this slice's share of tokens: replays Sinkhorn, waits for the group's sums, walks back to the
+//           gradient d of the raw projection, and publishes that and the coefficients
+//   fetch   waits for those of all 16 tokens and lays them out in shared memory, two tiles deep
+//   dx      dx_j = sum_i h_res[i, j] g_i + h_pre_j dl + (d . phi)_j + s x_j, in place of g_j; with
+//           DF, in place of dl, the df of the connection that wrote x; phi's gradient stays in registers
+//
+// parts [group, slot, slice, token, 15 atoms] and coefficients [group, slot, token, 17 atoms] are rings of EXCHANGE
+// tiles. A block loads tile j when it is through with tile j - STAGES, whose coefficients exist: so all
+// sums of that tile have been read; and coefficients are made when the whole group has loaded a tile.
+//
+// At the end groups add their share of phi's gradient in turn, and the last block to finish sums up the
+// biases' and alphas' gradients: the same bits in every run.
+//
+// x, g, dx [T, 4, C] bf16, f, dl, df [T, C] bf16, weight, d_weight [24, 4 C] fp32, saved [T, 25] fp32,
+// partial [4 blocks, 48] fp32; parts, coefficients and counts [2 + 8 G] zeros.
+
+#define DX 8
+#define DOTS 2
+#define MIDDLE 4
+#define THREADS ((DX + DOTS + 2 + MIDDLE) * 32)
+#define REGION (BOXES * BOX_BYTES + 128)  // 16 tokens of one tensor; 128 bytes more keep its rows off the others' banks
+#define G_AT 0   // later dx
+#define DL_AT 4  // later df
+#define X_AT 5
+#define F_AT 9
+#define STAGE ((10 * REGION + 1023) / 1024 * 1024)
+#define PART (BT * 15 * 4)  // floats; the 5 x 6 products of a token, two an atom
+#define COEFFICIENT_ATOMS 17
+#define H_RES 0  // where they are among a token's 51 numbers
+#define H_PRE 16
+#define WRITER 20  // h_post of the connection that wrote x
+#define NORM 24    // s
+#define D 26
+#define ROW 52               // floats between two tokens' in shared memory
+#define SLOT (BT * ROW * 4)  // bytes
+
+__device__ __forceinline__ u32 load_pair(const unsigned char* p) { return *(const u32*)p; }
+
+// d_bias and d_alphas from every middle warp's sums; 48 columns: biases, then alphas' terms in their order.
+__device__ void reduce(const float* partial, int rows, float* d_bias, float* d_alphas, int lane) {
+  const int half = lane / 16, column = lane % 16;
+  float4 total = make_float4(0, 0, 0, 0);
+  if (column < 12)
+#pragma unroll 16
+    for (int r = half; r < rows; r += 2) {
+      const float4 v = load_fresh4(partial + r * 48 + column * 4);
+      total.x += v.x, total.y += v.y, total.z += v.z, total.w += v.w;
+    }
+  total.x += __shfl_xor_sync(ALL, total.x, 16);
+  total.y += __shfl_xor_sync(ALL, total.y, 16);
+  total.z += __shfl_xor_sync(ALL, total.z, 16);
+  total.w += __shfl_xor_sync(ALL, total.w, 16);
+  const float four = total.x + total.y + total.z + total.w;
+  float res = 0.f;
+#pragma unroll
+  for (int k = 8; k < 12; k++) res += __shfl_sync(ALL, four, k);
+  if (lane < 6) *(float4*)(d_bias + lane * 4) = total;
+  if (lane == 6) d_alphas[0] = four;
+  if (lane == 7) d_alphas[1] = four;
+  if (lane == 8) d_alphas[2] = res;
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+pre_backward(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap g,
+             const __grid_constant__ TensorMap f, const __grid_constant__ TensorMap dl,
+             const __grid_constant__ TensorMap dx, const __grid_constant__ TensorMap df,
+             const bf16* __restrict__ f_bias, const float* __restrict__ weight,
+             const float* __restrict__ bias, const float* __restrict__ alpha_pre,
+             const float* __restrict__ alpha_post, const float* __restrict__ alpha_res,
+             const float* __restrict__ saved, const float* __restrict__ writer_saved,
+             const float* __restrict__ writer_bias, const float* __restrict__ writer_alpha,
+             float* d_weight, float* d_bias, float* d_alphas,
+             float* parts, float* coefficients, float* partial, u32* counts, int T, int G, int groups) {
+  extern __shared__ __align__(1024) unsigned char memory[];
+  __shared__ __align__(8) u64 full[STAGES], finished[STAGES], fetched[2], used[2];
+  unsigned char* slots = memory + STAGES * STAGE;
+  unsigned char* bias_row = slots + 2 * SLOT;  // f_bias of this slice
+  float* staging = (float*)(bias_row + CW * 2);  // of the middle warps
+  const u32 base = shared_address(memory), fulls = shared_address(full), finishes = shared_address(finished);
+  const u32 fetches = shared_address(fetched), uses = shared_address(used);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const Place at = take_place(counts, T, G, groups);
+  u32 *done = counts + 1, *turns = counts + 2;
+  parts += (u64)at.group * EXCHANGE * G * PART;
+  coefficients += (u64)at.group * EXCHANGE * (BT * COEFFICIENT_ATOMS * 4);
+
+  if (threadIdx.x == 0) {
+    for (int s = 0; s < STAGES; s++) barrier_init(fulls + 8 * s, 1), barrier_init(finishes + 8 * s, DX);
+    for (int s = 0; s < 2; s++) barrier_init(fetches + 8 * s, 1), barrier_init(uses + 8 * s, DX);
+  }
+  for (int c = threadIdx.x; c < CW; c += THREADS)
+    ((bf16*)bias_row)[c] = f_bias && c < at.width ? f_bias[at.first_channel + c] : (bf16)0;
+  fence_copies();
+  __syncthreads();
+
+  if (warp < DX) {
+    set_registers<152>();
+    const int own = warp * 16, row = lane / 4, pair = lane % 4 * 2;
+    const bool active = own < at.width;
+    u32 phi[N][2][3];  // [stream, 8 channels, rows 2 k of 16, 16, 8]
+    float d_phi[N][3][4] = {};
+#pragma unroll
+    for (int j = 0; j < N; j++)
+#pragma unroll
+      for (int n = 0; n < 2; n++)
+#pragma unroll
+        for (int k = 0; k < 3; k++) {
+          const float* w = weight + (u64)(k * 8 + pair) * N * C + (u64)j * C + at.first_channel + own + n * 8 + row;
+          phi[j][n][k] = active ? pack(w[0], w[(u64)N * C]) : 0;
+        }
+    u32 transposed[N], pairs[9];  // where this lane's part of x lies for dphi, and of g, dl and x for dx
+#pragma unroll
+    for (int j = 0; j < N; j++)
+      transposed[j] = place((X_AT + j) * REGION + (lane / 16 * 8 + lane % 8) * 128, own / 8 + lane / 8 % 2);
+#pragma unroll
+    for (int k = 0; k < 9; k++) pairs[k] = place(k * REGION + row * 128, own / 8) + pair * 2;
+    for (int it = 0; it < at.tiles; it++) {
+      const int stage = it % STAGES, slot = it & 1;
+      unsigned char* tile = memory + stage * STAGE;
+      barrier_wait(fulls + 8 * stage, it / STAGES & 1);
+      barrier_wait(fetches + 8 * slot, it / 2 & 1);
+      if (active) {
+        const float* coefficient = (const float*)(slots + slot * SLOT);
+        {
+          u32 d_high[3][2], d_low[3][2];  // [rows of phi, tokens], two tokens a register
+#pragma unroll
+          for (int n = 0; n < 3; n++)
+#pragma unroll
+            for (int k = 0; k < 2; k++) {
+              const float* d = coefficient + (k * 8 + pair) * ROW + D + n * 8 + row;
+              d_high[n][k] = pack(d[0], d[ROW]);
+              d_low[n][k] = pack_rest(d[0], d[ROW], d_high[n][k]);
+            }
+#pragma unroll
+        for (int j = 0; j < N; j++) {
+          u32 a[4];
+          load_transposed(a, base + stage * STAGE + transposed[j]);
+#pragma unroll
+          for (int n = 0; n < 3; n++) {
+            multiply16(d_phi[j][n], a[0], a[1], a[2], a[3], d_low[n][0], d_low[n][1]);
+            multiply16(d_phi[j][n], a[0], a[1], a[2], a[3], d_high[n][0], d_high[n][1]);
+          }
+        }
+        }
+        u32 high[3][2], low[3][2];  // [rows of phi, tokens], two rows a register
+#pragma unroll
+        for (int k = 0; k < 3; k++)
+#pragma unroll
+          for (int r = 0; r < 2; r++) {
+            const float2 d = *(const float2*)(coefficient + (row + 8 * r) * ROW + D + k * 8 + pair);
+            high[k][r] = pack(d.x, d.y);
+            low[k][r] = pack_rest(d.x, d.y, high[k][r]);
+          }
+#pragma unroll
+        for (int n = 0; n < 2; n++) {
+          float acc[N][4] = {};
+#pragma unroll
+          for (int j = 0; j < N; j++) {
+            multiply16(acc[j], low[0][0], low[0][1], low[1][0], low[1][1], phi[j][n][0], phi[j][n][1]);
+            multiply8(acc[j], low[2][0], low[2][1], phi[j][n][2]);
+            multiply16(acc[j], high[0][0], high[0][1], high[1][0], high[1][1], phi[j][n][0], phi[j][n][1]);
+            multiply8(acc[j], high[2][0], high[2][1], phi[j][n][2]);
+          }
+#pragma unroll
+          for (int r = 0; r < 2; r++) {
+            const float* h = coefficient + (row + 8 * r) * ROW;
+            // Eight channels on: the other half of 32 bytes. Eight rows on: 1024 bytes.
+#define HERE(region) (tile + (pairs[region] ^ n * 16) + r * 1024)
+            const u32 dlv = load_pair(HERE(DL_AT));
+            const float4 read = *(const float4*)(h + H_PRE);
+            const float from_norm = h[NORM];
+            const float reads[N] = {read.x, read.y, read.z, read.w};
+            float v[N][2];
+#pragma unroll
+            for (int j = 0; j < N; j++) {
+              const u32 xv = load_pair(HERE(X_AT + j));
+              v[j][0] = __fmaf_rn(from_norm, low_half(xv), __fmaf_rn(reads[j], low_half(dlv), acc[j][2 * r]));
+              v[j][1] = __fmaf_rn(from_norm, high_half(xv), __fmaf_rn(reads[j], high_half(dlv), acc[j][2 * r + 1]));
+            }
+#pragma unroll
+            for (int i = 0; i < N; i++) {
+              const u32 gv = load_pair(HERE(G_AT + i));
+              const float4 mix = *(const float4*)(h + H_RES + 4 * i);
+              const float mixes[N] = {mix.x, mix.y, mix.z, mix.w};
+#pragma unroll
+              for (int j = 0; j < N; j++) {
+                v[j][0] = __fmaf_rn(mixes[j], low_half(gv), v[j][0]);
+                v[j][1] = __fmaf_rn(mixes[j], high_half(gv), v[j][1]);
+              }
+            }
+#if DF
+            const float4 write = *(const float4*)(h + WRITER);
+            const float writes[N] = {write.x, write.y, write.z, write.w};
+            float sum0 = 0.f, sum1 = 0.f;
+#endif
+#pragma unroll
+            for (int j = 0; j < N; j++) {
+              const u32 rounded = pack(v[j][0], v[j][1]);
+              *(u32*)HERE(G_AT + j) = rounded;
+#if DF
+              sum0 = __fmaf_rn(writes[j], low_half(rounded), sum0);
+              sum1 = __fmaf_rn(writes[j], high_half(rounded), sum1);
+#endif
+            }
+#if DF
+            *(u32*)HERE(DL_AT) = pack(sum0, sum1);
+#endif
+          }
+        }
+      }
+      fence_copies();
+      __syncwarp();
+      if (lane == 0) barrier_arrive(finishes + 8 * stage), barrier_arrive(uses + 8 * slot);
+    }
+    u32* turn = turns + at.slice * DX + warp;
+    await(turn, at.group, lane);
+    if (active)
+#pragma unroll
+      for (int j = 0; j < N; j++)
+#pragma unroll
+        for (int n = 0; n < 3; n++)
+#pragma unroll
+          for (int k = 0; k < 4; k++) {
+            float* p = d_weight + (u64)(n * 8 + pair + k % 2) * N * C + (u64)j * C + at.first_channel + own + row + k / 2 * 8;
+            *p = at.group ? d_phi[j][n][k] + load_fresh(p) : d_phi[j][n][k];
+          }
+    publish(turn, lane);
+  } else if (warp < DX + DOTS + 2) {
+    set_registers<80>();
+  if (warp < DX + DOTS) {
+    const int r = lane % 8, right = lane / 16;  // rows of the left factor (g, dl), or of the right one (x, f, f_bias)
+    const bool fixed = right && r > 4;          // f_bias, the same row for all tokens
+    const int region = right ? X_AT + min(r, 4) : G_AT + min(r, 4);
+    const int half = lane / 8 % 2;
+    const int row = lane / 4, pair = lane % 4 * 2, first = (warp - DX) * (BT / DOTS);
+    for (int it = 0; it < at.tiles; it++) {
+      const int stage = it % STAGES;
+      float* part = parts + ((it % EXCHANGE) * G + at.slice) * PART;
+      barrier_wait(fulls + 8 * stage, it / STAGES & 1);
+      for (int k0 = first; k0 < first + BT / DOTS; k0 += 4) {  // four tokens at once, whose sums wait for nothing
+        float acc[4][4] = {};
+        const u32 tile = base + stage * STAGE;
+        u32 from[4];
+#pragma unroll
+        for (int k = 0; k < 4; k++) from[k] = place(region * REGION + (k0 + k) * 128, half);
+#pragma unroll
+        for (int s = 0; s < CW / 16; s++)
+#pragma unroll
+          for (int k = 0; k < 4; k++) {
+            u32 m[4];  // 16 channels on: two chunks, which exchanging leaves two bits apart
+            load_matrices(m, fixed ? shared_address(bias_row) + s * 32 + half * 16
+                                   : tile + (from[k] ^ s % 4 * 32) + s / 4 * BOX_BYTES);
+            multiply16(acc[k], m[0], 0, m[1], 0, m[2], m[3]);
+          }
+        if (row < 5 && pair < 6)
+#pragma unroll
+          for (int k = 0; k < 4; k++)
+            put(part + ((k0 + k) * 15 + row * 3 + pair / 2) * 4, acc[k][0], acc[k][1], 0.f, it + 1);
+      }
+    }
+  } else if (warp == DX + DOTS) {
+    for (int it = 0; it < at.tiles; it++) {
+      const int slot = it & 1;
+      const float* from = coefficients + (it % EXCHANGE) * (BT * COEFFICIENT_ATOMS * 4);
+      await_slices(from, BT, COEFFICIENT_ATOMS * 4, it + 1, lane);  // all tokens'
+      Tagged v[9];  // of 17 atoms of 16 tokens
+      const float* atom[9];
+#pragma unroll
+      for (int k = 0; k < 9; k++) atom[k] = from + min(k * 32 + lane, BT * COEFFICIENT_ATOMS - 1) * 4;
+      get_all(v, atom, it + 1);
+      if (it >= 2) barrier_wait(uses + 8 * slot, (it / 2 - 1) & 1);
+      float* to = (float*)(slots + slot * SLOT);
+#pragma unroll
+      for (int k = 0; k < 9; k++)
+        if (k * 32 + lane < BT * COEFFICIENT_ATOMS) {
+          const int token = (k * 32 + lane) / COEFFICIENT_ATOMS, first = (k * 32 + lane) % COEFFICIENT_ATOMS * 3;
+          to[token * ROW + first] = v[k].x, to[token * ROW + first + 1] = v[k].y, to[token * ROW + first + 2] = v[k].z;
+        }
+      __syncwarp();
+      if (lane == 0) barrier_arrive(fetches + 8 * slot);
+    }
+  } else {
+    const u64 policy = evict_first();
+    for (int it = 0; it < at.tiles + STAGES; it++) {
+      const int stage = it % STAGES, token = (at.group + it * groups) * BT, before = token - STAGES * groups * BT;
+      const u32 tile = base + stage * STAGE;
+      if (it >= STAGES && it - STAGES < at.tiles) barrier_wait(finishes + 8 * stage, (it / STAGES - 1) & 1);
+      if (lane == 0) {
+        if (it >= STAGES && it - STAGES < at.tiles) {
+#pragma unroll
+          for (int j = 0; j < N; j++) store_boxes(dx, at.first_channel, j, before, tile + (G_AT + j) * REGION);
+          if (DF) store_boxes(df, at.first_channel, 0, before, tile + DL_AT * REGION);
+          await_stored();
+        }
+        if (it < at.tiles) {
+          barrier_expect(fulls + 8 * stage, 10 * BOXES * BOX_BYTES);
+#pragma unroll
+          for (int j = 0; j < N; j++) {
+            load_boxes(tile + (G_AT + j) * REGION, g, at.first_channel, j, token, fulls + 8 * stage, policy);
+            load_boxes(tile + (X_AT + j) * REGION, x, at.first_channel, j, token, fulls + 8 * stage, policy);
+          }
+          load_boxes(tile + DL_AT * REGION, dl, at.first_channel, 0, token, fulls + 8 * stage, policy);
+          load_boxes(tile + F_AT * REGION, f, at.first_channel, 0, token, fulls + 8 * stage, policy);
+        }
+      }
+    }
+  }
+  } else {
+    const int turn = warp - DX - DOTS - 2, e = lane % 16, i = e / N, j = e % N;  // both halves of the warp do the same
+    const float gate_early = e < N ? *alpha_pre : *alpha_post, gate_res = *alpha_res;
+    const float shift_early = e < 2 * N ? bias[e] : 0.f, shift_res = bias[2 * N + e];
+    const int transpose = V4 ? j * N + i : e;  // where H_res has what comb has at e
+    float bias_early = 0.f, bias_res = 0.f, alpha_early = 0.f, alpha_late = 0.f;
+    float* coefficient = staging + turn * (COEFFICIENT_ATOMS * 3);
+    int tokens = 0;
+    for (int it = 0; it < at.tiles; it++) {
+      for (int r = own_token(at, it, G); r < BT; r += G) {
+        if (tokens++ % MIDDLE != turn) continue;
+        const int t = (at.group + it * groups) * BT + r;
+        const float* row = saved + (u64)min(t, T - 1) * 25;
+        const float u_early = row[e], u_late = e < 9 ? row[16 + e] : 0.f;
+        const float inverse = __shfl_sync(ALL, u_late, 8);
+        const float res0 = __shfl_sync(ALL, u_early, (e + 8) & 15), res1 = __shfl_sync(ALL, u_late, (e - 8) & 15);
+        const float u_res = e < 8 ? res0 : res1;
+        const float s = sigmoid(__fmaf_rn(u_early, gate_early, shift_early));
+        float past[STEPS];
+        const float h = sinkhorn(__fmaf_rn(u_res, gate_res, shift_res), past);
+        __syncwarp();  // the last token's coefficients have left `coefficient`
+        coefficient[H_RES + transpose] = h;
+        if (e < N) coefficient[H_PRE + e] = s + (V4 ? EPS : 0.f);
+#if DF
+        if (e < N)
+          coefficient[WRITER + e] = 2.f * sigmoid(__fmaf_rn(writer_saved[(u64)min(t, T - 1) * 25 + N + e], *writer_alpha, writer_bias[N + e]));
+#endif
+        const float* part = parts + (it % EXCHANGE) * G * PART + (r * 15 + min(e, 14)) * 4;
+        await_slices(part, G, PART, it + 1, lane);
+        const float3 products = add_lanes(sum_every_second(part, lane / 16, G, PART, it + 1), e, e + 16);
+        // Lane 3 a + b of a half has products 2 b and 2 b + 1 of row a.
+        const int a = transpose / N, b = transpose % N;
+        const float even = __shfl_sync(ALL, products.x, 3 * a + b / 2), odd = __shfl_sync(ALL, products.y, 3 * a + b / 2);
+        const float pre_even = __shfl_sync(ALL, products.x, 12 + j / 2), pre_odd = __shfl_sync(ALL, products.y, 12 + j / 2);
+        const float post = __shfl_sync(ALL, products.x + products.y, 3 * j + 2);  // with f and f_bias
+        float d_early = 0.f;
+        if (e < N) d_early = (j % 2 ? pre_odd : pre_even) * s * (1.f - s);
+        else if (e < 2 * N) d_early = post * 2.f * s * (1.f - s);
+        float d_res = sinkhorn_backward(h, b % 2 ? odd : even, past);
+        if (t >= T) d_res = d_early = 0.f;
+        bias_early += d_early, bias_res += d_res;
+        alpha_early = __fmaf_rn(d_early, u_early, alpha_early);
+        alpha_late = __fmaf_rn(d_res, u_res, alpha_late);
+        d_early *= gate_early, d_res *= gate_res;
+        const float inner = sum16(__fadd_rn(__fmul_rn(d_res, u_res), __fmul_rn(d_early, u_early)));
+        if (e == 0) coefficient[NORM] = -inner * inverse * inverse / (N * C);
+        if (e < 2 * N) coefficient[D + e] = d_early * inverse;
+        coefficient[D + 2 * N + e] = d_res * inverse;
+        __syncwarp();
+        if (lane < COEFFICIENT_ATOMS) {
+          const float* c = coefficient + 3 * lane;
+          put(coefficients + (((it % EXCHANGE) * BT + r) * COEFFICIENT_ATOMS + lane) * 4, c[0], c[1], c[2], it + 1);
+        }
+      }
+    }
+    float sums[4] = {bias_early, bias_res, alpha_early, alpha_late};
+    float* to = partial + ((at.group * G + at.slice) * MIDDLE + warp - DX - DOTS - 2) * 48;
+    if (lane < 2 * N) to[lane] = sums[0], to[24 + lane] = sums[2];
+    if (lane < 16) to[8 + lane] = sums[1], to[32 + lane] = sums[3];
+    __syncwarp();
+    u32 before = 0;
+    if (lane == 0) {
+      __threadfence();
+      before = atomicAdd(done, 1u);
+      __threadfence();
+    }
+    const int rows = G * groups * MIDDLE;
+    if (__shfl_sync(ALL, before, 0) == rows - 1) reduce(partial, rows, d_bias, d_alphas, lane);
+  }
+}

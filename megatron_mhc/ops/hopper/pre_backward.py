@@ -1,0 +1,65 @@
+"""pre, backward, on Hopper: one read of the streams and their gradient (pre_backward.cu)."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_mhc.ops.hopper.compile import SHARED, TOKENS, kernel, layout, multiprocessors, tensor_map
+from megatron_mhc.ops.link import Written
+
+WIDEST = 128
+SLOT = TOKENS * 52 * 4  # bytes of a tile's coefficients in shared memory
+MIDDLE = 4  # warps
+STAGING = MIDDLE * 51 * 4  # bytes in which they put a token's together
+PART = TOKENS * 15 * 4  # floats that a block tells its group of a tile
+COEFFICIENTS = TOKENS * 17 * 4  # and that the group knows of it then
+
+
+def pre_backward(
+    x: Tensor,
+    g: Tensor,
+    f: Tensor,
+    dl: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    alphas: tuple[Tensor, Tensor, Tensor],
+    saved: Tensor,
+    *,
+    iterations: int,
+    deepseek_v4: bool,
+    written: Written | None = None,
+    f_bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`megatron_mhc.ops.pre_backward.pre_backward` of x, g: [T, 4, C] and f, dl: [T, C] bf16."""
+    T, n, C = x.shape
+    f32: dict[str, Any] = dict(device=x.device, dtype=torch.float32)
+    dx, d_weight = torch.empty_like(x), torch.empty(24, n * C, **f32)
+    d_bias, d_alphas = torch.empty(24, **f32), torch.empty(3, **f32)
+    if T == 0:
+        return dx, d_weight.zero_(), d_bias.zero_(), d_alphas.zero_()
+    if written is None:
+        writer, df = (saved, bias, alphas[1]), dl  # neither read nor written
+    else:
+        writer, df = written.saved, torch.empty_like(dl)
+        written.fill(dx, df)
+    cut = layout(T, C, WIDEST, multiprocessors(x.device))
+    stage = -(-10 * (TOKENS * cut.width * 2 + 128) // 1024) * 1024
+    rest = 2 * SLOT + cut.width * 2 + STAGING
+    stages = min(10, (SHARED - rest) // stage)
+    compiled = kernel(
+        "pre_backward", x.device.index, 512, stages * stage + rest,
+        C=C, CW=cut.width, STAGES=stages, ITERATIONS=iterations, V4=int(deepseek_v4),
+        DF=int(written is not None),
+    )  # fmt: skip
+    blocks, slots = cut.groups * cut.slices, cut.groups * 2 * stages
+    sizes = [slots * cut.slices * PART, slots * COEFFICIENTS, 2 + 8 * cut.slices]
+    parts, coefficients, counts = torch.zeros(sum(sizes), **f32).split(sizes)
+    partial = torch.empty(MIDDLE * blocks, 48, **f32)
+    compiled.launch(
+        blocks, x.device,
+        *map(tensor_map, (x, g, f, dl, dx, df)), f_bias, weight, bias, *alphas, saved, *writer,
+        d_weight, d_bias, d_alphas,
+        parts, coefficients, partial, counts, T, cut.slices, cut.groups,
+    )  # fmt: skip
+    return dx, d_weight, d_bias, d_alphas
