@@ -1,4 +1,5 @@
-// What the two kernels share: n = 4 streams of C channels, bf16, sm_90. Compiled by NVRTC without any header.
+// What the two kernels share: n = 4 streams of C channels, bf16. Compiled by NVRTC without any header but
+// device.cuh, which stands before it.
 //
 // A group of G thread blocks works through tiles of 16 tokens; block `slice` of it owns CW channels of all
 // four streams. It loads them into shared memory once and keeps them there while the group sums up, through
@@ -6,110 +7,22 @@
 // tickets in a row, and a block waits for blocks of its own or an earlier group alone. So the kernel ends
 // wherever G blocks can be resident together, whatever else the GPU runs.
 
-typedef unsigned int u32;
-typedef unsigned long long u64;
-typedef unsigned short bf16;
-
 #define N 4
 #define M 24
-#define BT 16              // tokens of a tile
-#define BOX 64             // channels that one copy brings: rows of 128 bytes
-#define BOXES (CW / BOX)
-#define BOX_BYTES (BT * BOX * 2)
 #define EXCHANGE (2 * STAGES)  // slots of the rings in global memory, see `pre.cu`
 
-__device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
-
-// ---- barriers and copies ----
-
-__device__ __forceinline__ void barrier_init(u32 bar, u32 count) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(count));
-}
-__device__ __forceinline__ void barrier_arrive(u32 bar) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
-}
-__device__ __forceinline__ void barrier_wait(u32 bar, u32 parity) {
-  asm volatile(
-      "{\n.reg .pred done;\n"
-      "again:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      "@!done bra again;\n}" ::"r"(bar), "r"(parity) : "memory");
-}
-__device__ __forceinline__ u64 evict_first() {
-  u64 policy;
-  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0;" : "=l"(policy));
-  return policy;
-}
-__device__ __forceinline__ void barrier_expect(u32 bar, u32 bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
-}
-// Between ordinary stores to shared memory and a copy out of it or into it.
-__device__ __forceinline__ void fence_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-
-// Describes a tensor [T, streams, C]; copies are boxes of 16 tokens x 1 stream x 64 channels, zeros outside.
-struct __align__(64) TensorMap {
-  u64 opaque[16];
-};
-// Boxes of this slice's CW channels, one behind the other.
-__device__ __forceinline__ void load_boxes(u32 to, const TensorMap& from, int channel, int stream, int token, u32 bar, u64 policy) {
-#pragma unroll
-  for (int k = 0; k < BOXES; k++)
-    asm volatile(
-        "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint "
-        "[%0], [%1, {%2, %3, %4}], [%5], %6;" ::"r"(to + k * BOX_BYTES), "l"(&from), "r"(channel + k * BOX),
-        "r"(stream), "r"(token), "r"(bar), "l"(policy) : "memory");
-}
-__device__ __forceinline__ void store_boxes(const TensorMap& to, int channel, int stream, int token, u32 from) {
-#pragma unroll
-  for (int k = 0; k < BOXES; k++)
-    asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.tile.bulk_group [%0, {%1, %2, %3}], [%4];" ::"l"(&to),
-                 "r"(channel + k * BOX), "r"(stream), "r"(token), "r"(from + k * BOX_BYTES) : "memory");
-}
-// Until what store_boxes has been given is read.
-__device__ __forceinline__ void await_stored() {
-  asm volatile("cp.async.bulk.commit_group;\ncp.async.bulk.wait_group.read 0;" ::: "memory");
-}
 // Where a copy has put 8 channels from `chunk` * 8 on of a row: the hardware exchanges the sixteen bytes of a row by
 // bits 7 to 9 of its address, so that eight rows below each other lie in different banks.
 __device__ __forceinline__ u32 place(u32 row, u32 chunk) {
   row += chunk / 8 * BOX_BYTES;
   return row + ((chunk % 8 ^ row >> 7 & 7) << 4);
 }
-// The registers of a thread from here on, for all four warps of a warpgroup; the four groups of a block share 512.
-template <int REGISTERS>
-__device__ __forceinline__ void set_registers() {
-  if (REGISTERS > 128) asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
-  else asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS));
-}
-template <int THREADS>
-__device__ __forceinline__ void sync_threads(int id) {
-  asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(THREADS) : "memory");
-}
 
 // ---- exchange through global memory ----
 //
-// Three numbers and a tag are stored and loaded as one 16-byte atom, so no fence is needed: a reader repeats its
-// load until it finds the tag of its tile. Memory starts as zeros, tags at 1.
+// By atoms of three numbers and a tag: a reader repeats its load until it finds the tag of its tile. Memory starts
+// as zeros, tags at 1.
 
-struct Tagged {
-  float x, y, z;
-  u32 tag;
-};
-
-__device__ __forceinline__ void put(float* to, float x, float y, float z, u32 tag) {
-  asm volatile(
-      "{\n.reg .b64 low, high;\n.reg .b128 all;\n"
-      "mov.b64 low, {%1, %2};\nmov.b64 high, {%3, %4};\nmov.b128 all, {low, high};\n"
-      "st.relaxed.gpu.global.b128 [%0], all;\n}" ::"l"(to), "f"(x), "f"(y), "f"(z), "r"(tag) : "memory");
-}
-__device__ __forceinline__ Tagged get(const float* from) {
-  Tagged v;
-  asm volatile(
-      "{\n.reg .b64 low, high;\n.reg .b128 all;\n"
-      "ld.relaxed.gpu.global.b128 all, [%4];\n"
-      "mov.b128 {low, high}, all;\nmov.b64 {%0, %1}, low;\nmov.b64 {%2, %3}, high;\n}"
-      : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=r"(v.tag) : "l"(from) : "memory");
-  return v;
-}
 // Until all slices have put the atom at p + slice * stride. One atom a lane, since what spins must be little; the
 // rest of a tile comes at about the same time, and whoever reads it looks at its tags.
 __device__ __forceinline__ void await_slices(const float* p, int G, int stride, u32 tag, int lane) {
@@ -117,13 +30,13 @@ __device__ __forceinline__ void await_slices(const float* p, int G, int stride, 
     while (get(p + s * stride).tag != tag) {}
   __syncwarp();
 }
-// K atoms at once, once all have the tag; the loads depend on nothing, so that none waits for another.
+// K atoms at p + offset, once all have the tag; the loads depend on nothing, so that none waits for another.
 template <int K>
-__device__ __forceinline__ void get_all(Tagged (&v)[K], const float* (&from)[K], u32 tag) {
+__device__ __forceinline__ void get_all(Tagged (&v)[K], const float* p, const int (&offset)[K], u32 tag) {
   bool missing;
   do {
 #pragma unroll
-    for (int k = 0; k < K; k++) v[k] = get(from[k]);
+    for (int k = 0; k < K; k++) v[k] = get(p + offset[k]);
     missing = false;
 #pragma unroll
     for (int k = 0; k < K; k++) missing |= v[k].tag != tag;
@@ -134,20 +47,17 @@ __device__ __forceinline__ float3 sum_every_second(const float* p, int first, in
   float3 total = make_float3(0.f, 0.f, 0.f);
   for (int s = first; s < G; s += 16) {
     Tagged v[8];
-    const float* from[8];
+    int offset[8];
 #pragma unroll
-    for (int k = 0; k < 8; k++) from[k] = p + min(s + 2 * k, G - 1) * stride;
-    get_all(v, from, tag);
+    for (int k = 0; k < 8; k++) offset[k] = min(s + 2 * k, G - 1) * stride;
+    get_all(v, p, offset, tag);
 #pragma unroll
     for (int k = 0; k < 8; k++)
       if (s + 2 * k < G) total.x += v[k].x, total.y += v[k].y, total.z += v[k].z;
   }
   return total;
 }
-__device__ __forceinline__ float3 add(float3 even, float3 odd) {
-  return make_float3(even.x + odd.x, even.y + odd.y, even.z + odd.z);
-}
-// The same of lanes that hold one each: the same bits in every lane.
+// even + odd of the lanes that hold them: the same bits in every lane.
 __device__ __forceinline__ float3 add_lanes(float3 v, int even, int odd) {
   return make_float3(__shfl_sync(0xffffffffu, v.x, even) + __shfl_sync(0xffffffffu, v.x, odd),
                      __shfl_sync(0xffffffffu, v.y, even) + __shfl_sync(0xffffffffu, v.y, odd),
@@ -160,89 +70,8 @@ __device__ __forceinline__ float pick(float3 v, int k) {
   return k % 3 == 0 ? x : k % 3 == 1 ? y : z;
 }
 
-// Once a launch, with fences. What this warp's lanes have stored is visible to whoever sees the count.
-__device__ __forceinline__ void publish(u32* count, int lane) {
-  __syncwarp();
-  if (lane == 0) {
-    __threadfence();
-    atomicAdd(count, 1u);
-  }
-}
-__device__ __forceinline__ void await(const u32* count, u32 wanted, int lane) {
-  if (lane == 0) {
-    u32 seen;
-    do {
-      asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(count) : "memory");
-    } while (seen < wanted);
-  }
-  __syncwarp();
-}
-// Past L1, which may hold an older value.
-__device__ __forceinline__ float load_fresh(const float* p) {
-  float v;
-  asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(v) : "l"(p) : "memory");
-  return v;
-}
-__device__ __forceinline__ float4 load_fresh4(const float* p) {
-  float4 v;
-  asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];"
-               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "l"(p) : "memory");
-  return v;
-}
-
-// ---- bf16 and tensor cores ----
-
-__device__ __forceinline__ float low_half(u32 pair) { return __uint_as_float(pair << 16); }
-__device__ __forceinline__ float high_half(u32 pair) { return __uint_as_float(pair & 0xffff0000u); }
-// Rounded to nearest: `low` in bits 0 to 15.
-__device__ __forceinline__ u32 pack(float low, float high) {
-  u32 pair;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-  return pair;
-}
-// What bf16 leaves of two floats, as bf16 again.
-__device__ __forceinline__ u32 pack_rest(float low, float high, u32 rounded) {
-  return pack(low - low_half(rounded), high - high_half(rounded));
-}
-__device__ __forceinline__ void load_matrices(u32 (&r)[4], u32 address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
-}
-__device__ __forceinline__ void load_transposed(u32 (&r)[4], u32 address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
-}
-// d[16, 8] += a[16, 16] b[16, 8]
-__device__ __forceinline__ void multiply16(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
-               "{%0,%1,%2,%3};"
-               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-               : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-// d[16, 8] += a[16, 8] b[8, 8]
-__device__ __forceinline__ void multiply8(float (&d)[4], u32 a0, u32 a1, u32 b0) {
-  asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
-               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a0), "r"(a1), "r"(b0));
-}
-
 // ---- coefficients ----
 
-__device__ __forceinline__ float exp_fast(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * 1.4426950408889634f));
-  return y;
-}
-__device__ __forceinline__ float divide(float a, float b) {
-  float y;
-  asm("div.full.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
-  return y;
-}
-// a / b within 2 ulp, for b far from the ends of the range
-__device__ __forceinline__ float quotient(float a, float b) {
-  float y;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(b));
-  return a * y;
-}
 __device__ __forceinline__ float sigmoid(float x) { return divide(1.f, 1.f + exp_fast(-x)); }
 
 // Sums and maxima over the rows (j) or columns (i) of 4 x 4 matrices, element 4 i + j in lane 4 i + j of 16.
@@ -358,6 +187,74 @@ __device__ __forceinline__ void sinkhorn_rows(float (&z)[N]) {
 #endif
 }
 
+// A whole 4 x 4 matrix in every lane, by scaling vectors, since shuffles between lanes would be most of the time:
+// after t steps M = u_t K v_t with K = exp(z), v_t = 1 / (K^T u_{t-1}), u_t = 1 / (K v_t), u_0 = 1.
+// past: [ITERATIONS, 8] in shared memory, v_t and u_t. Returns element `e` of M.
+__device__ __forceinline__ float sinkhorn_scaled(const float* z, float* past, float (&K)[16], int lane, int e) {
+  float top = z[0], u[N] = {1.f, 1.f, 1.f, 1.f}, v[N], mine = 0.f;
+#pragma unroll
+  for (int k = 0; k < 16; k++) K[k] = z[k], top = fmaxf(top, K[k]);
+#pragma unroll
+  for (int k = 0; k < 16; k++) K[k] = exp_fast(K[k] - top);
+#pragma unroll 1
+  for (int t = 0; t < ITERATIONS; t++) {
+#pragma unroll
+    for (int j = 0; j < N; j++)
+      v[j] = quotient(1.f, K[j] * u[0] + K[N + j] * u[1] + (K[2 * N + j] * u[2] + K[3 * N + j] * u[3]));
+#pragma unroll
+    for (int i = 0; i < N; i++)
+      u[i] = quotient(1.f, K[N * i] * v[0] + K[N * i + 1] * v[1] + (K[N * i + 2] * v[2] + K[N * i + 3] * v[3]));
+    if (lane == 0) {
+      *(float4*)(past + 8 * t) = make_float4(v[0], v[1], v[2], v[3]);
+      *(float4*)(past + 8 * t + N) = make_float4(u[0], u[1], u[2], u[3]);
+    }
+  }
+#pragma unroll
+  for (int k = 0; k < 16; k++) mine = e == k ? u[k / N] * K[k] * v[k % N] : mine;
+  __syncwarp();
+  return mine;
+}
+// The gradient of logit `e` from that of M, dm: [16] in shared memory.
+__device__ __forceinline__ float sinkhorn_scaled_backward(const float* dm, const float* past, const float (&K)[16], int e) {
+  float dK[16], du[N] = {}, dv[N] = {}, mine = 0.f;
+  float4 v4 = *(const float4*)(past + 8 * (ITERATIONS - 1)), u4 = *(const float4*)(past + 8 * (ITERATIONS - 1) + N);
+  {
+    const float u[N] = {u4.x, u4.y, u4.z, u4.w}, v[N] = {v4.x, v4.y, v4.z, v4.w};
+#pragma unroll
+    for (int k = 0; k < 16; k++) {
+      const float d = dm[k];
+      dK[k] = d * u[k / N] * v[k % N];
+      du[k / N] += d * K[k] * v[k % N];
+      dv[k % N] += d * u[k / N] * K[k];
+    }
+  }
+#pragma unroll 1
+  for (int t = ITERATIONS - 1; t >= 0; t--) {
+    const float4 before = t ? *(const float4*)(past + 8 * t - N) : make_float4(1.f, 1.f, 1.f, 1.f);
+    const float u[N] = {u4.x, u4.y, u4.z, u4.w}, v[N] = {v4.x, v4.y, v4.z, v4.w};
+    const float w[N] = {before.x, before.y, before.z, before.w};
+    float a[N], b[N];
+#pragma unroll
+    for (int i = 0; i < N; i++) a[i] = -u[i] * du[i] * u[i];
+#pragma unroll
+    for (int j = 0; j < N; j++) {
+      dv[j] += K[j] * a[0] + K[N + j] * a[1] + (K[2 * N + j] * a[2] + K[3 * N + j] * a[3]);
+      b[j] = -v[j] * dv[j] * v[j];
+      dv[j] = 0.f;
+    }
+#pragma unroll
+    for (int i = 0; i < N; i++)
+      du[i] = K[N * i] * b[0] + K[N * i + 1] * b[1] + (K[N * i + 2] * b[2] + K[N * i + 3] * b[3]);
+#pragma unroll
+    for (int k = 0; k < 16; k++) dK[k] += a[k / N] * v[k % N] + w[k / N] * b[k % N];
+    u4 = before;
+    if (t) v4 = *(const float4*)(past + 8 * t - 8);
+  }
+#pragma unroll
+  for (int k = 0; k < 16; k++) mine = e == k ? K[k] * dK[k] : mine;
+  return mine;
+}
+
 // The gradient of the logits from that of the matrix, exact for the truncated iterations.
 __device__ __forceinline__ float sinkhorn_backward(float m, float dm, const float (&past)[STEPS]) {
 #if V4
@@ -375,6 +272,30 @@ __device__ __forceinline__ float sinkhorn_backward(float m, float dm, const floa
   for (int k = STEPS - 1; k >= 0; k--) dz -= past[k] * (k % 2 ? sum_axis<1>(dz) : sum_axis<0>(dz));
   return dz;
 #endif
+}
+
+// d_bias and d_alphas from every middle warp's sums; 48 columns: biases, then alphas' terms in their order.
+__device__ void reduce(const float* partial, int rows, float* d_bias, float* d_alphas, int lane) {
+  const int half = lane / 16, column = lane % 16;
+  float4 total = make_float4(0, 0, 0, 0);
+  if (column < 12)
+#pragma unroll 16
+    for (int r = half; r < rows; r += 2) {
+      const float4 v = load_fresh4(partial + r * 48 + column * 4);
+      total.x += v.x, total.y += v.y, total.z += v.z, total.w += v.w;
+    }
+  total.x += __shfl_xor_sync(ALL, total.x, 16);
+  total.y += __shfl_xor_sync(ALL, total.y, 16);
+  total.z += __shfl_xor_sync(ALL, total.z, 16);
+  total.w += __shfl_xor_sync(ALL, total.w, 16);
+  const float four = total.x + total.y + total.z + total.w;
+  float res = 0.f;
+#pragma unroll
+  for (int k = 8; k < 12; k++) res += __shfl_sync(ALL, four, k);
+  if (lane < 6) *(float4*)(d_bias + lane * 4) = total;
+  if (lane == 6) d_alphas[0] = four;
+  if (lane == 7) d_alphas[1] = four;
+  if (lane == 8) d_alphas[2] = res;
 }
 
 // ---- who does what ----

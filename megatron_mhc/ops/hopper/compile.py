@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-TOKENS = 16  # of a tile: BT of common.cuh
+TOKENS = 16  # of a tile: BT of device.cuh
 BOX = 64  # channels that a copy brings
 SHARED = 226 * 1024  # bytes that a block may have beside the barriers
 HERE = Path(__file__).parent
@@ -99,7 +99,7 @@ def kernel(name: str, device: int, threads: int, shared: int, **defines: int) ->
     """Compile `name`.cu for the device; once per set of `defines`, in about a second."""
     from cuda.bindings import driver, nvrtc
 
-    source = "".join((HERE / part).read_text() for part in ("common.cuh", f"{name}.cu"))
+    source = "".join((HERE / part).read_text() for part in ("device.cuh", "common.cuh", f"{name}.cu"))
     program = _checked(
         nvrtc.nvrtcCreateProgram(source.encode(), f"{name}.cu".encode(), 0, [], []), "nvrtcCreateProgram"
     )

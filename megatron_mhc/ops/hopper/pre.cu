@@ -15,8 +15,8 @@
 // mappings [T, 24] fp32, parts and ticket zeros.
 
 #define PROJECTING 8
-#define AGGREGATING 5
-#define FINISHING 2
+#define AGGREGATING 4
+#define FINISHING 3
 #define THREADS ((PROJECTING + AGGREGATING + FINISHING + 1) * 32)
 #define STAGE (N * BOXES * BOX_BYTES)
 #define STEPS_ALL (N * CW / 16)                                // of 16 columns
@@ -24,6 +24,8 @@
 #define ATOMS 9                                                 // of three numbers that hold a token's 25
 #define SUMS (BT * ATOMS * 3)
 #define PART (BT * ATOMS * 4)
+#define READ 2  // atoms that `aggregate` wants, of all tokens behind each other; the rest of every token follows
+#define AT(token, atom) (((atom) < READ ? (token) * READ + (atom) : BT * READ + (token) * (ATOMS - READ) + (atom) - READ) * 4)
 
 // H_res of up to eight tokens, row lane % 4 of token t in lanes 4 k to 4 k + 3.
 __device__ __forceinline__ void finish_held(const float* logits, int tokens, int t, int lane, float* mappings) {
@@ -60,14 +62,14 @@ pre(const __grid_constant__ TensorMap x, const float* __restrict__ weight, const
   if (threadIdx.x == 0) {
     for (int s = 0; s < STAGES; s++) {
       barrier_init(fulls + 8 * s, 1);
-      barrier_init(empties + 8 * s, 1 + 1);
+      barrier_init(empties + 8 * s, 2 + 1);
     }
   }
   fence_copies();
   __syncthreads();
 
   if (warp < PROJECTING) {
-    set_registers<152>();
+    set_registers<168>();
     u32 high[STEPS_EACH][3][2], low[STEPS_EACH][3][2];
     const int row = lane / 4, pair = lane % 4 * 2;
 #pragma unroll
@@ -84,9 +86,10 @@ pre(const __grid_constant__ TensorMap x, const float* __restrict__ weight, const
           low[s][n][half] = pack_rest(w.x, w.y, high[s][n][half]);
         }
     }
-    u32 offset[STEPS_EACH];
+    // Where this lane's row of the left factor lies. With all of a box a warp's, two chunks on are bits of it.
+    u32 offset[STEPS_EACH % 4 ? STEPS_EACH : 1];
 #pragma unroll
-    for (int s = 0; s < STEPS_EACH; s++) {
+    for (int s = 0; s < (STEPS_EACH % 4 ? STEPS_EACH : 1); s++) {
       const int step = warp * STEPS_EACH + s;
       offset[s] = place(step / (CW / 16) * (BOXES * BOX_BYTES) + lane % 16 * 128, step % (CW / 16) * 2 + lane / 16);
     }
@@ -98,7 +101,7 @@ pre(const __grid_constant__ TensorMap x, const float* __restrict__ weight, const
 #pragma unroll
       for (int s = 0; s < STEPS_EACH; s++) {
         u32 a[4];
-        load_matrices(a, tiles + stage * STAGE + offset[s]);
+        load_matrices(a, tiles + stage * STAGE + (STEPS_EACH % 4 ? offset[s] : (offset[0] ^ s % 4 * 32) + s / 4 * BOX_BYTES));
 #pragma unroll
         for (int n = 0; n < 3; n++) {
           multiply16(rest[n], a[0], a[1], a[2], a[3], low[s][n][0], low[s][n][1]);
@@ -131,34 +134,32 @@ pre(const __grid_constant__ TensorMap x, const float* __restrict__ weight, const
         for (int w = 0; w < PROJECTING; w++)
 #pragma unroll
           for (int k = 0; k < 3; k++) total[k] += buffer[w * SUMS + 3 * threadIdx.x + k];
-        put(parts + ((it % EXCHANGE) * G + at.slice) * PART + threadIdx.x * 4, total[0], total[1], total[2], it + 1);
+        put(parts + ((it % EXCHANGE) * G + at.slice) * PART + AT(threadIdx.x / ATOMS, threadIdx.x % ATOMS), total[0], total[1], total[2], it + 1);
       }
     }
   } else {
-    set_registers<104>();
+    set_registers<88>();
   if (warp < PROJECTING + AGGREGATING) {
-    // A tile a warp. Lanes 2 t and 2 t + 1 sum up pre 0 to 2, and pre 3 and squares, of token t.
+    // Two warps a tile, eight tokens each; the other two at the next one. Half the lanes sum up every second slice.
+    const int first = warp % 2 * 8, token = lane / 4;
     const float gate = *alpha_pre, shift = bias[lane % 4];
-    for (int it = warp - PROJECTING; it < at.tiles; it += AGGREGATING) {
+    for (int it = (warp - PROJECTING) / 2; it < at.tiles; it += AGGREGATING / 2) {
       const int stage = it % STAGES, tile = at.group + it * groups;
       barrier_wait(fulls + 8 * stage, it / STAGES & 1);
-      const float* part = parts + (it % EXCHANGE) * G * PART + lane / 2 * ATOMS * 4 + lane % 2 * 4;
+      const float* part = parts + (it % EXCHANGE) * G * PART + AT(first, 0) + lane % 16 * 4;
       await_slices(part, G, PART, it + 1, lane);
-      const float3 total = add(sum_every_second(part, 0, G, PART, it + 1), sum_every_second(part, 1, G, PART, it + 1));
-      float read[2];  // of tokens lane / 4 and 8 + lane / 4, stream lane % 4
-#pragma unroll
-      for (int k = 0; k < 2; k++) {
-        const int token = 8 * k + lane / 4;
-        const float inverse = rsqrtf(__fmaf_rn(__shfl_sync(ALL, total.y, 2 * token + 1), 1.f / (N * C), eps));
-        const float product = pick(total, 6 * token + lane % 4);
-        read[k] = sigmoid(__fmaf_rn(__fmul_rn(product, inverse), gate, shift)) + (V4 ? EPS : 0.f);
-      }
+      // Lanes 2 t and 2 t + 1 have pre 0 to 2, and pre 3 and squares, of token t.
+      const float3 total =
+          add_lanes(sum_every_second(part, lane / 16, G, PART, it + 1), lane % 16, lane % 16 + 16);
+      const float inverse = rsqrtf(__fmaf_rn(__shfl_sync(ALL, total.y, 2 * token + 1), 1.f / (N * C), eps));
+      const float product = pick(total, 6 * token + lane % 4);
+      const float read = sigmoid(__fmaf_rn(__fmul_rn(product, inverse), gate, shift)) + (V4 ? EPS : 0.f);
 #pragma unroll 4
-      for (int k = 0; k < BT; k++) {
+      for (int k = 0; k < 8; k++) {
         float h[N];
 #pragma unroll
-        for (int j = 0; j < N; j++) h[j] = __shfl_sync(ALL, k < 8 ? read[0] : read[1], k % 8 * 4 + j);
-        const int t = tile * BT + k;
+        for (int j = 0; j < N; j++) h[j] = __shfl_sync(ALL, read, k * 4 + j);
+        const int t = tile * BT + first + k;
         // Only the store has a condition, so that tokens overlap.
 #pragma unroll
         for (int c0 = 0; c0 < CW; c0 += 256) {
@@ -166,7 +167,7 @@ pre(const __grid_constant__ TensorMap x, const float* __restrict__ weight, const
           float l[8] = {};
 #pragma unroll
           for (int j = 0; j < N; j++) {
-            const uint4 four = *(const uint4*)(memory + stage * STAGE + place(j * (BOXES * BOX_BYTES) + k * 128, c / 8));
+            const uint4 four = *(const uint4*)(memory + stage * STAGE + place(j * (BOXES * BOX_BYTES) + (first + k) * 128, c / 8));
             const u32 v4[4] = {four.x, four.y, four.z, four.w};
 #pragma unroll
             for (int e = 0; e < 4; e++) {
@@ -194,10 +195,10 @@ pre(const __grid_constant__ TensorMap x, const float* __restrict__ weight, const
       int r = own_token(at, it, G);
       if (r >= BT && lane == 0) barrier_arrive(empties + 8 * stage);
       for (; r < BT; r += G) {
-        const float* part = parts + (it % EXCHANGE) * G * PART + r * ATOMS * 4;
+        const float* part = parts + (it % EXCHANGE) * G * PART + AT(r, min(lane % 16, ATOMS - 1));
         await_slices(part, G, PART, it + 1, lane);
-        const float3 total = add_lanes(
-            sum_every_second(part + min(lane % 16, ATOMS - 1) * 4, lane / 16, G, PART, it + 1), lane % 16, lane % 16 + 16);
+        const float3 total =
+            add_lanes(sum_every_second(part, lane / 16, G, PART, it + 1), lane % 16, lane % 16 + 16);
         if (r + G >= BT && lane == 0) barrier_arrive(empties + 8 * stage);
         const float inverse = rsqrtf(__fmaf_rn(pick(total, N), 1.f / (N * C), eps));
         const float u = __fmul_rn(pick(total, m + (m >= N)), inverse), z = __fmaf_rn(u, gate, shift);

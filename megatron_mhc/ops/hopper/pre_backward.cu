@@ -39,32 +39,9 @@
 #define D 26
 #define ROW 52               // floats between two tokens' in shared memory
 #define SLOT (BT * ROW * 4)  // bytes
+#define STAGING (ROW + 16 + 8 * ITERATIONS)  // floats of a middle warp: a token's coefficients, a matrix, scaling vectors
 
 __device__ __forceinline__ u32 load_pair(const unsigned char* p) { return *(const u32*)p; }
-
-// d_bias and d_alphas from every middle warp's sums; 48 columns: biases, then alphas' terms in their order.
-__device__ void reduce(const float* partial, int rows, float* d_bias, float* d_alphas, int lane) {
-  const int half = lane / 16, column = lane % 16;
-  float4 total = make_float4(0, 0, 0, 0);
-  if (column < 12)
-#pragma unroll 16
-    for (int r = half; r < rows; r += 2) {
-      const float4 v = load_fresh4(partial + r * 48 + column * 4);
-      total.x += v.x, total.y += v.y, total.z += v.z, total.w += v.w;
-    }
-  total.x += __shfl_xor_sync(ALL, total.x, 16);
-  total.y += __shfl_xor_sync(ALL, total.y, 16);
-  total.z += __shfl_xor_sync(ALL, total.z, 16);
-  total.w += __shfl_xor_sync(ALL, total.w, 16);
-  const float four = total.x + total.y + total.z + total.w;
-  float res = 0.f;
-#pragma unroll
-  for (int k = 8; k < 12; k++) res += __shfl_sync(ALL, four, k);
-  if (lane < 6) *(float4*)(d_bias + lane * 4) = total;
-  if (lane == 6) d_alphas[0] = four;
-  if (lane == 7) d_alphas[1] = four;
-  if (lane == 8) d_alphas[2] = res;
-}
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 pre_backward(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap g,
@@ -270,10 +247,10 @@ pre_backward(const __grid_constant__ TensorMap x, const __grid_constant__ Tensor
       const float* from = coefficients + (it % EXCHANGE) * (BT * COEFFICIENT_ATOMS * 4);
       await_slices(from, BT, COEFFICIENT_ATOMS * 4, it + 1, lane);  // all tokens'
       Tagged v[9];  // of 17 atoms of 16 tokens
-      const float* atom[9];
+      int offset[9];
 #pragma unroll
-      for (int k = 0; k < 9; k++) atom[k] = from + min(k * 32 + lane, BT * COEFFICIENT_ATOMS - 1) * 4;
-      get_all(v, atom, it + 1);
+      for (int k = 0; k < 9; k++) offset[k] = min(k * 32 + lane, BT * COEFFICIENT_ATOMS - 1) * 4;
+      get_all(v, from, offset, it + 1);
       if (it >= 2) barrier_wait(uses + 8 * slot, (it / 2 - 1) & 1);
       float* to = (float*)(slots + slot * SLOT);
 #pragma unroll
@@ -317,7 +294,10 @@ pre_backward(const __grid_constant__ TensorMap x, const __grid_constant__ Tensor
     const float shift_early = e < 2 * N ? bias[e] : 0.f, shift_res = bias[2 * N + e];
     const int transpose = V4 ? j * N + i : e;  // where H_res has what comb has at e
     float bias_early = 0.f, bias_res = 0.f, alpha_early = 0.f, alpha_late = 0.f;
-    float* coefficient = staging + turn * (COEFFICIENT_ATOMS * 3);
+    float* coefficient = staging + turn * STAGING;
+#if !V4
+    float *matrix = coefficient + ROW, *past = matrix + 16;
+#endif
     int tokens = 0;
     for (int it = 0; it < at.tiles; it++) {
       for (int r = own_token(at, it, G); r < BT; r += G) {
@@ -329,10 +309,18 @@ pre_backward(const __grid_constant__ TensorMap x, const __grid_constant__ Tensor
         const float res0 = __shfl_sync(ALL, u_early, (e + 8) & 15), res1 = __shfl_sync(ALL, u_late, (e - 8) & 15);
         const float u_res = e < 8 ? res0 : res1;
         const float s = sigmoid(__fmaf_rn(u_early, gate_early, shift_early));
-        float past[STEPS];
-        const float h = sinkhorn(__fmaf_rn(u_res, gate_res, shift_res), past);
+        const float z = __fmaf_rn(u_res, gate_res, shift_res);
         __syncwarp();  // the last token's coefficients have left `coefficient`
-        coefficient[H_RES + transpose] = h;
+#if V4
+        float past[STEPS];
+        const float h = sinkhorn(z, past);
+#else
+        float K[16], h = 0.f;
+        const bool wide = __any_sync(ALL, max_axis<0>(max_axis<1>(z)) - z > SPREAD);
+        matrix[e] = z;
+        __syncwarp();
+        if (!wide) h = sinkhorn_scaled(matrix, past, K, lane, e);
+#endif
         if (e < N) coefficient[H_PRE + e] = s + (V4 ? EPS : 0.f);
 #if DF
         if (e < N)
@@ -349,7 +337,21 @@ pre_backward(const __grid_constant__ TensorMap x, const __grid_constant__ Tensor
         float d_early = 0.f;
         if (e < N) d_early = (j % 2 ? pre_odd : pre_even) * s * (1.f - s);
         else if (e < 2 * N) d_early = post * 2.f * s * (1.f - s);
-        float d_res = sinkhorn_backward(h, b % 2 ? odd : even, past);
+        float d_res = b % 2 ? odd : even;
+#if V4
+        d_res = sinkhorn_backward(h, d_res, past);
+#else
+        if (wide) {
+          float steps[STEPS];
+          h = sinkhorn(z, steps);
+          d_res = sinkhorn_backward(h, d_res, steps);
+        } else {
+          matrix[e] = d_res;
+          __syncwarp();
+          d_res = sinkhorn_scaled_backward(matrix, past, K, e);
+        }
+#endif
+        coefficient[H_RES + transpose] = h;
         if (t >= T) d_res = d_early = 0.f;
         bias_early += d_early, bias_res += d_res;
         alpha_early = __fmaf_rn(d_early, u_early, alpha_early);

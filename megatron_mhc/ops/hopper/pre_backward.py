@@ -11,7 +11,6 @@ from megatron_mhc.ops.link import Written
 WIDEST = 128
 SLOT = TOKENS * 52 * 4  # bytes of a tile's coefficients in shared memory
 MIDDLE = 4  # warps
-STAGING = MIDDLE * 51 * 4  # bytes in which they put a token's together
 PART = TOKENS * 15 * 4  # floats that a block tells its group of a tile
 COEFFICIENTS = TOKENS * 17 * 4  # and that the group knows of it then
 
@@ -45,7 +44,7 @@ def pre_backward(
         written.fill(dx, df)
     cut = layout(T, C, WIDEST, multiprocessors(x.device))
     stage = -(-10 * (TOKENS * cut.width * 2 + 128) // 1024) * 1024
-    rest = 2 * SLOT + cut.width * 2 + STAGING
+    rest = 2 * SLOT + cut.width * 2 + MIDDLE * 4 * (52 + 16 + 8 * iterations)
     stages = min(10, (SHARED - rest) // stage)
     compiled = kernel(
         "pre_backward", x.device.index, 512, stages * stage + rest,

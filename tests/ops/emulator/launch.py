@@ -1,0 +1,216 @@
+"""Builds the kernels of ops/hopper for the CPU and runs them in the emulator of runtime.h.
+
+`Emulator` takes the place of `compile.kernel` and `compile.tensor_map`, so that pre.py and pre_backward.py
+run as they are.
+"""
+
+import ctypes
+import functools
+import re
+import shutil
+import subprocess
+from dataclasses import astuple, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_mhc.ops.hopper.compile import HERE as SOURCES
+
+HERE = Path(__file__).parent
+GUARD = 4096  # bytes before and behind every tensor that nobody may write
+# -march=native for fmaf; no contraction, so that all compilers give the same bits
+FLAGS = "-std=c++17 -O1 -march=native -ffp-contract=off -fno-strict-aliasing -fPIC -shared -w".split()
+
+
+def compiler():
+    """g++'s path, or None."""
+    return shutil.which("g++")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Who goes on when; see `Options` of runtime.h, whose order the fields have."""
+
+    seed: int = 1
+    order: int = 1  # 0: in turn, 1: a random warp, 2: a random lane
+    copies: int = 0  # 0: arrive at random, 1: as late as can be, 2: at once
+    resident: int = 1 << 20  # blocks at a time
+    late_blocks: bool = False  # a block starts only when nobody else can go on
+    starved_block: int = -1  # -1: of every block
+    starved_warps: int = 0  # masks of those that go on only when nobody else can
+    starved_lanes: int = 0
+
+
+class _Options(ctypes.Structure):
+    _fields_ = [
+        ("seed", ctypes.c_uint64),
+        *((name, ctypes.c_int) for name in ("order", "copies", "resident", "late_blocks", "starved_block")),
+        *((name, ctypes.c_uint32) for name in ("starved_warps", "starved_lanes")),
+    ]
+
+
+class _Region(ctypes.Structure):
+    _fields_ = [("address", ctypes.c_void_p), ("bytes", ctypes.c_uint64), ("name", ctypes.c_char_p)]
+
+
+class EmulatorError(RuntimeError):
+    """A deadlock, or something that the hardware does not allow."""
+
+
+def _shared_variables(source: str) -> str:
+    """`__shared__` variables as references into the block's shared memory."""
+
+    def declared(match: re.Match) -> str:
+        kind, names = match.groups()
+        parts = [re.fullmatch(r"(\w+)(.*)", name.strip()).groups() for name in names.split(",")]
+        return " ".join(
+            f'auto& {n} = emulator::shared<{kind}{size}, __COUNTER__>("{n}");' for n, size in parts
+        )
+
+    source = re.sub(
+        r"extern __shared__ [^;]*?(\w+)\[\];",
+        r"unsigned char* \1 = emulator::current->block->arena;",
+        source,
+    )
+    return re.sub(r"__shared__ (?:__align__\(\d+\) )?(\w+) ([^;]+);", declared, source)
+
+
+def source(name: str, defines: dict[str, int], mutate=None) -> str:
+    """One translation unit; the channels are a variable, so that shapes share a build."""
+    logic = "".join((SOURCES / part).read_text() for part in ("common.cuh", f"{name}.cu"))
+    logic = _shared_variables(mutate(logic) if mutate else logic)
+    lines = ['#include "runtime.h"', "static int channels;"]
+    lines += [f"#define {key} {value}" for key, value in {**defines, "C": "channels"}.items()]
+    return (
+        "\n".join([*lines, '#include "device.h"', logic])
+        + f"""
+extern "C" int emulate(int c, int blocks, int threads, int dynamic, const emulator::Options* how,
+                       void** arguments, const emulator::Region* regions, int count,
+                       char* message, int room) {{
+  channels = c;
+  auto invoke = [](void** p) {{ emulator::call({name}, p); }};
+  return emulator::launch(invoke, blocks, threads, dynamic, how, arguments, regions, count, message, room);
+}}
+"""
+    )
+
+
+class _Map:
+    """What `compile.tensor_map` makes of a tensor."""
+
+    def __init__(self, tensor: torch.Tensor):
+        assert tensor.dtype == torch.bfloat16 and tensor.is_contiguous()
+        self.tensor = tensor
+        self.shape = tensor.shape if tensor.dim() == 3 else (tensor.shape[0], 1, tensor.shape[1])
+
+
+class _Guarded:
+    """A tensor's copy between two guards, NaN in every format."""
+
+    def __init__(self, tensor: torch.Tensor):
+        self.tensor, self.bytes = tensor, tensor.numel() * tensor.element_size()
+        self.held = (ctypes.c_ubyte * (self.bytes + 2 * GUARD + 256))()
+        ctypes.memset(self.held, 0xFF, len(self.held))
+        self.address = -(-(ctypes.addressof(self.held) + GUARD) // 256) * 256
+        ctypes.memmove(self.address, tensor.data_ptr(), self.bytes)
+
+    def give_back(self) -> bool:
+        """Copy into the tensor; whether the guards are as they were."""
+        ctypes.memmove(self.tensor.data_ptr(), self.address, self.bytes)
+        start = self.address - ctypes.addressof(self.held)
+        outside = bytes(self.held[:start]) + bytes(self.held[start + self.bytes :])
+        return outside.count(0xFF) == len(outside)
+
+
+@dataclass
+class Emulator:
+    """Stands for the GPU.
+
+    Args:
+        folder: where builds are kept.
+        mutate: changes the sources' text, for tests of the tests.
+    """
+
+    folder: Path
+    schedule: Schedule = Schedule()
+    mutate: Any = None
+    launched: list[tuple[str, int, dict[str, int]]] = field(default_factory=list)
+
+    def kernel(self, name: str, device: Any, threads: int, shared: int, **defines: int) -> Any:
+        """For `compile.kernel`."""
+        return _Kernel(self, name, threads, shared, defines)
+
+    tensor_map = staticmethod(_Map)
+
+
+@dataclass
+class _Kernel:
+    emulator: Emulator
+    name: str
+    threads: int
+    shared: int
+    defines: dict[str, int]
+
+    def launch(self, blocks: int, device: Any, *arguments: Any) -> None:
+        """For `compile.Kernel.launch`."""
+        self.emulator.launched.append((self.name, blocks, self.defines))
+        defines = {key: value for key, value in self.defines.items() if key != "C"}
+        text = source(self.name, defines, self.emulator.mutate)
+        run = _build(self.emulator.folder, self.name, text)
+        signature = re.search(rf"\b{self.name}\(const __grid_constant__ (.*?)\) {{", text, re.DOTALL)[1]
+        names = [re.search(r"(\w+)$", part.strip())[1] for part in signature.split(",")]
+        assert len(names) == len(arguments)
+
+        guarded: dict[Any, _Guarded] = {}
+        regions, places = [], []
+        for name, argument in zip(names, arguments, strict=True):
+            tensor = argument.tensor if isinstance(argument, _Map) else argument
+            held = None
+            if isinstance(tensor, torch.Tensor):
+                key = (tensor.data_ptr(), tensor.numel())  # two arguments may be one tensor
+                if key not in guarded:
+                    guarded[key] = _Guarded(tensor)
+                    regions.append(_Region(guarded[key].address, guarded[key].bytes, name.encode()))
+                held = guarded[key].address
+            if isinstance(argument, _Map):
+                places.append(_aligned((ctypes.c_uint64 * 16)(held, *argument.shape)))
+            elif isinstance(argument, float):
+                places.append(_aligned(ctypes.c_float(argument)))
+            elif isinstance(argument, int):
+                places.append(_aligned(ctypes.c_int(argument)))
+            else:
+                places.append(_aligned(ctypes.c_void_p(held)))
+        pointers = (ctypes.c_void_p * len(places))(*(address for address, _ in places))
+        message = ctypes.create_string_buffer(1 << 20)
+        failed = run(
+            self.defines["C"], blocks, self.threads, self.shared,
+            ctypes.byref(_Options(*(int(value) for value in astuple(self.emulator.schedule)))),
+            pointers, (_Region * len(regions))(*regions), len(regions), message, len(message),
+        )  # fmt: skip
+        intact = [guard.give_back() for guard in guarded.values()]
+        if failed:
+            raise EmulatorError(f"{self.name} with {self.defines}: {message.value.decode()}")
+        for fine, region in zip(intact, regions, strict=True):
+            if not fine:
+                raise EmulatorError(f"{self.name} wrote outside {region.name.decode()}")
+
+
+def _aligned(value: Any) -> tuple[int, Any]:
+    """An address, a multiple of 64, of the value's bytes, and what keeps it."""
+    held = (ctypes.c_ubyte * (ctypes.sizeof(value) + 64))()
+    address = -(-ctypes.addressof(held) // 64) * 64
+    ctypes.memmove(address, ctypes.addressof(value), ctypes.sizeof(value))
+    return address, held
+
+
+@functools.cache
+def _build(folder: Path, name: str, text: str) -> Any:
+    path = folder / f"{name}{len(list(folder.glob('*.cpp')))}.cpp"
+    path.write_text(text)
+    library = path.with_suffix(".so")
+    command = [compiler(), *FLAGS, f"-I{HERE}", str(path), "-o", str(library)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"g++ cannot build {name}: {done.stderr}")
+    return ctypes.CDLL(str(library)).emulate
