@@ -18,6 +18,8 @@
 #define AGGREGATING 4
 #define FINISHING 3
 #define THREADS ((PROJECTING + AGGREGATING + FINISHING + 1) * 32)
+// A warp goes on FINISHING tiles later: with fewer stages it could take the phase before the last for its own.
+static_assert(STAGES >= FINISHING, "too few stages");
 #define STAGE (N * BOXES * BOX_BYTES)
 #define STEPS_ALL (N * CW / 16)                                // of 16 columns
 #define STEPS_EACH (STEPS_ALL / PROJECTING)  // per warp; CW is a multiple of 64
@@ -192,6 +194,7 @@ pre(const __grid_constant__ TensorMap x, const float* __restrict__ weight, const
     for (int it = warp - PROJECTING - AGGREGATING; it < at.tiles; it += FINISHING) {
       const int stage = it % STAGES, tile = at.group + it * groups;
       barrier_wait(fulls + 8 * stage, it / STAGES & 1);
+      __syncwarp();  // before an arrival: a lane could come two phases late to the barrier, and wait forever
       int r = own_token(at, it, G);
       if (r >= BT && lane == 0) barrier_arrive(empties + 8 * stage);
       for (; r < BT; r += G) {
@@ -216,18 +219,16 @@ pre(const __grid_constant__ TensorMap x, const float* __restrict__ weight, const
       }
     }
     finish_held(logits, tokens, mine, lane, mappings);
-  } else {
+  } else if (lane == 0) {  // another lane could come two phases late to a barrier, and wait forever
     const u64 policy = evict_first();
     for (int it = 0; it < at.tiles; it++) {
       const int stage = it % STAGES;
       if (it >= STAGES) barrier_wait(empties + 8 * stage, (it / STAGES - 1) & 1);
-      if (lane == 0) {
-        barrier_expect(fulls + 8 * stage, STAGE);
+      barrier_expect(fulls + 8 * stage, STAGE);
 #pragma unroll
-        for (int j = 0; j < N; j++)
-          load_boxes(tiles + stage * STAGE + j * (BOXES * BOX_BYTES), x, at.first_channel, j,
-                     (at.group + it * groups) * BT, fulls + 8 * stage, policy);
-      }
+      for (int j = 0; j < N; j++)
+        load_boxes(tiles + stage * STAGE + j * (BOXES * BOX_BYTES), x, at.first_channel, j,
+                   (at.group + it * groups) * BT, fulls + 8 * stage, policy);
     }
   }
   }

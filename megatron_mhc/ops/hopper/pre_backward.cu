@@ -262,29 +262,27 @@ pre_backward(const __grid_constant__ TensorMap x, const __grid_constant__ Tensor
       __syncwarp();
       if (lane == 0) barrier_arrive(fetches + 8 * slot);
     }
-  } else {
+  } else if (lane == 0) {  // another lane could come two phases late to a barrier, and wait forever
     const u64 policy = evict_first();
     for (int it = 0; it < at.tiles + STAGES; it++) {
       const int stage = it % STAGES, token = (at.group + it * groups) * BT, before = token - STAGES * groups * BT;
       const u32 tile = base + stage * STAGE;
-      if (it >= STAGES && it - STAGES < at.tiles) barrier_wait(finishes + 8 * stage, (it / STAGES - 1) & 1);
-      if (lane == 0) {
-        if (it >= STAGES && it - STAGES < at.tiles) {
+      if (it >= STAGES && it - STAGES < at.tiles) {
+        barrier_wait(finishes + 8 * stage, (it / STAGES - 1) & 1);
 #pragma unroll
-          for (int j = 0; j < N; j++) store_boxes(dx, at.first_channel, j, before, tile + (G_AT + j) * REGION);
-          if (DF) store_boxes(df, at.first_channel, 0, before, tile + DL_AT * REGION);
-          await_stored();
-        }
-        if (it < at.tiles) {
-          barrier_expect(fulls + 8 * stage, 10 * BOXES * BOX_BYTES);
+        for (int j = 0; j < N; j++) store_boxes(dx, at.first_channel, j, before, tile + (G_AT + j) * REGION);
+        if (DF) store_boxes(df, at.first_channel, 0, before, tile + DL_AT * REGION);
+        await_stored();
+      }
+      if (it < at.tiles) {
+        barrier_expect(fulls + 8 * stage, 10 * BOXES * BOX_BYTES);
 #pragma unroll
-          for (int j = 0; j < N; j++) {
-            load_boxes(tile + (G_AT + j) * REGION, g, at.first_channel, j, token, fulls + 8 * stage, policy);
-            load_boxes(tile + (X_AT + j) * REGION, x, at.first_channel, j, token, fulls + 8 * stage, policy);
-          }
-          load_boxes(tile + DL_AT * REGION, dl, at.first_channel, 0, token, fulls + 8 * stage, policy);
-          load_boxes(tile + F_AT * REGION, f, at.first_channel, 0, token, fulls + 8 * stage, policy);
+        for (int j = 0; j < N; j++) {
+          load_boxes(tile + (G_AT + j) * REGION, g, at.first_channel, j, token, fulls + 8 * stage, policy);
+          load_boxes(tile + (X_AT + j) * REGION, x, at.first_channel, j, token, fulls + 8 * stage, policy);
         }
+        load_boxes(tile + DL_AT * REGION, dl, at.first_channel, 0, token, fulls + 8 * stage, policy);
+        load_boxes(tile + F_AT * REGION, f, at.first_channel, 0, token, fulls + 8 * stage, policy);
       }
     }
   }

@@ -86,7 +86,9 @@ inline void set_registers() { emulator::current->warp->registers = REGISTERS; }
 
 // ---- barriers and copies ----
 
-inline u32 shared_address(const void* p) { return emulator::SHARED + u32((unsigned char*)p - emulator::current->block->arena); }
+inline u32 shared_address(const void* p) {
+  return emulator::SHARED + u32((unsigned char*)p - emulator::current->block->arena);
+}
 inline void barrier_init(u32 bar, u32 count) {
   auto* b = emulator::current->block;
   *(emulator::u64*)emulator::at(b, bar, 8, 8) = emulator::BARRIER | b->barriers.size();

@@ -1,4 +1,4 @@
-"""Builds the kernels of ops/hopper for the CPU and runs them in the emulator of runtime.h.
+"""Builds the kernels of ops/hopper for the CPU and runs them in the emulator of runtime.h and scheduler.h.
 
 `Emulator` takes the place of `compile.kernel` and `compile.tensor_map`, so that pre.py and pre_backward.py
 run as they are.
@@ -20,7 +20,7 @@ from megatron_mhc.ops.hopper.compile import HERE as SOURCES
 HERE = Path(__file__).parent
 GUARD = 4096  # bytes before and behind every tensor that nobody may write
 # -march=native for fmaf; no contraction, so that all compilers give the same bits
-FLAGS = "-std=c++17 -O1 -march=native -ffp-contract=off -fno-strict-aliasing -fPIC -shared -w".split()
+FLAGS = "-std=c++17 -Og -march=native -ffp-contract=off -fno-strict-aliasing -fPIC -shared -w".split()
 
 
 def compiler():
@@ -80,7 +80,7 @@ def source(name: str, defines: dict[str, int], mutate=None) -> str:
     """One translation unit; the channels are a variable, so that shapes share a build."""
     logic = "".join((SOURCES / part).read_text() for part in ("common.cuh", f"{name}.cu"))
     logic = _shared_variables(mutate(logic) if mutate else logic)
-    lines = ['#include "runtime.h"', "static int channels;"]
+    lines = ['#include "scheduler.h"', "static int channels;"]
     lines += [f"#define {key} {value}" for key, value in {**defines, "C": "channels"}.items()]
     return (
         "\n".join([*lines, '#include "device.h"', logic])

@@ -1,0 +1,150 @@
+"""Where a tile of the kernels for Hopper spends its time: clocks noted at points of its way, medians of all tiles.
+
+    python scripts/bench/hopper_stages.py [--shapes 8192x4096,4096x7168] [--out stages.json]
+
+Each kernel is built a second time with -DMARKS, which makes it a little slower. A tile's clocks are of one
+multiprocessor, the first and the last STAGES tiles of a group are left out. `ring` is how many tiles of a block
+are on their way at once: residence / ring is the time that a tile takes at best, `memory` what its bytes take at
+the bandwidth of a copy, `kernel` the time of the usual build by itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from ops import copy_bandwidth, time_us
+
+from megatron_mhc.ops.hopper import compile as building
+from megatron_mhc.ops.hopper import pre, pre_backward
+from megatron_mhc.ops.link import Written
+
+MARKED = 64  # tiles of a group
+POINTS = {
+    "pre": "load issued,loaded,projected,all slices' sums,h_pre,l written,coefficients read".split(","),
+    "pre_backward": (
+        "load issued,loaded,products,middle begins to wait,all slices' sums,coefficients put,all tokens'"
+        ",fetched,dx begins,dx ends,stored"
+    ).split(","),
+}
+SPANS = {  # between which points, in the order of a tile's way
+    "pre": {
+        "load": (0, 1), "project": (1, 2), "slowest block": (2, 3), "sums": (3, 4), "aggregate": (4, 5),
+        "residence": (0, 5),
+    },
+    "pre_backward": {
+        "load": (0, 1), "products": (1, 2), "slowest block": (2, 4), "walk back": (4, 5),
+        "slowest token": (5, 6), "fetch": (6, 7), "dx waits": (7, 8), "dx": (8, 9), "store": (9, 10),
+        "residence": (0, 10),
+    },
+}  # fmt: skip
+
+
+class Marked:
+    """Takes the place of `compile.kernel` and keeps what it built with marks."""
+
+    def __init__(self) -> None:
+        self.built: dict[str, tuple[Any, dict[str, int]]] = {}
+
+    def kernel(self, name: str, device: int, threads: int, shared: int, **defines: int) -> building.Kernel:
+        found = building.kernel(
+            name, device, threads, shared, MARKS=256, MARKED=MARKED, POINTS=len(POINTS[name]), **defines
+        )
+        self.built[name] = found, defines
+        return found
+
+    def clocks(self, name: str) -> torch.Tensor:
+        """[block, tile, point] int64; 0 where nothing was noted."""
+        from cuda.bindings import driver
+
+        module = building.checked(driver.cuFuncGetModule(self.built[name][0].function), "cuFuncGetModule")
+        address, size = building.checked(driver.cuModuleGetGlobal(module, b"marks"), "cuModuleGetGlobal")
+        held = torch.empty(256, MARKED, len(POINTS[name]), dtype=torch.int64)
+        assert held.numel() * 8 == size
+        building.checked(driver.cuMemcpyDtoH(held.data_ptr(), address, size), "cuMemcpyDtoH")
+        return held
+
+
+def calls(tokens: int, width: int) -> dict[str, Any]:
+    """Both kernels, ready to run."""
+    generator = torch.Generator(device="cuda").manual_seed(0)
+
+    def rand(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, device="cuda").to(dtype)
+
+    x, g, f, dl = rand(tokens, 4, width), rand(tokens, 4, width), rand(tokens, width), rand(tokens, width)
+    weight, bias = rand(24, 4 * width, dtype=torch.float32) * 0.02, rand(24, dtype=torch.float32)
+    alphas = tuple(torch.full((1,), 0.5, device="cuda") for _ in range(3))
+    options: dict[str, Any] = dict(iterations=20, deepseek_v4=False)
+    _, saved, _ = pre.pre_forward(x, weight, bias, alphas, norm_eps=1e-6, **options)
+
+    def backward() -> None:
+        written = Written(saved, bias, alphas[1])
+        pre_backward.pre_backward(x, g, f, dl, weight, bias, alphas, saved, written=written, **options)
+
+    return {
+        "pre": lambda: pre.pre_forward(x, weight, bias, alphas, norm_eps=1e-6, **options),
+        "pre_backward": backward,
+    }
+
+
+def measure(tokens: int, width: int, bandwidth: float) -> list[dict]:
+    rows = []
+    units = {"pre": 5, "pre_backward": 15}
+    for name, module in (("pre", pre), ("pre_backward", pre_backward)):
+        run = calls(tokens, width)[name]
+        microseconds = time_us(run, graph=True)
+        marked = Marked()
+        module.kernel = marked.kernel
+        try:
+            for _ in range(3):
+                run()
+            torch.cuda.synchronize()
+            clocks = marked.clocks(name)
+        finally:
+            module.kernel = building.kernel
+        defines = marked.built[name][1]
+        cut = building.layout(tokens, width, module.WIDEST, building.multiprocessors(torch.device("cuda", 0)))
+        tiles = -(-tokens // 16) // cut.groups
+        clocks = clocks[: cut.groups * cut.slices, defines["STAGES"] : min(tiles, MARKED) - defines["STAGES"]]
+        row: dict[str, Any] = {"kernel": name, "tokens": tokens, "width": width, "us": round(microseconds, 1)}
+        floor = units[name] * tokens * width * 2 / bandwidth * 1e6
+        row |= {"x_floor": round(microseconds / floor, 3), "blocks": cut.groups * cut.slices}
+        row |= {"slices": cut.slices, "channels": cut.width, "ring": defines["STAGES"], "tiles": tiles}
+        spans = {}
+        for span, (a, b) in SPANS[name].items():
+            there = (clocks[..., a] > 0) & (clocks[..., b] > 0)
+            found = (clocks[..., b] - clocks[..., a])[there].tolist()
+            spans[span] = statistics.median(found) if found else None
+        mhz = torch.cuda.clock_rate()
+        row |= {"clocks": spans, "MHz": mhz}
+        row["clocks_a_tile"] = round(microseconds * mhz / tiles)
+        row["memory_clocks_a_tile"] = round(floor * mhz / tiles)
+        rows.append(row)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shapes", default="8192x4096,4096x7168,4096x2560", help="tokens x channels, ...")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    bandwidth = copy_bandwidth()
+    report = {"device": torch.cuda.get_device_name(), "copy_TB_per_s": bandwidth / 1e12, "rows": []}
+    for shape in options.shapes.split(","):
+        for row in measure(*map(int, shape.split("x")), bandwidth):
+            print(json.dumps(row), flush=True)
+            report["rows"].append(row)
+            if options.out:
+                options.out.write_text(json.dumps(report, indent=1))
+
+
+if __name__ == "__main__":
+    main()
