@@ -123,10 +123,10 @@ def measure(tokens: int, width: int, bandwidth: float) -> list[dict]:
             there = (clocks[..., a] > 0) & (clocks[..., b] > 0)
             found = (clocks[..., b] - clocks[..., a])[there].tolist()
             spans[span] = statistics.median(found) if found else None
-        mhz = torch.cuda.clock_rate()
-        row |= {"clocks": spans, "MHz": mhz}
-        row["clocks_a_tile"] = round(microseconds * mhz / tiles)
-        row["memory_clocks_a_tile"] = round(floor * mhz / tiles)
+        begun = clocks[..., 0].double()
+        a_tile = ((begun[:, -1] - begun[:, 0]) / (begun.shape[1] - 1)).median().item()
+        row |= {"clocks": spans, "clocks_a_tile": round(a_tile)}
+        row["memory_clocks_a_tile"] = round(a_tile * floor / microseconds)
         rows.append(row)
     return rows
 

@@ -22,7 +22,7 @@ def installed() -> bool:
     return find_spec("cuda") is not None and find_spec("cuda.bindings") is not None
 
 
-def _checked(result: tuple[Any, ...], what: str) -> Any:
+def checked(result: tuple[Any, ...], what: str) -> Any:
     code, *values = result
     if int(code) != 0:
         raise RuntimeError(f"{what} failed: {code!r}")
@@ -50,7 +50,7 @@ class Kernel(NamedTuple):
         result = driver.cuLaunchKernel(
             self.function, blocks, 1, 1, self.threads, 1, 1, self.shared, stream, ctypes.addressof(places), 0
         )
-        _checked(result, "cuLaunchKernel")
+        checked(result, "cuLaunchKernel")
 
 
 def _argument(value: Any) -> tuple[int, Any]:
@@ -91,7 +91,7 @@ def _tensor_map(address: int, tokens: int, streams: int, channels: int) -> Any:
         driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
         driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
     )
-    return _checked(result, "cuTensorMapEncodeTiled")
+    return checked(result, "cuTensorMapEncodeTiled")
 
 
 @functools.cache
@@ -100,24 +100,24 @@ def kernel(name: str, device: int, threads: int, shared: int, **defines: int) ->
     from cuda.bindings import driver, nvrtc
 
     source = "".join((HERE / part).read_text() for part in ("device.cuh", "common.cuh", f"{name}.cu"))
-    program = _checked(
+    program = checked(
         nvrtc.nvrtcCreateProgram(source.encode(), f"{name}.cu".encode(), 0, [], []), "nvrtcCreateProgram"
     )
     options = ["--gpu-architecture=sm_90a", "--std=c++17", "-default-device"]
     options += [f"-D{key}={value}" for key, value in defines.items()]
     compiled = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
     if int(compiled[0]) != 0:
-        log = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program), "nvrtcGetProgramLogSize")
+        log = b" " * checked(nvrtc.nvrtcGetProgramLogSize(program), "nvrtcGetProgramLogSize")
         nvrtc.nvrtcGetProgramLog(program, log)
         raise RuntimeError(f"NVRTC cannot compile {name}.cu with {defines}:\n{log.decode()}")
-    binary = b" " * _checked(nvrtc.nvrtcGetCUBINSize(program), "nvrtcGetCUBINSize")
-    _checked(nvrtc.nvrtcGetCUBIN(program, binary), "nvrtcGetCUBIN")
+    binary = b" " * checked(nvrtc.nvrtcGetCUBINSize(program), "nvrtcGetCUBINSize")
+    checked(nvrtc.nvrtcGetCUBIN(program, binary), "nvrtcGetCUBIN")
     with torch.cuda.device(device):
         torch.cuda.current_stream()  # makes the device's context current in this thread
-        module = _checked(driver.cuModuleLoadData(binary), "cuModuleLoadData")
-        function = _checked(driver.cuModuleGetFunction(module, name.encode()), "cuModuleGetFunction")
+        module = checked(driver.cuModuleLoadData(binary), "cuModuleLoadData")
+        function = checked(driver.cuModuleGetFunction(module, name.encode()), "cuModuleGetFunction")
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        _checked(driver.cuFuncSetAttribute(function, attribute, shared), "cuFuncSetAttribute")
+        checked(driver.cuFuncSetAttribute(function, attribute, shared), "cuFuncSetAttribute")
     return Kernel(function, threads, shared)
 
 

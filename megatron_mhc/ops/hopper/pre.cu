@@ -98,6 +98,7 @@ pre(const __grid_constant__ TensorMap x, const float* __restrict__ weight, const
     for (int it = 0; it < at.tiles; it++) {
       const int stage = it % STAGES;
       barrier_wait(fulls + 8 * stage, it / STAGES & 1);
+      if (threadIdx.x == 0) MARK(it, 1);
       float acc[3][4] = {}, rest[3][4] = {};  // with the high and the low halves of phi, in chains of their own
       float square0 = 0.f, square1 = 0.f;
 #pragma unroll
@@ -138,6 +139,7 @@ pre(const __grid_constant__ TensorMap x, const float* __restrict__ weight, const
           for (int k = 0; k < 3; k++) total[k] += buffer[w * SUMS + 3 * threadIdx.x + k];
         put(parts + ((it % EXCHANGE) * G + at.slice) * PART + AT(threadIdx.x / ATOMS, threadIdx.x % ATOMS), total[0], total[1], total[2], it + 1);
       }
+      if (threadIdx.x == 0) MARK(it, 2);
     }
   } else {
     set_registers<88>();
@@ -150,12 +152,14 @@ pre(const __grid_constant__ TensorMap x, const float* __restrict__ weight, const
       barrier_wait(fulls + 8 * stage, it / STAGES & 1);
       const float* part = parts + (it % EXCHANGE) * G * PART + AT(first, 0) + lane % 16 * 4;
       await_slices(part, G, PART, it + 1, lane);
+      if (first == 0 && lane == 0) MARK(it, 3);
       // Lanes 2 t and 2 t + 1 have pre 0 to 2, and pre 3 and squares, of token t.
       const float3 total =
           add_lanes(sum_every_second(part, lane / 16, G, PART, it + 1), lane % 16, lane % 16 + 16);
       const float inverse = rsqrtf(__fmaf_rn(__shfl_sync(ALL, total.y, 2 * token + 1), 1.f / (N * C), eps));
       const float product = pick(total, 6 * token + lane % 4);
       const float read = sigmoid(__fmaf_rn(__fmul_rn(product, inverse), gate, shift)) + (V4 ? EPS : 0.f);
+      if (first == 0 && lane == 0) MARK(it, 4);
 #pragma unroll 4
       for (int k = 0; k < 8; k++) {
         float h[N];
@@ -183,6 +187,7 @@ pre(const __grid_constant__ TensorMap x, const float* __restrict__ weight, const
         }
       }
       __syncwarp();
+      if (first == 0 && lane == 0) MARK(it, 5);
       if (lane == 0) barrier_arrive(empties + 8 * stage);
     }
   } else if (warp < PROJECTING + AGGREGATING + FINISHING) {
@@ -202,6 +207,7 @@ pre(const __grid_constant__ TensorMap x, const float* __restrict__ weight, const
         await_slices(part, G, PART, it + 1, lane);
         const float3 total =
             add_lanes(sum_every_second(part, lane / 16, G, PART, it + 1), lane % 16, lane % 16 + 16);
+        if (r + G >= BT && lane == 0) MARK(it, 6);
         if (r + G >= BT && lane == 0) barrier_arrive(empties + 8 * stage);
         const float inverse = rsqrtf(__fmaf_rn(pick(total, N), 1.f / (N * C), eps));
         const float u = __fmul_rn(pick(total, m + (m >= N)), inverse), z = __fmaf_rn(u, gate, shift);
@@ -224,6 +230,7 @@ pre(const __grid_constant__ TensorMap x, const float* __restrict__ weight, const
     for (int it = 0; it < at.tiles; it++) {
       const int stage = it % STAGES;
       if (it >= STAGES) barrier_wait(empties + 8 * stage, (it / STAGES - 1) & 1);
+      MARK(it, 0);
       barrier_expect(fulls + 8 * stage, STAGE);
 #pragma unroll
       for (int j = 0; j < N; j++)

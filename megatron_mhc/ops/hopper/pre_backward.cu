@@ -102,6 +102,7 @@ pre_backward(const __grid_constant__ TensorMap x, const __grid_constant__ Tensor
       unsigned char* tile = memory + stage * STAGE;
       barrier_wait(fulls + 8 * stage, it / STAGES & 1);
       barrier_wait(fetches + 8 * slot, it / 2 & 1);
+      if (threadIdx.x == 0) MARK(it, 8);
       if (active) {
         const float* coefficient = (const float*)(slots + slot * SLOT);
         {
@@ -193,6 +194,7 @@ pre_backward(const __grid_constant__ TensorMap x, const __grid_constant__ Tensor
       }
       fence_copies();
       __syncwarp();
+      if (threadIdx.x == 0) MARK(it, 9);
       if (lane == 0) barrier_arrive(finishes + 8 * stage), barrier_arrive(uses + 8 * slot);
     }
     u32* turn = turns + at.slice * DX + warp;
@@ -220,6 +222,7 @@ pre_backward(const __grid_constant__ TensorMap x, const __grid_constant__ Tensor
       const int stage = it % STAGES;
       float* part = parts + ((it % EXCHANGE) * G + at.slice) * PART;
       barrier_wait(fulls + 8 * stage, it / STAGES & 1);
+      if (warp == DX && lane == 0) MARK(it, 1);
       for (int k0 = first; k0 < first + BT / DOTS; k0 += 4) {  // four tokens at once, whose sums wait for nothing
         float acc[4][4] = {};
         const u32 tile = base + stage * STAGE;
@@ -240,12 +243,14 @@ pre_backward(const __grid_constant__ TensorMap x, const __grid_constant__ Tensor
           for (int k = 0; k < 4; k++)
             put(part + ((k0 + k) * 15 + row * 3 + pair / 2) * 4, acc[k][0], acc[k][1], 0.f, it + 1);
       }
+      if (warp == DX && lane == 0) MARK(it, 2);
     }
   } else if (warp == DX + DOTS) {
     for (int it = 0; it < at.tiles; it++) {
       const int slot = it & 1;
       const float* from = coefficients + (it % EXCHANGE) * (BT * COEFFICIENT_ATOMS * 4);
       await_slices(from, BT, COEFFICIENT_ATOMS * 4, it + 1, lane);  // all tokens'
+      if (lane == 0) MARK(it, 6);
       Tagged v[9];  // of 17 atoms of 16 tokens
       int offset[9];
 #pragma unroll
@@ -260,6 +265,7 @@ pre_backward(const __grid_constant__ TensorMap x, const __grid_constant__ Tensor
           to[token * ROW + first] = v[k].x, to[token * ROW + first + 1] = v[k].y, to[token * ROW + first + 2] = v[k].z;
         }
       __syncwarp();
+      if (lane == 0) MARK(it, 7);
       if (lane == 0) barrier_arrive(fetches + 8 * slot);
     }
   } else if (lane == 0) {  // another lane could come two phases late to a barrier, and wait forever
@@ -273,8 +279,10 @@ pre_backward(const __grid_constant__ TensorMap x, const __grid_constant__ Tensor
         for (int j = 0; j < N; j++) store_boxes(dx, at.first_channel, j, before, tile + (G_AT + j) * REGION);
         if (DF) store_boxes(df, at.first_channel, 0, before, tile + DL_AT * REGION);
         await_stored();
+        MARK(it - STAGES, 10);
       }
       if (it < at.tiles) {
+        MARK(it, 0);
         barrier_expect(fulls + 8 * stage, 10 * BOXES * BOX_BYTES);
 #pragma unroll
         for (int j = 0; j < N; j++) {
@@ -325,7 +333,9 @@ pre_backward(const __grid_constant__ TensorMap x, const __grid_constant__ Tensor
           coefficient[WRITER + e] = 2.f * sigmoid(__fmaf_rn(writer_saved[(u64)min(t, T - 1) * 25 + N + e], *writer_alpha, writer_bias[N + e]));
 #endif
         const float* part = parts + (it % EXCHANGE) * G * PART + (r * 15 + min(e, 14)) * 4;
+        if (lane == 0) MARK(it, 3);
         await_slices(part, G, PART, it + 1, lane);
+        if (lane == 0) MARK(it, 4);
         const float3 products = add_lanes(sum_every_second(part, lane / 16, G, PART, it + 1), e, e + 16);
         // Lane 3 a + b of a half has products 2 b and 2 b + 1 of row a.
         const int a = transpose / N, b = transpose % N;
@@ -364,6 +374,7 @@ pre_backward(const __grid_constant__ TensorMap x, const __grid_constant__ Tensor
           const float* c = coefficient + 3 * lane;
           put(coefficients + (((it % EXCHANGE) * BT + r) * COEFFICIENT_ATOMS + lane) * 4, c[0], c[1], c[2], it + 1);
         }
+        if (lane == 0) MARK(it, 5);
       }
     }
     float sums[4] = {bias_early, bias_res, alpha_early, alpha_late};

@@ -84,6 +84,8 @@ inline bool __any_sync(u32 mask, bool value) {
 template <int REGISTERS>
 inline void set_registers() { emulator::current->warp->registers = REGISTERS; }
 
+#define MARK(it, point)
+
 // ---- barriers and copies ----
 
 inline u32 shared_address(const void* p) {
