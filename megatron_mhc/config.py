@@ -19,7 +19,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "init": ("home_stream", "uniform"),
     "contract": ("auto", "mean", "sum", "learned_head"),
     "backend": ("auto", "hopper", "triton", "reference"),
-    "boundary": ("apart", "linked", "fused"),
+    "boundary": ("auto", "apart", "linked", "fused"),
     "alarm": ("off", "warn", "stop"),
     "pipeline_schedule": ("megatron", "interleaved", "fused"),
     "pp_boundary": ("whole", "split"),
@@ -56,11 +56,12 @@ class MHCConfig:
         norm_eps: added to mean(x^2) inside the root.
         load_dense: allow a checkpoint without mHC parameters to fill everything else.
         backend: `triton`; `hopper`, for n = 4 and bf16 on H100 and H200: CUDA kernels for reading the
-            streams and their gradient, Triton for the rest; `reference` (plain torch); or `auto`: triton on
-            CUDA where it can serve, plain torch elsewhere.
+            streams and their gradient, Triton for the rest; `reference` (plain torch); or `auto`: hopper or
+            else triton on CUDA where they can serve, plain torch elsewhere.
         boundary: what the kernels of two connections in a row do together. `linked`: the second
             one's backward makes the first one's df (the same bits). `fused`: besides, the first one's
-            post_res projects for the second, in bf16 (docs/kernels.md). `apart`: nothing.
+            post_res reads for the second too (hopper, the same bits), or projects for it (triton, in bf16).
+            `apart`: nothing. `auto`: fused by hopper, linked by triton (docs/kernels.md).
         log_interval: write diagnostics of the mappings every so many steps; 0 never.
         log_tokens: how many tokens of the first micro-batch of each data-parallel rank they sample.
         alarm: `warn` or `stop` when a gain leaves [1 / alarm_gain, alarm_gain] or a mapping logit
@@ -93,7 +94,7 @@ class MHCConfig:
     norm_eps: float = 1e-6
     load_dense: bool = False
     backend: str = "auto"
-    boundary: str = "linked"
+    boundary: str = "auto"
     log_interval: int = 0
     log_tokens: int = 256
     alarm: str = "off"

@@ -16,6 +16,7 @@ from megatron_mhc import ops
 from megatron_mhc.checkpoint import take_or_refuse
 from megatron_mhc.config import MHCConfig, flag
 from megatron_mhc.ops import reference
+from megatron_mhc.ops.link import Reader
 from megatron_mhc.parallel import mark_replicated
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ class HyperConnectionModule(MappingParameters):
 
     following: tuple[HyperConnectionModule, ...] = ()  # the one that reads what this one writes, if any
     in_f: Mappings | None = None  # of the forward pass that is in F right now
-    plain = False  # use the reference operations now, whose gradient a split pipeline boundary takes apart
+    leaving = False  # what `forward` reads now leaves by a split pipeline boundary, not by `post_res`
 
     def __init__(self, config: TransformerConfig, mhc: MHCConfig, sublayer_index: int):
         super().__init__(config, mhc)
@@ -170,11 +171,10 @@ class HyperConnectionModule(MappingParameters):
         """
         s, b, _ = streams.shape
         x = streams.view(s * b, self.mhc.num_residual_streams, -1)
-        if not self.plain:
-            backend = ops.choose_backend(self.mhc, x.shape[-1], x.dtype, x.device.type)
-            if backend != "reference":
-                layer_input, mappings = self.kernel_pre(x, backend)
-                return layer_input.view(s, b, -1), mappings
+        backend = ops.choose_backend(self.mhc, x.shape[-1], x.dtype, x.device.type)
+        if backend != "reference":
+            layer_input, mappings = self.kernel_pre(x, backend)
+            return layer_input.view(s, b, -1), mappings
         coefficients = self.coefficients(x)
         if self.mhc.num_residual_streams == 1 and not self.dynamic["pre"]:
             # 1 * x is x; handing on x itself also keeps the order in which autograd sums its gradient.
@@ -197,11 +197,9 @@ class HyperConnectionModule(MappingParameters):
             x,
             self.mapping_proj(),
             self.bias,
-            (self.alpha_pre, self.alpha_post, self.alpha_res),
-            norm_eps=self.mhc.norm_eps,
-            iterations=self.mhc.sinkhorn_iterations,
-            deepseek_v4=self.mhc.preset == "deepseek_v4",
+            self.alphas(),
             hopper=backend == "hopper",
+            **self.options(),
         )
 
     def post_res(self, streams: Tensor, f: Tensor, mappings: Mappings) -> Tensor:
@@ -216,16 +214,33 @@ class HyperConnectionModule(MappingParameters):
 
             # A replayed `saved` must not be held by the graph as well.
             linked = self.mhc.boundary != "apart" and not self.mhc.recompute_coefficients
-            mixed = deferred.post_res(f, mappings, linked, self.next_weight() if linked else None)
+            mixed = deferred.post_res(f, mappings, linked, self.reader(f) if linked else None)
         return mixed.view(s, b, -1)
 
-    def next_weight(self) -> Tensor | None:
-        """phi of the connection that `post_res` is to project for, under `--mhc-boundary fused`."""
-        if self.mhc.boundary != "fused" or not self.following or not torch.is_grad_enabled():
+    def reader(self, f: Tensor) -> Reader | None:
+        """The connection that `post_res` of f: [T, C] is to work ahead for, under `--mhc-boundary fused`."""
+        if self.mhc.boundary not in ("auto", "fused") or not self.following or not torch.is_grad_enabled():
             return None
         if self.config.recompute_granularity == "full" or self.mhc.pipeline_schedule == "fused":
-            return None  # no graph, or one that is cut, between the two: nothing would hand the projection on
-        return self.following[0].mapping_proj()
+            return None  # no graph, or one that is cut, between the two: nothing would hand it on
+        following = self.following[0]
+        if ops.choose_backend(self.mhc, f.shape[-1], f.dtype, f.device.type) != "hopper":
+            return Reader(following.mapping_proj()) if self.mhc.boundary == "fused" else None
+        # A data-parallel wrapper gathers parameters just before their module runs (--overlap-param-gather).
+        for gather in following._forward_pre_hooks.values():
+            gather(following, ())
+        return Reader(following.mapping_proj(), (following.bias, following.alphas(), following.options()))
+
+    def alphas(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.alpha_pre, self.alpha_post, self.alpha_res
+
+    def options(self) -> dict[str, Any]:
+        """What the kernels of `pre` take beside tensors."""
+        return {
+            "norm_eps": self.mhc.norm_eps,
+            "iterations": self.mhc.sinkhorn_iterations,
+            "deepseek_v4": self.mhc.preset == "deepseek_v4",
+        }
 
 
 _built: WeakSet[HyperConnectionModule] = WeakSet()
@@ -246,8 +261,8 @@ def operations() -> list[str]:
         if mhc.backend == "auto" and chosen == "reference":
             obstacle = ops.triton_obstacle(mhc, width, dtype, device) or f"the streams are on {device}"
             chosen += f", since {obstacle}"
-        if mhc.pp_boundary == "split" and not chosen.startswith("reference"):
-            chosen += "; reference in the last MLP of a pipeline stage that sends streams"
+        if mhc.pp_boundary == "split" and chosen == "hopper":
+            chosen += "; triton in the backward of the last MLP of a pipeline stage that sends streams"
         shape = f"{mhc.num_residual_streams} streams of {width} channels, {dtype}, {device}"
         lines.append(f"{count} connections of {shape}: {flag('backend')} {mhc.backend} runs {chosen}")
     return sorted(lines)

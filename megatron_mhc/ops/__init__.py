@@ -2,6 +2,7 @@
 
 pre.py, post_res.py    forward kernels, and the gradient of f
 boundary.py            post_res and the next connection's projection in one
+split.py               post_res in two parts, on two pipeline stages
 replay.py              several connections from their coefficients, for recompute
 mapping_backward.py    the gradients of the coefficients, per token
 pre_backward.py        the gradients of the streams and of the mapping parameters
@@ -104,7 +105,7 @@ def choose_backend(
 ) -> str:
     """`hopper`, `triton` or `reference`, as `--mhc-backend` says.
 
-    `auto` takes Triton on CUDA wherever it can serve. Under `hopper`, post_res is Triton's.
+    `auto` takes on CUDA what can serve, hopper before triton. Under `hopper`, post_res by itself is Triton's.
 
     Args:
         gpu: as `HOPPER`, the current CUDA device by default.
@@ -118,6 +119,8 @@ def choose_backend(
         obstacle = hopper_obstacle(mhc, width, dtype, device_type, gpu)
     else:
         obstacle = triton_obstacle(mhc, width, dtype, device_type)
+    if mhc.backend == "auto" and not hopper_obstacle(mhc, width, dtype, device_type, gpu):
+        return "hopper"
     if mhc.backend == "auto":
         return "reference" if obstacle else "triton"
     if obstacle is None:

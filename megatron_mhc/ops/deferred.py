@@ -12,6 +12,9 @@ consumer is `post_res`; a second use raises.
 Where streams' goes straight into the next connection's `pre`, the backward of that makes f's gradient too,
 beside the gradient of streams' that f's is made of (`_written` is where the two are linked).
 
+Where a pipeline stage ends between the two terms of x', `mix` stands in for `post_res`: g comes through the
+tunnel as before, and dh_post in place of f.
+
 Under torch.compile the ops of `library` stand in for all this.
 """
 
@@ -22,9 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_mhc.ops import library, pre_kernels
+from megatron_mhc.ops import library, pre_kernels, split
 from megatron_mhc.ops.boundary import can_project, post_res_project
-from megatron_mhc.ops.link import Written
+from megatron_mhc.ops.link import Reader, Written
 from megatron_mhc.ops.post_res import post_backward, post_res_forward
 
 
@@ -75,6 +78,7 @@ class _Baton:
 
     f: Tensor | None = None
     f_bias: Tensor | None = None
+    dh_post: Tensor | None = None  # of `mix`, which has no f
 
 
 # Nodes of the autograd graph that hand a gradient on as it is: reshapes, and Megatron's make_viewless_tensor.
@@ -108,12 +112,15 @@ class _Pre(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         alphas = (alpha_pre, alpha_post, alpha_res)
         options: dict[str, Any] = dict(iterations=iterations, deepseek_v4=deepseek_v4)
-        parts = None if upstream is None else upstream.take_parts(x, weight)
-        pre_forward = pre_kernels(hopper and parts is None)[0]
-        ahead = {} if parts is None else {"parts": parts}  # which Triton's alone takes
-        layer_input, saved, values = pre_forward(
-            x, weight, bias, alphas, norm_eps=norm_eps, **ahead, **options
-        )
+        ahead = None if upstream is None else upstream.take_ahead(x, weight, bias, *alphas)
+        if isinstance(ahead, tuple):  # all of it
+            layer_input, saved, values = ahead
+        else:
+            pre_forward = pre_kernels(hopper and ahead is None)[0]
+            parts = {} if ahead is None else {"parts": ahead}  # which Triton's alone takes
+            layer_input, saved, values = pre_forward(
+                x, weight, bias, alphas, norm_eps=norm_eps, **parts, **options
+            )
         ctx.save_for_backward(x, weight, bias, *alphas, saved)
         ctx.baton, ctx.upstream, ctx.options, ctx.hopper = baton, upstream, options, hopper
         ctx.mark_non_differentiable(saved, values)
@@ -127,10 +134,12 @@ class _Pre(torch.autograd.Function):
         x, weight, bias, alpha_pre, alpha_post, alpha_res, saved = ctx.saved_tensors
         baton = ctx.baton
         f, f_bias, baton.f, baton.f_bias = baton.f, baton.f_bias, None, None
+        dh_post, baton.dh_post = baton.dh_post, None
         dl = torch.zeros_like(x[:, 0]) if dl is None else dl  # the layer input reaches no loss
-        if g is None or f is None:  # no post_res downstream, so f counts for nothing
+        if g is None or (f is None and dh_post is None):  # no post_res downstream, so f counts for nothing
             g, f, f_bias = torch.zeros_like(x), torch.zeros_like(dl), None
-        pre_backward = pre_kernels(ctx.hopper and f.dtype == x.dtype)[1]
+        pre_backward = pre_kernels(ctx.hopper and f is not None and f.dtype == x.dtype)[1]
+        arrived = {} if dh_post is None else {"dh_post": dh_post}  # which Triton's alone takes
         dx, d_weight, d_bias, d_alphas = pre_backward(
             x,
             g.contiguous(),
@@ -142,6 +151,7 @@ class _Pre(torch.autograd.Function):
             saved,
             written=ctx.upstream,
             f_bias=f_bias,
+            **arrived,
             **ctx.options,
         )
         return dx, d_weight, d_bias, d_alphas[:1], d_alphas[1:2], d_alphas[2:], *[None] * 6
@@ -159,15 +169,23 @@ class _PostRes(torch.autograd.Function):
         alpha_post: Tensor,
         baton: _Baton,
         linked: bool,
-        next_weight: Tensor | None,
+        reader: Reader | None,
         f_bias: Tensor | None,
     ) -> Tensor:
         ctx.save_for_backward(f, saved, bias, alpha_post, f_bias)
         ctx.baton, ctx.written = baton, Written(saved, bias, alpha_post) if linked else None
-        if ctx.written is None or next_weight is None or not can_project(tunnel):
+        made: Any
+        if ctx.written is None or reader is None or f.dtype != tunnel.dtype or not can_project(tunnel):
             return post_res_forward(tunnel, f, values, f_bias)
-        out, parts = post_res_project(tunnel, f, values, next_weight, f_bias)
-        ctx.written.project(out, next_weight, parts)
+        if reader.rest is None:
+            out, made = post_res_project(tunnel, f, values, reader.weight, f_bias)
+        else:
+            from megatron_mhc.ops.hopper.pre import post_res_pre
+
+            bias, alphas, options = reader.rest
+            out, *made = post_res_pre(tunnel, f, values, f_bias, reader.weight, bias, alphas, **options)
+            made = tuple(made)
+        ctx.written.work_ahead(out, reader, made)
         return out
 
     @staticmethod
@@ -180,6 +198,19 @@ class _PostRes(torch.autograd.Function):
             df = post_backward(g, saved, bias, alpha_post)
         # g is not the gradient of the tunnel's streams: pre's backward makes it so.
         return g, df, *[None] * 7, df.sum(0) if ctx.needs_input_grad[9] else None
+
+
+class _Mix(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tunnel: Tensor, values: Tensor, baton: _Baton) -> tuple[Tensor, Tensor]:
+        ctx.baton, n = baton, tunnel.shape[1]
+        h_post = values[:, n : 2 * n].clone(memory_format=torch.contiguous_format)
+        return split.mix(tunnel, values), h_post
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor, dh_post: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        ctx.baton.dh_post = dh_post.contiguous()
+        return g, None, None  # as in `_PostRes`
 
 
 def pre(
@@ -217,7 +248,7 @@ def pre(
 
 
 def post_res(
-    f: Tensor, mappings: DeferredMappings, linked: bool = True, next_weight: Tensor | None = None
+    f: Tensor, mappings: DeferredMappings, linked: bool = True, reader: Reader | None = None
 ) -> Tensor:
     """Mix the streams that `mappings` came from and write f: [T, C] into them; returns [T, n, C].
 
@@ -225,17 +256,28 @@ def post_res(
 
     Args:
         linked: let the next connection's backward make f's gradient; its graph then holds what pre saved.
-        next_weight: [M, n*C], phi of the next connection, which then need not read the streams for it.
+        reader: the next connection, whose `pre` then need not read the streams, or once instead of twice.
     """
     if mappings.traced:
         x, *saved = mappings.rest
         f = f if mappings.f_bias is None else f + mappings.f_bias  # fused by the compiler
         return library.post_res(*mappings.take_tunnel(), x, f, mappings.values, *saved)
     if torch.compiler.is_compiling():  # but the graph broke in front of pre
-        return _post_res_uncompiled(f, mappings, linked, next_weight)
+        return _post_res_uncompiled(f, mappings, linked, reader)
     (tunnel,) = mappings.take_tunnel()
-    rest = (*mappings.rest, linked, next_weight, mappings.f_bias)
+    rest = (*mappings.rest, linked, reader, mappings.f_bias)
     return _PostRes.apply(tunnel, f.contiguous(), mappings.values, *rest)
+
+
+def mix(mappings: DeferredMappings) -> tuple[Tensor, Tensor]:
+    """u = H_res x: [T, n, C] and h_post: [T, n] fp32 of what an eager `pre` read.
+
+    u's gradient is g, the gradient of x' = u + h_post^T f.
+
+    Source: arXiv 2512.24880 Eq. (3).
+    """
+    (tunnel,) = mappings.take_tunnel()
+    return _Mix.apply(tunnel, mappings.values, mappings.rest[-1])
 
 
 _post_res_uncompiled = torch.compiler.disable(post_res)

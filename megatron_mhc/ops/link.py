@@ -1,7 +1,24 @@
 """What one connection's post_res and the next one's pre leave for each other; `deferred` uses it."""
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
+
+
+class Reader(NamedTuple):
+    """The connection that reads what a post_res writes, for whose `pre` that works ahead.
+
+    Args:
+        weight: [M, n*C], its phi: Triton's post_res projects by it.
+        rest: its bias, alphas and options, for `hopper.pre.post_res_pre`, which does all of its `pre`.
+    """
+
+    weight: Tensor
+    rest: tuple[Tensor, tuple[Tensor, Tensor, Tensor], dict[str, Any]] | None = None
+
+    def parameters(self) -> tuple[Tensor, ...]:
+        return (self.weight,) if self.rest is None else (self.weight, self.rest[0], *self.rest[1])
 
 
 class Written:
@@ -14,18 +31,25 @@ class Written:
     def __init__(self, saved: Tensor, bias: Tensor, alpha_post: Tensor):
         self.saved = (saved, bias, alpha_post)
         self._made: tuple[Tensor, int, object, Tensor] | None = None
-        self._projected: tuple[int, Tensor, int, Tensor] | None = None
+        self._ahead: tuple[int, list[tuple[Tensor, int]], Any] | None = None
 
-    def project(self, out: Tensor, weight: Tensor, parts: Tensor) -> None:
-        """Keep the projection of this output by the next connection's phi."""
-        self._projected = (out._version, weight, weight._version, parts)
+    def work_ahead(self, out: Tensor, reader: Reader, made: Any) -> None:
+        """Keep what was made of this output by the reader's parameters."""
+        self._ahead = (out._version, [(t, t._version) for t in reader.parameters()], made)
 
-    def take_parts(self, x: Tensor, weight: Tensor) -> Tensor | None:
-        """The projection of x, this output, by `weight`, if it was made of these very values."""
-        made, self._projected = self._projected, None
-        if made is None or weight.data_ptr() != made[1].data_ptr() or weight.shape != made[1].shape:
+    def take_ahead(self, x: Tensor, *parameters: Tensor) -> Any:
+        """What was made of x, this output, if it was of these very values; else None.
+
+        Args:
+            parameters: phi, bias and alphas of the connection that reads x; of fewer it may have been made.
+        """
+        ahead, self._ahead = self._ahead, None
+        if ahead is None or x._version != ahead[0]:
             return None
-        return made[3] if (x._version, weight._version) == (made[0], made[2]) else None
+        for now, (then, version) in zip(parameters, ahead[1], strict=False):
+            if (now.data_ptr(), now.shape, now._version) != (then.data_ptr(), then.shape, version):
+                return None
+        return ahead[2]
 
     def fill(self, g: Tensor, df: Tensor) -> None:
         """Keep df, made of this g: the two of one launch."""

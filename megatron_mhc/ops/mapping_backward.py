@@ -21,7 +21,7 @@ VECTOR = tl.constexpr(8)  # channels a thread sums before anything is exchanged
 
 @triton.jit
 def _dots_kernel(
-    x, g, f, f_bias, dl, saved, bias, alpha_pre, alpha_post, alpha_res, d, mappings, partial, turns,
+    x, g, f, f_bias, dh_post, dl, saved, bias, alpha_pre, alpha_post, alpha_res, d, mappings, partial, turns,
     T, C, TURNS,
     N: tl.constexpr, MP: tl.constexpr, ITERATIONS: tl.constexpr, V4: tl.constexpr,
     BT: tl.constexpr, G: tl.constexpr,
@@ -30,7 +30,7 @@ def _dots_kernel(
 
     d [T, MP]: of the raw projection; column M holds the factor of x from the norm. mappings [T, N + N*N]:
     h_pre and h_res, replayed. partial [programs, 2, M]: sums over this program's tokens of dlogit and of
-    dlogit * u. turns [TURNS]: set to zero for the next launch.
+    dlogit * u. turns [TURNS]: set to zero for the next launch. dh_post [T, N]: None where f makes it.
     """
     M: tl.constexpr = 2 * N + N * N
     t = (tl.program_id(0) * BT + tl.arange(0, BT)).to(tl.int64)
@@ -47,7 +47,8 @@ def _dots_kernel(
     for c0 in tl.range(0, C, G * VECTOR):
         c = c0 + c3
         keep = live[:, None, None] & (c < C)
-        fv = load_output(f, f_bias, t3 * C + c, c, C, keep)
+        if dh_post is None:
+            fv = load_output(f, f_bias, t3 * C + c, c, C, keep)
         dv = tl.load(dl + t3 * C + c, mask=keep, other=0.0).to(tl.float32)
         xs = ()
         for j in tl.static_range(N):
@@ -59,7 +60,10 @@ def _dots_kernel(
         with_x = ()
         for i in tl.static_range(N):
             gv = tl.load(g + (t3 * N + i) * C + c, mask=keep, other=0.0).to(tl.float32)
-            with_f = with_f + (acc[N + i] + tl.sum(gv * fv, axis=2),)
+            if dh_post is None:
+                with_f = with_f + (acc[N + i] + tl.sum(gv * fv, axis=2),)
+            else:
+                with_f = with_f + (acc[N + i],)
             for j in tl.static_range(N):
                 with_x = with_x + (acc[2 * N + i * N + j] + tl.sum(gv * xs[j], axis=2),)
         acc = with_dl + with_f + with_x
@@ -77,6 +81,9 @@ def _dots_kernel(
             else:
                 here = (n1[None, :, None] == i) & (n1[None, None, :] == j)
             d_res += tl.where(here, tl.sum(acc[2 * N + i * N + j], axis=1)[:, None, None], 0.0)
+
+    if dh_post is not None:
+        d_post = tl.load(dh_post + t[:, None] * N + n1[None, :], mask=live[:, None], other=0.0)
 
     ij = n1[:, None] * N + n1[None, :]
     row = saved + t * (M + 1)
@@ -124,7 +131,7 @@ def _dots_kernel(
 def mapping_backward(
     x: Tensor,
     g: Tensor,
-    f: Tensor,
+    f: Tensor | None,
     dl: Tensor,
     bias: Tensor,
     alphas: tuple[Tensor, Tensor, Tensor],
@@ -134,6 +141,7 @@ def mapping_backward(
     iterations: int,
     deepseek_v4: bool,
     f_bias: Tensor | None = None,
+    dh_post: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the raw projection [T, MP], replayed h_pre and h_res [T, n + n*n], partial sums; all fp32.
 
@@ -141,7 +149,7 @@ def mapping_backward(
 
     Args:
         x, bias, alphas, saved: of `pre_forward`; g: [T, n, C]; f, dl: [T, C].
-        f_bias: as in `post_res_forward`.
+        f_bias: as in `post_res_forward`; dh_post: [T, n] fp32 in place of f, which is then not read.
     """
     T, n, C = x.shape
     M, MP = mapping_rows(n), mapping_block(n)
@@ -151,7 +159,7 @@ def mapping_backward(
     d, mappings = torch.empty(T, MP, **f32), torch.empty(T, n + n * n, **f32)
     partial = torch.empty(programs, 2, M, **f32)
     _dots_kernel[(programs,)](
-        x, g, f, f_bias, dl, saved, bias, *alphas, d, mappings, partial, turns, T, C, turns.numel(),
+        x, g, f, f_bias, dh_post, dl, saved, bias, *alphas, d, mappings, partial, turns, T, C, turns.numel(),
         n, MP, iterations, deepseek_v4, BT, G, num_warps=2 if n < 8 else 4,
     )  # fmt: skip
     return d, mappings, partial

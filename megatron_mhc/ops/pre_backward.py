@@ -172,7 +172,7 @@ def _dphi_kernel(
 def pre_backward(
     x: Tensor,
     g: Tensor,
-    f: Tensor,
+    f: Tensor | None,
     dl: Tensor,
     weight: Tensor,
     bias: Tensor,
@@ -183,6 +183,7 @@ def pre_backward(
     deepseek_v4: bool,
     written: Written | None = None,
     f_bias: Tensor | None = None,
+    dh_post: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x [T, n, C] in x's dtype, weight [M, n*C], bias [M] and alphas [3] in fp32.
 
@@ -191,6 +192,7 @@ def pre_backward(
         g: [T, n, C], gradient of x'; f: [T, C], the sub-layer's output; dl: [T, C], gradient of its input.
         written: of the connection whose x' this x is, which gets its df.
         f_bias: [C], what post_res added to f, if anything.
+        dh_post: [T, n] fp32, where another pipeline stage has made it of f; f is then not read.
     """
     T, n, C = x.shape
     M, MP, K = mapping_rows(n), mapping_block(n), n * C
@@ -211,7 +213,7 @@ def pre_backward(
     turns = torch.empty(1 + max(slices, triton.cdiv(K, BK)), device=x.device, dtype=torch.int32)
     d, mappings, partial = mapping_backward(
         x, g, f, dl, bias, alphas, saved, turns,
-        iterations=iterations, deepseek_v4=deepseek_v4, f_bias=f_bias,
+        iterations=iterations, deepseek_v4=deepseek_v4, f_bias=f_bias, dh_post=dh_post,
     )  # fmt: skip
     if written is None:
         writer, df = (saved, bias, alphas[1]), dl  # neither read nor written

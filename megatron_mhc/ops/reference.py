@@ -212,15 +212,38 @@ def post_res(x: Tensor, f: Tensor, h_post: Tensor, h_res: Tensor) -> Tensor:
     return (mixed + h_post.unsqueeze(-1) * f.to(h_post.dtype).unsqueeze(-2)).to(x.dtype)
 
 
+def mix(x: Tensor, h_res: Tensor) -> Tensor:
+    """What a stage sends before its last MLP: u = H_res x of x: [T, n, C] and h_res: [T, n, n], in x's dtype.
+
+    Source: arXiv 2512.24880 Eq. (3), the first of its two terms.
+    """
+    return torch.einsum("tij,tjc->tic", h_res, x.to(h_res.dtype)).to(x.dtype)
+
+
+def write(u: Tensor, f: Tensor, h_post: Tensor) -> Tensor:
+    """What the next stage makes of it: x' = u + h_post^T f of u: [T, n, C], f: [T, C], h_post: [T, n].
+
+    Source: arXiv 2512.24880 Eq. (3), its second term added to the first.
+    """
+    added = h_post.unsqueeze(-1) * f.to(h_post.dtype).unsqueeze(-2)
+    return (u.to(h_post.dtype) + added).to(u.dtype)
+
+
+def write_backward(g: Tensor, f: Tensor, h_post: Tensor) -> tuple[Tensor, Tensor]:
+    """df: [T, C] in f's dtype and dh_post: [T, n] in h_post's, of g: [T, n, C], that of `write`'s x'."""
+    wide = g.to(h_post.dtype)
+    df = torch.einsum("tn,tnc->tc", h_post, wide).to(f.dtype)
+    return df, torch.einsum("tnc,tc->tn", wide, f.to(h_post.dtype))
+
+
 def expand(hidden_states: Tensor, n: int) -> Tensor:
     """Copy [..., C] into n streams [..., n*C], stream outer and channel inner."""
     return hidden_states.repeat(*([1] * (hidden_states.dim() - 1)), n)
 
 
 def contract(x: Tensor, how: str) -> Tensor:
-    """Reduce the streams [T, n, C] to [T, C] by their `mean` or `sum`, accumulated in fp32 or fp64."""
-    total = x.to(coefficient_dtype(x)).sum(dim=1)
-    return (total / x.shape[1] if how == "mean" else total).to(x.dtype)
+    """Reduce the streams [T, n, C] to [T, C] by their `mean` or `sum`; torch accumulates in fp32 or fp64."""
+    return x.mean(dim=1) if how == "mean" else x.sum(dim=1)
 
 
 def learned_head(

@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_mhc.pipeline.program import Message, Plan, channel
+from megatron_mhc.pipeline import loading
+from megatron_mhc.pipeline.program import UP_MESSAGES, Message, Plan, channel
 from megatron_mhc.pipeline.streams import HostStreams
 
 DEFAULT_TIMEOUT = timedelta(minutes=10)  # Megatron's --distributed-timeout-minutes
@@ -32,6 +33,7 @@ class Channels:
     groups: dict[str, Any]
     timeout: timedelta
     backend: str
+    hosts: Channels | None = None  # the same between hosts, where these pend on the device
 
 
 _channels: list[tuple[Any, Channels]] = []  # by pipeline group, which is kept alive along with them
@@ -45,6 +47,14 @@ def channels_of(pp_group: Any) -> Channels:
     backend, timeout = dist.get_backend(pp_group), timeout_of(pp_group)
     pipelines: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(pipelines, tuple(dist.get_process_group_ranks(pp_group)))
+    hosts = _make(pipelines, "gloo", timeout) if loading.pends_on_device(backend) else None
+    channels = _make(pipelines, backend, timeout, hosts)
+    _connect(channels)
+    _channels.append((pp_group, channels))
+    return channels
+
+
+def _make(pipelines: list[Any], backend: str, timeout: timedelta, hosts: Channels | None = None) -> Channels:
     mine: dict[str, Any] = {}
     for ranks in sorted(set(pipelines)):
         # Ranks of other pipelines take part, as making a group demands.
@@ -57,10 +67,7 @@ def channels_of(pp_group: Any) -> Channels:
             group = dist.new_group(ranks, timeout, backend, options, group_desc=desc)
             if dist.get_rank() in ranks:
                 mine[name] = group
-    channels = Channels(pipelines[dist.get_rank()], mine, timeout, backend)
-    _connect(channels)
-    _channels.append((pp_group, channels))
-    return channels
+    return Channels(pipelines[dist.get_rank()], mine, timeout, backend, hosts)
 
 
 def links(pp: int) -> list[tuple[str, int, int]]:
@@ -86,6 +93,8 @@ def _connect(channels: Channels) -> None:
             dist.send(number, ends[1], group=group)
         elif me == ends[1]:
             dist.recv(number, ends[0], group=group)
+    if device == "cuda":
+        torch.cuda.synchronize()  # nothing of this is pending when the step begins, see loading.py
 
 
 def timeout_of(group: Any) -> timedelta:
@@ -126,6 +135,7 @@ class Transport:
     ):
         self.plan, self.rank, self.channels, self.shapes = plan, rank, channels, shapes
         self.dtype, self.device, self.streams = dtype, device, streams
+        self.place = device  # of what is sent and received
         self.coming: dict[Message, tuple[Any, Tensor]] = {}
         self.leaving: deque[_Sent] = deque()
         self.most_leaving = 0
@@ -134,7 +144,7 @@ class Transport:
         """Post the receive of a message."""
         name, source, _ = channel(self.plan, message)
         with self.streams.posting():
-            buffer = torch.empty(self.shapes[message.name], dtype=self.dtype, device=self.device)
+            buffer = torch.empty(self.shapes[message.name], dtype=self.dtype, device=self.place)
             work = dist.irecv(buffer, self.channels.ranks[source], group=self.channels.groups[name])
         self.coming[message] = work, buffer
 
@@ -177,18 +187,20 @@ class Transport:
         """Have the host wait until everything has left."""
         deadline = time.monotonic() + self.channels.timeout.total_seconds()
         while self.leaving:
-            sent = self.leaving.popleft()
-            try:
-                if self.channels.backend != "nccl":
-                    sent.work.wait(self.channels.timeout)
-                    continue
-                while not sent.work.is_completed():
-                    if time.monotonic() > deadline:
-                        raise RuntimeError("timeout")
-                    time.sleep(1e-4)
-            except RuntimeError as error:
-                target = channel(self.plan, sent.message)[2]
-                raise self._error(sent.message, "was not received", target) from error
+            self._finish(self.leaving.popleft(), deadline)
+
+    def _finish(self, sent: _Sent, deadline: float) -> None:
+        try:
+            if self.channels.backend != "nccl":
+                sent.work.wait(self.channels.timeout)
+                return
+            while not sent.work.is_completed():
+                if time.monotonic() > deadline:
+                    raise RuntimeError("timeout")
+                time.sleep(1e-4)
+        except RuntimeError as error:
+            target = channel(self.plan, sent.message)[2]
+            raise self._error(sent.message, "was not received", target) from error
 
     def _error(self, message: Message, what: str, peer: int) -> PipelineError:
         seconds = self.channels.timeout.total_seconds()
@@ -197,3 +209,33 @@ class Transport:
             f"{message.stage}, {what}: pipeline rank {peer} (global rank {self.channels.ranks[peer]}) has "
             f"failed or was silent for {seconds:.0f} s (--distributed-timeout-minutes); look at its log first"
         )
+
+
+def most_on_host(plan: Plan) -> int:
+    """How many messages of a rank may wait in host memory to be received, without a deadlock.
+
+    A neighbour posts its receives a few compute steps ahead, but a group of micro-batches may leave one
+    chunk before it begins with the next.
+    """
+    return 2 * len(UP_MESSAGES[plan.boundary]) * max(plan.groups())
+
+
+class HostTransport(Transport):
+    """The same messages by way of the hosts, between which no operation pends on a device; see loading.py.
+
+    The current stream computes, the host waits for that and sends; and it waits for what it receives before
+    that is copied on the current stream. Channels are `Channels.hosts`.
+    """
+
+    def __init__(self, *args: Any):
+        super().__init__(*args)
+        self.place, self.most = torch.device("cpu"), most_on_host(self.plan)
+
+    def wait(self, message: Message) -> Tensor:
+        return super().wait(message).to(self.device)
+
+    def send(self, message: Message, tensor: Tensor) -> None:
+        super().send(message, tensor.detach().to(self.place))
+        # Gloo says what has left when it is waited for: a whole step's messages would stay in memory.
+        while len(self.leaving) > self.most:
+            self._finish(self.leaving.popleft(), float("inf"))

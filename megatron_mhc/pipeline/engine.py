@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from megatron_mhc import recompute
-from megatron_mhc.pipeline.comm import Transport, channels_of
+from megatron_mhc.pipeline.comm import HostTransport, Transport, channels_of
 from megatron_mhc.pipeline.gradients import GradientSync
+from megatron_mhc.pipeline.loading import check_loading, first_of_its_kind
 from megatron_mhc.pipeline.nodes import StageEntry, StageExit, packed_width, unpack
 from megatron_mhc.pipeline.options import check_call, plan_for
 from megatron_mhc.pipeline.program import (
@@ -59,7 +60,7 @@ def forward_backward(
     """Megatron's `forward_backward_func` for mHC models on a pipeline; arguments and result are its own.
 
     Raises:
-        ValueError: arguments that this schedule does not serve, naming the remedy.
+        ValueError: arguments that this schedule does not serve, or CUDA_MODULE_LOADING, naming the remedy.
         PipelineError: a neighbour failed or was silent for --distributed-timeout-minutes.
     """
     chunks = model if isinstance(model, list) else [model]
@@ -67,6 +68,7 @@ def forward_backward(
     config = get_model_config(chunks[0])
     check_call(config, seq_length, decoder_seq_length, adjust_tensor_shapes_fn, p2p_communicator)
     groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
+    check_loading(config.mhc.pipeline_schedule, groups.pp)
     rank = groups.pp.rank()
     plan = plan_for(config, groups.pp.size(), len(chunks), num_microbatches, forward_only)
     last_rank = rank == plan.pp - 1
@@ -167,9 +169,13 @@ class Step:
         narrow: tuple[int, ...] = (tokens, batch, packed_width(config.hidden_size, self.streams, dtype))
         shapes = {"streams": wide, "mixed": wide, "d_streams": wide, "write": narrow, "d_write": narrow}
         device = next(self.chunks[0].parameters()).device
-        channels = channels_of(self.groups.pp)
+        channels, plan = channels_of(self.groups.pp), self.plan
         streams = streams_for(device, channels.backend)
-        return Transport(self.plan, self.rank, channels, shapes, dtype, device, streams)
+        kind = (channels.ranks, plan.forward_only, plan.fused, plan.boundary, wide, dtype)
+        how = (shapes, dtype, device, streams)
+        if channels.hosts is not None and first_of_its_kind(self.chunks[0], kind):
+            return HostTransport(plan, self.rank, channels.hosts, *how)
+        return Transport(plan, self.rank, channels, *how)
 
     def run(self) -> None:
         """Run the program, and wait until all messages have left."""
@@ -264,7 +270,7 @@ class Step:
         if self.plan.boundary == SPLIT:
             u = self.received.pop(Message("mixed", microbatch, stage - 1))
             written = self.received.pop(Message("write", microbatch, stage - 1))
-            entry = StageEntry(u, written, self.config.hidden_size)
+            entry = StageEntry(u, written, self.config.hidden_size, mhc=self.config.mhc)
             streams = entry.streams
             if not self.plan.forward_only:
                 self.entries[key] = entry

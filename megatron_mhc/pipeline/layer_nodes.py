@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from megatron_mhc.ops import reference
-from megatron_mhc.pipeline.nodes import mix, pack
+from megatron_mhc.pipeline.nodes import leave, pack
 from megatron_mhc.pipeline.streams import HostStreams, stream_of
 
 if TYPE_CHECKING:
@@ -149,7 +149,7 @@ class FusedPass:
         at, self._at = self._at, self._at + 1
         moe, cut = layer.is_moe_layer, self._split and at == self._layers - 1
         attention, writing = layer.self_attention_hyper_connection, layer.mlp_hyper_connection
-        tape, u = self.tape, None
+        tape, u, h_post = self.tape, None, None
 
         with self.node(at, "attention", moe):
             if at:
@@ -158,13 +158,12 @@ class FusedPass:
             layer_input, mappings = attention(streams)
             f, context = layer.forward_attention(layer_input, mappings, args, kwargs)
             streams = attention.post_res(streams, f, mappings)
-            writing.plain = cut
-            layer_input, mappings = writing(streams)
-            writing.plain = False
             if cut:
-                wide = mix(streams, mappings.h_res)
-                tape.early(wide, mappings.h_post)
-                u = wide.detach()
+                layer_input, mappings, wide, h_post = leave(writing, streams)
+                tape.early(wide, h_post)
+                u, h_post = wide.detach(), h_post.detach()
+            else:
+                layer_input, mappings = writing(streams)
             shared = probs = None
             if moe:
                 norm, hidden, probs, shared = _route(layer, layer_input, kwargs)
@@ -184,16 +183,16 @@ class FusedPass:
                 hidden, _ = layer.mlp.routed_experts_compute(hidden, probs)
             else:
                 hidden, *crossed = self._take((at, start), hidden, *crossing)
-                hidden = layer.forward_mlp(hidden, kwargs, mappings)
+                hidden = layer.forward_mlp(hidden, kwargs, None if cut else mappings)
         with self.node(at, "combine", moe):
             if moe:
                 (hidden,) = self._take((at, "combine"), hidden)
                 hidden = layer.mlp.combine(hidden)
-            if cut:
-                self._reads(layer, mappings)
+            if h_post is not None:  # the next stage has the streams
+                self._reads(layer, mappings, h_post)
                 f = _join(layer, hidden, shared) if moe else hidden
                 tape.end(get_gradient_edge(f))
-                return pack(f, mappings.h_post), context
+                return pack(f, h_post), context
         with self.node(at, "post", moe):
             (hidden,) = self._take((at, "post"), hidden)
             self._reads(layer, mappings, shared, *crossed)

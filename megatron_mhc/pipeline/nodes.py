@@ -6,8 +6,7 @@ u and h_post follow from x', the streams in front of the chunk's last MLP. `Stag
 sub-layer: it hands u out before the MLP and [f, h_post] after it, and goes backward through the MLP with
 df alone. `StageEntry`, on the next stage, forms u + h_post^T f, and df and dh_post from dx.
 
-Both use the reference operations, whatever --mhc-backend says: the Triton operations apply H_res^T to the
-gradient in the backward of `pre`, together with what the split boundary keeps apart.
+The kernels of `ops.split` do that wherever kernels serve the other connections, plain torch elsewhere.
 """
 
 from __future__ import annotations
@@ -19,9 +18,11 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from megatron_mhc.ops import reference
+from megatron_mhc.config import MHCConfig
+from megatron_mhc.ops import choose_backend, reference
 
 if TYPE_CHECKING:
+    from megatron_mhc.hyper_connection import HyperConnectionModule, Mappings
     from megatron_mhc.layer import HyperConnectionTransformerLayer
 
 
@@ -34,8 +35,8 @@ def packed_width(width: int, streams: int, dtype: torch.dtype) -> int:
 def pack(f: Tensor, h_post: Tensor) -> Tensor:
     """Join f: [s, b, C] and h_post: [s*b, n] of the coefficients' dtype, bit by bit, to [s, b, C + ...]."""
     s, b, _ = f.shape
-    bits = h_post.detach().contiguous().view(f.dtype).view(s, b, -1)
-    return torch.cat([f.detach(), bits], dim=-1)
+    bits = h_post.detach().contiguous().view(f.dtype)
+    return torch.cat([f.detach(), bits.view(s, b, bits.shape[-1])], dim=-1)
 
 
 def unpack(message: Tensor, width: int) -> tuple[Tensor, Tensor]:
@@ -45,10 +46,35 @@ def unpack(message: Tensor, width: int) -> tuple[Tensor, Tensor]:
     return f, bits.contiguous().view(reference.coefficient_dtype(f))
 
 
-def mix(streams: Tensor, h_res: Tensor) -> Tensor:
-    """u = H_res x of streams: [s, b, n*C] and h_res: [s*b, n, n], in the streams' shape and dtype."""
-    x = streams.view(h_res.shape[0], h_res.shape[-1], -1)
-    return torch.einsum("tij,tjc->tic", h_res, x.to(h_res.dtype)).to(x.dtype).view(streams.shape)
+def _places(message: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """What `unpack` returns, in place: rows of the message; of an even width."""
+    flat = message.view(-1, message.shape[-1])
+    return flat[:, :width], flat[:, width:].view(reference.coefficient_dtype(flat))
+
+
+@torch.compiler.disable  # edges of its graph are taken, which a compiled one does not have
+def leave(connection: HyperConnectionModule, streams: Tensor) -> tuple[Tensor, Mappings, Tensor, Tensor]:
+    """Read the MLP's input and make what the next stage needs besides f.
+
+    Args:
+        connection: of the chunk's last MLP; streams: [s, b, n*C].
+
+    Returns:
+        layer input [s, b, C], the mappings, u [s, b, n*C] in the streams' dtype, and h_post [s*b, n].
+    """
+    connection.leaving = True
+    try:
+        layer_input, mappings = connection(streams)
+    finally:
+        connection.leaving = False
+    if isinstance(mappings, reference.Coefficients):
+        x = streams.view(*mappings.h_pre.shape, -1)
+        u, h_post = reference.mix(x, mappings.h_res), mappings.h_post
+    else:
+        from megatron_mhc.ops import deferred  # imports triton, which a CPU may lack
+
+        u, h_post = deferred.mix(mappings)
+    return layer_input, mappings, u.view(streams.shape), h_post
 
 
 class StageExit:
@@ -67,13 +93,7 @@ class StageExit:
 
     def run(self, layer: HyperConnectionTransformerLayer, streams: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """Run the last MLP of a chunk on streams: [s, b, n*C]; returns `pack(f, h_post)`."""
-        connection = layer.mlp_hyper_connection
-        connection.plain = True
-        try:
-            layer_input, mappings = connection(streams)
-        finally:
-            connection.plain = False
-        u = mix(streams, mappings.h_res)
+        layer_input, _, u, h_post = leave(layer.mlp_hyper_connection, streams)
         self._early(u.detach())
         leaf = layer_input
         if torch.is_grad_enabled():
@@ -81,9 +101,9 @@ class StageExit:
         f = layer.forward_mlp(leaf, kwargs)
         if torch.is_grad_enabled():
             self._f, self._leaf = get_gradient_edge(f), leaf
-            rest = (u, mappings.h_post, layer_input)
+            rest = (u, h_post, layer_input)
             self._rest = [get_gradient_edge(t) if t.requires_grad else None for t in rest]
-        return pack(f, mappings.h_post)
+        return pack(f, h_post)
 
     def backward_mlp(self, df: Tensor) -> None:
         """Go backward through the MLP with df: [s, b, C]."""
@@ -105,20 +125,36 @@ class StageEntry:
     """The streams that a chunk starts from: x = u + h_post^T f.
 
     Args:
-        u: [s, b, n*C]; written: `pack(f, h_post)`.
+        u: [s, b, n*C]; written: `pack(f, h_post)`; width: C.
+        mhc: options of the stage's connections; without them, kernels as under --mhc-backend auto.
     """
 
-    def __init__(self, u: Tensor, written: Tensor, width: int):
+    def __init__(self, u: Tensor, written: Tensor, width: int, mhc: MHCConfig | None = None):
         self._written, self._width = written, width
-        f, h_post = unpack(written, width)
-        streams = u.view(f.shape[0], -1, width)
-        added = h_post.unsqueeze(-1) * f.to(h_post.dtype).unsqueeze(-2)
-        self.streams = (streams.to(h_post.dtype) + added).to(u.dtype).view(u.shape)
+        mhc = mhc or MHCConfig(num_residual_streams=u.shape[-1] // width)
+        self._kernels = choose_backend(mhc, width, u.dtype, u.device.type) != "reference"
+        f, h_post = self._arrived()
+        x = u.view(f.shape[0], u.shape[-1] // width, width)
+        if self._kernels:
+            from megatron_mhc.ops import split  # imports triton, which a CPU may lack
+
+            self.streams = split.write(x, f, h_post).view(u.shape)
+        else:
+            self.streams = reference.write(x, f, h_post).view(u.shape)
 
     def gradients(self, dx: Tensor) -> Tensor:
         """`pack(df, dh_post)` that follow from dx: [s, b, n*C]."""
-        f, h_post = unpack(self._written, self._width)
-        wide = dx.view(f.shape[0], -1, self._width).to(h_post.dtype)
-        df = torch.einsum("tn,tnc->tc", h_post, wide).to(f.dtype)
-        dh_post = torch.einsum("tnc,tc->tn", wide, f.to(h_post.dtype))
-        return pack(df.view(*dx.shape[:2], -1), dh_post)
+        f, h_post = self._arrived()
+        g = dx.contiguous().view(*h_post.shape, self._width)
+        if not self._kernels:
+            df, dh_post = reference.write_backward(g, f, h_post)
+            return pack(df.view(*dx.shape[:2], self._width), dh_post)
+        from megatron_mhc.ops import split
+
+        message = torch.empty_like(self._written)
+        split.write_backward(g, f, h_post, *_places(message, self._width))
+        return message
+
+    def _arrived(self) -> tuple[Tensor, Tensor]:
+        """f: [s*b, C] and h_post: [s*b, n]."""
+        return (_places if self._kernels else unpack)(self._written, self._width)

@@ -46,7 +46,7 @@ class ReplayedConnection(HyperConnectionModule):
     @torch.compiler.disable
     def forward(self, streams: Tensor) -> tuple[Tensor, Mappings]:
         self._pass = None
-        if self.plain:  # a split pipeline boundary, which keeps what its two gradients need
+        if self.leaving:  # a split pipeline boundary, which keeps what its two gradients need
             self.chunk.leave(streams)
             return super().forward(streams)
         block = self.chunk.block_at(self.position, streams)

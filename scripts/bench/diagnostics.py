@@ -135,6 +135,7 @@ def measure(options: argparse.Namespace, gpu: bool) -> dict[str, Any]:
             print(f"--limit {options.limit:.0f}: {repeat - options.warmup} repeats")
             break
         for name, step in kinds.items():
+            train_step()  # so that none begins on a GPU that has rested
             synchronize()
             started = time.perf_counter()
             step()

@@ -1,18 +1,18 @@
-"""Where a tile of the kernels for Hopper spends its time: clocks noted at points of its way, medians of all tiles.
+"""Where a tile of the kernels for Hopper spends its time: clocks noted at points of its way, of all tiles.
 
     python scripts/bench/hopper_stages.py [--shapes 8192x4096,4096x7168] [--out stages.json]
 
 Each kernel is built a second time with -DMARKS, which makes it a little slower. A tile's clocks are of one
-multiprocessor, the first and the last STAGES tiles of a group are left out. `ring` is how many tiles of a block
-are on their way at once: residence / ring is the time that a tile takes at best, `memory` what its bytes take at
-the bandwidth of a copy, `kernel` the time of the usual build by itself.
+multiprocessor, the first and the last STAGES tiles of a group are left out; a span is given as 10 %, median
+and 90 %. `ring` is how many tiles of a block are on their way at once: residence / ring is the time that a
+tile takes at best, `memory_clocks_a_tile` what its bytes take at a copy's bandwidth, `us` the time of the
+usual build in a replayed graph. pre_mix is pre behind the post_res of the connection before.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -27,24 +27,33 @@ from megatron_mhc.ops.hopper import pre, pre_backward
 from megatron_mhc.ops.link import Written
 
 MARKED = 64  # tiles of a group
-POINTS = {
-    "pre": "load issued,loaded,projected,all slices' sums,h_pre,l written,coefficients read".split(","),
-    "pre_backward": (
-        "load issued,loaded,products,middle begins to wait,all slices' sums,coefficients put,all tokens'"
-        ",fetched,dx begins,dx ends,stored"
-    ).split(","),
-}
+POINTS = {"pre": 8, "pre_backward": 11}  # noted by MARK(tile, point) in the sources
 SPANS = {  # between which points, in the order of a tile's way
     "pre": {
-        "load": (0, 1), "project": (1, 2), "slowest block": (2, 3), "sums": (3, 4), "aggregate": (4, 5),
+        "load": (0, 1),
+        "mix and project": (1, 2),
+        "aggregate comes": (2, 7),
+        "slowest block": (7, 3),
+        "sums": (3, 4),
+        "aggregate": (4, 5),
         "residence": (0, 5),
+        "until coefficients are read": (2, 6),
     },
     "pre_backward": {
-        "load": (0, 1), "products": (1, 2), "slowest block": (2, 4), "walk back": (4, 5),
-        "slowest token": (5, 6), "fetch": (6, 7), "dx waits": (7, 8), "dx": (8, 9), "store": (9, 10),
+        "load": (0, 1),
+        "products": (1, 2),
+        "middle comes": (2, 3),
+        "slowest block": (3, 4),
+        "coefficients": (4, 5),
+        "slowest token": (5, 6),
+        "all of it": (2, 6),
+        "fetch": (6, 7),
+        "dx comes": (7, 8),
+        "dx": (8, 9),
+        "store": (9, 10),
         "residence": (0, 10),
     },
-}  # fmt: skip
+}
 
 
 class Marked:
@@ -55,7 +64,7 @@ class Marked:
 
     def kernel(self, name: str, device: int, threads: int, shared: int, **defines: int) -> building.Kernel:
         found = building.kernel(
-            name, device, threads, shared, MARKS=256, MARKED=MARKED, POINTS=len(POINTS[name]), **defines
+            name, device, threads, shared, MARKS=256, MARKED=MARKED, POINTS=POINTS[name], **defines
         )
         self.built[name] = found, defines
         return found
@@ -66,7 +75,7 @@ class Marked:
 
         module = building.checked(driver.cuFuncGetModule(self.built[name][0].function), "cuFuncGetModule")
         address, size = building.checked(driver.cuModuleGetGlobal(module, b"marks"), "cuModuleGetGlobal")
-        held = torch.empty(256, MARKED, len(POINTS[name]), dtype=torch.int64)
+        held = torch.empty(256, MARKED, POINTS[name], dtype=torch.int64)
         assert held.numel() * 8 == size
         building.checked(driver.cuMemcpyDtoH(held.data_ptr(), address, size), "cuMemcpyDtoH")
         return held
@@ -89,23 +98,26 @@ def calls(tokens: int, width: int) -> dict[str, Any]:
         written = Written(saved, bias, alphas[1])
         pre_backward.pre_backward(x, g, f, dl, weight, bias, alphas, saved, written=written, **options)
 
+    _, _, before = pre.pre_forward(x, weight, bias, alphas, norm_eps=1e-6, **options)
+    reading: dict[str, Any] = dict(norm_eps=1e-6, **options)
     return {
-        "pre": lambda: pre.pre_forward(x, weight, bias, alphas, norm_eps=1e-6, **options),
+        "pre": lambda: pre.pre_forward(x, weight, bias, alphas, **reading),
+        "pre_mix": lambda: pre.post_res_pre(x, f, before, None, weight, bias, alphas, **reading),
         "pre_backward": backward,
     }
 
 
 def measure(tokens: int, width: int, bandwidth: float) -> list[dict]:
     rows = []
-    units = {"pre": 5, "pre_backward": 15}
-    for name, module in (("pre", pre), ("pre_backward", pre_backward)):
-        run = calls(tokens, width)[name]
+    units = {"pre": 5, "pre_mix": 10, "pre_backward": 15}
+    for call, run in calls(tokens, width).items():
+        name = call.removesuffix("_mix")
+        module = pre if name == "pre" else pre_backward
         microseconds = time_us(run, graph=True)
         marked = Marked()
         module.kernel = marked.kernel
         try:
-            for _ in range(3):
-                run()
+            run()  # once: a block's slice, and with it which tokens it notes, is another in each launch
             torch.cuda.synchronize()
             clocks = marked.clocks(name)
         finally:
@@ -114,15 +126,16 @@ def measure(tokens: int, width: int, bandwidth: float) -> list[dict]:
         cut = building.layout(tokens, width, module.WIDEST, building.multiprocessors(torch.device("cuda", 0)))
         tiles = -(-tokens // 16) // cut.groups
         clocks = clocks[: cut.groups * cut.slices, defines["STAGES"] : min(tiles, MARKED) - defines["STAGES"]]
-        row: dict[str, Any] = {"kernel": name, "tokens": tokens, "width": width, "us": round(microseconds, 1)}
-        floor = units[name] * tokens * width * 2 / bandwidth * 1e6
+        row: dict[str, Any] = {"kernel": call, "tokens": tokens, "width": width, "us": round(microseconds, 1)}
+        floor = units[call] * tokens * width * 2 / bandwidth * 1e6
         row |= {"x_floor": round(microseconds / floor, 3), "blocks": cut.groups * cut.slices}
         row |= {"slices": cut.slices, "channels": cut.width, "ring": defines["STAGES"], "tiles": tiles}
         spans = {}
         for span, (a, b) in SPANS[name].items():
             there = (clocks[..., a] > 0) & (clocks[..., b] > 0)
-            found = (clocks[..., b] - clocks[..., a])[there].tolist()
-            spans[span] = statistics.median(found) if found else None
+            found = (clocks[..., b] - clocks[..., a])[there].double()
+            if found.numel():
+                spans[span] = [round(found.quantile(q).item()) for q in (0.1, 0.5, 0.9)]
         begun = clocks[..., 0].double()
         a_tile = ((begun[:, -1] - begun[:, 0]) / (begun.shape[1] - 1)).median().item()
         row |= {"clocks": spans, "clocks_a_tile": round(a_tile)}

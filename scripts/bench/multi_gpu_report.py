@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 Row = dict[str, Any]
-_VARIABLES = ("NCCL_", "CUDA_DEVICE")
+_VARIABLES = ("NCCL_", "CUDA_DEVICE", "CUDA_MODULE")
 
 
 def machine() -> Row:

@@ -108,6 +108,7 @@ class Driver:
         kept = {key: value for key, value in os.environ.items() if not key.startswith(mine)}
         path = f"{ROOT}:{kept['PYTHONPATH']}" if "PYTHONPATH" in kept else str(ROOT)
         kept |= dict(CUDA_DEVICE_MAX_CONNECTIONS="1", NCCL_NVLS_ENABLE="0")  # no NVLink multicast
+        kept.setdefault("CUDA_MODULE_LOADING", "EAGER")  # which PIPELINE's schedule asks for
         return kept | dict(PYTHONPATH=path, PYTHONUNBUFFERED="1")
 
     def run(self, name: str, ranks: int, arguments: str, hit: signal.Signals | None = None) -> Job:

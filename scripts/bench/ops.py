@@ -7,7 +7,9 @@ Chain = pre -> F -> post_res, forward and backward with every gradient, where F 
 u is the bytes of one stream of all tokens; the floor of the chain is 7 n + 5 u, 33 for n = 4
 (pre 5, post_res 9, their backward 5 and 14, each tensor moved once per operation), at the bandwidth of a
 large device-to-device copy measured in the same run. Errors are relative L2 against float64.
-"megatron_mhc" is Triton's kernels; "megatron_mhc, Hopper" is there on H100 and H200, for n = 4 and bf16.
+"megatron_mhc" is Triton's kernels; "megatron_mhc, Hopper" is there on H100 and H200, for n = 4 and bf16;
+"fused" works ahead for the next connection, as under --mhc-boundary fused (its post_res column counts that
+in; with one sub-layer nobody takes it).
 """
 
 from __future__ import annotations
@@ -24,8 +26,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from megatron_mhc.ops import HOPPER, deferred, reference
+from megatron_mhc.ops.hopper.pre import post_res_pre
+from megatron_mhc.ops.link import Reader
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+OPTIONS = dict(norm_eps=1e-6, iterations=20, deepseek_v4=False)
 GRADS = ("x", "weight", "bias", "alpha_pre", "alpha_post", "alpha_res")
 
 
@@ -42,18 +47,26 @@ def plain_post(f, state):
 
 
 def ours(x, weight, bias, *alphas):
-    return deferred.pre(x, weight, bias, alphas, norm_eps=1e-6, iterations=20, deepseek_v4=False)
+    return deferred.pre(x, weight, bias, alphas, **OPTIONS)
 
 
 def by_hopper(x, weight, bias, *alphas):
-    options = dict(norm_eps=1e-6, iterations=20, deepseek_v4=False)
-    return deferred.pre(x, weight, bias, alphas, **options, hopper=True)
+    return deferred.pre(x, weight, bias, alphas, **OPTIONS, hopper=True)
 
 
 def ours_ahead(x, weight, *rest):
-    """The same; its post_res projects for the next connection, which here has the same phi."""
+    """The same; its post_res works ahead for the next connection, which here has the same parameters."""
     layer_input, mappings = ours(x, weight, *rest)
-    return layer_input, (mappings, weight)
+    return layer_input, (mappings, Reader(weight))
+
+
+def by_hopper_ahead(x, weight, bias, *alphas):
+    layer_input, mappings = by_hopper(x, weight, bias, *alphas)
+    return layer_input, (mappings, Reader(weight, (bias, alphas, OPTIONS)))
+
+
+def post_res_ahead(f, state):
+    return deferred.post_res(f, state[0], reader=state[1])
 
 
 def transformer_engine(split_k: bool):
@@ -78,15 +91,13 @@ def providers(n: int, dtype: torch.dtype) -> dict[str, tuple[Callable, Callable]
     found = {
         "megatron_mhc": (ours, deferred.post_res),
         "megatron_mhc, Hopper": (by_hopper, deferred.post_res),
-        "megatron_mhc, projecting ahead": (
-            ours_ahead,
-            lambda f, state: deferred.post_res(f, state[0], next_weight=state[1]),
-        ),
+        "megatron_mhc, Hopper, fused": (by_hopper_ahead, post_res_ahead),
+        "megatron_mhc, fused": (ours_ahead, post_res_ahead),
         "torch eager": (plain, plain_post),
         "torch.compile": (torch.compile(plain), torch.compile(plain_post)),
     }
     if torch.cuda.get_device_capability() != HOPPER[:2] or n != 4 or dtype != torch.bfloat16:
-        del found["megatron_mhc, Hopper"]
+        del found["megatron_mhc, Hopper"], found["megatron_mhc, Hopper, fused"]
     if n == 4:
         try:
             found["TransformerEngine"] = transformer_engine(False)
@@ -230,7 +241,12 @@ def bench(
             if hasattr(state, "take_tunnel"):  # a benchmark may call it again: no gradient is at stake
                 return deferred.post_res_forward(leaves[0], layer_input, state.values)
             if isinstance(state, tuple) and hasattr(state[0], "take_tunnel"):
-                return deferred.post_res_project(leaves[0], layer_input, state[0].values, leaves[1])
+                mappings, (weight, rest) = state
+                if rest is None:
+                    return deferred.post_res_project(leaves[0], layer_input, mappings.values, weight)
+                return post_res_pre(
+                    leaves[0], layer_input, mappings.values, None, weight, *rest[:2], **rest[2]
+                )
             return post(layer_input, state)
 
         row["post_us"] = time_us(post_only, graph=True)

@@ -12,7 +12,7 @@ gradients accumulate inside TE's GEMMs. All rows see the same seeds and tokens.
 A row is OPS, OPS/N, or OPS/N/auto for --mhc-recompute-layer-num auto. Rows come in the order given:
 
 vanilla, again  without mHC, at the start and at the end; the rest is compared with their mean
-triton, hopper  these kernels under the default --mhc-boundary linked; fused: Triton's under fused
+triton, hopper  these kernels; with -linked or -fused under this --mhc-boundary
 reference       plain torch; compile: torch.compile of it. They come last, after the profiles of the others
 
 wall            median interval between the ends of steps
@@ -59,7 +59,7 @@ from common import MODELS, ON_GPU, attempt, clean, gpu_work, intervals, start, s
 from train_figure import KEYS, draw, table
 from trainer import LATE, OPS, PLAIN, Row, Trainer
 
-ROWS = "vanilla,hopper/4,triton/4,fused/4,hopper/4/auto,triton/4/auto,triton/2,fused/2,fused/4/auto,again"
+ROWS = "vanilla,hopper/4,triton/4,hopper-linked/4,hopper/4/auto,triton/4/auto,triton/2,triton-fused/4,again"
 ROWS += ",reference/4,compile/4"
 
 

@@ -28,7 +28,7 @@ from megatron_mhc.hyper_connection import HyperConnectionModule
 from megatron_mhc.specs import wrap_block_spec
 
 PLAIN, LATE = ("vanilla", "again"), ("reference", "compile")
-OPS = (*PLAIN, "triton", "hopper", "fused", *LATE)
+OPS = (*PLAIN, "triton", "triton-fused", "hopper", "hopper-linked", *LATE)
 PAPER, LLAMA = (129280, 30), (128256, 32)  # tokens and layers of the whole models
 WHOLE = {"dense": LLAMA, "moe": PAPER, "moe_ep8": PAPER}
 
@@ -119,10 +119,9 @@ def build(row: Row, options: argparse.Namespace, tokens: int) -> tuple[GPTModel,
     config = make_config(row["model"], options.layers, options.tiny, **fusion)
     spec: Any = get_gpt_decoder_block_spec(config, use_transformer_engine=ON_GPU, normalization="RMSNorm")
     if row["n"]:
-        backend = "reference" if row["ops"] in LATE else "hopper" if row["ops"] == "hopper" else "triton"
-        boundary = "fused" if row["ops"] == "fused" else "linked"
+        backend, _, boundary = ("reference" if row["ops"] in LATE else row["ops"]).partition("-")
         asked = dict(num_residual_streams=row["n"], recompute_layer_num=row["recompute"])
-        spec = wrap_block_spec(spec, MHCConfig(backend=backend, boundary=boundary, **asked), config)
+        spec = wrap_block_spec(spec, MHCConfig(backend=backend, boundary=boundary or "auto", **asked), config)
     untied = dict(share_embeddings_and_output_weights=False, position_embedding_type="rope")
     model = GPTModel(config, spec, tokens, options.seq, **untied)
     for module in model.modules():

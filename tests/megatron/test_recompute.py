@@ -201,9 +201,9 @@ class Exit:
 
     def run(self, layer, streams, kwargs):
         connection = layer.mlp_hyper_connection
-        connection.plain = True
+        connection.leaving = True
         layer_input, mappings = connection(streams)
-        connection.plain = False
+        connection.leaving = False
         return connection.post_res(streams, layer._forward_mlp(layer_input), mappings)
 
 

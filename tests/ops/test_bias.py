@@ -5,6 +5,7 @@ import torch
 from test_triton import DEVICE, ON_GPU, inputs
 
 from megatron_mhc.ops import deferred, replay
+from megatron_mhc.ops.link import Reader
 from megatron_mhc.ops.post_res import post_res_forward
 
 CASES = [
@@ -53,7 +54,7 @@ def run(case, fold, linked=True, ahead=False):
             mappings.f_bias = f_bias
         else:
             raw = raw + f_bias
-        out = deferred.post_res(raw, mappings, linked=linked, next_weight=weight if ahead else None)
+        out = deferred.post_res(raw, mappings, linked=linked, reader=Reader(weight) if ahead else None)
     g = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
     leaves = [x, weight, bias, *alphas, f, f_bias]
     return [out, *torch.autograd.grad(out, leaves, g)]

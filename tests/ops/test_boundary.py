@@ -5,12 +5,14 @@ import torch
 from test_triton import DEVICE, ON_GPU, error, inputs, reference_connection
 
 from megatron_mhc.ops import boundary, deferred, reference
+from megatron_mhc.ops.link import Reader
 from megatron_mhc.ops.post_res import post_res_forward
 
 CASES = [(5, 4, 48, False), (17, 4, 80, True), (9, 2, 32, False), (3, 1, 16, False), (0, 4, 32, False)]
 if ON_GPU:
     CASES += [(4096, 4, 2560, False), (1000, 4, 4096, True), (257, 2, 1040, False), (70, 1, 272, False)]
 BF16 = torch.bfloat16
+OPTIONS = dict(norm_eps=1e-6, iterations=20, deepseek_v4=False)
 # The interpreter truncates to bf16 where a GPU rounds.
 STREAM, COEFFICIENT = (5e-3, 1e-3) if ON_GPU else (1e-2, 2e-2)
 
@@ -27,7 +29,10 @@ def test_output_has_the_bits_of_post_res_and_the_parts_are_its_projection(tokens
 
 
 def chain(tensors, ahead):
-    """Output and gradients of three connections with the same parameters; ahead None: by the reference."""
+    """Output and gradients of three connections with the same parameters.
+
+    ahead: None is the reference; else post_res makes nothing of the next one, its projection, or "all".
+    """
     leaves = [(t.double() if ahead is None else t.clone()).requires_grad_() for t in tensors]
     out, weight, bias, *alphas, f = leaves
     for _ in range(3):
@@ -35,10 +40,9 @@ def chain(tensors, ahead):
             layer_input, mixed, h = reference_connection(out, weight, bias, *alphas, f, False)
             out = reference.post_res(out, f + layer_input, h.h_post, h.h_res)
             continue
-        layer_input, mappings = deferred.pre(
-            out, weight, bias, tuple(alphas), norm_eps=1e-6, iterations=20, deepseek_v4=False
-        )
-        out = deferred.post_res(f + layer_input, mappings, next_weight=weight if ahead else None)
+        layer_input, mappings = deferred.pre(out, weight, bias, tuple(alphas), **OPTIONS)
+        reader = Reader(weight, (bias, tuple(alphas), OPTIONS) if ahead == "all" else None)
+        out = deferred.post_res(f + layer_input, mappings, reader=reader if ahead else None)
     g = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     return [out, *torch.autograd.grad(out, leaves, g.to(out.dtype))]
 
@@ -90,7 +94,7 @@ def test_a_projection_is_taken_for_the_very_values_it_was_made_of(projections, b
         layer_input, mappings = deferred.pre(
             x, weight, bias, tuple(alphas), norm_eps=1e-6, iterations=20, deepseek_v4=False
         )
-        x = between(deferred.post_res(layer_input, mappings, next_weight=weight), weight)
+        x = between(deferred.post_res(layer_input, mappings, reader=Reader(weight)), weight)
     assert len(projections) == launches
 
 

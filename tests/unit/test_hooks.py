@@ -71,7 +71,7 @@ def test_report_names_every_symbol_and_its_reason():
         ({}, "auto runs reference, since the streams are on cpu"),
         (dict(backend="reference"), "reference runs reference"),
         (dict(backend="triton"), "triton runs triton"),  # in the interpreter
-        (dict(backend="triton", pp_boundary="split", pipeline_schedule="fused"), "reference in the last"),
+        (dict(backend="triton", pp_boundary="split", pipeline_schedule="fused"), "triton runs triton"),
     ],
 )
 def test_report_says_which_operations_the_models_run(options, words):
@@ -91,7 +91,8 @@ def test_report_says_which_operations_the_models_run(options, words):
 @pytest.mark.parametrize(
     "backend, gpu, words",
     [
-        ("auto", (9, 0, 132), "auto runs triton"),
+        ("auto", (9, 0, 132), "auto runs hopper"),
+        ("auto", (8, 0, 108), "auto runs triton"),
         ("hopper", (9, 0, 132), "hopper runs hopper"),
         ("hopper", (8, 0, 108), "hopper runs none, --mhc-backend hopper: the GPU's compute capability"),
     ],

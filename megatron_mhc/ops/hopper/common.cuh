@@ -215,17 +215,18 @@ __device__ __forceinline__ float sinkhorn_scaled(const float* z, float* past, fl
   return mine;
 }
 // The gradient of logit `e` from that of M, dm: [16] in shared memory.
-__device__ __forceinline__ float sinkhorn_scaled_backward(const float* dm, const float* past, const float (&K)[16], int e) {
-  float dK[16], du[N] = {}, dv[N] = {}, mine = 0.f;
+// Row e of what takes the gradient of H_res to that of the logits, exact for the truncated iterations: the gradient that
+// is 1 at e, taken back. It asks for no gradient, so it is made while those are awaited.
+__device__ __forceinline__ void sinkhorn_scaled_jacobian(float (&J)[16], const float* past, const float (&K)[16], int e) {
+  float du[N] = {}, dv[N] = {};
   float4 v4 = *(const float4*)(past + 8 * (ITERATIONS - 1)), u4 = *(const float4*)(past + 8 * (ITERATIONS - 1) + N);
   {
     const float u[N] = {u4.x, u4.y, u4.z, u4.w}, v[N] = {v4.x, v4.y, v4.z, v4.w};
 #pragma unroll
     for (int k = 0; k < 16; k++) {
-      const float d = dm[k];
-      dK[k] = d * u[k / N] * v[k % N];
-      du[k / N] += d * K[k] * v[k % N];
-      dv[k % N] += d * u[k / N] * K[k];
+      J[k] = k == e ? u[k / N] * v[k % N] : 0.f;
+      du[k / N] += k == e ? K[k] * v[k % N] : 0.f;
+      dv[k % N] += k == e ? u[k / N] * K[k] : 0.f;
     }
   }
 #pragma unroll 1
@@ -246,13 +247,32 @@ __device__ __forceinline__ float sinkhorn_scaled_backward(const float* dm, const
     for (int i = 0; i < N; i++)
       du[i] = K[N * i] * b[0] + K[N * i + 1] * b[1] + (K[N * i + 2] * b[2] + K[N * i + 3] * b[3]);
 #pragma unroll
-    for (int k = 0; k < 16; k++) dK[k] += a[k / N] * v[k % N] + w[k / N] * b[k % N];
+    for (int k = 0; k < 16; k++) J[k] += a[k / N] * v[k % N] + w[k / N] * b[k % N];
     u4 = before;
     if (t) v4 = *(const float4*)(past + 8 * t - 8);
   }
 #pragma unroll
-  for (int k = 0; k < 16; k++) mine = e == k ? K[k] * dK[k] : mine;
-  return mine;
+  for (int k = 0; k < 16; k++) J[k] *= K[k];
+}
+// Of 2 HALF numbers a lane keeps the half that bit HALF of e names, plus what the lane across from it sends of that.
+template <int HALF>
+__device__ __forceinline__ void exchange_halves(float (&p)[16], int e) {
+#pragma unroll
+  for (int k = 0; k < HALF; k++) {
+    const float kept = e & HALF ? p[k + HALF] : p[k], sent = e & HALF ? p[k] : p[k + HALF];
+    p[k] = kept + __shfl_xor_sync(ALL, sent, HALF);
+  }
+}
+// Number e, in lane e of 16, of the sum over lanes of d J, J a row a lane.
+__device__ __forceinline__ float sum_rows(const float (&J)[16], float d, int e) {
+  float p[16];
+#pragma unroll
+  for (int k = 0; k < 16; k++) p[k] = __fmul_rn(d, J[k]);
+  exchange_halves<8>(p, e);
+  exchange_halves<4>(p, e);
+  exchange_halves<2>(p, e);
+  exchange_halves<1>(p, e);
+  return p[0];
 }
 
 // The gradient of the logits from that of the matrix, exact for the truncated iterations.

@@ -11,15 +11,23 @@
 // 4, res 16. A block loads tile k when it is through with tile k - STAGES, for which it had the sums of the whole
 // group; the others had loaded that one when they were through with k - 2 STAGES, whose slot tile k takes.
 //
-// x [T, 4, C] bf16, weight [24, 4 C] fp32, out [T, C] bf16, saved [T, 25] fp32 (projection / r, 1 / r),
-// mappings [T, 24] fp32, parts and ticket zeros.
+// With MIX, x are the streams in front of the connection before: its post_res makes of them those that are read.
+//   project    first mixes, in place, x'_i = sum_j h_res[i, j] x_j + h_post_i (f + f_bias), each warp 32 channels
+//   store      x' out of shared memory, by the last of the warps that finish otherwise
+// f has a ring of its own, F_SLOTS deep, and the coefficients come with a tile.
+//
+// x, streams [T, 4, C], f, out [T, C], f_bias [C] bf16, before, mappings [T, 24] fp32, weight [24, 4 C] fp32, saved [T, 25]
+// fp32 (projection / r, 1 / r), parts and ticket zeros; without MIX, f, streams, f_bias and before are not looked at.
 
 #define PROJECTING 8
 #define AGGREGATING 4
-#define FINISHING 3
-#define THREADS ((PROJECTING + AGGREGATING + FINISHING + 1) * 32)
+#define FINISHING (3 - MIX)
+#define THREADS ((PROJECTING + AGGREGATING + FINISHING + MIX + 1) * 32)
 // A warp goes on FINISHING tiles later: with fewer stages it could take the phase before the last for its own.
 static_assert(STAGES >= FINISHING, "too few stages");
+#if MIX
+static_assert(STAGES >= F_SLOTS, "too few stages");
+#endif
 #define STAGE (N * BOXES * BOX_BYTES)
 #define STEPS_ALL (N * CW / 16)                                // of 16 columns
 #define STEPS_EACH (STEPS_ALL / PROJECTING)  // per warp; CW is a multiple of 64
@@ -48,13 +56,24 @@ __device__ __forceinline__ void finish_held(const float* logits, int tokens, int
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
-pre(const __grid_constant__ TensorMap x, const float* __restrict__ weight, const float* __restrict__ bias,
+pre(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap f, const __grid_constant__ TensorMap streams,
+    const bf16* __restrict__ f_bias, const float* __restrict__ before,
+    const float* __restrict__ weight, const float* __restrict__ bias,
     const float* __restrict__ alpha_pre, const float* __restrict__ alpha_post,
     const float* __restrict__ alpha_res, bf16* __restrict__ out, float* __restrict__ saved,
     float* __restrict__ mappings, float* parts, u32* ticket, int T, int G, int groups, float eps) {
   extern __shared__ __align__(1024) unsigned char memory[];
   __shared__ __align__(8) u64 full[STAGES], empty[STAGES];
+#if MIX
+  __shared__ __align__(8) u64 mixed[STAGES];
+  unsigned char* outputs = memory + STAGES * STAGE;  // f
+  float* sums = (float*)(outputs + F_SLOTS * (STAGE / N));
+  float* coefficients = sums + 2 * PROJECTING * SUMS;  // [STAGES, BT, M]
+  bf16* bias_row = (bf16*)(coefficients + STAGES * BT * M);
+  const u32 mixes = shared_address(mixed);
+#else
   float* sums = (float*)(memory + STAGES * STAGE);  // [2, PROJECTING, SUMS]
+#endif
   __shared__ __align__(16) float held[FINISHING * 8 * 16];
   const u32 tiles = shared_address(memory), fulls = shared_address(full), empties = shared_address(empty);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -63,10 +82,17 @@ pre(const __grid_constant__ TensorMap x, const float* __restrict__ weight, const
 
   if (threadIdx.x == 0) {
     for (int s = 0; s < STAGES; s++) {
-      barrier_init(fulls + 8 * s, 1);
-      barrier_init(empties + 8 * s, 2 + 1);
+      barrier_init(fulls + 8 * s, 1 + MIX);
+      barrier_init(empties + 8 * s, 2 + 1 + MIX);
+#if MIX
+      barrier_init(mixes + 8 * s, PROJECTING);
+#endif
     }
   }
+#if MIX
+  for (int c = threadIdx.x; c < CW; c += THREADS)
+    bias_row[c] = f_bias && c < at.width ? f_bias[at.first_channel + c] : (bf16)0;
+#endif
   fence_copies();
   __syncthreads();
 
@@ -93,12 +119,53 @@ pre(const __grid_constant__ TensorMap x, const float* __restrict__ weight, const
 #pragma unroll
     for (int s = 0; s < (STEPS_EACH % 4 ? STEPS_EACH : 1); s++) {
       const int step = warp * STEPS_EACH + s;
-      offset[s] = place(step / (CW / 16) * (BOXES * BOX_BYTES) + lane % 16 * 128, step % (CW / 16) * 2 + lane / 16);
+      offset[s] = place(step / (CW / 16) * (STAGE / N) + lane % 16 * 128, step % (CW / 16) * 2 + lane / 16);
     }
+#if MIX
+    // This lane's four channels, and its first token; the others' rows lie 2, 8 and 10 below. A half warp's two rows are
+    // four apart, which puts them into different banks.
+    const int channel = warp * 32 + lane % 8 * 4, first = lane / 8 % 2 * 4 + lane / 16;
+    const u32 own_x = place(first * 128, channel / 8) + channel % 8 * 2;
+    const u32 two = channel < CW ? *(const u32*)(bias_row + channel) : 0, two_more = channel < CW ? *(const u32*)(bias_row + channel + 2) : 0;
+#endif
     for (int it = 0; it < at.tiles; it++) {
       const int stage = it % STAGES;
       barrier_wait(fulls + 8 * stage, it / STAGES & 1);
       if (threadIdx.x == 0) MARK(it, 1);
+#if MIX
+      if (warp * 32 < CW)
+#pragma unroll 2
+        for (int q = 0; q < 4; q++) {
+          const u32 here = (own_x ^ q % 2 * 32) + q % 2 * 256 + q / 2 * 1024;
+          const float* h = coefficients + (stage * BT + first + q % 2 * 2 + q / 2 * 8) * M + N;
+          const uint2 fv = *(const uint2*)(outputs + it % F_SLOTS * (STAGE / N) + here);
+          const u32 f0 = pack(low_half(fv.x) + low_half(two), high_half(fv.x) + high_half(two));
+          const u32 f1 = pack(low_half(fv.y) + low_half(two_more), high_half(fv.y) + high_half(two_more));
+          uint2 v[N];
+#pragma unroll
+          for (int j = 0; j < N; j++) v[j] = *(const uint2*)(memory + stage * STAGE + j * (STAGE / N) + here);
+          const float4 write = *(const float4*)h;
+          const float writes[N] = {write.x, write.y, write.z, write.w};
+#pragma unroll
+          for (int i = 0; i < N; i++) {
+            const float4 mix = *(const float4*)(h + N + i * N);
+            const float mixing[N] = {mix.x, mix.y, mix.z, mix.w};
+            // The order of post_res.mixed, whose bits these are.
+            float a0 = __fmul_rn(writes[i], low_half(f0)), a1 = __fmul_rn(writes[i], high_half(f0));
+            float a2 = __fmul_rn(writes[i], low_half(f1)), a3 = __fmul_rn(writes[i], high_half(f1));
+#pragma unroll
+            for (int j = 0; j < N; j++) {
+              a0 = __fmaf_rn(mixing[j], low_half(v[j].x), a0), a1 = __fmaf_rn(mixing[j], high_half(v[j].x), a1);
+              a2 = __fmaf_rn(mixing[j], low_half(v[j].y), a2), a3 = __fmaf_rn(mixing[j], high_half(v[j].y), a3);
+            }
+            *(uint2*)(memory + stage * STAGE + i * (STAGE / N) + here) = make_uint2(pack(a0, a1), pack(a2, a3));
+          }
+        }
+      fence_copies();
+      __syncwarp();
+      if (lane == 0) barrier_arrive(mixes + 8 * stage);
+      sync_threads<PROJECTING * 32>(2);
+#endif
       float acc[3][4] = {}, rest[3][4] = {};  // with the high and the low halves of phi, in chains of their own
       float square0 = 0.f, square1 = 0.f;
 #pragma unroll
@@ -151,6 +218,7 @@ pre(const __grid_constant__ TensorMap x, const float* __restrict__ weight, const
       const int stage = it % STAGES, tile = at.group + it * groups;
       barrier_wait(fulls + 8 * stage, it / STAGES & 1);
       const float* part = parts + (it % EXCHANGE) * G * PART + AT(first, 0) + lane % 16 * 4;
+      if (first == 0 && lane == 0) MARK(it, 7);
       await_slices(part, G, PART, it + 1, lane);
       if (first == 0 && lane == 0) MARK(it, 3);
       // Lanes 2 t and 2 t + 1 have pre 0 to 2, and pre 3 and squares, of token t.
@@ -173,7 +241,7 @@ pre(const __grid_constant__ TensorMap x, const float* __restrict__ weight, const
           float l[8] = {};
 #pragma unroll
           for (int j = 0; j < N; j++) {
-            const uint4 four = *(const uint4*)(memory + stage * STAGE + place(j * (BOXES * BOX_BYTES) + (first + k) * 128, c / 8));
+            const uint4 four = *(const uint4*)(memory + stage * STAGE + place(j * (STAGE / N) + (first + k) * 128, c / 8));
             const u32 v4[4] = {four.x, four.y, four.z, four.w};
 #pragma unroll
             for (int e = 0; e < 4; e++) {
@@ -225,17 +293,45 @@ pre(const __grid_constant__ TensorMap x, const float* __restrict__ weight, const
       }
     }
     finish_held(logits, tokens, mine, lane, mappings);
-  } else if (lane == 0) {  // another lane could come two phases late to a barrier, and wait forever
+#if MIX
+  } else if (warp == PROJECTING + AGGREGATING + FINISHING) {
+    if (lane == 0)
+      for (int it = 0; it < at.tiles; it++) {
+        const int stage = it % STAGES;
+        barrier_wait(mixes + 8 * stage, it / STAGES & 1);
+#pragma unroll
+        for (int j = 0; j < N; j++)
+          store_boxes(streams, at.first_channel, j, (at.group + it * groups) * BT, tiles + stage * STAGE + j * (STAGE / N));
+        await_stored();
+        barrier_arrive(empties + 8 * stage);
+      }
+#endif
+  } else {
     const u64 policy = evict_first();
     for (int it = 0; it < at.tiles; it++) {
-      const int stage = it % STAGES;
-      if (it >= STAGES) barrier_wait(empties + 8 * stage, (it / STAGES - 1) & 1);
-      MARK(it, 0);
-      barrier_expect(fulls + 8 * stage, STAGE);
+      const int stage = it % STAGES, token = (at.group + it * groups) * BT;
+      if (lane == 0) {  // another lane could come two phases late to a barrier, and wait forever
+        if (it >= STAGES) barrier_wait(empties + 8 * stage, (it / STAGES - 1) & 1);
+#if MIX
+        const int past = it - F_SLOTS;
+        if (past >= 0) barrier_wait(mixes + 8 * (past % STAGES), past / STAGES & 1);
+#endif
+        MARK(it, 0);
+        barrier_expect(fulls + 8 * stage, STAGE + MIX * (STAGE / N));
 #pragma unroll
-      for (int j = 0; j < N; j++)
-        load_boxes(tiles + stage * STAGE + j * (BOXES * BOX_BYTES), x, at.first_channel, j,
-                   (at.group + it * groups) * BT, fulls + 8 * stage, policy);
+        for (int j = 0; j < N; j++)
+          load_boxes(tiles + stage * STAGE + j * (STAGE / N), x, at.first_channel, j, token, fulls + 8 * stage, policy);
+#if MIX
+        load_boxes(shared_address(outputs) + it % F_SLOTS * (STAGE / N), f, at.first_channel, 0, token, fulls + 8 * stage, policy);
+#endif
+      }
+#if MIX
+      __syncwarp();
+      for (int k = lane; k < BT * M / 4; k += 32)
+        *(float4*)(coefficients + stage * BT * M + 4 * k) = *(const float4*)(before + (u64)min(token + k / (M / 4), T - 1) * M + k % (M / 4) * 4);
+      __syncwarp();
+      if (lane == 0) barrier_arrive(fulls + 8 * stage);
+#endif
     }
   }
   }

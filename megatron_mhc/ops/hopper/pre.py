@@ -1,15 +1,25 @@
-"""pre, forward, on Hopper: one read of the streams (pre.cu)."""
+"""pre, forward, on Hopper: one read of the streams, or of what post_res makes them of (pre.cu)."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_mhc.ops.hopper.compile import SHARED, TOKENS, kernel, layout, multiprocessors, tensor_map
+from megatron_mhc.ops.hopper.compile import (
+    SHARED,
+    TOKENS,
+    Layout,
+    kernel,
+    layout,
+    multiprocessors,
+    tensor_map,
+)
 
 WIDEST = 256
 PROJECTING = 8  # warps
 PART = TOKENS * 9 * 4  # floats that a block tells its group of a tile
+SUMS = 2 * PROJECTING * TOKENS * 27 * 4  # bytes
+F_SLOTS = 3  # tiles of f on their way; at least three stages fit beside them at any width
 
 
 def pre_forward(
@@ -34,17 +44,75 @@ def pre_forward(
         return out, saved, mappings
     cut = layout(T, C, WIDEST, multiprocessors(x.device))
     stage = n * TOKENS * cut.width * 2
-    sums = 2 * PROJECTING * TOKENS * 27 * 4
-    stages = min(10, (SHARED - sums) // stage)
-    compiled = kernel(
-        "pre", x.device.index, 512, stages * stage + sums,
-        C=C, CW=cut.width, STAGES=stages, ITERATIONS=iterations, V4=int(deepseek_v4),
-    )  # fmt: skip
+    stages = min(10, (SHARED - SUMS) // stage)
+    boxes = tensor_map(x), tensor_map(out), tensor_map(x)  # of which the last two are not looked at
+    results = out, saved, mappings
+    defines = dict(C=C, STAGES=stages, ITERATIONS=iterations, V4=int(deepseek_v4), MIX=0)
+    shared = stages * stage + SUMS
+    _launch(cut, shared, T, boxes, (None, None), weight, bias, alphas, results, norm_eps, **defines)
+    return results
+
+
+def post_res_pre(
+    x: Tensor,
+    f: Tensor,
+    before: Tensor,
+    f_bias: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    alphas: tuple[Tensor, Tensor, Tensor],
+    *,
+    norm_eps: float,
+    iterations: int,
+    deepseek_v4: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x' of `megatron_mhc.ops.post_res.post_res_forward`, and `pre_forward` of x', by one read of x and f.
+
+    The bits are those of the two one after the other.
+
+    Args:
+        before: [T, 24] fp32, mappings of the connection that writes x'; the rest is of the one that reads.
+
+    Source: arXiv 2512.24880 Eqs. (3), (14)-(19).
+    """
+    T, n, C = x.shape
+    f32: dict[str, Any] = dict(device=x.device, dtype=torch.float32)
+    streams, out = torch.empty_like(x), x.new_empty(T, C)
+    results = out, torch.empty(T, 25, **f32), torch.empty(T, 24, **f32)
+    if T == 0:
+        return streams, *results
+    cut = layout(T, C, WIDEST, multiprocessors(x.device))
+    region = TOKENS * cut.width * 2
+    rest = SUMS + F_SLOTS * region + cut.width * 2
+    a_stage = n * region + TOKENS * 24 * 4
+    stages = min(10, (SHARED - rest) // a_stage)
+    boxes = tensor_map(x), tensor_map(f), tensor_map(streams)
+    defines = dict(C=C, STAGES=stages, ITERATIONS=iterations, V4=int(deepseek_v4), MIX=1, F_SLOTS=F_SLOTS)
+    shared = stages * a_stage + rest
+    _launch(cut, shared, T, boxes, (f_bias, before), weight, bias, alphas, results, norm_eps, **defines)
+    return streams, *results
+
+
+def _launch(
+    cut: Layout,
+    shared: int,
+    tokens: int,
+    boxes: tuple[Any, ...],
+    mixing: tuple[Tensor | None, Tensor | None],
+    weight: Tensor,
+    bias: Tensor,
+    alphas: tuple[Tensor, Tensor, Tensor],
+    results: tuple[Tensor, Tensor, Tensor],
+    norm_eps: float,
+    **defines: int,
+) -> None:
+    device = weight.device
+    compiled = kernel("pre", device.index, 512, shared, CW=cut.width, **defines)
     blocks = cut.groups * cut.slices
-    parts, ticket = torch.zeros(blocks * 2 * stages * PART + 4, **f32).split([blocks * 2 * stages * PART, 4])
+    floats = blocks * 2 * defines["STAGES"] * PART
+    parts, ticket = torch.zeros(floats + 4, device=device, dtype=torch.float32).split([floats, 4])
     compiled.launch(
-        blocks, x.device,
-        tensor_map(x), weight, bias, *alphas, out, saved, mappings, parts, ticket,
-        T, cut.slices, cut.groups, norm_eps,
+        blocks, device,
+        *boxes, *mixing, weight, bias, *alphas, *results, parts, ticket,
+        tokens, cut.slices, cut.groups, norm_eps,
     )  # fmt: skip
-    return out, saved, mappings

@@ -4,8 +4,8 @@
 //   copy    g, dl, x and f into shared memory, a ring of STAGES tiles, and what `dx` makes of them out of it
 //   dots    the 24 products over C that the coefficients' gradients are made of, on the tensor cores:
 //           for each token [g_0..g_3, dl] (x_0..x_3, f, f_bias)^T; the slice's share goes to global memory
-//   middle  for this slice's share of tokens: replays Sinkhorn, waits for the group's sums, walks back to the
-//           gradient d of the raw projection, and publishes that and the coefficients
+//   middle  for this slice's share of tokens: replays Sinkhorn there and back, which the sums are not needed for, waits
+//           for the group's sums, forms the gradient d of the raw projection, and publishes that and the coefficients
 //   fetch   waits for those of all 16 tokens and lays them out in shared memory, two tiles deep
 //   dx      dx_j = sum_i h_res[i, j] g_i + h_pre_j dl + (d . phi)_j + s x_j, in place of g_j; with
 //           DF, in place of dl, the df of the connection that wrote x; phi's gradient stays in registers
@@ -199,16 +199,24 @@ pre_backward(const __grid_constant__ TensorMap x, const __grid_constant__ Tensor
     }
     u32* turn = turns + at.slice * DX + warp;
     await(turn, at.group, lane);
-    if (active)
+    if (active) {
+      float* to = d_weight + (u64)pair * N * C + at.first_channel + own + row;
+#define THERE(j, n, k) to[(u64)(n * 8 + k % 2) * N * C + (u64)j * C + k / 2 * 8]
+      float before[N][3][4] = {};
+      if (at.group)  // all at once: each takes as long as all
+#pragma unroll
+        for (int j = 0; j < N; j++)
+#pragma unroll
+          for (int n = 0; n < 3; n++)
+#pragma unroll
+            for (int k = 0; k < 4; k++) before[j][n][k] = load_fresh(&THERE(j, n, k));
 #pragma unroll
       for (int j = 0; j < N; j++)
 #pragma unroll
         for (int n = 0; n < 3; n++)
 #pragma unroll
-          for (int k = 0; k < 4; k++) {
-            float* p = d_weight + (u64)(n * 8 + pair + k % 2) * N * C + (u64)j * C + at.first_channel + own + row + k / 2 * 8;
-            *p = at.group ? d_phi[j][n][k] + load_fresh(p) : d_phi[j][n][k];
-          }
+          for (int k = 0; k < 4; k++) THERE(j, n, k) = d_phi[j][n][k] + before[j][n][k];
+    }
     publish(turn, lane);
   } else if (warp < DX + DOTS + 2) {
     set_registers<80>();
@@ -321,11 +329,14 @@ pre_backward(const __grid_constant__ TensorMap x, const __grid_constant__ Tensor
         float past[STEPS];
         const float h = sinkhorn(z, past);
 #else
-        float K[16], h = 0.f;
+        float K[16], J[16], h = 0.f;
         const bool wide = __any_sync(ALL, max_axis<0>(max_axis<1>(z)) - z > SPREAD);
         matrix[e] = z;
         __syncwarp();
-        if (!wide) h = sinkhorn_scaled(matrix, past, K, lane, e);
+        if (!wide) {
+          h = sinkhorn_scaled(matrix, past, K, lane, e);
+          sinkhorn_scaled_jacobian(J, past, K, e);
+        }
 #endif
         if (e < N) coefficient[H_PRE + e] = s + (V4 ? EPS : 0.f);
 #if DF
@@ -353,11 +364,7 @@ pre_backward(const __grid_constant__ TensorMap x, const __grid_constant__ Tensor
           float steps[STEPS];
           h = sinkhorn(z, steps);
           d_res = sinkhorn_backward(h, d_res, steps);
-        } else {
-          matrix[e] = d_res;
-          __syncwarp();
-          d_res = sinkhorn_scaled_backward(matrix, past, K, e);
-        }
+        } else d_res = sum_rows(J, d_res, e);
 #endif
         coefficient[H_RES + transpose] = h;
         if (t >= T) d_res = d_early = 0.f;
