@@ -19,6 +19,9 @@ from megatron_mhc.pipeline.streams import HostStreams
 DEFAULT_TIMEOUT = timedelta(minutes=10)  # Megatron's --distributed-timeout-minutes
 NAMES = ("forward", "backward")
 WRAPS = ("forward_wrap", "backward_wrap")
+# Of a message's kernel, which holds its SMs from the moment that it is posted; as many as a fast link needs.
+# NCCL_MAX_CTAS overrides it.
+CTAS = 4
 
 
 class PipelineError(RuntimeError):
@@ -63,6 +66,7 @@ def _make(pipelines: list[Any], backend: str, timeout: timedelta, hosts: Channel
             if backend == "nccl":
                 # A transfer's kernels need SMs as soon as it may begin: ahead of compute that is queued.
                 options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+                options.config.max_ctas = CTAS
             desc = f"MHC_PIPELINE_{name.upper()}"
             group = dist.new_group(ranks, timeout, backend, options, group_desc=desc)
             if dist.get_rank() in ranks:

@@ -42,17 +42,18 @@ __device__ __forceinline__ void get_all(Tagged (&v)[K], const float* p, const in
     for (int k = 0; k < K; k++) missing |= v[k].tag != tag;
   } while (missing);
 }
-// The sum over slices `first`, `first` + 2, ..., in this order.
+// The sum over slices `first`, `first` + 2, ..., in this order, BATCH loads at a time.
+template <int BATCH>
 __device__ __forceinline__ float3 sum_every_second(const float* p, int first, int G, int stride, u32 tag) {
   float3 total = make_float3(0.f, 0.f, 0.f);
-  for (int s = first; s < G; s += 16) {
-    Tagged v[8];
-    int offset[8];
+  for (int s = first; s < G; s += 2 * BATCH) {
+    Tagged v[BATCH];
+    int offset[BATCH];
 #pragma unroll
-    for (int k = 0; k < 8; k++) offset[k] = min(s + 2 * k, G - 1) * stride;
+    for (int k = 0; k < BATCH; k++) offset[k] = min(s + 2 * k, G - 1) * stride;
     get_all(v, p, offset, tag);
 #pragma unroll
-    for (int k = 0; k < 8; k++)
+    for (int k = 0; k < BATCH; k++)
       if (s + 2 * k < G) total.x += v[k].x, total.y += v[k].y, total.z += v[k].z;
   }
   return total;
@@ -98,8 +99,8 @@ __device__ __forceinline__ float sum16(float v) { return sum_axis<0>(sum_axis<1>
 #define EPS 1e-6f
 #define STEPS (2 * ITERATIONS)  // columns and rows in turn; under V4 softmax, columns, then rows and columns in turn
 
-// Where the logits of all tokens in a warp lie within 30 of each other, Sinkhorn goes by sums and divisions: the
-// same numbers as in the log domain, which the rest take, in half the time.
+// Where the logits of a token lie within 30 of each other, Sinkhorn goes by sums and divisions: the same numbers as
+// in the log domain, which the rest take, in half the time.
 #define SPREAD 30.f
 
 // H_res (under V4 comb) of one logit a lane; past[k] is the matrix behind step k (V4: before it).
@@ -171,19 +172,19 @@ __device__ __forceinline__ void sinkhorn_rows(float (&z)[N]) {
   normalise_columns(z, EPS);
   for (int k = 1; k < ITERATIONS; k++) normalise_row(z, EPS), normalise_columns(z, EPS);
 #else
-  if (!__any_sync(ALL, wide)) {
+  wide = max_axis<1>(wide) > 0.f;  // of the token, whose bits must not depend on the others'
+  float m[N];
 #pragma unroll
-    for (int j = 0; j < N; j++) z[j] = exp_fast(z[j] - all);
-    for (int k = 0; k < ITERATIONS; k++) normalise_columns(z, 0.f), normalise_row(z, 0.f);
-    return;
-  }
-  for (int k = 0; k < ITERATIONS; k++) {
+  for (int j = 0; j < N; j++) m[j] = exp_fast(z[j] - all);
+  for (int k = 0; k < ITERATIONS; k++) normalise_columns(m, 0.f), normalise_row(m, 0.f);
+  if (__any_sync(ALL, wide))
+    for (int k = 0; k < ITERATIONS; k++) {
 #pragma unroll
-    for (int j = 0; j < N; j++) z[j] = log_normalised<1>(z[j]);  // over the four lanes: a column
-    log_normalise_row(z);
-  }
+      for (int j = 0; j < N; j++) z[j] = log_normalised<1>(z[j]);  // over the four lanes: a column
+      log_normalise_row(z);
+    }
 #pragma unroll
-  for (int j = 0; j < N; j++) z[j] = exp_fast(z[j]);
+  for (int j = 0; j < N; j++) z[j] = wide ? exp_fast(z[j]) : m[j];
 #endif
 }
 
