@@ -50,7 +50,7 @@ def folder(tmp_path_factory):
 def emulate(monkeypatch, folder):
     """`emulate(shape, ...)` puts the emulator in the GPU's place, and returns it."""
 
-    def emulate(shape, schedule=USUAL, mutate=None, stages=(4, 3), iterations=20, mix=False):
+    def emulate(shape, schedule=USUAL, mutate=None, stages=(3, 3), iterations=20, mix=False):
         tokens, channels, blocks, widest = shape
         emulator = Emulator(folder, schedule, mutate)
         for module, number in zip((pre, pre_backward), stages, strict=True):
@@ -294,7 +294,7 @@ LOAD = "(it / STAGES - 1) & 1"
 LEADER = "if (lane == 0) {  // another"
 BUGS = {
     "an arrival is missing": ("pre", {"      if (lane == 0) barrier_arrive(empties + 8 * stage);\n": ""}),
-    "one arrival too few is counted": ("pre", {"1 + 1 + MIX);": "1);"}),
+    "one arrival too few is counted": ("pre", {"2 + 1 + MIX);": "1 + 1);"}),
     "the other parity": ("pre", {LOAD: "it / STAGES & 1"}),
     "a ring of one slot": ("pre", {"(2 * STAGES)": "1"}),
     "project does not wait": (
@@ -318,7 +318,7 @@ BUGS = {
     "what other warps mix is not awaited": ("mix", {"sync_threads<PROJECTING * 32>(2);": ""}),
     "f overwrites what is in use": ("mix", {"past / STAGES & 1);": "past / STAGES & 1 ^ 1);"}),
     "coefficients are not awaited": ("mix", {"(fulls + 8 * s, 1 + MIX);": "(fulls + 8 * s, 1);"}),
-    "copies overwrite streams that leave": ("mix", {"1 + 1 + MIX": "1 + 1"}),
+    "copies overwrite streams that leave": ("mix", {"2 + 1 + MIX": "2 + 1"}),
     "a middle warp is left out": ("pre_backward", {"% MIDDLE != turn": "% MIDDLE != turn % 3"}),
     "stores are not awaited": ("pre_backward", {"        await_stored();\n": ""}),
     "coefficients overwrite those in use": (
@@ -377,7 +377,7 @@ def test_a_planted_bug_is_found(emulate, bug):
     "removed, stages",
     [
         ("      __syncwarp();  // before an arrival", 3),
-        ('static_assert(STAGES >= AGGREGATING, "too few stages");', 3),
+        ('static_assert(STAGES >= FINISHING, "too few stages");', 2),
     ],
 )
 def test_where_slices_have_no_token_both_precautions_are_needed(emulate, removed, stages):

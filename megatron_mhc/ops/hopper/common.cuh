@@ -42,18 +42,17 @@ __device__ __forceinline__ void get_all(Tagged (&v)[K], const float* p, const in
     for (int k = 0; k < K; k++) missing |= v[k].tag != tag;
   } while (missing);
 }
-// The sum over slices `first`, `first` + 2, ..., in this order, BATCH loads at a time.
-template <int BATCH>
+// The sum over slices `first`, `first` + 2, ..., in this order.
 __device__ __forceinline__ float3 sum_every_second(const float* p, int first, int G, int stride, u32 tag) {
   float3 total = make_float3(0.f, 0.f, 0.f);
-  for (int s = first; s < G; s += 2 * BATCH) {
-    Tagged v[BATCH];
-    int offset[BATCH];
+  for (int s = first; s < G; s += 16) {
+    Tagged v[8];
+    int offset[8];
 #pragma unroll
-    for (int k = 0; k < BATCH; k++) offset[k] = min(s + 2 * k, G - 1) * stride;
+    for (int k = 0; k < 8; k++) offset[k] = min(s + 2 * k, G - 1) * stride;
     get_all(v, p, offset, tag);
 #pragma unroll
-    for (int k = 0; k < BATCH; k++)
+    for (int k = 0; k < 8; k++)
       if (s + 2 * k < G) total.x += v[k].x, total.y += v[k].y, total.z += v[k].z;
   }
   return total;

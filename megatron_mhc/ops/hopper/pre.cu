@@ -23,8 +23,8 @@
 #define AGGREGATING 4
 #define FINISHING (3 - MIX)
 #define THREADS ((PROJECTING + AGGREGATING + FINISHING + MIX + 1) * 32)
-// A warp goes on AGGREGATING tiles later: with fewer stages it could take the phase before the last for its own.
-static_assert(STAGES >= AGGREGATING, "too few stages");
+// A warp goes on FINISHING tiles later: with fewer stages it could take the phase before the last for its own.
+static_assert(STAGES >= FINISHING, "too few stages");
 #if MIX
 static_assert(STAGES >= F_SLOTS, "too few stages");
 #endif
@@ -83,7 +83,7 @@ pre(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap f, co
   if (threadIdx.x == 0) {
     for (int s = 0; s < STAGES; s++) {
       barrier_init(fulls + 8 * s, 1 + MIX);
-      barrier_init(empties + 8 * s, 1 + 1 + MIX);
+      barrier_init(empties + 8 * s, 2 + 1 + MIX);
 #if MIX
       barrier_init(mixes + 8 * s, PROJECTING);
 #endif
@@ -211,33 +211,29 @@ pre(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap f, co
   } else {
     set_registers<88>();
   if (warp < PROJECTING + AGGREGATING) {
-    // A tile each, so that four wait for sums, or for their way through L2, at once.
+    // Two warps a tile, eight tokens each; the other two at the next one. Half the lanes sum up every second slice.
+    const int first = warp % 2 * 8, token = lane / 4;
     const float gate = *alpha_pre, shift = bias[lane % 4];
-    for (int it = warp - PROJECTING; it < at.tiles; it += AGGREGATING) {
+    for (int it = (warp - PROJECTING) / 2; it < at.tiles; it += AGGREGATING / 2) {
       const int stage = it % STAGES, tile = at.group + it * groups;
       barrier_wait(fulls + 8 * stage, it / STAGES & 1);
-      const float* part = parts + (it % EXCHANGE) * G * PART + AT(0, 0) + lane * 4;
-      if (lane == 0) MARK(it, 7);
+      const float* part = parts + (it % EXCHANGE) * G * PART + AT(first, 0) + lane % 16 * 4;
+      if (first == 0 && lane == 0) MARK(it, 7);
       await_slices(part, G, PART, it + 1, lane);
-      if (lane == 0) MARK(it, 3);
+      if (first == 0 && lane == 0) MARK(it, 3);
       // Lanes 2 t and 2 t + 1 have pre 0 to 2, and pre 3 and squares, of token t.
-      const float3 even = sum_every_second<8>(part, 0, G, PART, it + 1), odd = sum_every_second<8>(part, 1, G, PART, it + 1);
-      const float3 total = make_float3(even.x + odd.x, even.y + odd.y, even.z + odd.z);
-      float read[2];  // of stream lane % 4 of token lane / 4, and of token 8 + lane / 4
-#pragma unroll
-      for (int half = 0; half < 2; half++) {
-        const int token = half * 8 + lane / 4;
-        const float inverse = rsqrtf(__fmaf_rn(__shfl_sync(ALL, total.y, 2 * token + 1), 1.f / (N * C), eps));
-        const float product = pick(total, 6 * token + lane % 4);
-        read[half] = sigmoid(__fmaf_rn(__fmul_rn(product, inverse), gate, shift)) + (V4 ? EPS : 0.f);
-      }
-      if (lane == 0) MARK(it, 4);
+      const float3 total =
+          add_lanes(sum_every_second(part, lane / 16, G, PART, it + 1), lane % 16, lane % 16 + 16);
+      const float inverse = rsqrtf(__fmaf_rn(__shfl_sync(ALL, total.y, 2 * token + 1), 1.f / (N * C), eps));
+      const float product = pick(total, 6 * token + lane % 4);
+      const float read = sigmoid(__fmaf_rn(__fmul_rn(product, inverse), gate, shift)) + (V4 ? EPS : 0.f);
+      if (first == 0 && lane == 0) MARK(it, 4);
 #pragma unroll 4
-      for (int k = 0; k < BT; k++) {
+      for (int k = 0; k < 8; k++) {
         float h[N];
 #pragma unroll
-        for (int j = 0; j < N; j++) h[j] = __shfl_sync(ALL, k < 8 ? read[0] : read[1], k % 8 * 4 + j);
-        const int t = tile * BT + k;
+        for (int j = 0; j < N; j++) h[j] = __shfl_sync(ALL, read, k * 4 + j);
+        const int t = tile * BT + first + k;
         // Only the store has a condition, so that tokens overlap.
 #pragma unroll
         for (int c0 = 0; c0 < CW; c0 += 256) {
@@ -245,7 +241,7 @@ pre(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap f, co
           float l[8] = {};
 #pragma unroll
           for (int j = 0; j < N; j++) {
-            const uint4 four = *(const uint4*)(memory + stage * STAGE + place(j * (STAGE / N) + k * 128, c / 8));
+            const uint4 four = *(const uint4*)(memory + stage * STAGE + place(j * (STAGE / N) + (first + k) * 128, c / 8));
             const u32 v4[4] = {four.x, four.y, four.z, four.w};
 #pragma unroll
             for (int e = 0; e < 4; e++) {
@@ -259,7 +255,7 @@ pre(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap f, co
         }
       }
       __syncwarp();
-      if (lane == 0) MARK(it, 5);
+      if (first == 0 && lane == 0) MARK(it, 5);
       if (lane == 0) barrier_arrive(empties + 8 * stage);
     }
   } else if (warp < PROJECTING + AGGREGATING + FINISHING) {
@@ -278,7 +274,7 @@ pre(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap f, co
         const float* part = parts + (it % EXCHANGE) * G * PART + AT(r, min(lane % 16, ATOMS - 1));
         await_slices(part, G, PART, it + 1, lane);
         const float3 total =
-            add_lanes(sum_every_second<8>(part, lane / 16, G, PART, it + 1), lane % 16, lane % 16 + 16);
+            add_lanes(sum_every_second(part, lane / 16, G, PART, it + 1), lane % 16, lane % 16 + 16);
         if (r + G >= BT && lane == 0) MARK(it, 6);
         if (r + G >= BT && lane == 0) barrier_arrive(empties + 8 * stage);
         const float inverse = rsqrtf(__fmaf_rn(pick(total, N), 1.f / (N * C), eps));

@@ -347,7 +347,7 @@ pre_backward(const __grid_constant__ TensorMap x, const __grid_constant__ Tensor
         if (lane == 0) MARK(it, 3);
         await_slices(part, G, PART, it + 1, lane);
         if (lane == 0) MARK(it, 4);
-        const float3 products = add_lanes(sum_every_second<V4 ? 8 : 12>(part, lane / 16, G, PART, it + 1), e, e + 16);
+        const float3 products = add_lanes(sum_every_second(part, lane / 16, G, PART, it + 1), e, e + 16);
         // Lane 3 a + b of a half has products 2 b and 2 b + 1 of row a.
         const int a = transpose / N, b = transpose % N;
         const float even = __shfl_sync(ALL, products.x, 3 * a + b / 2), odd = __shfl_sync(ALL, products.y, 3 * a + b / 2);
