@@ -55,6 +55,34 @@ __device__ __forceinline__ void finish_held(const float* logits, int tokens, int
   __syncwarp();
 }
 
+#if MIX
+// x' of four channels of a token, in place. h: its h_post, then H_res; here: where the channels lie in every region.
+__device__ __forceinline__ void mix(unsigned char* tile, const unsigned char* f, const float* h, u32 here, uint2 added) {
+  const uint2 fv = *(const uint2*)(f + here);
+  const u32 f0 = pack(low_half(fv.x) + low_half(added.x), high_half(fv.x) + high_half(added.x));
+  const u32 f1 = pack(low_half(fv.y) + low_half(added.y), high_half(fv.y) + high_half(added.y));
+  uint2 v[N];
+#pragma unroll
+  for (int j = 0; j < N; j++) v[j] = *(const uint2*)(tile + j * (STAGE / N) + here);
+  const float4 write = *(const float4*)h;
+  const float writes[N] = {write.x, write.y, write.z, write.w};
+#pragma unroll
+  for (int i = 0; i < N; i++) {
+    const float4 row = *(const float4*)(h + N + i * N);
+    const float mixing[N] = {row.x, row.y, row.z, row.w};
+    // The order of post_res.mixed, whose bits these are.
+    float a0 = __fmul_rn(writes[i], low_half(f0)), a1 = __fmul_rn(writes[i], high_half(f0));
+    float a2 = __fmul_rn(writes[i], low_half(f1)), a3 = __fmul_rn(writes[i], high_half(f1));
+#pragma unroll
+    for (int j = 0; j < N; j++) {
+      a0 = __fmaf_rn(mixing[j], low_half(v[j].x), a0), a1 = __fmaf_rn(mixing[j], high_half(v[j].x), a1);
+      a2 = __fmaf_rn(mixing[j], low_half(v[j].y), a2), a3 = __fmaf_rn(mixing[j], high_half(v[j].y), a3);
+    }
+    *(uint2*)(tile + i * (STAGE / N) + here) = make_uint2(pack(a0, a1), pack(a2, a3));
+  }
+}
+#endif
+
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 pre(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap f, const __grid_constant__ TensorMap streams,
     const bf16* __restrict__ f_bias, const float* __restrict__ before,
@@ -126,7 +154,7 @@ pre(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap f, co
     // four apart, which puts them into different banks.
     const int channel = warp * 32 + lane % 8 * 4, first = lane / 8 % 2 * 4 + lane / 16;
     const u32 own_x = place(first * 128, channel / 8) + channel % 8 * 2;
-    const u32 two = channel < CW ? *(const u32*)(bias_row + channel) : 0, two_more = channel < CW ? *(const u32*)(bias_row + channel + 2) : 0;
+    const uint2 added = channel < CW ? *(const uint2*)(bias_row + channel) : make_uint2(0, 0);
 #endif
     for (int it = 0; it < at.tiles; it++) {
       const int stage = it % STAGES;
@@ -135,32 +163,10 @@ pre(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap f, co
 #if MIX
       if (warp * 32 < CW)
 #pragma unroll 2
-        for (int q = 0; q < 4; q++) {
-          const u32 here = (own_x ^ q % 2 * 32) + q % 2 * 256 + q / 2 * 1024;
-          const float* h = coefficients + (stage * BT + first + q % 2 * 2 + q / 2 * 8) * M + N;
-          const uint2 fv = *(const uint2*)(outputs + it % F_SLOTS * (STAGE / N) + here);
-          const u32 f0 = pack(low_half(fv.x) + low_half(two), high_half(fv.x) + high_half(two));
-          const u32 f1 = pack(low_half(fv.y) + low_half(two_more), high_half(fv.y) + high_half(two_more));
-          uint2 v[N];
-#pragma unroll
-          for (int j = 0; j < N; j++) v[j] = *(const uint2*)(memory + stage * STAGE + j * (STAGE / N) + here);
-          const float4 write = *(const float4*)h;
-          const float writes[N] = {write.x, write.y, write.z, write.w};
-#pragma unroll
-          for (int i = 0; i < N; i++) {
-            const float4 mix = *(const float4*)(h + N + i * N);
-            const float mixing[N] = {mix.x, mix.y, mix.z, mix.w};
-            // The order of post_res.mixed, whose bits these are.
-            float a0 = __fmul_rn(writes[i], low_half(f0)), a1 = __fmul_rn(writes[i], high_half(f0));
-            float a2 = __fmul_rn(writes[i], low_half(f1)), a3 = __fmul_rn(writes[i], high_half(f1));
-#pragma unroll
-            for (int j = 0; j < N; j++) {
-              a0 = __fmaf_rn(mixing[j], low_half(v[j].x), a0), a1 = __fmaf_rn(mixing[j], high_half(v[j].x), a1);
-              a2 = __fmaf_rn(mixing[j], low_half(v[j].y), a2), a3 = __fmaf_rn(mixing[j], high_half(v[j].y), a3);
-            }
-            *(uint2*)(memory + stage * STAGE + i * (STAGE / N) + here) = make_uint2(pack(a0, a1), pack(a2, a3));
-          }
-        }
+        for (int q = 0; q < 4; q++)
+          mix(memory + stage * STAGE, outputs + it % F_SLOTS * (STAGE / N),
+              coefficients + (stage * BT + first + q % 2 * 2 + q / 2 * 8) * M + N,
+              (own_x ^ q % 2 * 32) + q % 2 * 256 + q / 2 * 1024, added);
       fence_copies();
       __syncwarp();
       if (lane == 0) barrier_arrive(mixes + 8 * stage);
@@ -204,7 +210,8 @@ pre(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap f, co
         for (int w = 0; w < PROJECTING; w++)
 #pragma unroll
           for (int k = 0; k < 3; k++) total[k] += buffer[w * SUMS + 3 * threadIdx.x + k];
-        put(parts + ((it % EXCHANGE) * G + at.slice) * PART + AT(threadIdx.x / ATOMS, threadIdx.x % ATOMS), total[0], total[1], total[2], it + 1);
+        put(parts + ((it % EXCHANGE) * G + at.slice) * PART + AT(threadIdx.x / ATOMS, threadIdx.x % ATOMS),
+            total[0], total[1], total[2], it + 1);
       }
       if (threadIdx.x == 0) MARK(it, 2);
     }
@@ -322,13 +329,15 @@ pre(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap f, co
         for (int j = 0; j < N; j++)
           load_boxes(tiles + stage * STAGE + j * (STAGE / N), x, at.first_channel, j, token, fulls + 8 * stage, policy);
 #if MIX
-        load_boxes(shared_address(outputs) + it % F_SLOTS * (STAGE / N), f, at.first_channel, 0, token, fulls + 8 * stage, policy);
+        load_boxes(shared_address(outputs) + it % F_SLOTS * (STAGE / N), f, at.first_channel, 0, token,
+                   fulls + 8 * stage, policy);
 #endif
       }
 #if MIX
       __syncwarp();
       for (int k = lane; k < BT * M / 4; k += 32)
-        *(float4*)(coefficients + stage * BT * M + 4 * k) = *(const float4*)(before + (u64)min(token + k / (M / 4), T - 1) * M + k % (M / 4) * 4);
+        *(float4*)(coefficients + stage * BT * M + 4 * k) =
+            *(const float4*)(before + (u64)min(token + k / (M / 4), T - 1) * M + k % (M / 4) * 4);
       __syncwarp();
       if (lane == 0) barrier_arrive(fulls + 8 * stage);
 #endif

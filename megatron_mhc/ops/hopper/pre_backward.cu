@@ -192,8 +192,7 @@ pre_backward(const __grid_constant__ TensorMap x, const __grid_constant__ Tensor
           }
         }
       }
-      fence_copies();
-      __syncwarp();
+      fence_copies(), __syncwarp();
       if (threadIdx.x == 0) MARK(it, 9);
       if (lane == 0) barrier_arrive(finishes + 8 * stage), barrier_arrive(uses + 8 * slot);
     }
@@ -341,7 +340,8 @@ pre_backward(const __grid_constant__ TensorMap x, const __grid_constant__ Tensor
         if (e < N) coefficient[H_PRE + e] = s + (V4 ? EPS : 0.f);
 #if DF
         if (e < N)
-          coefficient[WRITER + e] = 2.f * sigmoid(__fmaf_rn(writer_saved[(u64)min(t, T - 1) * 25 + N + e], *writer_alpha, writer_bias[N + e]));
+          coefficient[WRITER + e] = 2.f * sigmoid(
+              __fmaf_rn(writer_saved[(u64)min(t, T - 1) * 25 + N + e], *writer_alpha, writer_bias[N + e]));
 #endif
         const float* part = parts + (it % EXCHANGE) * G * PART + (r * 15 + min(e, 14)) * 4;
         if (lane == 0) MARK(it, 3);
@@ -384,10 +384,9 @@ pre_backward(const __grid_constant__ TensorMap x, const __grid_constant__ Tensor
         if (lane == 0) MARK(it, 5);
       }
     }
-    float sums[4] = {bias_early, bias_res, alpha_early, alpha_late};
     float* to = partial + ((at.group * G + at.slice) * MIDDLE + warp - DX - DOTS - 2) * 48;
-    if (lane < 2 * N) to[lane] = sums[0], to[24 + lane] = sums[2];
-    if (lane < 16) to[8 + lane] = sums[1], to[32 + lane] = sums[3];
+    if (lane < 2 * N) to[lane] = bias_early, to[24 + lane] = alpha_early;
+    if (lane < 16) to[8 + lane] = bias_res, to[32 + lane] = alpha_late;
     __syncwarp();
     u32 before = 0;
     if (lane == 0) {
