@@ -18,7 +18,8 @@ run_on_slurm() {
     mkdir -p "$OUT/logs"
     MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
     export MASTER_ADDR=${MASTER_ADDR%%$'\n'*} MASTER_PORT=$((10000 + SLURM_JOB_ID % 50000))
-    export CUDA_DEVICE_MAX_CONNECTIONS=1 WORLD_SIZE=$SLURM_NTASKS LOCAL_WORLD_SIZE=$((SLURM_NTASKS / SLURM_NNODES))
+    export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1} # more for the plugin's pipeline schedules
+    export WORLD_SIZE=$SLURM_NTASKS LOCAL_WORLD_SIZE=$((SLURM_NTASKS / SLURM_NNODES))
 
     # In the foreground bash would see a signal only when srun has ended.
     trap 'terminated=1; kill -TERM "$step" 2>/dev/null || true' TERM

@@ -40,25 +40,62 @@ def check_programs(plan: Plan, programs: list[list[Op]] | None = None) -> None:
     for rank, program in enumerate(programs):
         if (peak := peak_in_flight(program)) > plan.in_flight(rank):
             raise ValueError(f"rank {rank} holds {peak} chunks, expected at most {plan.in_flight(rank)}")
-    at = [0] * len(programs)
-    sent: set[Message] = set()
-    posted: set[Message] = set()
-    moved = True
-    while moved:
-        moved = False
-        for rank, program in enumerate(programs):
-            while at[rank] < len(program):
-                op = program[at[rank]]
-                # Both ends keep one order, so a message has come once it was sent and its receive posted.
-                if op.kind == WAIT and not (op.message in sent and op.message in posted):
-                    break
-                if op.kind in (SEND, POST):
-                    (sent if op.kind == SEND else posted).add(op.message)
-                at[rank] += 1
-                moved = True
-    stuck = [f"rank {r} at {p[i]}" for r, (p, i) in enumerate(zip(programs, at, strict=True)) if i < len(p)]
-    if stuck:
+    run = _Run(programs)
+    run.go([len(program) for program in programs])
+    ends = enumerate(zip(programs, run.at, strict=True))
+    if stuck := [f"rank {rank} at {program[at]}" for rank, (program, at) in ends if at < len(program)]:
         raise Deadlock("; ".join(stuck))
+
+
+def held_up(plan: Plan, programs: list[list[Op]] | None = None) -> Iterator[tuple[int, Op, list[Op]]]:
+    """Where a rank that stands still would keep messages of its own from coming or leaving.
+
+    Yields:
+        (rank, compute, pending): the rank's host stands in front of this compute, in a launch that waits for
+        the device, and all others do what they can; these POSTs and SENDs of the rank do not end.
+    """
+    programs = programs or [build_program(plan, rank) for rank in range(plan.pp)]
+    for rank, program in enumerate(programs):
+        run, limits = _Run(programs), [len(other) for other in programs]
+        pending: list[Op] = []
+        begin = 0
+        for limits[rank], compute in enumerate(program):
+            if compute.kind not in COMPUTE:
+                continue
+            run.go(limits)
+            pending += [op for op in program[begin : limits[rank]] if op.kind in (POST, SEND)]
+            pending = [op for op in pending if not run.arrived(op.message)]
+            begin = limits[rank]
+            if pending:
+                yield rank, compute, list(pending)
+
+
+class _Run:
+    """Programs of all ranks that are run without time; `at`: the next operation of each."""
+
+    def __init__(self, programs: list[list[Op]]):
+        self.programs, self.at = programs, [0] * len(programs)
+        self.sent: set[Message] = set()
+        self.posted: set[Message] = set()
+
+    def arrived(self, message: Message) -> bool:
+        # Both ends keep one order, so a message has come once it was sent and its receive posted.
+        return message in self.sent and message in self.posted
+
+    def go(self, limits: list[int]) -> None:
+        """Run every program as far as it can, but not the operations from its limit on."""
+        moved = True
+        while moved:
+            moved = False
+            for rank, program in enumerate(self.programs):
+                while self.at[rank] < limits[rank]:
+                    op = program[self.at[rank]]
+                    if op.kind == WAIT and not self.arrived(op.message):
+                        break
+                    if op.kind in (SEND, POST):
+                        (self.sent if op.kind == SEND else self.posted).add(op.message)
+                    self.at[rank] += 1
+                    moved = True
 
 
 def _check_channels(plan: Plan, programs: list[list[Op]]) -> None:

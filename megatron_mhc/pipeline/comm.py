@@ -86,8 +86,8 @@ def _connect(channels: Channels) -> None:
     """Send a number over every link, in one order on all ranks.
 
     NCCL connects two ranks at the first message between them in a group, and the host of each waits there
-    for the other: under virtual stages the programs of two ranks begin on different channels, and both
-    would wait for ever.
+    for the other: where the programs of two ranks begin on different channels, as under virtual stages
+    with `Plan.ahead` of 2, both would wait for ever.
     """
     me, device = dist.get_rank(), "cuda" if channels.backend == "nccl" else "cpu"
     for name, source, target in links(len(channels.ranks)):

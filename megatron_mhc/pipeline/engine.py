@@ -16,7 +16,7 @@ from torch.autograd.graph import get_gradient_edge
 from megatron_mhc import recompute
 from megatron_mhc.pipeline.comm import HostTransport, Transport, channels_of
 from megatron_mhc.pipeline.gradients import GradientSync
-from megatron_mhc.pipeline.loading import check_loading, first_of_its_kind
+from megatron_mhc.pipeline.loading import first_of_its_kind
 from megatron_mhc.pipeline.nodes import StageEntry, StageExit, packed_width, unpack
 from megatron_mhc.pipeline.options import check_call, plan_for
 from megatron_mhc.pipeline.program import (
@@ -34,6 +34,7 @@ from megatron_mhc.pipeline.program import (
     Plan,
     build_program,
 )
+from megatron_mhc.pipeline.queues import check_queues
 from megatron_mhc.pipeline.streams import streams_for
 
 # Called with every operation of every step as it is run, and with the step; for tests and profilers.
@@ -60,7 +61,7 @@ def forward_backward(
     """Megatron's `forward_backward_func` for mHC models on a pipeline; arguments and result are its own.
 
     Raises:
-        ValueError: arguments that this schedule does not serve, or CUDA_MODULE_LOADING, naming the remedy.
+        ValueError: arguments that this schedule does not serve, or one hardware queue, naming the remedy.
         PipelineError: a neighbour failed or was silent for --distributed-timeout-minutes.
     """
     chunks = model if isinstance(model, list) else [model]
@@ -68,7 +69,7 @@ def forward_backward(
     config = get_model_config(chunks[0])
     check_call(config, seq_length, decoder_seq_length, adjust_tensor_shapes_fn, p2p_communicator)
     groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
-    check_loading(config.mhc.pipeline_schedule, groups.pp)
+    check_queues(config.mhc.pipeline_schedule, groups.pp)
     rank = groups.pp.rank()
     plan = plan_for(config, groups.pp.size(), len(chunks), num_microbatches, forward_only)
     last_rank = rank == plan.pp - 1

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from megatron_mhc.config import MHCConfig, flag
-from megatron_mhc.pipeline.loading import check_loading
 from megatron_mhc.pipeline.program import SPLIT, Plan
+from megatron_mhc.pipeline.queues import check_queues
 
 INTERLEAVED, FUSED = OVERLAPPED = ("interleaved", "fused")
 
@@ -51,7 +51,7 @@ def check_config(config: Any, mhc: MHCConfig) -> None:
     from megatron.core import parallel_state
 
     # The engine asks again: a training loop may have groups of its own, or none yet.
-    check_loading(mhc.pipeline_schedule, parallel_state.get_pipeline_model_parallel_group(False))
+    check_queues(mhc.pipeline_schedule, parallel_state.get_pipeline_model_parallel_group(False))
     if mhc.pipeline_schedule == FUSED:
         _refuse(config, _NOT_FUSED, schedule, f"{flag('pipeline_schedule')} {INTERLEAVED}")
         if (empty := _stage_without_layer(config, beyond_last=0)) is not None:

@@ -93,7 +93,9 @@ class Plan:
         fused: run a forward chunk and a backward chunk of two microbatches node by node in turns.
         replay: chunks recompute, and do so before they wait for the gradient.
         layers: layers of each stage (fused programs alone depend on them); one number for all of them.
-        ahead: compute steps between posting a receive and using it.
+        ahead: compute steps between posting a receive and using it. None: 2, but 1 where the message may
+            follow from what the rank does in between: a fused step is two chunks, and of 2 ranks each is
+            the other's neighbour on both sides. See loading.py.
 
     Raises:
         ValueError: a setting out of range.
@@ -108,12 +110,13 @@ class Plan:
     fused: bool = False
     replay: bool = False
     layers: int | tuple[int, ...] = 1
-    ahead: int = 2
+    ahead: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("pp", "vpp", "microbatches", "ahead"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: give at least 1")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value}: give at least 1")
         if self.pp == 1 and self.vpp > 1:
             raise ValueError(f"vpp={self.vpp} needs at least 2 pipeline ranks")
         if self.boundary not in UP_MESSAGES:
@@ -230,11 +233,12 @@ def build_program(plan: Plan, rank: int) -> list[Op]:
         return up + down
 
     program: list[Op] = []
+    ahead = plan.ahead or (1 if plan.fused or plan.pp == 2 else 2)
     posted = 0
     for at, step in enumerate(steps):
-        for later in steps[posted : at + plan.ahead + 1]:
+        for later in steps[posted : at + ahead + 1]:
             program += _ops(POST, needs(later))
-        posted = max(posted, at + plan.ahead + 1)
+        posted = max(posted, at + ahead + 1)
         up = None if step.forward is None else place(forward, step.forward)
         down = None if step.backward is None else place(backward, step.backward)
         if plan.fused:

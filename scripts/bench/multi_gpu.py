@@ -32,10 +32,9 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-# Many queues: with one, a message that waits for its sender holds up the compute behind it.
+# Many queues: with one, a message that waits for its sender holds up whatever stands behind it.
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
 os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # no NVLink multicast
-os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")  # which the plugin's schedules ask for
 if "LOCAL_RANK" not in os.environ:
     if "--ranks" not in sys.argv:
         raise SystemExit(__doc__)

@@ -102,13 +102,14 @@ class Driver:
         run += ["-m", "megatron_mhc.pretrain_gpt"]
         return run + shlex.split(COMMON) + shlex.split(CPU if self.cpu else GPU) + shlex.split(arguments)
 
-    def environment(self) -> dict[str, str]:
-        """This process's, without what torchrun may have told it."""
+    def environment(self, arguments: str) -> dict[str, str]:
+        """This process's, without what torchrun may have told it, for a job of these arguments."""
         mine = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_")
         kept = {key: value for key, value in os.environ.items() if not key.startswith(mine)}
         path = f"{ROOT}:{kept['PYTHONPATH']}" if "PYTHONPATH" in kept else str(ROOT)
-        kept |= dict(CUDA_DEVICE_MAX_CONNECTIONS="1", NCCL_NVLS_ENABLE="0")  # no NVLink multicast
-        kept.setdefault("CUDA_MODULE_LOADING", "EAGER")  # which PIPELINE's schedule asks for
+        # The plugin's schedules refuse 1; Megatron demands it under TP.
+        kept["CUDA_DEVICE_MAX_CONNECTIONS"] = "32" if PIPELINE in arguments else "1"
+        kept["NCCL_NVLS_ENABLE"] = "0"  # no NVLink multicast
         return kept | dict(PYTHONPATH=path, PYTHONUNBUFFERED="1")
 
     def run(self, name: str, ranks: int, arguments: str, hit: signal.Signals | None = None) -> Job:
@@ -125,7 +126,7 @@ class Driver:
             torchrun = subprocess.Popen(
                 self.command(ranks, f"{arguments} --tensorboard-dir {events}"),
                 cwd=ROOT,
-                env=self.environment(),
+                env=self.environment(arguments),
                 stdout=file,
                 stderr=subprocess.STDOUT,
             )

@@ -41,7 +41,7 @@ def steps(layout, kind, mhc, pends):
 def test_the_first_step_of_each_kind_is_the_same_by_way_of_the_hosts(
     run_ranks, monkeypatch, kind, layout, schedule, boundary
 ):
-    monkeypatch.setenv("CUDA_MODULE_LOADING", "EAGER")
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32")
     mhc = interleaved(boundary, schedule)
     usual, ours = (
         run_ranks(layout.pp * layout.ep, steps, layout, kind, mhc, pends) for pends in (False, True)
@@ -60,10 +60,12 @@ def refused(mhc):
     layout = Layout(pp=2)
     layout.initialize()
     config = layout.config("dense", num_layers=4)
-    with pytest.raises(ValueError, match="CUDA_MODULE_LOADING unset.*export CUDA_MODULE_LOADING=EAGER"):
+    with pytest.raises(
+        ValueError, match="CUDA_DEVICE_MAX_CONNECTIONS=1.*export CUDA_DEVICE_MAX_CONNECTIONS=32"
+    ):
         build(layout, config, "dense", mhc)
 
 
-def test_a_model_is_not_built_with_lazy_loading(run_ranks, monkeypatch):
-    monkeypatch.delenv("CUDA_MODULE_LOADING", raising=False)
+def test_a_model_is_not_built_with_one_hardware_queue(run_ranks, monkeypatch):
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     run_ranks(2, refused, interleaved())

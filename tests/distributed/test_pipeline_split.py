@@ -1,6 +1,5 @@
 """The split boundary by kernels, in Triton's interpreter, on two ranks, against one process in float64."""
 
-
 import pytest
 import torch
 from harness import Layout

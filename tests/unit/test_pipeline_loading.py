@@ -1,52 +1,13 @@
-"""What a pipeline over NCCL asks of CUDA_MODULE_LOADING, and how much a step by way of the hosts holds."""
+"""Which steps go by way of the hosts, and how much such a step holds."""
 
 import itertools
-import types
 
 import pytest
 import torch
-from megatron.core import parallel_state
 
-from megatron_mhc import MHCConfig
-from megatron_mhc.pipeline import loading, options
+from megatron_mhc.pipeline import loading
 from megatron_mhc.pipeline.comm import most_on_host
 from megatron_mhc.pipeline.program import POST, SEND, WAIT, Plan, build_program
-
-CONFIG = types.SimpleNamespace(
-    pipeline_model_parallel_size=2,
-    recompute_granularity=None,
-    variable_seq_lengths=False,
-    num_layers=4,
-)
-
-
-@pytest.fixture
-def nccl(monkeypatch):
-    monkeypatch.setattr(loading.dist, "get_backend", lambda group: "nccl")
-    monkeypatch.setattr(parallel_state, "get_pipeline_model_parallel_group", lambda *_: "a group")
-    return monkeypatch
-
-
-@pytest.mark.parametrize("value, found", [(None, "unset, which means LAZY"), ("LAZY", "=LAZY")])
-def test_lazy_loading_is_refused_over_nccl(nccl, value, found):
-    nccl.delenv("CUDA_MODULE_LOADING", raising=False)
-    if value:
-        nccl.setenv("CUDA_MODULE_LOADING", value)
-    with pytest.raises(ValueError) as error:
-        options.check_config(CONFIG, MHCConfig(pipeline_schedule="interleaved"))
-    said = str(error.value)
-    assert "--mhc-pipeline-schedule interleaved" in said and found in said
-    assert "`export CUDA_MODULE_LOADING=EAGER`" in said
-    options.check_config(CONFIG, MHCConfig())
-    nccl.setenv("CUDA_MODULE_LOADING", "EAGER")
-    options.check_config(CONFIG, MHCConfig(pipeline_schedule="interleaved"))
-
-
-def test_gloo_and_a_model_before_its_groups_are_not_asked(nccl):
-    nccl.delenv("CUDA_MODULE_LOADING", raising=False)
-    loading.check_loading("fused", None)
-    nccl.setattr(loading.dist, "get_backend", lambda group: "gloo")
-    loading.check_loading("fused", "a group")
 
 
 def test_every_model_has_a_first_step_of_each_kind():

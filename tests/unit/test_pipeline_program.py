@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import subprocess
 import sys
 
@@ -9,7 +10,7 @@ import pytest
 from megatron.core.pipeline_parallel import schedules
 
 from megatron_mhc.pipeline import program as p
-from megatron_mhc.pipeline.check import Deadlock, check_programs, chunk_events, peak_in_flight
+from megatron_mhc.pipeline.check import Deadlock, check_programs, chunk_events, held_up, peak_in_flight
 from megatron_mhc.pipeline.program import Op, Plan, build_program
 
 
@@ -137,6 +138,25 @@ def test_receives_are_posted_at_least_one_compute_step_ahead(mode):
         assert waits
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_a_rank_that_stands_still_holds_up_no_message_of_its_own(mode):
+    """Hosts wait for pending messages where a kernel is launched first; see loading.py."""
+    for pp, vpp in itertools.product((2, 3, 4), (1, 2, 3)):
+        for microbatches in (2 * pp - 1, 2 * pp + 1, 4 * pp):
+            assert not next(held_up(Plan(pp, vpp, microbatches, **mode)), None)
+
+
+def test_a_rank_that_stands_still_holds_up_what_was_posted_too_early_or_is_posted_too_late():
+    early = Plan(2, 2, 8, fused=True, ahead=2)
+    assert {op.kind for *_, pending in held_up(early) for op in pending} == {p.POST}
+    late = Plan(2, 2, 8, group=4)
+    assert p.SEND in {op.kind for *_, pending in held_up(late) for op in pending}
+    # A step that warms up by all of its forwards: the first gradient, posted in front of the last forward.
+    few = list(held_up(Plan(4, 1, 4, fused=True)))
+    assert {(op.kind, op.what) for *_, pending in few for op in pending} == {(p.POST, "d_streams")}
+    assert {compute.kind for _, compute, _ in few} == {p.FORWARD}
+
+
 @pytest.mark.parametrize("fused", [False, True])
 def test_split_boundary_sends_early_and_waits_late(fused):
     plan = Plan(4, 2, 8, boundary=p.SPLIT, fused=fused, layers=2, replay=True)
@@ -244,6 +264,7 @@ def test_a_missing_wait_and_too_many_chunks_are_noticed():
         (dict(pp=0), "pp=0: give at least 1"),
         (dict(pp=1, vpp=2), "vpp=2 needs at least 2 pipeline ranks"),
         (dict(microbatches=0), "microbatches=0: give at least 1"),
+        (dict(ahead=0), "ahead=0: give at least 1"),
         (dict(group=1), "group=1: give at least the 2"),
         (dict(boundary="half"), "boundary='half': choose one of whole, split"),
         (dict(layers=(1, 1)), "give one number, or one per stage, 4"),
