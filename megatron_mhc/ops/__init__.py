@@ -115,14 +115,14 @@ def choose_backend(
     """
     if mhc.backend == "reference" or (mhc.backend == "auto" and device_type != "cuda"):
         return "reference"
+    if mhc.backend == "auto":
+        if hopper_obstacle(mhc, width, dtype, device_type, gpu) is None:
+            return "hopper"
+        return "reference" if triton_obstacle(mhc, width, dtype, device_type) else "triton"
     if mhc.backend == "hopper":
         obstacle = hopper_obstacle(mhc, width, dtype, device_type, gpu)
     else:
         obstacle = triton_obstacle(mhc, width, dtype, device_type)
-    if mhc.backend == "auto" and not hopper_obstacle(mhc, width, dtype, device_type, gpu):
-        return "hopper"
-    if mhc.backend == "auto":
-        return "reference" if obstacle else "triton"
     if obstacle is None:
         return mhc.backend
     raise ValueError(
