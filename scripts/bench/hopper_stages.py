@@ -27,15 +27,16 @@ from megatron_mhc.ops.hopper import pre, pre_backward
 from megatron_mhc.ops.link import Written
 
 MARKED = 64  # tiles of a group
-POINTS = {"pre": 8, "pre_backward": 11}  # noted by MARK(tile, point) in the sources
+POINTS = {"pre": 9, "pre_backward": 11}  # noted by MARK(tile, point) in the sources
 SPANS = {  # between which points, in the order of a tile's way
     "pre": {
         "load": (0, 1),
         "mix and project": (1, 2),
-        "aggregate comes": (2, 7),
+        "finish comes": (2, 7),
         "slowest block": (7, 3),
         "sums": (3, 4),
-        "aggregate": (4, 5),
+        "aggregate comes": (4, 8),
+        "aggregate": (8, 5),
         "residence": (0, 5),
         "until coefficients are read": (2, 6),
     },

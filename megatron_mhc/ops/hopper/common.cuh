@@ -9,6 +9,7 @@
 
 #define N 4
 #define M 24
+#define G ((C + CW - 1) / CW)  // blocks of a group, slices of a row
 #define EXCHANGE (2 * STAGES)  // slots of the rings in global memory, see `pre.cu`
 
 // Where a copy has put 8 channels from `chunk` * 8 on of a row: the hardware exchanges the sixteen bytes of a row by
@@ -23,10 +24,11 @@ __device__ __forceinline__ u32 place(u32 row, u32 chunk) {
 // By atoms of three numbers and a tag: a reader repeats its load until it finds the tag of its tile. Memory starts
 // as zeros, tags at 1.
 
-// Until all slices have put the atom at p + slice * stride. One atom a lane, since what spins must be little; the
-// rest of a tile comes at about the same time, and whoever reads it looks at its tags.
-__device__ __forceinline__ void await_slices(const float* p, int G, int stride, u32 tag, int lane) {
-  for (int s = lane; s < G; s += 32)
+// Until all of `count` have put the atom at p + k * stride, `first` to begin with: for most of the time one sector a warp is asked
+// for. The rest of a tile comes at about the same time, and whoever reads it looks at its tags.
+__device__ __forceinline__ void await_slices(const float* p, int first, int count, int stride, u32 tag, int lane) {
+  while (get(p + first * stride).tag != tag) {}
+  for (int s = lane; s < count; s += 32)
     while (get(p + s * stride).tag != tag) {}
   __syncwarp();
 }
@@ -42,26 +44,45 @@ __device__ __forceinline__ void get_all(Tagged (&v)[K], const float* p, const in
     for (int k = 0; k < K; k++) missing |= v[k].tag != tag;
   } while (missing);
 }
-// The sum over slices `first`, `first` + 2, ..., in this order.
-__device__ __forceinline__ float3 sum_every_second(const float* p, int first, int G, int stride, u32 tag) {
-  float3 total = make_float3(0.f, 0.f, 0.f);
-  for (int s = first; s < G; s += 16) {
-    Tagged v[8];
-    int offset[8];
+// The sum over slices first, first + STEP, ..., in this order; with KINDS = 2 of every second of them and of the rest.
+// MANY at once, each at a distance from the first that is known to the compiler: past the last slice they find what other
+// slots have, or the zeros behind them (AHEAD in compile.py), which is left alone.
+template <int STEP, int MANY, int KINDS>
+__device__ __forceinline__ void sum_slices(float3 (&total)[KINDS], const float* p, int first, int stride, u32 tag) {
 #pragma unroll
-    for (int k = 0; k < 8; k++) offset[k] = min(s + 2 * k, G - 1) * stride;
-    get_all(v, p, offset, tag);
+  for (int k = 0; k < KINDS; k++) total[k] = make_float3(0.f, 0.f, 0.f);
+#pragma unroll 1
+  for (int s = first; s < G; s += STEP * MANY) {
+    Tagged v[MANY];
+    bool missing;
+    do {
+      missing = false;
 #pragma unroll
-    for (int k = 0; k < 8; k++)
-      if (s + 2 * k < G) total.x += v[k].x, total.y += v[k].y, total.z += v[k].z;
+      for (int k = 0; k < MANY; k++) v[k] = get(p + s * stride + k * STEP * stride);
+#pragma unroll
+      for (int k = 0; k < MANY; k++) missing |= s + k * STEP < G && v[k].tag != tag;
+    } while (missing);
+#pragma unroll
+    for (int k = 0; k < MANY; k++) {
+      float3& to = total[k % KINDS];
+      if (s + k * STEP < G) to.x += v[k].x, to.y += v[k].y, to.z += v[k].z;
+    }
   }
-  return total;
 }
+__device__ __forceinline__ float3 add(float3 a, float3 b) { return make_float3(a.x + b.x, a.y + b.y, a.z + b.z); }
 // even + odd of the lanes that hold them: the same bits in every lane.
 __device__ __forceinline__ float3 add_lanes(float3 v, int even, int odd) {
   return make_float3(__shfl_sync(0xffffffffu, v.x, even) + __shfl_sync(0xffffffffu, v.x, odd),
                      __shfl_sync(0xffffffffu, v.y, even) + __shfl_sync(0xffffffffu, v.y, odd),
                      __shfl_sync(0xffffffffu, v.z, even) + __shfl_sync(0xffffffffu, v.z, odd));
+}
+// Of lanes 8 apart: the same bits in all of them.
+__device__ __forceinline__ float3 sum_quarters(float3 v) {
+#pragma unroll
+  for (int step = 8; step < 32; step *= 2)
+    v = add(v, make_float3(__shfl_xor_sync(0xffffffffu, v.x, step), __shfl_xor_sync(0xffffffffu, v.y, step),
+                           __shfl_xor_sync(0xffffffffu, v.z, step)));
+  return v;
 }
 // Number k of those that lanes hold three by three, 3 lane to 3 lane + 2.
 __device__ __forceinline__ float pick(float3 v, int k) {
@@ -325,7 +346,7 @@ struct Place {
 };
 
 // Takes a ticket; called by all threads of a block.
-__device__ __forceinline__ Place take_place(u32* tickets, int T, int G, int groups) {
+__device__ __forceinline__ Place take_place(u32* tickets, int T, int groups) {
   __shared__ u32 ticket;
   if (threadIdx.x == 0) ticket = atomicAdd(tickets, 1u);
   __syncthreads();
@@ -338,7 +359,7 @@ __device__ __forceinline__ Place take_place(u32* tickets, int T, int G, int grou
   return p;
 }
 // The first token of the group's tile `it` whose coefficients are this slice's to compute; then every G-th.
-__device__ __forceinline__ int own_token(const Place& p, int it, int G) {
+__device__ __forceinline__ int own_token(const Place& p, int it) {
   int r = (p.slice - (BT * it) % G) % G;
   return r < 0 ? r + G : r;
 }

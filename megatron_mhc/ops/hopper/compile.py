@@ -14,6 +14,7 @@ from torch import Tensor
 TOKENS = 16  # of a tile: BT of device.cuh
 BOX = 64  # channels that a copy brings
 SHARED = 226 * 1024  # bytes that a block may have beside the barriers
+AHEAD = 64  # slices that a block may look past the last one: LOADS of every fourth
 HERE = Path(__file__).parent
 
 

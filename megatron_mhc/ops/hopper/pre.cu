@@ -4,25 +4,28 @@
 //   load       x into shared memory, a ring of STAGES tiles
 //   project    x . phi^T and the sum of squares of this slice on the tensor cores, phi as bf16 high + low
 //              halves in registers for good; the sums go to global memory
-//   aggregate  waits for the group's sums, forms h_pre, writes l = h_pre . x from shared memory
-//   finish     waits likewise; saves the projection and writes the coefficients of this slice's share of tokens
+//   finish     waits for the group's sums and forms the h_pre of all 16 tokens, for `aggregate`; saves the projection
+//              and writes the coefficients of this slice's share of tokens
+//   aggregate  l = h_pre . x from shared memory, four tokens at a time
 //
 // parts [group, slot, slice, token, 36]: a ring of EXCHANGE tiles, 25 numbers as nine atoms: pre 4, squares, post
 // 4, res 16. A block loads tile k when it is through with tile k - STAGES, for which it had the sums of the whole
 // group; the others had loaded that one when they were through with k - 2 STAGES, whose slot tile k takes.
 //
 // With MIX, x are the streams in front of the connection before: its post_res makes of them those that are read.
-//   project    first mixes, in place, x'_i = sum_j h_res[i, j] x_j + h_post_i (f + f_bias), each warp 32 channels
-//   store      x' out of shared memory, by the last of the warps that finish otherwise
+//   project    first mixes, in place, x'_i = sum_j h_res[i, j] x_j + h_post_i (f + f_bias), each warp 32 channels, and has
+//              x' copied out of shared memory
 // f has a ring of its own, F_SLOTS deep, and the coefficients come with a tile.
 //
 // x, streams [T, 4, C], f, out [T, C], f_bias [C] bf16, before, mappings [T, 24] fp32, weight [24, 4 C] fp32, saved [T, 25]
 // fp32 (projection / r, 1 / r), parts and ticket zeros; without MIX, f, streams, f_bias and before are not looked at.
 
 #define PROJECTING 8
-#define AGGREGATING 4
-#define FINISHING (3 - MIX)
-#define THREADS ((PROJECTING + AGGREGATING + FINISHING + MIX + 1) * 32)
+#define AGGREGATING 3
+#define FINISHING 4
+#define THREADS ((PROJECTING + AGGREGATING + FINISHING + 1) * 32)
+#define TURNS 4            // that `aggregate` takes a tile in; every one of its warps has one of each tile
+#define EACH (BT / TURNS)  // tokens of a turn
 // A warp goes on FINISHING tiles later: with fewer stages it could take the phase before the last for its own.
 static_assert(STAGES >= FINISHING, "too few stages");
 #if MIX
@@ -34,7 +37,7 @@ static_assert(STAGES >= F_SLOTS, "too few stages");
 #define ATOMS 9                                                 // of three numbers that hold a token's 25
 #define SUMS (BT * ATOMS * 3)
 #define PART (BT * ATOMS * 4)
-#define READ 2  // atoms that `aggregate` wants, of all tokens behind each other; the rest of every token follows
+#define READ 2  // atoms that h_pre is made of, of all tokens behind each other; the rest of every token follows
 #define AT(token, atom) (((atom) < READ ? (token) * READ + (atom) : BT * READ + (token) * (ATOMS - READ) + (atom) - READ) * 4)
 
 // H_res of up to eight tokens, row lane % 4 of token t in lanes 4 k to 4 k + 3.
@@ -89,29 +92,35 @@ pre(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap f, co
     const float* __restrict__ weight, const float* __restrict__ bias,
     const float* __restrict__ alpha_pre, const float* __restrict__ alpha_post,
     const float* __restrict__ alpha_res, bf16* __restrict__ out, float* __restrict__ saved,
-    float* __restrict__ mappings, float* parts, u32* ticket, int T, int G, int groups, float eps) {
+    float* __restrict__ mappings, float* parts, u32* ticket, int T, int groups, float eps) {
   extern __shared__ __align__(1024) unsigned char memory[];
-  __shared__ __align__(8) u64 full[STAGES], empty[STAGES];
+  __shared__ __align__(8) u64 full[STAGES], known[STAGES], empty[STAGES];
 #if MIX
   __shared__ __align__(8) u64 mixed[STAGES];
   unsigned char* outputs = memory + STAGES * STAGE;  // f
   float* sums = (float*)(outputs + F_SLOTS * (STAGE / N));
   float* coefficients = sums + 2 * PROJECTING * SUMS;  // [STAGES, BT, M]
-  bf16* bias_row = (bf16*)(coefficients + STAGES * BT * M);
-  const u32 mixes = shared_address(mixed);
+  float* held = coefficients + STAGES * BT * M;
 #else
   float* sums = (float*)(memory + STAGES * STAGE);  // [2, PROJECTING, SUMS]
+  float* held = sums + 2 * PROJECTING * SUMS;       // [FINISHING, 8, 16], logits
 #endif
-  __shared__ __align__(16) float held[FINISHING * 8 * 16];
+  float* reads = held + FINISHING * 8 * 16;  // [STAGES, BT, N], h_pre
+#if MIX
+  bf16* bias_row = (bf16*)(reads + STAGES * BT * N);
+  const u32 mixes = shared_address(mixed);
+#endif
   const u32 tiles = shared_address(memory), fulls = shared_address(full), empties = shared_address(empty);
+  const u32 knows = shared_address(known);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const Place at = take_place(ticket, T, G, groups);
+  const Place at = take_place(ticket, T, groups);
   parts += (u64)at.group * EXCHANGE * G * PART;
 
   if (threadIdx.x == 0) {
     for (int s = 0; s < STAGES; s++) {
       barrier_init(fulls + 8 * s, 1 + MIX);
-      barrier_init(empties + 8 * s, 2 + 1 + MIX);
+      barrier_init(knows + 8 * s, 32);
+      barrier_init(empties + 8 * s, TURNS + 1 + MIX);
 #if MIX
       barrier_init(mixes + 8 * s, PROJECTING);
 #endif
@@ -171,6 +180,15 @@ pre(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap f, co
       __syncwarp();
       if (lane == 0) barrier_arrive(mixes + 8 * stage);
       sync_threads<PROJECTING * 32>(2);
+      if (threadIdx.x == 0) {
+        if (it > 0) {
+          await_stored();  // long since
+          barrier_arrive(empties + 8 * ((it - 1) % STAGES));
+        }
+#pragma unroll
+        for (int j = 0; j < N; j++)
+          store_boxes(streams, at.first_channel, j, (at.group + it * groups) * BT, tiles + stage * STAGE + j * (STAGE / N));
+      }
 #endif
       float acc[3][4] = {}, rest[3][4] = {};  // with the high and the low halves of phi, in chains of their own
       float square0 = 0.f, square1 = 0.f;
@@ -215,32 +233,25 @@ pre(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap f, co
       }
       if (threadIdx.x == 0) MARK(it, 2);
     }
+#if MIX
+    if (threadIdx.x == 0) await_stored();
+#endif
   } else {
     set_registers<88>();
   if (warp < PROJECTING + AGGREGATING) {
-    // Two warps a tile, eight tokens each; the other two at the next one. Half the lanes sum up every second slice.
-    const int first = warp % 2 * 8, token = lane / 4;
-    const float gate = *alpha_pre, shift = bias[lane % 4];
-    for (int it = (warp - PROJECTING) / 2; it < at.tiles; it += AGGREGATING / 2) {
-      const int stage = it % STAGES, tile = at.group + it * groups;
+    for (int turn = warp - PROJECTING; turn < at.tiles * TURNS; turn += AGGREGATING) {
+      const int it = turn / TURNS, first = turn % TURNS * EACH, stage = it % STAGES;
       barrier_wait(fulls + 8 * stage, it / STAGES & 1);
-      const float* part = parts + (it % EXCHANGE) * G * PART + AT(first, 0) + lane % 16 * 4;
-      if (first == 0 && lane == 0) MARK(it, 7);
-      await_slices(part, G, PART, it + 1, lane);
-      if (first == 0 && lane == 0) MARK(it, 3);
-      // Lanes 2 t and 2 t + 1 have pre 0 to 2, and pre 3 and squares, of token t.
-      const float3 total =
-          add_lanes(sum_every_second(part, lane / 16, G, PART, it + 1), lane % 16, lane % 16 + 16);
-      const float inverse = rsqrtf(__fmaf_rn(__shfl_sync(ALL, total.y, 2 * token + 1), 1.f / (N * C), eps));
-      const float product = pick(total, 6 * token + lane % 4);
-      const float read = sigmoid(__fmaf_rn(__fmul_rn(product, inverse), gate, shift)) + (V4 ? EPS : 0.f);
-      if (first == 0 && lane == 0) MARK(it, 4);
-#pragma unroll 4
-      for (int k = 0; k < 8; k++) {
-        float h[N];
+#if MIX
+      barrier_wait(mixes + 8 * stage, it / STAGES & 1);
+#endif
+      barrier_wait(knows + 8 * stage, it / STAGES & 1);
+      if (first == 0 && lane == 0) MARK(it, 8);
 #pragma unroll
-        for (int j = 0; j < N; j++) h[j] = __shfl_sync(ALL, read, k * 4 + j);
-        const int t = tile * BT + first + k;
+      for (int k = first; k < first + EACH; k++) {
+        const float4 read = *(const float4*)(reads + (stage * BT + k) * N);
+        const float h[N] = {read.x, read.y, read.z, read.w};
+        const int t = (at.group + it * groups) * BT + k;
         // Only the store has a condition, so that tokens overlap.
 #pragma unroll
         for (int c0 = 0; c0 < CW; c0 += 256) {
@@ -248,7 +259,7 @@ pre(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap f, co
           float l[8] = {};
 #pragma unroll
           for (int j = 0; j < N; j++) {
-            const uint4 four = *(const uint4*)(memory + stage * STAGE + place(j * (STAGE / N) + (first + k) * 128, c / 8));
+            const uint4 four = *(const uint4*)(memory + stage * STAGE + place(j * (STAGE / N) + k * 128, c / 8));
             const u32 v4[4] = {four.x, four.y, four.z, four.w};
 #pragma unroll
             for (int e = 0; e < 4; e++) {
@@ -262,7 +273,7 @@ pre(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap f, co
         }
       }
       __syncwarp();
-      if (first == 0 && lane == 0) MARK(it, 5);
+      if (first == BT - EACH && lane == 0) MARK(it, 5);
       if (lane == 0) barrier_arrive(empties + 8 * stage);
     }
   } else if (warp < PROJECTING + AGGREGATING + FINISHING) {
@@ -270,18 +281,38 @@ pre(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap f, co
     float* logits = held + (warp - PROJECTING - AGGREGATING) * (8 * 16);
     const int m = lane < M ? lane : 0;
     const float gate = m < N ? *alpha_pre : m < 2 * N ? *alpha_post : *alpha_res, shift = bias[m];
+    const float gate_pre = *alpha_pre, shift_pre = bias[lane % N];
     int tokens = 0, mine = 0;  // held, and the one of this lane
     for (int it = warp - PROJECTING - AGGREGATING; it < at.tiles; it += FINISHING) {
       const int stage = it % STAGES, tile = at.group + it * groups;
+      const float* of_tile = parts + (it % EXCHANGE) * G * PART;
       barrier_wait(fulls + 8 * stage, it / STAGES & 1);
       __syncwarp();  // before an arrival: a lane could come two phases late to the barrier, and wait forever
-      int r = own_token(at, it, G);
+      // h_pre. Lanes 2 t and 2 t + 1 have pre 0 to 2, and pre 3 and squares, of token t.
+      if (lane == 0) MARK(it, 7);
+      await_slices(of_tile, at.slice, G, PART, it + 1, lane);
+      if (lane == 0) MARK(it, 3);
+      float3 reading[2];  // of even slices, and of odd ones
+      sum_slices<1, LOADS>(reading, of_tile + lane * 4, 0, PART, it + 1);
+      const float3 read = add(reading[0], reading[1]);
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        const int token = half * 8 + lane / 4;
+        const float square = __shfl_sync(ALL, read.y, 2 * token + 1);
+        const float product = pick(read, 6 * token + lane % N);
+        const float inverse = rsqrtf(__fmaf_rn(square, 1.f / (N * C), eps));
+        reads[stage * BT * N + half * 32 + lane] =
+            sigmoid(__fmaf_rn(__fmul_rn(product, inverse), gate_pre, shift_pre)) + (V4 ? EPS : 0.f);
+      }
+      if (lane == 0) MARK(it, 4);
+      barrier_arrive(knows + 8 * stage);
+      int r = own_token(at, it);
       if (r >= BT && lane == 0) barrier_arrive(empties + 8 * stage);
       for (; r < BT; r += G) {
-        const float* part = parts + (it % EXCHANGE) * G * PART + AT(r, min(lane % 16, ATOMS - 1));
-        await_slices(part, G, PART, it + 1, lane);
-        const float3 total =
-            add_lanes(sum_every_second(part, lane / 16, G, PART, it + 1), lane % 16, lane % 16 + 16);
+        const float* all = of_tile + AT(r, min(lane % 16, ATOMS - 1));
+        float3 half[1];
+        sum_slices<2, 8>(half, all, lane / 16, PART, it + 1);
+        const float3 total = add_lanes(half[0], lane % 16, lane % 16 + 16);
         if (r + G >= BT && lane == 0) MARK(it, 6);
         if (r + G >= BT && lane == 0) barrier_arrive(empties + 8 * stage);
         const float inverse = rsqrtf(__fmaf_rn(pick(total, N), 1.f / (N * C), eps));
@@ -300,19 +331,6 @@ pre(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap f, co
       }
     }
     finish_held(logits, tokens, mine, lane, mappings);
-#if MIX
-  } else if (warp == PROJECTING + AGGREGATING + FINISHING) {
-    if (lane == 0)
-      for (int it = 0; it < at.tiles; it++) {
-        const int stage = it % STAGES;
-        barrier_wait(mixes + 8 * stage, it / STAGES & 1);
-#pragma unroll
-        for (int j = 0; j < N; j++)
-          store_boxes(streams, at.first_channel, j, (at.group + it * groups) * BT, tiles + stage * STAGE + j * (STAGE / N));
-        await_stored();
-        barrier_arrive(empties + 8 * stage);
-      }
-#endif
   } else {
     const u64 policy = evict_first();
     for (int it = 0; it < at.tiles; it++) {

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from megatron_mhc.ops.hopper.compile import (
+    AHEAD,
     SHARED,
     TOKENS,
     Layout,
@@ -18,7 +19,8 @@ from megatron_mhc.ops.hopper.compile import (
 WIDEST = 256
 PROJECTING = 8  # warps
 PART = TOKENS * 9 * 4  # floats that a block tells its group of a tile
-SUMS = 2 * PROJECTING * TOKENS * 27 * 4  # bytes
+SUMS = 2 * PROJECTING * TOKENS * 27 * 4 + 4 * 8 * 16 * 4  # bytes: of the warps that project, and that finish
+READS = TOKENS * 4 * 4  # bytes of a tile's h_pre
 F_SLOTS = 3  # tiles of f on their way; at least three stages fit beside them at any width
 
 
@@ -44,11 +46,11 @@ def pre_forward(
         return out, saved, mappings
     cut = layout(T, C, WIDEST, multiprocessors(x.device))
     stage = n * TOKENS * cut.width * 2
-    stages = min(10, (SHARED - SUMS) // stage)
+    stages = min(10, (SHARED - SUMS) // (stage + READS))
     boxes = tensor_map(x), tensor_map(out), tensor_map(x)  # of which the last two are not looked at
     results = out, saved, mappings
     defines = dict(C=C, STAGES=stages, ITERATIONS=iterations, V4=int(deepseek_v4), MIX=0)
-    shared = stages * stage + SUMS
+    shared = stages * (stage + READS) + SUMS
     _launch(cut, shared, T, boxes, (None, None), weight, bias, alphas, results, norm_eps, **defines)
     return results
 
@@ -84,7 +86,7 @@ def post_res_pre(
     cut = layout(T, C, WIDEST, multiprocessors(x.device))
     region = TOKENS * cut.width * 2
     rest = SUMS + F_SLOTS * region + cut.width * 2
-    a_stage = n * region + TOKENS * 24 * 4
+    a_stage = n * region + TOKENS * 24 * 4 + READS
     stages = min(10, (SHARED - rest) // a_stage)
     boxes = tensor_map(x), tensor_map(f), tensor_map(streams)
     defines = dict(C=C, STAGES=stages, ITERATIONS=iterations, V4=int(deepseek_v4), MIX=1, F_SLOTS=F_SLOTS)
@@ -107,12 +109,14 @@ def _launch(
     **defines: int,
 ) -> None:
     device = weight.device
-    compiled = kernel("pre", device.index, 512, shared, CW=cut.width, **defines)
+    # What a lane reads of its group at once: even, as few times as can be, and no more than there are registers for.
+    loads = 10 if -(-cut.slices // 10) < -(-cut.slices // 8) else 8
+    compiled = kernel("pre", device.index, 512, shared, CW=cut.width, LOADS=loads, **defines)
     blocks = cut.groups * cut.slices
-    floats = blocks * 2 * defines["STAGES"] * PART
+    floats = (blocks * 2 * defines["STAGES"] + AHEAD) * PART
     parts, ticket = torch.zeros(floats + 4, device=device, dtype=torch.float32).split([floats, 4])
     compiled.launch(
         blocks, device,
         *boxes, *mixing, weight, bias, *alphas, *results, parts, ticket,
-        tokens, cut.slices, cut.groups, norm_eps,
+        tokens, cut.groups, norm_eps,
     )  # fmt: skip

@@ -2,15 +2,15 @@
 //
 // Per tile, five kinds of warps, each a few tiles behind the one before:
 //   copy    g, dl, x and f into shared memory, a ring of STAGES tiles, and what `dx` makes of them out of it
-//   dots    the 24 products over C that the coefficients' gradients are made of, on the tensor cores:
-//           for each token [g_0..g_3, dl] (x_0..x_3, f, f_bias)^T; the slice's share goes to global memory
+//   dots    the 24 products over C that the coefficients' gradients are made of, on the tensor cores: for each
+//           token [g_0..g_3, dl] (x_0..x_3, f, f_bias)^T but for dl's with f; the slice's share goes to global memory
 //   middle  for this slice's share of tokens: replays Sinkhorn there and back, which the sums are not needed for, waits
 //           for the group's sums, forms the gradient d of the raw projection, and publishes that and the coefficients
 //   fetch   waits for those of all 16 tokens and lays them out in shared memory, two tiles deep
 //   dx      dx_j = sum_i h_res[i, j] g_i + h_pre_j dl + (d . phi)_j + s x_j, in place of g_j; with
 //           DF, in place of dl, the df of the connection that wrote x; phi's gradient stays in registers
 //
-// parts [group, slot, slice, token, 15 atoms] and coefficients [group, slot, token, 17 atoms] are rings of EXCHANGE
+// parts [group, slot, slice, token, 8 atoms] and coefficients [group, slot, token, 17 atoms] are rings of EXCHANGE
 // tiles. A block loads tile j when it is through with tile j - STAGES, whose coefficients exist: so all
 // sums of that tile have been read; and coefficients are made when the whole group has loaded a tile.
 //
@@ -30,7 +30,8 @@
 #define X_AT 5
 #define F_AT 9
 #define STAGE ((10 * REGION + 1023) / 1024 * 1024)
-#define PART (BT * 15 * 4)  // floats; the 5 x 6 products of a token, two an atom
+#define ATOMS 8  // of a token: g_i with x_0 to x_2, and g_i with x_3, g_i with f and its bias, dl with x_i
+#define PART (BT * ATOMS * 4)  // floats
 #define COEFFICIENT_ATOMS 17
 #define H_RES 0  // where they are among a token's 51 numbers
 #define H_PRE 16
@@ -53,7 +54,7 @@ pre_backward(const __grid_constant__ TensorMap x, const __grid_constant__ Tensor
              const float* __restrict__ saved, const float* __restrict__ writer_saved,
              const float* __restrict__ writer_bias, const float* __restrict__ writer_alpha,
              float* d_weight, float* d_bias, float* d_alphas,
-             float* parts, float* coefficients, float* partial, u32* counts, int T, int G, int groups) {
+             float* parts, float* coefficients, float* partial, u32* counts, int T, int groups) {
   extern __shared__ __align__(1024) unsigned char memory[];
   __shared__ __align__(8) u64 full[STAGES], finished[STAGES], fetched[2], used[2];
   unsigned char* slots = memory + STAGES * STAGE;
@@ -62,14 +63,14 @@ pre_backward(const __grid_constant__ TensorMap x, const __grid_constant__ Tensor
   const u32 base = shared_address(memory), fulls = shared_address(full), finishes = shared_address(finished);
   const u32 fetches = shared_address(fetched), uses = shared_address(used);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const Place at = take_place(counts, T, G, groups);
+  const Place at = take_place(counts, T, groups);
   u32 *done = counts + 1, *turns = counts + 2;
   parts += (u64)at.group * EXCHANGE * G * PART;
   coefficients += (u64)at.group * EXCHANGE * (BT * COEFFICIENT_ATOMS * 4);
 
   if (threadIdx.x == 0) {
     for (int s = 0; s < STAGES; s++) barrier_init(fulls + 8 * s, 1), barrier_init(finishes + 8 * s, DX);
-    for (int s = 0; s < 2; s++) barrier_init(fetches + 8 * s, 1), barrier_init(uses + 8 * s, DX);
+    for (int s = 0; s < 2; s++) barrier_init(fetches + 8 * s, 32), barrier_init(uses + 8 * s, DX);
   }
   for (int c = threadIdx.x; c < CW; c += THREADS)
     ((bf16*)bias_row)[c] = f_bias && c < at.width ? f_bias[at.first_channel + c] : (bf16)0;
@@ -245,10 +246,14 @@ pre_backward(const __grid_constant__ TensorMap x, const __grid_constant__ Tensor
                                    : tile + (from[k] ^ s % 4 * 32) + s / 4 * BOX_BYTES);
             multiply16(acc[k], m[0], 0, m[1], 0, m[2], m[3]);
           }
-        if (row < 5 && pair < 6)
 #pragma unroll
-          for (int k = 0; k < 4; k++)
-            put(part + ((k0 + k) * 15 + row * 3 + pair / 2) * 4, acc[k][0], acc[k][1], 0.f, it + 1);
+        for (int k = 0; k < 4; k++) {
+          const float next = __shfl_sync(ALL, pair == 4 ? acc[k][0] + acc[k][1] : acc[k][0], lane + 1);
+          const float even = __shfl_sync(ALL, acc[k][0], 16 + row / 2), odd = __shfl_sync(ALL, acc[k][1], 16 + row / 2);
+          float* atom = part + ((k0 + k) * ATOMS + row * 2 + pair / 2) * 4;
+          if (row < N && pair == 0) put(atom, acc[k][0], acc[k][1], next, it + 1);
+          if (row < N && pair == 2) put(atom, acc[k][1], next, row % 2 ? odd : even, it + 1);
+        }
       }
       if (warp == DX && lane == 0) MARK(it, 2);
     }
@@ -256,7 +261,7 @@ pre_backward(const __grid_constant__ TensorMap x, const __grid_constant__ Tensor
     for (int it = 0; it < at.tiles; it++) {
       const int slot = it & 1;
       const float* from = coefficients + (it % EXCHANGE) * (BT * COEFFICIENT_ATOMS * 4);
-      await_slices(from, BT, COEFFICIENT_ATOMS * 4, it + 1, lane);  // all tokens'
+      await_slices(from, at.slice % BT, BT, COEFFICIENT_ATOMS * 4, it + 1, lane);  // all tokens'
       if (lane == 0) MARK(it, 6);
       Tagged v[9];  // of 17 atoms of 16 tokens
       int offset[9];
@@ -273,7 +278,7 @@ pre_backward(const __grid_constant__ TensorMap x, const __grid_constant__ Tensor
         }
       __syncwarp();
       if (lane == 0) MARK(it, 7);
-      if (lane == 0) barrier_arrive(fetches + 8 * slot);
+      barrier_arrive(fetches + 8 * slot);
     }
   } else if (lane == 0) {  // another lane could come two phases late to a barrier, and wait forever
     const u64 policy = evict_first();
@@ -313,7 +318,7 @@ pre_backward(const __grid_constant__ TensorMap x, const __grid_constant__ Tensor
 #endif
     int tokens = 0;
     for (int it = 0; it < at.tiles; it++) {
-      for (int r = own_token(at, it, G); r < BT; r += G) {
+      for (int r = own_token(at, it); r < BT; r += G) {
         if (tokens++ % MIDDLE != turn) continue;
         const int t = (at.group + it * groups) * BT + r;
         const float* row = saved + (u64)min(t, T - 1) * 25;
@@ -343,20 +348,21 @@ pre_backward(const __grid_constant__ TensorMap x, const __grid_constant__ Tensor
           coefficient[WRITER + e] = 2.f * sigmoid(
               __fmaf_rn(writer_saved[(u64)min(t, T - 1) * 25 + N + e], *writer_alpha, writer_bias[N + e]));
 #endif
-        const float* part = parts + (it % EXCHANGE) * G * PART + (r * 15 + min(e, 14)) * 4;
+        const float* part = parts + (it % EXCHANGE) * G * PART + r * ATOMS * 4;
         if (lane == 0) MARK(it, 3);
-        await_slices(part, G, PART, it + 1, lane);
+        await_slices(part, at.slice, G, PART, it + 1, lane);
         if (lane == 0) MARK(it, 4);
-        const float3 products = add_lanes(sum_every_second(part, lane / 16, G, PART, it + 1), e, e + 16);
-        // Lane 3 a + b of a half has products 2 b and 2 b + 1 of row a.
+        float3 quarter[1];
+        sum_slices<4, LOADS>(quarter, part + lane % ATOMS * 4, lane / ATOMS, PART, it + 1);
+        const float3 products = sum_quarters(quarter[0]);  // lane k has those of atom k % 8
         const int a = transpose / N, b = transpose % N;
-        const float even = __shfl_sync(ALL, products.x, 3 * a + b / 2), odd = __shfl_sync(ALL, products.y, 3 * a + b / 2);
-        const float pre_even = __shfl_sync(ALL, products.x, 12 + j / 2), pre_odd = __shfl_sync(ALL, products.y, 12 + j / 2);
-        const float post = __shfl_sync(ALL, products.x + products.y, 3 * j + 2);  // with f and f_bias
+        const float b03 = __shfl_sync(ALL, products.x, 2 * a + b / 3), b1 = __shfl_sync(ALL, products.y, 2 * a);
+        const float b2 = __shfl_sync(ALL, products.z, 2 * a);
+        const float post = __shfl_sync(ALL, products.y, 2 * j + 1), read = __shfl_sync(ALL, products.z, 2 * j + 1);
         float d_early = 0.f;
-        if (e < N) d_early = (j % 2 ? pre_odd : pre_even) * s * (1.f - s);
+        if (e < N) d_early = read * s * (1.f - s);
         else if (e < 2 * N) d_early = post * 2.f * s * (1.f - s);
-        float d_res = b % 2 ? odd : even;
+        float d_res = b == 1 ? b1 : b == 2 ? b2 : b03;
 #if V4
         d_res = sinkhorn_backward(h, d_res, past);
 #else

@@ -5,13 +5,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_mhc.ops.hopper.compile import SHARED, TOKENS, kernel, layout, multiprocessors, tensor_map
+from megatron_mhc.ops.hopper.compile import AHEAD, SHARED, TOKENS, kernel, layout, multiprocessors, tensor_map
 from megatron_mhc.ops.link import Written
 
 WIDEST = 128
 SLOT = TOKENS * 52 * 4  # bytes of a tile's coefficients in shared memory
 MIDDLE = 4  # warps
-PART = TOKENS * 15 * 4  # floats that a block tells its group of a tile
+PART = TOKENS * 8 * 4  # floats that a block tells its group of a tile
 COEFFICIENTS = TOKENS * 17 * 4  # and that the group knows of it then
 
 
@@ -49,16 +49,16 @@ def pre_backward(
     compiled = kernel(
         "pre_backward", x.device.index, 512, stages * stage + rest,
         C=C, CW=cut.width, STAGES=stages, ITERATIONS=iterations, V4=int(deepseek_v4),
-        DF=int(written is not None),
+        DF=int(written is not None), LOADS=8 if cut.slices <= 32 else 14,
     )  # fmt: skip
     blocks, slots = cut.groups * cut.slices, cut.groups * 2 * stages
-    sizes = [slots * cut.slices * PART, slots * COEFFICIENTS, 2 + 8 * cut.slices]
+    sizes = [(slots * cut.slices + AHEAD) * PART, slots * COEFFICIENTS, 2 + 8 * cut.slices]
     parts, coefficients, counts = torch.zeros(sum(sizes), **f32).split(sizes)
     partial = torch.empty(MIDDLE * blocks, 48, **f32)
     compiled.launch(
         blocks, x.device,
         *map(tensor_map, (x, g, f, dl, dx, df)), f_bias, weight, bias, *alphas, saved, *writer,
         d_weight, d_bias, d_alphas,
-        parts, coefficients, partial, counts, T, cut.slices, cut.groups,
+        parts, coefficients, partial, counts, T, cut.groups,
     )  # fmt: skip
     return dx, d_weight, d_bias, d_alphas
