@@ -67,26 +67,33 @@ def _argument(value: Any) -> tuple[int, Any]:
     return ctypes.addressof(held), held
 
 
-def tensor_map(tensor: Tensor) -> Any:
-    """What copies between global and shared memory need to know of a [T, n, C] or [T, C] tensor in bf16."""
+def tensor_map(tensor: Tensor, width: int, streams: int = 1) -> Any:
+    """What copies between global and shared memory need to know of a [T, n, C] or [T, C] tensor in bf16.
+
+    Args:
+        width: channels of a slice, a multiple of BOX.
+        streams: that one copy brings.
+    """
     shape = tensor.shape if tensor.dim() == 3 else (tensor.shape[0], 1, tensor.shape[1])
-    return _tensor_map(tensor.data_ptr(), *shape)
+    return _tensor_map(tensor.data_ptr(), *shape, width // BOX, streams)
 
 
 @functools.lru_cache(maxsize=4096)  # the allocator hands out the same places again and again
-def _tensor_map(address: int, tokens: int, streams: int, channels: int) -> Any:
+def _tensor_map(address: int, tokens: int, n: int, channels: int, boxes: int, streams: int) -> Any:
     from cuda.bindings import driver
 
-    sizes, box = (channels, streams, tokens), (BOX, 1, TOKENS)
-    strides = (2 * channels, 2 * channels * streams)
+    whole = channels % BOX == 0  # else the last box of a stream would reach into the next one
+    sizes = (BOX, tokens, channels // BOX, n) if whole else (channels, tokens, 1, n)
+    box = (BOX, TOKENS, boxes, streams) if whole else (BOX, TOKENS, 1, 1)
+    strides = (2 * channels * n, 2 * BOX, 2 * channels)
     result = driver.cuTensorMapEncodeTiled(
         driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-        3,
+        4,
         address,
         [driver.cuuint64_t(size) for size in sizes],
         [driver.cuuint64_t(stride) for stride in strides],
         [driver.cuuint32_t(size) for size in box],
-        [driver.cuuint32_t(1)] * 3,
+        [driver.cuuint32_t(1)] * 4,
         driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
         driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
         driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,

@@ -5,7 +5,7 @@ typedef unsigned long long u64;
 typedef unsigned short bf16;
 
 #define BT 16              // tokens of a tile
-#define BOX 64             // channels that one copy brings: rows of 128 bytes
+#define BOX 64             // channels of a box: rows of 128 bytes
 #define BOXES (CW / BOX)
 #define BOX_BYTES (BT * BOX * 2)
 
@@ -44,24 +44,35 @@ __device__ __forceinline__ void barrier_expect(u32 bar, u32 bytes) {
 // Between ordinary stores to shared memory and a copy out of it or into it.
 __device__ __forceinline__ void fence_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// Describes a tensor [T, streams, C]; copies are boxes of 16 tokens x 1 stream x 64 channels, zeros outside.
+// Describes a tensor [T, streams, C]: `tensor_map` of compile.py. Zeros outside.
 struct __align__(64) TensorMap {
   u64 opaque[16];
 };
-// Boxes of this slice's CW channels, one behind the other.
+// This slice's CW channels of STREAMS streams, from `stream` on: boxes one behind the other. Where C allows it the map has
+// dimensions (BOX, tokens, boxes, streams), and one instruction, which takes one thread a hundred clocks, brings all.
+#define LOAD_BOX(to, channel, box, stream)                                                                            \
+  asm volatile(                                                                                                       \
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint "              \
+      "[%0], [%1, {%2, %3, %4, %5}], [%6], %7;" ::"r"(to), "l"(&from), "r"(channel), "r"(token), "r"(box),            \
+      "r"(stream), "r"(bar), "l"(policy) : "memory")
+#define STORE_BOX(from, channel, box, stream)                                                                         \
+  asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%1, %2, %3, %4}], [%5];" ::"l"(&to), \
+               "r"(channel), "r"(token), "r"(box), "r"(stream), "r"(from) : "memory")
+template <int STREAMS>
 __device__ __forceinline__ void load_boxes(u32 to, const TensorMap& from, int channel, int stream, int token, u32 bar, u64 policy) {
+  if (C % BOX == 0) LOAD_BOX(to, 0, channel / BOX, stream);
+  else
 #pragma unroll
-  for (int k = 0; k < BOXES; k++)
-    asm volatile(
-        "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint "
-        "[%0], [%1, {%2, %3, %4}], [%5], %6;" ::"r"(to + k * BOX_BYTES), "l"(&from), "r"(channel + k * BOX),
-        "r"(stream), "r"(token), "r"(bar), "l"(policy) : "memory");
+    for (int k = 0; k < STREAMS * BOXES; k++)
+      LOAD_BOX(to + k * BOX_BYTES, channel + k % BOXES * BOX, 0, stream + k / BOXES);
 }
+template <int STREAMS>
 __device__ __forceinline__ void store_boxes(const TensorMap& to, int channel, int stream, int token, u32 from) {
+  if (C % BOX == 0) STORE_BOX(from, 0, channel / BOX, stream);
+  else
 #pragma unroll
-  for (int k = 0; k < BOXES; k++)
-    asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.tile.bulk_group [%0, {%1, %2, %3}], [%4];" ::"l"(&to),
-                 "r"(channel + k * BOX), "r"(stream), "r"(token), "r"(from + k * BOX_BYTES) : "memory");
+    for (int k = 0; k < STREAMS * BOXES; k++)
+      STORE_BOX(from + k * BOX_BYTES, channel + k % BOXES * BOX, 0, stream + k / BOXES);
 }
 // Until what store_boxes has been given is read.
 __device__ __forceinline__ void await_stored() {

@@ -185,9 +185,7 @@ pre(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap f, co
           await_stored();  // long since
           barrier_arrive(empties + 8 * ((it - 1) % STAGES));
         }
-#pragma unroll
-        for (int j = 0; j < N; j++)
-          store_boxes(streams, at.first_channel, j, (at.group + it * groups) * BT, tiles + stage * STAGE + j * (STAGE / N));
+        store_boxes<N>(streams, at.first_channel, 0, (at.group + it * groups) * BT, tiles + stage * STAGE);
       }
 #endif
       float acc[3][4] = {}, rest[3][4] = {};  // with the high and the low halves of phi, in chains of their own
@@ -343,12 +341,10 @@ pre(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap f, co
 #endif
         MARK(it, 0);
         barrier_expect(fulls + 8 * stage, STAGE + MIX * (STAGE / N));
-#pragma unroll
-        for (int j = 0; j < N; j++)
-          load_boxes(tiles + stage * STAGE + j * (STAGE / N), x, at.first_channel, j, token, fulls + 8 * stage, policy);
+        load_boxes<N>(tiles + stage * STAGE, x, at.first_channel, 0, token, fulls + 8 * stage, policy);
 #if MIX
-        load_boxes(shared_address(outputs) + it % F_SLOTS * (STAGE / N), f, at.first_channel, 0, token,
-                   fulls + 8 * stage, policy);
+        load_boxes<1>(shared_address(outputs) + it % F_SLOTS * (STAGE / N), f, at.first_channel, 0, token,
+                      fulls + 8 * stage, policy);
 #endif
       }
 #if MIX

@@ -47,7 +47,7 @@ def pre_forward(
     cut = layout(T, C, WIDEST, multiprocessors(x.device))
     stage = n * TOKENS * cut.width * 2
     stages = min(10, (SHARED - SUMS) // (stage + READS))
-    boxes = tensor_map(x), tensor_map(out), tensor_map(x)  # of which the last two are not looked at
+    boxes = (tensor_map(x, cut.width, n),) * 3  # of which the last two are not looked at
     results = out, saved, mappings
     defines = dict(C=C, STAGES=stages, ITERATIONS=iterations, V4=int(deepseek_v4), MIX=0)
     shared = stages * (stage + READS) + SUMS
@@ -88,7 +88,7 @@ def post_res_pre(
     rest = SUMS + F_SLOTS * region + cut.width * 2
     a_stage = n * region + TOKENS * 24 * 4 + READS
     stages = min(10, (SHARED - rest) // a_stage)
-    boxes = tensor_map(x), tensor_map(f), tensor_map(streams)
+    boxes = tensor_map(x, cut.width, n), tensor_map(f, cut.width), tensor_map(streams, cut.width, n)
     defines = dict(C=C, STAGES=stages, ITERATIONS=iterations, V4=int(deepseek_v4), MIX=1, F_SLOTS=F_SLOTS)
     shared = stages * a_stage + rest
     _launch(cut, shared, T, boxes, (f_bias, before), weight, bias, alphas, results, norm_eps, **defines)

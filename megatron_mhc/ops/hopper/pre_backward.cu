@@ -288,8 +288,8 @@ pre_backward(const __grid_constant__ TensorMap x, const __grid_constant__ Tensor
       if (it >= STAGES && it - STAGES < at.tiles) {
         barrier_wait(finishes + 8 * stage, (it / STAGES - 1) & 1);
 #pragma unroll
-        for (int j = 0; j < N; j++) store_boxes(dx, at.first_channel, j, before, tile + (G_AT + j) * REGION);
-        if (DF) store_boxes(df, at.first_channel, 0, before, tile + DL_AT * REGION);
+        for (int j = 0; j < N; j++) store_boxes<1>(dx, at.first_channel, j, before, tile + (G_AT + j) * REGION);
+        if (DF) store_boxes<1>(df, at.first_channel, 0, before, tile + DL_AT * REGION);
         await_stored();
         MARK(it - STAGES, 10);
       }
@@ -298,11 +298,11 @@ pre_backward(const __grid_constant__ TensorMap x, const __grid_constant__ Tensor
         barrier_expect(fulls + 8 * stage, 10 * BOXES * BOX_BYTES);
 #pragma unroll
         for (int j = 0; j < N; j++) {
-          load_boxes(tile + (G_AT + j) * REGION, g, at.first_channel, j, token, fulls + 8 * stage, policy);
-          load_boxes(tile + (X_AT + j) * REGION, x, at.first_channel, j, token, fulls + 8 * stage, policy);
+          load_boxes<1>(tile + (G_AT + j) * REGION, g, at.first_channel, j, token, fulls + 8 * stage, policy);
+          load_boxes<1>(tile + (X_AT + j) * REGION, x, at.first_channel, j, token, fulls + 8 * stage, policy);
         }
-        load_boxes(tile + DL_AT * REGION, dl, at.first_channel, 0, token, fulls + 8 * stage, policy);
-        load_boxes(tile + F_AT * REGION, f, at.first_channel, 0, token, fulls + 8 * stage, policy);
+        load_boxes<1>(tile + DL_AT * REGION, dl, at.first_channel, 0, token, fulls + 8 * stage, policy);
+        load_boxes<1>(tile + F_AT * REGION, f, at.first_channel, 0, token, fulls + 8 * stage, policy);
       }
     }
   }

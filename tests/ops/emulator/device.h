@@ -106,21 +106,23 @@ inline void fence_copies() {}
 struct alignas(64) TensorMap {
   u64 opaque[16];
 };
-inline void copy_boxes(bool load, u32 shared, const TensorMap& map, int channel, int stream, int token, u32 bar) {
-  for (int k = 0; k < BOXES; k++) {
+inline void copy_boxes(bool load, u32 shared, const TensorMap& map, int channel, int stream, int token, int streams, u32 bar) {
+  for (int k = 0; k < streams * BOXES; k++) {
     auto* op = new emulator::Op;
     op->kind = load ? emulator::Op::LOAD : emulator::Op::READ;
     memcpy(&op->map, &map, sizeof op->map);
-    op->channel = channel + k * BOX, op->stream = stream, op->token = token;
+    op->channel = channel + k % BOXES * BOX, op->stream = stream + k / BOXES, op->token = token;
     op->shared = shared + k * BOX_BYTES, op->barrier = bar;
     emulator::copy(op);
   }
 }
+template <int STREAMS>
 inline void load_boxes(u32 to, const TensorMap& from, int channel, int stream, int token, u32 bar, u64) {
-  copy_boxes(true, to, from, channel, stream, token, bar);
+  copy_boxes(true, to, from, channel, stream, token, STREAMS, bar);
 }
+template <int STREAMS>
 inline void store_boxes(const TensorMap& to, int channel, int stream, int token, u32 from) {
-  copy_boxes(false, from, to, channel, stream, token, 0);
+  copy_boxes(false, from, to, channel, stream, token, STREAMS, 0);
 }
 inline void await_stored() {
   if (emulator::current->unread) emulator::wait(emulator::STORED, 0);

@@ -99,7 +99,7 @@ extern "C" int emulate(int c, int blocks, int threads, int dynamic, const emulat
 class _Map:
     """What `compile.tensor_map` makes of a tensor."""
 
-    def __init__(self, tensor: torch.Tensor):
+    def __init__(self, tensor: torch.Tensor, width: int, streams: int = 1):
         assert tensor.dtype == torch.bfloat16 and tensor.is_contiguous()
         self.tensor = tensor
         self.shape = tensor.shape if tensor.dim() == 3 else (tensor.shape[0], 1, tensor.shape[1])
