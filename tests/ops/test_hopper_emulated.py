@@ -50,7 +50,7 @@ def folder(tmp_path_factory):
 def emulate(monkeypatch, folder):
     """`emulate(shape, ...)` puts the emulator in the GPU's place, and returns it."""
 
-    def emulate(shape, schedule=USUAL, mutate=None, stages=(4, 3), iterations=20, mix=False):
+    def emulate(shape, schedule=USUAL, mutate=None, stages=(3, 3), iterations=20, mix=False):
         tokens, channels, blocks, widest = shape
         emulator = Emulator(folder, schedule, mutate)
         for module, number in zip((pre, pre_backward), stages, strict=True):
@@ -294,7 +294,7 @@ LOAD = "(it / STAGES - 1) & 1"
 LEADER = "if (lane == 0) {  // another"
 BUGS = {
     "an arrival is missing": ("pre", {"      if (lane == 0) barrier_arrive(empties + 8 * stage);\n": ""}),
-    "one arrival too few is counted": ("pre", {"TURNS + 1 + MIX);": "TURNS);"}),
+    "one arrival too few is counted": ("pre", {"TURNS + 2 + MIX);": "TURNS + 1);"}),
     "the other parity": ("pre", {LOAD: "it / STAGES & 1"}),
     "a ring of one slot": ("pre", {"(2 * STAGES)": "1"}),
     "project does not wait": (
@@ -315,7 +315,7 @@ BUGS = {
     ),
     "the swizzle is forgotten": ("pre", {"(chunk % 8 ^ row >> 7 & 7) << 4": "(chunk % 8) << 4"}),
     "aggregate does not wait for h_pre": ("pre", {"barrier_wait(knows + 8 * stage, it / STAGES & 1);": ""}),
-    "nor for all of it": ("pre", {"(knows + 8 * s, 32)": "(knows + 8 * s, 31)"}),
+    "nor for all of it": ("pre", {"(knows + 8 * s, 64)": "(knows + 8 * s, 63)"}),
     "what other warps mix is not awaited": ("mix", {"sync_threads<PROJECTING * 32>(2);": ""}),
     "f overwrites what is in use": ("mix", {"past / STAGES & 1);": "past / STAGES & 1 ^ 1);"}),
     "coefficients are not awaited": ("mix", {"(fulls + 8 * s, 1 + MIX);": "(fulls + 8 * s, 1);"}),
@@ -347,14 +347,14 @@ def changed(kernel, texts):
     return mutate
 
 
-def find(emulate, shape, bug, orders, **options):
+def find(emulate, shape, bug, orders):
     """The first order in which the bug shows."""
     mix = bug[0] == "mix"
     compute = mixed_and_read if mix else everything
     emulate(shape, mix=mix)
     want = compute(shape)
     for order in orders:
-        emulate(shape, order, changed(*bug), mix=mix, **options)
+        emulate(shape, order, changed(*bug), mix=mix)
         try:
             got = compute(shape)
         except EmulatorError as found:
@@ -368,22 +368,6 @@ def find(emulate, shape, bug, orders, **options):
 
 @pytest.mark.parametrize("bug", [b if b in SOME else pytest.param(b, marks=pytest.mark.slow) for b in BUGS])
 def test_a_planted_bug_is_found(emulate, bug):
-    apart = (Schedule(seed=s, order=2, copies=s % 2) for s in range(2, 5))
+    apart = (Schedule(seed=s, order=2, copies=s % 2) for s in range(2, 14))
     orders = [USUAL, *reversed(ORDERS.values()), *apart]
     find(emulate, RINGS, BUGS[bug], orders)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "removed, stages",
-    [
-        ("      __syncwarp();  // before an arrival", 4),
-        ('static_assert(STAGES >= FINISHING, "too few stages");', 3),
-    ],
-)
-def test_where_slices_have_no_token_both_precautions_are_needed(emulate, removed, stages):
-    bug = "pre", {removed: "//" if "//" in removed else ""}
-    orders = [
-        Schedule(seed=w, order=2, starved_warps=1 << w, starved_lanes=ALL) for w in (11, 12, 13, 14) for _ in "ab"
-    ]
-    assert "deadlock" in find(emulate, SLICES, bug, orders, stages=(stages, 3))

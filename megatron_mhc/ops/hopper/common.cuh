@@ -44,13 +44,11 @@ __device__ __forceinline__ void get_all(Tagged (&v)[K], const float* p, const in
     for (int k = 0; k < K; k++) missing |= v[k].tag != tag;
   } while (missing);
 }
-// The sum over slices first, first + STEP, ..., in this order; with KINDS = 2 of every second of them and of the rest.
-// MANY at once, each at a distance from the first that is known to the compiler: past the last slice they find what other
+// The sum over slices first, first + STEP, ..., in this order. MANY at once, each at a distance from the first that is known to the compiler: past the last slice they find what other
 // slots have, or the zeros behind them (AHEAD in compile.py), which is left alone.
-template <int STEP, int MANY, int KINDS>
-__device__ __forceinline__ void sum_slices(float3 (&total)[KINDS], const float* p, int first, int stride, u32 tag) {
-#pragma unroll
-  for (int k = 0; k < KINDS; k++) total[k] = make_float3(0.f, 0.f, 0.f);
+template <int STEP, int MANY>
+__device__ __forceinline__ float3 sum_slices(const float* p, int first, int stride, u32 tag) {
+  float3 total = make_float3(0.f, 0.f, 0.f);
 #pragma unroll 1
   for (int s = first; s < G; s += STEP * MANY) {
     Tagged v[MANY];
@@ -63,11 +61,10 @@ __device__ __forceinline__ void sum_slices(float3 (&total)[KINDS], const float* 
       for (int k = 0; k < MANY; k++) missing |= s + k * STEP < G && v[k].tag != tag;
     } while (missing);
 #pragma unroll
-    for (int k = 0; k < MANY; k++) {
-      float3& to = total[k % KINDS];
-      if (s + k * STEP < G) to.x += v[k].x, to.y += v[k].y, to.z += v[k].z;
-    }
+    for (int k = 0; k < MANY; k++)
+      if (s + k * STEP < G) total.x += v[k].x, total.y += v[k].y, total.z += v[k].z;
   }
+  return total;
 }
 __device__ __forceinline__ float3 add(float3 a, float3 b) { return make_float3(a.x + b.x, a.y + b.y, a.z + b.z); }
 // even + odd of the lanes that hold them: the same bits in every lane.

@@ -4,9 +4,9 @@
 //   load       x into shared memory, a ring of STAGES tiles
 //   project    x . phi^T and the sum of squares of this slice on the tensor cores, phi as bf16 high + low
 //              halves in registers for good; the sums go to global memory
-//   finish     waits for the group's sums and forms the h_pre of all 16 tokens, for `aggregate`; saves the projection
-//              and writes the coefficients of this slice's share of tokens
-//   aggregate  l = h_pre . x from shared memory, four tokens at a time
+//   finish     two warps a tile: wait for the group's sums and form h_pre, eight tokens each, for `aggregate`; one of
+//              them saves the projection and writes the coefficients of this slice's share of tokens
+//   aggregate  l = h_pre . x from shared memory, two tokens at a time
 //
 // parts [group, slot, slice, token, 36]: a ring of EXCHANGE tiles, 25 numbers as nine atoms: pre 4, squares, post
 // 4, res 16. A block loads tile k when it is through with tile k - STAGES, for which it had the sums of the whole
@@ -22,12 +22,10 @@
 
 #define PROJECTING 8
 #define AGGREGATING 3
-#define FINISHING 4
+#define FINISHING 4        // in pairs
 #define THREADS ((PROJECTING + AGGREGATING + FINISHING + 1) * 32)
-#define TURNS 4            // that `aggregate` takes a tile in; every one of its warps has one of each tile
+#define TURNS 8            // that `aggregate` takes a tile in; every one of its warps has one of each tile
 #define EACH (BT / TURNS)  // tokens of a turn
-// A warp goes on FINISHING tiles later: with fewer stages it could take the phase before the last for its own.
-static_assert(STAGES >= FINISHING, "too few stages");
 #if MIX
 static_assert(STAGES >= F_SLOTS, "too few stages");
 #endif
@@ -119,8 +117,8 @@ pre(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap f, co
   if (threadIdx.x == 0) {
     for (int s = 0; s < STAGES; s++) {
       barrier_init(fulls + 8 * s, 1 + MIX);
-      barrier_init(knows + 8 * s, 32);
-      barrier_init(empties + 8 * s, TURNS + 1 + MIX);
+      barrier_init(knows + 8 * s, 64);
+      barrier_init(empties + 8 * s, TURNS + 2 + MIX);
 #if MIX
       barrier_init(mixes + 8 * s, PROJECTING);
 #endif
@@ -281,36 +279,31 @@ pre(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap f, co
     const float gate = m < N ? *alpha_pre : m < 2 * N ? *alpha_post : *alpha_res, shift = bias[m];
     const float gate_pre = *alpha_pre, shift_pre = bias[lane % N];
     int tokens = 0, mine = 0;  // held, and the one of this lane
-    for (int it = warp - PROJECTING - AGGREGATING; it < at.tiles; it += FINISHING) {
+    const int half = warp - PROJECTING - AGGREGATING & 1, first = half * 8;
+    for (int it = (warp - PROJECTING - AGGREGATING) / 2; it < at.tiles; it += FINISHING / 2) {
       const int stage = it % STAGES, tile = at.group + it * groups;
       const float* of_tile = parts + (it % EXCHANGE) * G * PART;
-      barrier_wait(fulls + 8 * stage, it / STAGES & 1);
-      __syncwarp();  // before an arrival: a lane could come two phases late to the barrier, and wait forever
-      // h_pre. Lanes 2 t and 2 t + 1 have pre 0 to 2, and pre 3 and squares, of token t.
-      if (lane == 0) MARK(it, 7);
-      await_slices(of_tile, at.slice, G, PART, it + 1, lane);
-      if (lane == 0) MARK(it, 3);
-      float3 reading[2];  // of even slices, and of odd ones
-      sum_slices<1, LOADS>(reading, of_tile + lane * 4, 0, PART, it + 1);
-      const float3 read = add(reading[0], reading[1]);
-#pragma unroll
-      for (int half = 0; half < 2; half++) {
-        const int token = half * 8 + lane / 4;
-        const float square = __shfl_sync(ALL, read.y, 2 * token + 1);
-        const float product = pick(read, 6 * token + lane % N);
-        const float inverse = rsqrtf(__fmaf_rn(square, 1.f / (N * C), eps));
-        reads[stage * BT * N + half * 32 + lane] =
+      if (half == 0 && lane == 0) MARK(it, 7);
+      await_slices(of_tile + AT(first, 0), at.slice, G, PART, it + 1, lane);
+      if (half == 0 && lane == 0) MARK(it, 3);
+      {
+        // Half the lanes sum up every second slice. Then lanes 2 t and 2 t + 1 have pre 0 to 2, and pre 3 and squares.
+        const float3 some = sum_slices<2, 8>(of_tile + AT(first, 0) + lane % 16 * 4, lane / 16, PART, it + 1);
+        const float3 read = add_lanes(some, lane % 16, lane % 16 + 16);
+        const float inverse = rsqrtf(__fmaf_rn(__shfl_sync(ALL, read.y, 2 * (lane / N) + 1), 1.f / (N * C), eps));
+        const float product = pick(read, 6 * (lane / N) + lane % N);
+        reads[(stage * BT + first) * N + lane] =
             sigmoid(__fmaf_rn(__fmul_rn(product, inverse), gate_pre, shift_pre)) + (V4 ? EPS : 0.f);
       }
-      if (lane == 0) MARK(it, 4);
       barrier_arrive(knows + 8 * stage);
-      int r = own_token(at, it);
+      if (half == 0 && lane == 0) MARK(it, 4);
+      // Every second tile's are this warp's.
+      int r = it / (FINISHING / 2) % 2 == half ? own_token(at, it) : BT;
       if (r >= BT && lane == 0) barrier_arrive(empties + 8 * stage);
       for (; r < BT; r += G) {
-        const float* all = of_tile + AT(r, min(lane % 16, ATOMS - 1));
-        float3 half[1];
-        sum_slices<2, 8>(half, all, lane / 16, PART, it + 1);
-        const float3 total = add_lanes(half[0], lane % 16, lane % 16 + 16);
+        const float3 some =
+            sum_slices<2, 8>(of_tile + AT(r, min(lane % 16, ATOMS - 1)), lane / 16, PART, it + 1);
+        const float3 total = add_lanes(some, lane % 16, lane % 16 + 16);
         if (r + G >= BT && lane == 0) MARK(it, 6);
         if (r + G >= BT && lane == 0) barrier_arrive(empties + 8 * stage);
         const float inverse = rsqrtf(__fmaf_rn(pick(total, N), 1.f / (N * C), eps));

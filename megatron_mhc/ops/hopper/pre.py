@@ -109,9 +109,7 @@ def _launch(
     **defines: int,
 ) -> None:
     device = weight.device
-    # What a lane reads of its group at once: even, as few times as can be, and no more than there are registers for.
-    loads = 10 if -(-cut.slices // 10) < -(-cut.slices // 8) else 8
-    compiled = kernel("pre", device.index, 512, shared, CW=cut.width, LOADS=loads, **defines)
+    compiled = kernel("pre", device.index, 512, shared, CW=cut.width, **defines)
     blocks = cut.groups * cut.slices
     floats = (blocks * 2 * defines["STAGES"] + AHEAD) * PART
     parts, ticket = torch.zeros(floats + 4, device=device, dtype=torch.float32).split([floats, 4])

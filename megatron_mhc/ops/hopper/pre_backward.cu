@@ -352,9 +352,8 @@ pre_backward(const __grid_constant__ TensorMap x, const __grid_constant__ Tensor
         if (lane == 0) MARK(it, 3);
         await_slices(part, at.slice, G, PART, it + 1, lane);
         if (lane == 0) MARK(it, 4);
-        float3 quarter[1];
-        sum_slices<4, LOADS>(quarter, part + lane % ATOMS * 4, lane / ATOMS, PART, it + 1);
-        const float3 products = sum_quarters(quarter[0]);  // lane k has those of atom k % 8
+        const float3 products =  // of atom lane % 8
+            sum_quarters(sum_slices<4, LOADS>(part + lane % ATOMS * 4, lane / ATOMS, PART, it + 1));
         const int a = transpose / N, b = transpose % N;
         const float b03 = __shfl_sync(ALL, products.x, 2 * a + b / 3), b1 = __shfl_sync(ALL, products.y, 2 * a);
         const float b2 = __shfl_sync(ALL, products.z, 2 * a);
