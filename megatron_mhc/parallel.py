@@ -29,7 +29,6 @@ def mark_replicated(module: nn.Module, config: TransformerConfig) -> None:
 # (Megatron setting, when it is refused, what to do instead); flags are spelled as on the command line.
 _REFUSED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("fp32_residual_connection", bool, "drop it: coefficients are applied in fp32 already"),
-    ("overlap_moe_expert_parallel_comm", bool, "drop it: that schedule takes the layer apart"),
     ("cuda_graph_impl", lambda v: v not in (None, "none"), "drop it: graphs capture one-stream inputs"),
     ("enable_cuda_graph", bool, "drop it: graphs capture one-stream inputs"),
     ("external_cuda_graph", bool, "drop it: graphs capture one-stream inputs"),
@@ -53,6 +52,13 @@ def validate(config: TransformerConfig, mhc: MHCConfig) -> None:
         value = getattr(config, name, None)
         if refused(value):
             raise ValueError(f"mHC does not support --{name.replace('_', '-')} {value}: {remedy}")
+    # It asks for Megatron's combined 1F1B, in whose place `fused` runs; --delay-wgrad-compute asks for it.
+    fused = mhc.pipeline_schedule == "fused" and config.pipeline_model_parallel_size > 1
+    if config.overlap_moe_expert_parallel_comm and not fused:
+        raise ValueError(
+            "mHC does not support --overlap-moe-expert-parallel-comm True: Megatron's schedule takes the "
+            f"layer apart; use {flag('pipeline_schedule')} fused on a pipeline, or drop it"
+        )
     two_with_chunks = config.pipeline_model_parallel_size == 2 and config.virtual_pipeline_model_parallel_size
     if two_with_chunks and mhc.pipeline_schedule == "megatron":
         if not config.overlap_p2p_comm or config.batch_p2p_comm:

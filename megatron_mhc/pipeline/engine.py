@@ -303,15 +303,24 @@ class Step:
     @contextlib.contextmanager
     def backward_step(self, key: tuple[int, int], first: bool, last: bool) -> Iterator[None]:
         """Around a part of a chunk's backward: timers, the first part's and the last part's bookkeeping."""
+        with self.timed_backward():
+            if first:
+                self.sync.before_backward()
+            yield
+            if last:
+                self._leave_backward(key)
+                self.end_backward(key)
+
+    def end_backward(self, key: tuple[int, int]) -> None:
+        """A chunk's backward is done, and what it sends is there."""
+        self.sync.after_backward()
+
+    @contextlib.contextmanager
+    def timed_backward(self) -> Iterator[None]:
         timers = self.config.timers
         if timers is not None:
             timers("backward-compute", log_level=2).start()
-        if first:
-            self.sync.before_backward()
         yield
-        if last:
-            self._leave_backward(key)
-            self.sync.after_backward()
         if timers is not None:
             timers("backward-compute").stop()
 

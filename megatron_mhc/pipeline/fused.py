@@ -3,6 +3,11 @@
 The forward is Megatron's own forward step: its layers call back before each node (`FusedPass`), and the
 program runs on until that node's turn. The backward is a chain of pieces that `Tape` cut the forward into,
 so it fits between the nodes of any forward.
+
+Delayed weight gradients (`DelayedWeights`) wait for the next communication of their chunk's backward, and are
+computed beside it: the experts' beside the dispatch's all-to-all, those of an attention and of its layer's
+shared experts beside the combine's of the layer below, and what is left, all of a dense chunk, beside the
+chunk's last message, d_streams. Only then is the chunk's backward done for the data-parallel wrapper.
 """
 
 from __future__ import annotations
@@ -13,10 +18,11 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from megatron_mhc import recompute
+from megatron_mhc.pipeline.delayed_weights import DelayedWeights
 from megatron_mhc.pipeline.engine import Step, layers_of
 from megatron_mhc.pipeline.layer_nodes import FusedPass, Tape
 from megatron_mhc.pipeline.program import BACKWARD, FORWARD, SPLIT, Message, Op
-from megatron_mhc.pipeline.streams import stream_of
+from megatron_mhc.pipeline.streams import A2A, stream_of
 
 
 class FusedStep(Step):
@@ -26,6 +32,14 @@ class FusedStep(Step):
         super().__init__(*args, **kwargs)
         self.tapes: dict[tuple[int, int], Tape] = {}
         self.sent_from: dict[Message, str] = {}  # the stream that computed a message
+        self.delayed: list[DelayedWeights] = []  # of each chunk, where there are any
+        if self.config.delay_wgrad_compute:
+            self.delayed = [DelayedWeights(chunk, self.transport.streams) for chunk in self.chunks]
+
+    def run(self) -> None:
+        super().run()
+        for weights in self.delayed:
+            weights.check_computed()
 
     def _wait(self, op: Op) -> None:
         # On the stream of what needs it: the compute stream must not wait for what an all-to-all reads.
@@ -37,6 +51,20 @@ class FusedStep(Step):
     def _send(self, op: Op) -> None:
         with self.transport.streams.on(self.sent_from.pop(op.message, "compute")):
             super()._send(op)
+        if self.delayed and op.what == "d_streams":
+            with self.timed_backward():
+                self._end_delayed(op.stage)
+
+    def end_backward(self, key: tuple[int, int]) -> None:
+        if not self.delayed:
+            super().end_backward(key)
+        elif key[1] == 0:  # no message to wait for
+            self._end_delayed(0)
+
+    def _end_delayed(self, stage: int) -> None:
+        """Compute what a chunk's backward has left, before the wrapper is told that it is done."""
+        self.delayed[stage // self.plan.pp].compute()
+        self.sync.after_backward()
 
     def _stream(self, op: Op) -> str:
         layer = layers_of(self.chunks[op.stage // self.plan.pp])[op.layer]
@@ -102,3 +130,6 @@ class FusedStep(Step):
             tape.backward(node)
         if ends:
             del self.tapes[key]
+        if self.delayed and self._stream(op) == A2A:
+            with self.timed_backward():
+                self.delayed[op.stage // self.plan.pp].compute()

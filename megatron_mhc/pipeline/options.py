@@ -17,7 +17,6 @@ _REFUSED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("num_microbatches_with_partial_activation_checkpoints", lambda v: v is not None, "drop it"),
     ("moe_paged_stash", bool, "drop it"),
     ("hybrid_context_parallel", bool, "drop it"),
-    ("delay_wgrad_compute", bool, "drop it"),
 )
 
 
@@ -30,6 +29,15 @@ _NOT_FUSED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("mlp_chunks_for_training", lambda v: (v or 1) > 1, "drop it"),
 )
 
+_NOT_DELAYED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    # Its linears are no modules of the model: their queues would not be found.
+    ("use_transformer_engine_op_fuser", bool, "drop it"),
+    # The second of its linears runs on the stream of the MLP's post_res, the weight gradients do not.
+    ("moe_latent_size", bool, "drop it"),
+    # Megatron's hook of a weight that one micro-batch uses twice asks for two gradients, and finds one.
+    ("mtp_use_repeated_layer", bool, "drop it"),
+)
+
 
 def check_config(config: Any, mhc: MHCConfig) -> None:
     """Refuse at build time what the overlapping schedules do not do.
@@ -38,6 +46,7 @@ def check_config(config: Any, mhc: MHCConfig) -> None:
         ValueError: naming the flag, its value and the remedy.
     """
     schedule = f"{flag('pipeline_schedule')} {mhc.pipeline_schedule}"
+    _check_delayed_weights(config, mhc)
     if mhc.pipeline_schedule not in OVERLAPPED:
         if mhc.pp_boundary == SPLIT:
             raise ValueError(
@@ -73,6 +82,26 @@ def check_config(config: Any, mhc: MHCConfig) -> None:
             "has no layer: give it one in --pipeline-model-parallel-layout, or use "
             f"{flag('pp_boundary')} whole"
         )
+
+
+def _check_delayed_weights(config: Any, mhc: MHCConfig) -> None:
+    """Refuse weight gradients that nobody would compute: only a fused step asks the linears for them."""
+    name = "--delay-wgrad-compute"
+    if not getattr(config, "delay_wgrad_compute", False):
+        return
+    fused = f"{flag('pipeline_schedule')} {FUSED}"
+    if mhc.pipeline_schedule != FUSED:
+        raise ValueError(
+            f"{flag('pipeline_schedule')} {mhc.pipeline_schedule} does not support {name} True: it would "
+            f"never compute what the linears have put off; use {fused}, or drop it"
+        )
+    if config.pipeline_model_parallel_size == 1:
+        raise ValueError(
+            f"{name} True needs a pipeline: without one, Megatron's own schedule runs instead of {fused} and "
+            "would never compute what the linears have put off; give --pipeline-model-parallel-size 2 or "
+            "more, or drop it"
+        )
+    _refuse(config, _NOT_DELAYED, f"{fused} with {name}", f"{fused} without {name}")
 
 
 def _refuse(

@@ -5,7 +5,9 @@ what it reads and writes; events carry vector clocks.
 """
 
 import contextlib
+import functools
 
+import delayed
 import pytest
 import torch
 from harness import Layout, build, iterate
@@ -13,7 +15,7 @@ from pipeline import interleaved
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from megatron_mhc.pipeline import comm, engine, fused, layer_nodes
+from megatron_mhc.pipeline import comm, delayed_weights, engine, fused, layer_nodes
 from megatron_mhc.pipeline.streams import COMPUTE, HostStreams
 from megatron_mhc.recompute import block, connection
 from megatron_mhc.testing import cpu
@@ -130,12 +132,16 @@ def watch_recompute(clocks):
     block.Emptied.refill = refilled
 
 
-def race(layout, kind, mhc, spoil):
-    """Reads before their writes, and of memory that may be gone, on this rank."""
+def race(layout, kind, mhc, spoil, late=False, count=4, **settings):
+    """Reads before their writes, and of memory that may be gone, on this rank.
+
+    Args:
+        late: delay weight gradients.
+    """
     layout.initialize()
-    config = layout.config(kind, num_layers=8)
-    chunks = build(layout, config, kind, mhc)
-    iterate(chunks, config, count=4 * layout.ep, schedule=engine.forward_backward)
+    config = layout.config(kind, **dict(num_layers=8) | settings)
+    chunks = (delayed.build if late else build)(layout, config, kind, mhc)
+    iterate(chunks, config, count=count * layout.ep, schedule=engine.forward_backward)
     clocks = Clocks()
     engine.streams_for = lambda *_: clocks
     if mhc.recompute_layer_num != "off":
@@ -152,9 +158,11 @@ def race(layout, kind, mhc, spoil):
         fused.Tape.on = lambda self, stream: clocks.on(stream)
     if spoil == "memory":
         layer_nodes.FusedPass._reads = lambda *_: None
+    if spoil == "bias":
+        delayed_weights.DelayedWeights._used = lambda *_: None
     with Watch(clocks) as watch:
-        iterate(chunks, config, count=4 * layout.ep, schedule=engine.forward_backward)
-    beside = {"posting", "all-to-all" if kind != "dense" else "posting"}
+        iterate(chunks, config, count=count * layout.ep, schedule=engine.forward_backward)
+    beside = {"posting", "all-to-all" if kind.startswith("moe") else "posting"}
     assert beside <= set(clocks.home.values())
     return watch.early, watch.unsafe
 
@@ -173,6 +181,25 @@ def test_no_stream_reads_what_may_not_be_there(run_ranks, kind, boundary, replay
     assert not early
     # What a replay brings back is let go by the attention's piece, which comes after all other readers.
     assert replayed != "off" or not unsafe
+
+
+@pytest.mark.parametrize("boundary", ["whole", "split"])
+@pytest.mark.parametrize("kind", ["dense", "moe_shared"])
+def test_nor_do_delayed_weight_gradients(run_ranks, kind, boundary):
+    world, layout = LAYOUTS[kind]
+    early, unsafe = run_ranks(world, race, layout, kind, interleaved(boundary, "fused"), None, True)[0]
+    assert not early and not unsafe
+
+
+@pytest.mark.parametrize("spoil", [None, "bias"])
+def test_a_bias_that_post_res_adds_keeps_its_gradient(run_ranks, spoil):
+    """Its gradient is made on the stream of post_res, and taken where the weight's is."""
+    small = dict(num_layers=2, params_dtype=torch.float32, count=2)
+    run = functools.partial(race, late=True, **small)
+    mhc = interleaved("whole", "fused", backend="triton", sinkhorn_iterations=1)
+    early, unsafe = run_ranks(2, run, Layout(pp=2), "biased", mhc, spoil)[0]
+    assert not early
+    assert bool(unsafe) == (spoil is not None)
 
 
 @pytest.mark.parametrize("spoil", ["events", "memory"])

@@ -32,7 +32,6 @@ def config(**settings):
         ("num_microbatches_with_partial_activation_checkpoints", 2),
         ("moe_paged_stash", True),
         ("hybrid_context_parallel", True),
-        ("delay_wgrad_compute", True),
     ],
 )
 def test_unsupported_setting_is_refused(name, value):
@@ -56,7 +55,6 @@ FUSED = MHCConfig(pipeline_schedule="fused")
         ("moe_token_dispatcher_type", "flex"),
         ("overlap_dispatch_backward_with_experts_wgrad", True),
         ("mlp_chunks_for_training", 2),
-        ("delay_wgrad_compute", True),
     ],
 )
 def test_what_a_fused_layer_cannot_take_apart_is_refused(name, value):
@@ -65,6 +63,48 @@ def test_what_a_fused_layer_cannot_take_apart_is_refused(name, value):
     said = str(error.value)
     assert "--mhc-pipeline-schedule fused does not support" in said and f"--{name.replace('_', '-')} " in said
     assert "or use --mhc-pipeline-schedule " in said
+
+
+@pytest.mark.parametrize("mhc", [MHCConfig(), WHOLE, SPLIT], ids=["megatron", "interleaved", "split"])
+@pytest.mark.parametrize("pp", [1, 2])
+def test_delayed_weight_gradients_that_nobody_would_compute_are_refused(mhc, pp):
+    late = config(delay_wgrad_compute=True, pipeline_model_parallel_size=pp)
+    words = (
+        f"--mhc-pipeline-schedule {mhc.pipeline_schedule} does not support --delay-wgrad-compute True: "
+        ".*use --mhc-pipeline-schedule fused, or drop it"
+    )
+    with pytest.raises(ValueError, match=words):
+        options.check_config(late, mhc)
+
+
+def test_a_fused_pipeline_delays_weight_gradients():
+    options.check_config(config(delay_wgrad_compute=True), FUSED)
+    alone = config(delay_wgrad_compute=True, pipeline_model_parallel_size=1)
+    with pytest.raises(ValueError, match="--delay-wgrad-compute True needs a pipeline: .* or drop it"):
+        options.check_config(alone, FUSED)
+
+
+def test_what_megatron_asks_for_beside_delayed_weight_gradients_goes_with_fused():
+    """Its own checks let them pass with overlap_moe_expert_parallel_comm alone."""
+    settings = dict(num_layers=4, hidden_size=16, num_attention_heads=2, num_moe_experts=4, bf16=True)
+    settings |= dict(params_dtype=torch.bfloat16, pipeline_dtype=torch.bfloat16, add_bias_linear=False)
+    settings |= dict(moe_token_dispatcher_type="alltoall", expert_model_parallel_size=2)
+    settings |= dict(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2)
+    with pytest.raises(AssertionError, match="overlap_moe_expert_parallel_comm must be enabled"):
+        TransformerConfig(**settings, delay_wgrad_compute=True)
+    late = TransformerConfig(**settings, delay_wgrad_compute=True, overlap_moe_expert_parallel_comm=True)
+    options.check_config(late, FUSED)
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [("use_transformer_engine_op_fuser", True), ("moe_latent_size", 8), ("mtp_use_repeated_layer", True)],
+)
+def test_what_does_not_go_with_delayed_weight_gradients_is_refused(name, value):
+    options.check_config(config(**{name: value}), FUSED)
+    words = f"fused with --delay-wgrad-compute does not support --{name.replace('_', '-')} {value}: drop it"
+    with pytest.raises(ValueError, match=words):
+        options.check_config(config(delay_wgrad_compute=True, **{name: value}), FUSED)
 
 
 def test_fused_needs_a_layer_on_every_stage_and_trains_alone():
