@@ -12,26 +12,21 @@ communication occupies, jitter, and all-to-alls sharing the links of transfers.
 from __future__ import annotations
 
 import argparse
-import heapq
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields, replace
-from typing import Protocol
+from dataclasses import dataclass, fields, replace
 
 from megatron_mhc.pipeline.check import Deadlock, peak_in_flight
+from megatron_mhc.pipeline.costs import AWAIT, KERNEL, LINKS, REPORT, Costs, Phase, Times
+from megatron_mhc.pipeline.events import Node, run
 from megatron_mhc.pipeline.megatron_order import WAIT_SENT, megatron_programs
 from megatron_mhc.pipeline.program import (
-    ALL,
     ALL_TO_ALL,
-    BACKWARD,
     COMPUTE,
     FORWARD,
-    HEAD,
     POST,
-    REPLAY,
     SEND,
     SPLIT,
-    TAIL,
     WAIT,
     WHOLE,
     Message,
@@ -42,92 +37,8 @@ from megatron_mhc.pipeline.program import (
 )
 
 COMPUTE_STREAM, A2A_STREAM, PRIORITY_STREAM = "compute", "all-to-all", "priority"
-
-
-@dataclass(frozen=True)
-class Times:
-    """Times in milliseconds; the defaults are the paper's 27B at assumed rates (400 TFLOP/s, 45 GB/s).
-
-    Args:
-        attention: forward of attention with its norm and mHC operations, and the MLP's mHC pre.
-        mlp: forward of the MLP or of the experts.
-        post: forward of the MLP's post_res.
-        attention_backward, mlp_backward: with weight gradients; all of mHC's counts as attention.
-        replay: recomputation of one layer before its gradient comes.
-        all_to_all: one dispatch or combine, forward or backward; 0 for dense layers.
-        stream: transfer of one stream (C channels of all tokens) to the next rank.
-        latency: of any transfer.
-        streams: n.
-    """
-
-    attention: float = 1.30
-    mlp: float = 1.93
-    post: float = 0.07
-    attention_backward: float = 2.82
-    mlp_backward: float = 3.87
-    replay: float = 0.22
-    all_to_all: float = 0.31
-    stream: float = 0.466
-    latency: float = 0.02
-    streams: int = 4
-
-    def without(self, *names: str) -> Times:
-        return replace(self, **dict.fromkeys(names, 0.0))  # type: ignore[arg-type]
-
-    def compute(self, plan: Plan, op: Op) -> float:
-        """Duration of a compute operation; unfused, with the all-to-alls that nothing hides."""
-        layers = plan.layers_of(op.stage)
-        expert = 2 * self.all_to_all
-        # Under the split boundary the stage that receives [f, h_post] runs the last post_res of the sender.
-        sends, receives = op.stage < plan.stages - 1, op.stage > 0
-        moved = self.post * (plan.boundary == SPLIT)
-        tail = {FORWARD: self.mlp + expert, BACKWARD: self.mlp_backward + expert}
-        whole = {
-            FORWARD: layers * (self.attention + self.mlp + self.post + expert) + moved * (receives - sends),
-            BACKWARD: layers * (self.attention_backward + self.mlp_backward + expert),
-        }
-        nodes = {
-            FORWARD: {"attention": self.attention, "experts": self.mlp, "post": self.post},
-            BACKWARD: {"attention": self.attention_backward, "experts": self.mlp_backward, "post": 0.0},
-        }
-        if op.kind == REPLAY:
-            return layers * self.replay
-        if op.what == ALL:
-            return whole[op.kind]
-        if op.what == TAIL:
-            return tail[op.kind]
-        if op.what == HEAD:
-            return whole[op.kind] - tail[op.kind]
-        if op.what in ALL_TO_ALL:
-            return self.all_to_all
-        enters = moved if op.kind == FORWARD and op.what == "attention" and not op.layer and receives else 0.0
-        return nodes[op.kind][op.what] + enters
-
-    def transfer(self, message: Message) -> tuple[float, int]:
-        """(duration, number of slices in which it shares a link) of a message."""
-        if self.stream == 0:
-            return 0.0, 1
-        streams = 1 if message.name in ("write", "d_write") else self.streams
-        return self.latency + streams * self.stream, streams
-
-
-@dataclass
-class Node:
-    """Something that happens once all its predecessors have: an operation or a transfer."""
-
-    duration: float
-    missing: int = 0
-    then: list[Node] = field(default_factory=list)
-    links: tuple[tuple[str, int], ...] = ()
-    slices: int = 1
-    start: float = -1.0
-    end: float = -1.0
-    left: int = 0
-
-    def after(self, earlier: Node | None) -> None:
-        if earlier is not None:
-            earlier.then.append(self)
-            self.missing += 1
+MESSAGES, REPORTS = "messages", "reports"  # streams that copy
+Chain = tuple[bool, int, int]  # a micro-batch's forward or backward of one stage
 
 
 @dataclass
@@ -136,16 +47,6 @@ class Run:
 
     step: float
     timeline: list[list[tuple[Op, float, float]]]
-
-
-class Costs(Protocol):
-    """What `simulate` needs to know, of which `Times` is one form and a measurement another."""
-
-    def compute(self, plan: Plan, op: Op) -> float:
-        """Milliseconds of a compute operation."""
-
-    def transfer(self, message: Message) -> tuple[float, int]:
-        """(milliseconds, slices in which it shares a link) of a message."""
 
 
 def simulate(
@@ -167,110 +68,135 @@ def simulate(
         Deadlock: ranks that wait for each other.
     """
     programs = programs or [build_program(plan, rank) for rank in range(plan.pp)]
-    nodes: list[list[tuple[Op, Node]]] = []
-    transfers: dict[Message, Node] = {}
-    fifo: dict[tuple[int, str, int, int], Node] = {}  # the last transfer queued at one end of a channel
-    ends = 1 if alone else 2
+    transfers = _Transfers(plan, times, 1 if alone else 2)
+    ranks = [_Rank(plan, program, times, priority, transfers) for program in programs]
+    nodes = [node for rank in ranks for node in rank.nodes] + list(transfers.made.values())
+    step = run(nodes, times.machine.both_ways)
+    stuck = [next((op for op, _, last in rank.ops if last.end < 0), None) for rank in ranks]
+    if any(stuck):
+        raise Deadlock("; ".join(f"rank {rank} at {op}" for rank, op in enumerate(stuck) if op))
+    return Run(step, [[(op, first.start, last.end) for op, first, last in rank.ops] for rank in ranks])
 
-    def transfer(message: Message) -> Node:
-        if message not in transfers:
-            duration, slices = times.transfer(message)
-            source, target = message.stage % plan.pp, message.receiver % plan.pp
-            links = (("out", source), ("in", target)) if duration else ()
-            transfers[message] = Node(duration / slices, missing=ends, links=links, slices=slices)
-        return transfers[message]
 
-    for rank, program in enumerate(programs):
-        streams: dict[str, Node] = {}
-        chains: dict[tuple[bool, int, int], Node] = {}  # the last thing each chunk's forward or backward did
-        mine: list[tuple[Op, Node]] = []
+class _Transfers:
+    """The messages of all ranks; each begins once its `ends` are posted, one after the other on a channel."""
+
+    def __init__(self, plan: Plan, times: Costs, ends: int):
+        self._plan, self._times, self._ends = plan, times, ends
+        self.made: dict[Message, Node] = {}
+        self._queued: dict[tuple[int, str, int, int], Node] = {}  # the last one at one end of a channel
+
+    def of(self, message: Message) -> Node:
+        if message not in self.made:
+            machine = self._times.machine
+            duration, slices = self._times.transfer(message)
+            source, target = message.stage % self._plan.pp, message.receiver % self._plan.pp
+            node = Node(duration / slices, missing=self._ends, slices=slices)
+            if duration:
+                node.uses, node.turn = (("out", source), ("in", target)), machine.turn(message, MESSAGES)
+            self.made[message] = node
+        return self.made[message]
+
+    def post(self, rank: int, message: Message, node: Node) -> None:
+        """One end of a message is posted when `node` happens."""
+        moved = self.of(message)
+        node.then.append(moved)
+        name, source, target = channel(self._plan, message)
+        if self._times.machine.one_channel:
+            name, source, target = "", *((rank, -1) if source == rank else (-1, rank))
+        end = rank, name, source, target
+        moved.after(self._queued.get(end))
+        self._queued[end] = moved
+
+
+class _Rank:
+    """The operations of one rank as nodes."""
+
+    def __init__(self, plan: Plan, program: list[Op], times: Costs, priority: bool, transfers: _Transfers):
+        self.plan, self.times, self.machine, self.priority = plan, times, times.machine, priority
+        self.transfers = transfers
+        self.rank = next(op.stage for op in program if op.kind in COMPUTE) % plan.pp
+        self.nodes: list[Node] = []
+        self.ops: list[tuple[Op, Node, Node]] = []  # with their first and last nodes
+        # The last that each stream did, each chain, the report that its host waits for, and the host itself.
+        self.streams: dict[str, Node] = {}
+        self.chains: dict[Chain, Node] = {}
+        self.reports: dict[Chain, Node] = {}
+        self.host: Node | None = None
+        self.computed: list[Node] = []
         for op in program:
-            node = Node(times.compute(plan, op) if op.kind in COMPUTE else 0.0)
-            if op.kind in COMPUTE:
-                stream = COMPUTE_STREAM
-                if op.what in ALL_TO_ALL:
-                    stream = A2A_STREAM
-                elif op.what == "post" and op.kind == FORWARD and priority:
-                    stream = PRIORITY_STREAM
-                chain = (op.kind == FORWARD, op.microbatch, op.stage)
-                node.after(streams.get(stream))
-                node.after(chains.get(chain))
-                streams[stream] = chains[chain] = node
-            else:
-                message = op.message
-                moved = transfer(message)
-                own = message.receiver if op.kind in (WAIT, POST) else message.stage
-                chain = (not message.backward, message.microbatch, own)
-                if op.kind == SEND:
-                    node.after(chains.get(chain))
-                elif op.kind == POST:
-                    node.after(streams.get(COMPUTE_STREAM))
-                else:
-                    node.after(moved)
-                    node.after(chains.get(chain) if op.kind == WAIT else None)
-                    chains[chain] = node
-                    if op.kind == WAIT_SENT or not plan.fused:
-                        node.after(streams.get(COMPUTE_STREAM))
-                        streams[COMPUTE_STREAM] = node
-                if op.kind in (SEND, POST):
-                    node.then.append(moved)
-                    end = (rank, *channel(plan, message))
-                    moved.after(fifo.get(end))
-                    fifo[end] = moved
-            mine.append((op, node))
-        nodes.append(mine)
-    step = _run([node for mine in nodes for _, node in mine] + list(transfers.values()))
-    first = [next((op for op, node in mine if node.end < 0), None) for mine in nodes]
-    if any(first):
-        raise Deadlock("; ".join(f"rank {rank} at {op}" for rank, op in enumerate(first) if op))
-    timeline = [[(op, node.start, node.end) for op, node in mine] for mine in nodes]
-    return Run(step, timeline)
+            first, last = self._compute(op) if op.kind in COMPUTE else self._exchange(op)
+            self.ops.append((op, first, last))
 
+    def _node(self, duration: float = 0.0) -> Node:
+        self.nodes.append(Node(duration))
+        return self.nodes[-1]
 
-def _run(nodes: list[Node]) -> float:
-    now, count = 0.0, 0
-    done: list[tuple[float, int, Node]] = []
-    queue: deque[Node] = deque()  # transfers that wait for their links
-    busy: set[tuple[str, int]] = set()
+    def _launch(self, ms: float, *after: Node | None) -> None:
+        """The host goes on to the next thing in `ms`, once `after` have happened."""
+        if self.machine.host:
+            self.host = self._node(ms).after(self.host, *after)
 
-    def begin(node: Node) -> None:
-        nonlocal count
-        if node.start < 0:
-            node.start, node.left = now, node.slices
-        if node.links:
-            queue.append(node)
-        else:
-            count += 1
-            heapq.heappush(done, (now + node.duration, count, node))
-
-    def serve() -> None:
-        nonlocal count
-        for _ in range(len(queue)):
-            node = queue.popleft()
-            if busy.intersection(node.links):
-                queue.append(node)
+    def _compute(self, op: Op) -> tuple[Node, Node]:
+        stream, chain = COMPUTE_STREAM, (op.kind == FORWARD, op.microbatch, op.stage)
+        if op.what in ALL_TO_ALL:
+            stream = A2A_STREAM
+        elif op.what == "post" and self.priority:
+            stream = PRIORITY_STREAM
+        ahead = self.machine.ahead
+        if ahead is not None and len(self.computed) > ahead:
+            self._launch(0.0, self.computed[-1 - ahead])
+        done = []
+        for phase in self.times.phases(self.plan, op):
+            if phase.kind == AWAIT:
+                self._launch(phase.host, self.reports.get(chain))
                 continue
-            busy.update(node.links)
-            count += 1
-            heapq.heappush(done, (now + node.duration, count, node))
+            nodes = self._phase(phase, stream, chain)
+            if phase.kind == REPORT:
+                self.reports[chain] = nodes[-1]
+            else:
+                self.streams[stream] = self.chains[chain] = nodes[-1]
+                done += nodes
+            self._launch(phase.host)
+        self.computed.append(done[-1])
+        return done[0], done[-1]
 
-    for node in [node for node in nodes if not node.missing]:
-        begin(node)
-    serve()
-    while done:
-        now, _, node = heapq.heappop(done)
-        busy.difference_update(node.links)
-        node.left -= 1
-        if node.links and node.left:
-            queue.append(node)
+    def _phase(self, phase: Phase, stream: str, chain: Chain) -> list[Node]:
+        """Its nodes; the last one is its end."""
+        machine, before = self.machine, (self.streams.get(stream), self.chains.get(chain), self.host)
+        uses = LINKS.get(phase.kind, ("gpu",) if phase.kind == KERNEL and machine.kernels else ())
+        if not uses or not phase.ms:
+            return [self._node(phase.ms).after(*before)]
+        slices = machine.slices(phase.ms)
+        nodes = [self._node(phase.ms / slices).after(*before) for _ in uses]
+        for node, what in zip(nodes, uses, strict=True):
+            node.uses, node.slices = ((what, self.rank),), slices
+            if phase.kind == KERNEL:
+                node.urgent = stream != COMPUTE_STREAM
+            else:
+                node.turn = machine.turn(id(node), REPORTS if phase.kind == REPORT else stream)
+        return nodes if len(nodes) == 1 else [*nodes, self._node().after(*nodes)]
+
+    def _exchange(self, op: Op) -> tuple[Node, Node]:
+        message, machine = op.message, self.machine
+        own = message.receiver if op.kind in (WAIT, POST) else message.stage
+        chain = (not message.backward, message.microbatch, own)
+        node, compute = self._node(), self.streams.get(COMPUTE_STREAM)
+        self._launch(self.times.host(op))
+        node.after(self.host)
+        if op.kind == SEND:
+            node.after(self.chains.get(chain))
+        elif op.kind == POST:
+            node.after(compute if machine.late or not machine.host else None)
         else:
-            node.end = now
-            for later in node.then:
-                later.missing -= 1
-                if not later.missing:
-                    begin(later)
-        serve()
-    return now
+            node.after(self.transfers.of(message), self.chains.get(chain) if op.kind == WAIT else None)
+            self.chains[chain] = node
+            if op.kind == WAIT_SENT or not self.plan.fused:
+                node.after(compute)
+                self.streams[COMPUTE_STREAM] = node
+        if op.kind in (SEND, POST):
+            self.transfers.post(self.rank, message, node)
+        return node, node
 
 
 @dataclass(frozen=True)
@@ -347,8 +273,11 @@ def main(argv: list[str] | None = None) -> None:
     for name, default in dict(pp=8, vpp=4, microbatches=32, layers=1).items():
         parser.add_argument(f"--{name}", type=int, default=default)
     for f in fields(Times):
-        kind = int if f.name == "streams" else float
-        parser.add_argument("--" + f.name.replace("_", "-"), type=kind, default=f.default)
+        flag = "--" + f.name.replace("_", "-")
+        if isinstance(f.default, bool):
+            parser.add_argument(flag, action="store_true")
+        else:
+            parser.add_argument(flag, type=type(f.default), default=f.default)
     parser.add_argument("--png", help="where to draw the timeline")
     parser.add_argument(
         "--draw", default="interleaved, split", help="schedule to draw, as the table names it"

@@ -15,6 +15,8 @@ from typing import Any
 Row = dict[str, Any]
 MEASURED = ("step", "simulated", "simulated p2p", "simulated without compute", "message", "peak GiB")
 PROFILED = ("compute", "exposed p2p", "exposed all-to-all", "exposed collectives", "without compute", "idle")
+# pipeline_model.py's: what the simulator leaves out, and what the step does.
+MODELS, STEP_PARTS = ("links apart", "host ahead", "neither"), ("without messages", "without both")
 RESUMED = ("error", "last step", "exit", "seconds", "names rank 1", "ok")
 
 
@@ -79,11 +81,19 @@ def pipeline(report: Row) -> list[str]:
     """One line for each program; what the simulator says, in ms and as a part of what was measured."""
     columns = ["step", "exposed messages", "messages", "hidden", "exposed all-to-all", "simulated"]
     columns += ["simulated / measured", "peak GiB", "failed"]
-    rows = []
+    rows, models = [], []
     for name, run in report["runs"].items():
         reason = run.get("failed", "").strip().splitlines()[-1:]
         rows.append([name, *map(run.get, columns[:-1]), *(reason or ["-"])])
+        if other := run.get("other models"):
+            cells = [run["simulated / measured"], *(other[model] / run["step"] for model in MODELS)]
+            models.append([name, *cells, *(other[part] / run[part] for part in STEP_PARTS)])
     parts = [f"{report['device']}, `{json.dumps(report['arguments'])}`", table(["ms", *columns], rows)]
+    if link := report.get("link"):
+        parts.append(f"link: `{json.dumps({key: link[key] for key in link if key != 'asked'})}`")
+    if models:
+        header = ["simulated / measured", "step", *MODELS, *(f"step {part}" for part in STEP_PARTS)]
+        parts.append(table(header, models))
     for name, run in report["runs"].items():
         keys = [key for key in run if key.startswith("combine end to post end")]
         late = [[key.removeprefix("combine end to post end, "), *run[key].values()] for key in keys]

@@ -2,16 +2,21 @@
 
     python scripts/bench/pipeline.py --out runs/pipeline [--pp 8 --vpp 2 --microbatches 16 --layers 2]
         [--runs "megatron whole,fused split"] [--limit 120] [--trace "fused split"] [--share 0.125]
+        [--exchange wait] [--pad]
     python scripts/bench/pipeline.py --out runs/pipeline --cpu       # tiny, without CUDA: checks the script
 
 A message that is received is copied from pinned host memory as soon as its receive is posted, a message
 that is sent is copied to it; an expert all-to-all is a copy of the tokens, or of a --share of them (NVLink is
-faster than PCIe), to the host and back. So what is measured is this rank's order, streams and overlap. What
-is not: neighbours that are late, NCCL's use of SMs, and the fabric.
+faster than PCIe), to the host and back; with --exchange wait it waits for as long, and messages have the link
+for themselves. With --pad every expert gets the same number of tokens, and the host need not wait for it. So
+what is measured is this rank's order, streams and overlap. What is not: neighbours that are late, NCCL's use
+of SMs, and the fabric.
 
-Written to --out: results.json, after every run; to --pictures, or there too: timeline_*.png of CUDA events,
-and trace_*.png of one more step under torch.profiler, after all that is timed. The same command again does
-the runs that are not in results.json.
+The simulator is told what was measured apart from the step: operations in phases, from steps without messages
+on one stream; the host's own time; the link, alone (`standins.Link`). Written to --out: results.json, after
+every run (pipeline_model.py simulates again from it); events.json, all that one step of each kind noted; to
+--pictures, or there too: timeline_*.png of CUDA events, and trace_*.png and .json.gz of one more step under
+torch.profiler, after all that is timed. The same command again does the runs that are not in results.json.
 """
 
 from __future__ import annotations
@@ -19,6 +24,7 @@ from __future__ import annotations
 import argparse
 import faulthandler
 import gc
+import gzip
 import json
 import statistics
 import sys
@@ -56,6 +62,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--limit", type=int, default=0, help="seconds of a run, 0: none")
     parser.add_argument("--trace", default="", help="runs of which torch.profiler sees one more step")
     parser.add_argument("--share", type=float, default=1.0, help="of the tokens that all-to-alls copy")
+    parser.add_argument("--exchange", choices=("copy", "wait"), default="copy", help="for all-to-alls")
+    parser.add_argument("--pad", action="store_true", help="experts drop tokens, and pad, to equal numbers")
     parser.add_argument("--pictures", help="folder; default --out")
     parser.add_argument("--cpu", action="store_true")
     args = parser.parse_args()
@@ -80,20 +88,20 @@ if ARGS.cpu:
     cpu.install()
     cpu.patch_megatron()
     cpu.use_local_modules()
+import timeline  # noqa: E402
 from megatron.core import parallel_state, tensor_parallel  # noqa: E402
 from megatron.core.models.gpt import GPTModel  # noqa: E402
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec  # noqa: E402
 from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
 from megatron.core.transformer import TransformerConfig  # noqa: E402
-from standins import Copies, Exchange, LoopTransport  # noqa: E402
-from timeline import DEVICE, Log, Mark, Measured, TimedStreams, medians, synchronize  # noqa: E402
+from pipeline_model import PARTS, kind, plan_of, program_of, simulated  # noqa: E402
+from standins import Copies, Exchange, Link, LoopTransport, cycles_per_ms, exchange  # noqa: E402
+from timeline import DEVICE, Log, Mark, TimedStreams, synchronize  # noqa: E402
 from timeline_picture import draw, draw_trace  # noqa: E402
 
 from megatron_mhc import MHCConfig, specs  # noqa: E402
-from megatron_mhc.pipeline import engine, fused, program  # noqa: E402
-from megatron_mhc.pipeline.megatron_order import WAIT_SENT, megatron_program  # noqa: E402
-from megatron_mhc.pipeline.program import Op, Plan  # noqa: E402
-from megatron_mhc.pipeline.simulate import simulate  # noqa: E402
+from megatron_mhc.pipeline import engine, fused  # noqa: E402
+from megatron_mhc.pipeline.megatron_order import WAIT_SENT  # noqa: E402
 from megatron_mhc.pipeline.streams import HostStreams  # noqa: E402
 
 DTYPE = torch.float32 if ARGS.cpu else torch.bfloat16
@@ -132,6 +140,8 @@ def build(mhc: MHCConfig) -> tuple[TransformerConfig, list[Any]]:
             moe_grouped_gemm=not args.no_te,
             moe_router_dtype="fp32",
         )
+        if args.pad:
+            settings |= dict(moe_expert_capacity_factor=1.0, moe_pad_expert_input_to_capacity=True)
     config = TransformerConfig(**settings)
     chunks = []
     for _ in range(args.vpp):
@@ -151,21 +161,16 @@ def build(mhc: MHCConfig) -> tuple[TransformerConfig, list[Any]]:
         for at, layer in enumerate(model.decoder.layers):
             layer.layer_number = 2 + at  # the model's first layer would expand an embedding
             if layer.is_moe_layer:
-                _exchange(layer.mlp.token_dispatcher)
+                exchange(layer.mlp.token_dispatcher)
         chunks.append(model)
     return config, chunks
 
 
-def _exchange(dispatcher: Any) -> None:
-    dispatch, combine = dispatcher.token_dispatch, dispatcher.token_combine
-
-    def token_dispatch(hidden: torch.Tensor, probs: torch.Tensor) -> Any:
-        return dispatch(Exchange.apply(hidden), probs)
-
-    def token_combine(hidden: torch.Tensor) -> Any:
-        return combine(Exchange.apply(hidden))
-
-    dispatcher.token_dispatch, dispatcher.token_combine = token_dispatch, token_combine
+def message_shapes() -> dict[str, tuple[int, ...]]:
+    tokens = ARGS.sequence, ARGS.micro_batch
+    wide = (*tokens, ARGS.streams * ARGS.hidden)
+    narrow = (*tokens, engine.packed_width(ARGS.hidden, ARGS.streams, DTYPE))
+    return {"streams": wide, "mixed": wide, "d_streams": wide, "write": narrow, "d_write": narrow}
 
 
 class Bench:
@@ -183,22 +188,11 @@ class Bench:
         )
         torch.manual_seed(1)
         self.config, self.chunks = build(mhc)
-        self.plan = Plan(
-            ARGS.pp,
-            ARGS.vpp,
-            ARGS.microbatches,
-            boundary=boundary,
-            fused=order == "fused",
-            layers=ARGS.layers,
-            replay=ARGS.replay != "off",
-        )
-        self.program = program.build_program(self.plan, ARGS.rank)
-        if order == "megatron":
-            self.program = megatron_program(self.plan, ARGS.rank)
+        self.plan = plan_of(vars(ARGS), order, boundary)
+        self.program = program_of(self.plan, order, ARGS.rank)
         self.copies = Exchange.copies
-        self.timed: dict[
-            bool, TimedStreams
-        ] = {}  # by priority; every new stream would take memory of its own
+        # By priority; every new stream would take memory of its own.
+        self.timed: dict[bool, TimedStreams] = {}
         self.mask = torch.ones(ARGS.sequence, ARGS.sequence, dtype=torch.bool, device=DEVICE).triu(1)[
             None, None
         ]
@@ -219,12 +213,8 @@ class Bench:
         bench = self
 
         def transport(step: Any, sizes: tuple[int, int]) -> LoopTransport:
-            width, tokens = self.config.hidden_size, (ARGS.sequence, ARGS.micro_batch)
-            wide = (*tokens, ARGS.streams * width)
-            narrow = (*tokens, engine.packed_width(width, ARGS.streams, DTYPE))
-            shapes = {"streams": wide, "mixed": wide, "d_streams": wide, "write": narrow, "d_write": narrow}
             late = bench.order == "megatron"
-            made = (bench.plan, ARGS.rank, None, shapes, DTYPE, DEVICE, streams)
+            made = (bench.plan, ARGS.rank, None, message_shapes(), DTYPE, DEVICE, streams)
             return LoopTransport(*made, copies=bench.copies, log=log, copy=copy, late=late)
 
         kind = fused.FusedStep if self.plan.fused else engine.Step
@@ -245,10 +235,10 @@ class Bench:
         run.run_op[WAIT_SENT] = lambda op: run.transport.wait_sent(op.message)
         for chunk in self.chunks:
             chunk.zero_grad(set_to_none=True)
-        Exchange.active = exchange
+        Exchange.active, Exchange.log = exchange, log
         engine.observers[:] = [log.observe]
         synchronize()
-        begin = Mark()
+        begin = log.origin = Mark()
         run.run()
         if cuda:  # the step ends when all of its streams have
             for stream in (self.copies.inward, self.copies.outward):
@@ -257,74 +247,65 @@ class Bench:
         synchronize()
         return end.since(begin)
 
-    def median(self, **how: Any) -> tuple[float, list[Log]]:
+    def steps(
+        self, steps: int, warmup: int, alone: bool = False, **how: Any
+    ) -> tuple[list[float], list[Log]]:
         how = dict(copy=True, exchange=True, serial=False, priority=True) | how
         times, logs = [], []
-        for at in range(ARGS.warmup + ARGS.steps):
-            log = Log()
+        for at in range(warmup + steps):
+            log = Log(alone)
             took = self.step(log, **how)
-            if at >= ARGS.warmup:
+            if at >= warmup:
                 times.append(took)
                 logs.append(log)
-        return statistics.median(times), logs
+        return times, logs
 
 
-def _kind(op: Op) -> tuple[str, str]:
-    return op.kind, op.what
-
-
-def moved(logs: list[Log]) -> dict[str, float]:
-    """Median milliseconds of every kind of message."""
-    moves: dict[str, list[float]] = {}
-    for log in logs:
-        for name, start, end in log.copies:
-            moves.setdefault(name, []).append(end.since(start))
-    return {name: statistics.median(values) for name, values in moves.items()}
-
-
-def latencies(logs: list[Log]) -> dict[str, float]:
-    """From the end of a combine to the end of the post_res behind it: median and 95th percentile, ms."""
-    found = [
-        end.since(after)
-        for log in logs
-        for op, _, _, end, after in log.nodes
-        if op is not None and op.kind == program.FORWARD and op.what == "post" and after is not None
-    ]
-    if not found:
-        return {}
-    found.sort()
-    return {"median": statistics.median(found), "p95": found[int(0.95 * (len(found) - 1))]}
-
-
-def run(order: str, boundary: str, pictures: Path) -> dict[str, Any]:
-    """All that is measured of one program."""
+def run(order: str, boundary: str, report: dict[str, Any], pictures: Path) -> dict[str, Any]:
+    """All that is measured of one program; what its steps noted is under "events"."""
     bench = Bench(order, boundary)
-    full, logs = bench.median()
-    still, _ = bench.median(copy=False)
-    quiet = still if ARGS.dense else bench.median(copy=False, exchange=False)[0]
-    _, serial = bench.median(copy=False, serial=True)
-    measured = Measured(medians(serial, _kind), moved(logs), _kind)
-    simulated = simulate(bench.plan, measured, [bench.program], alone=True).step
+    few = max(1, ARGS.steps - 1), 1
+    cuda = DEVICE.type == "cuda"
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    steps, logs = bench.steps(ARGS.steps, ARGS.warmup)
+    peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else None
+    still, still_logs = bench.steps(*few, copy=False)
+    quiet = still if ARGS.dense else bench.steps(*few, copy=False, exchange=False)[0]
+    _, serial = bench.steps(*few, copy=False, serial=True)
+    _, alone = bench.steps(2, 1, alone=True)
+    inputs = {
+        "phases": timeline.phases(serial + alone, kind),
+        "host": timeline.host_times(alone),
+        "lead": timeline.lead(serial),
+    }
+    models = simulated(report, f"{order} {boundary}", inputs)
+    full, without, bare = map(statistics.median, (steps, still, quiet))
     volume = sum(end.since(start) for _, start, end in logs[-1].copies)
     found = {
         "step": full,
-        "exposed messages": full - still,
+        "exposed messages": full - without,
         "messages": volume,
-        "hidden": 1 - (full - still) / volume,
-        "exposed all-to-all": still - quiet,
-        "simulated": simulated,
-        "simulated / measured": simulated / full,
-        "operations": {f"{kind} {what}": value for (kind, what), value in measured.ops.items()},
-        "message": measured.messages,
+        "hidden": 1 - (full - without) / volume,
+        "exposed all-to-all": without - bare,
+        **dict(zip(PARTS, (without, bare), strict=True)),
+        "simulated": models["simulated"],
+        "simulated / measured": models["simulated"] / full,
+        "other models": {name: models[name] for name in models if name != "simulated"},
+        "operations": timeline.medians(serial, kind),
+        "message": timeline.moved(logs),
+        "steps": {"step": steps, **dict(zip(PARTS, (still, quiet), strict=True))},
+        "inputs": inputs,
     }
-    if DEVICE.type == "cuda":
-        found["peak GiB"] = torch.cuda.max_memory_allocated() / 2**30
-        torch.cuda.reset_peak_memory_stats()
+    noted = {"step": logs, "without messages": still_logs, "on one stream": serial, "host alone": alone}
+    found["events"] = {name: timeline.raw(some[-1]) for name, some in noted.items()}
+    if cuda:
+        found["peak GiB"] = peak
     if order == "fused" and boundary == "whole":
-        found["combine end to post end"] = latencies(logs)
-        slower, normal = bench.median(priority=False)
-        found["step, normal priority"] = slower
-        found["combine end to post end, normal priority"] = latencies(normal)
+        found["combine end to post end"] = timeline.latencies(logs)
+        slower, normal = bench.steps(*few, priority=False)
+        found["step, normal priority"] = statistics.median(slower)
+        found["combine end to post end, normal priority"] = timeline.latencies(normal)
     draw(logs[-1], pictures / f"timeline_{order}_{boundary}.png", f"{order}, {boundary}")
     return found
 
@@ -343,6 +324,7 @@ def profile(order: str, boundary: str, path: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder) / "trace.json"
         recorded.export_chrome_trace(str(trace))
+        path.with_suffix(".json.gz").write_bytes(gzip.compress(trace.read_bytes()))
         draw_trace(trace, path, f"{order}, {boundary}: one step's middle, torch.profiler")
 
 
@@ -355,23 +337,31 @@ def main() -> None:
     results: dict[str, Any] = {"arguments": about, "device": torch.cuda.get_device_name(), "runs": {}}
     if file.exists() and (old := json.loads(file.read_text()))["arguments"] == about:
         results = old
+    log = out / "events.json"
+    events: dict[str, Any] = json.loads(log.read_text()) if log.exists() and results["runs"] else {}
     dist.init_process_group(
         "gloo" if ARGS.cpu else "nccl", init_method="tcp://127.0.0.1:0", rank=0, world_size=1
     )
     parallel_state.initialize_model_parallel()
     tensor_parallel.model_parallel_cuda_manual_seed(1)
-    Exchange.copies, Exchange.share = Copies(), ARGS.share
+    Exchange.copies, Exchange.share, Exchange.how = Copies(), ARGS.share, ARGS.exchange
+    if "link" not in results:
+        results["link"] = measure_link()
+    Exchange.cycles = int(sum(results["link"]["alone"]["exchange"].values()) * cycles_per_ms())
     for name in (name for name in ARGS.runs if name not in results["runs"]):
         results["runs"][name] = {"failed": "the process ended in its midst"}
-        file.write_text(json.dumps(results, indent=1) + "\n")
+        write(file, results)
         if ARGS.limit:
             faulthandler.dump_traceback_later(ARGS.limit, exit=True)
         try:
-            results["runs"][name] = run(*name.split(), pictures)
+            found = run(*name.split(), results, pictures)
+            events[name] = found.pop("events")
+            results["runs"][name] = found
         except (RuntimeError, ValueError, AssertionError, torch.OutOfMemoryError):
             results["runs"][name] = {"failed": traceback.format_exc()}
         faulthandler.cancel_dump_traceback_later()
-        file.write_text(json.dumps(results, indent=1) + "\n")
+        write(file, results)
+        log.write_text(json.dumps(events, separators=(",", ":")) + "\n")
         shown = {k: round(v, 3) for k, v in results["runs"][name].items() if isinstance(v, float)}
         print(f"{name:20} {shown or results['runs'][name]}", flush=True)
         clean()
@@ -384,6 +374,17 @@ def main() -> None:
     dist.destroy_process_group()
     if failed := [name for name, found in results["runs"].items() if "failed" in found]:
         raise SystemExit(f"failed: {', '.join(failed)}")
+
+
+def write(file: Path, results: dict[str, Any]) -> None:
+    file.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def measure_link() -> dict[str, Any]:
+    rows = int(ARGS.share * ARGS.sequence * ARGS.micro_batch * ARGS.topk)
+    found = Link(Exchange.copies, message_shapes(), rows, ARGS.hidden, DTYPE).measured()
+    clean()
+    return found
 
 
 def clean() -> None:

@@ -36,10 +36,21 @@ REPORT = {
 PIPELINE = {
     "device": "a GPU",
     "arguments": {"pp": 4},
+    "link": {"turns": {"normal": "stream"}, "asked": [1, 2]},
     "runs": {
         "fused whole": {
             "step": 450.0,
             "hidden": 0.987,
+            "simulated / measured": 0.96,
+            "other models": {
+                "links apart": 315.0,
+                "host ahead": 405.0,
+                "neither": 270.0,
+                "without messages": 399.0,
+                "without both": 360.0,
+            },
+            "without messages": 420.0,
+            "without both": 400.0,
             "combine end to post end": {"median": 0.31, "p95": 0.4},
             "combine end to post end, normal priority": {"median": 2.5, "p95": 3.0},
         },
@@ -69,6 +80,9 @@ def test_tables_of_one_rank(tmp_path, capsys):
     assert any(line.startswith("| fused whole | 450 |") and " 0.987 |" in line for line in found)
     assert any(line.endswith("| torch.OutOfMemoryError: CUDA |") for line in found)
     assert "| normal priority | 2.5 | 3 |" in found
+    assert "| fused whole | 0.96 | 0.7 | 0.9 | 0.6 | 0.95 | 0.9 |" in found
+    assert len([line for line in found if line.startswith("| fused split")]) == 1  # it failed
+    assert 'link: `{"turns": {"normal": "stream"}}`' in found
 
 
 def test_a_trace_becomes_a_picture(tmp_path):
