@@ -57,7 +57,8 @@ def pre_backward(
     partial = torch.empty(MIDDLE * blocks, 48, **f32)
     compiled.launch(
         blocks, x.device,
-        *(tensor_map(t, cut.width) for t in (x, g, f, dl, dx, df)), f_bias, weight, bias, *alphas, saved, *writer,
+        *(tensor_map(t, cut.width) for t in (x, g, f, dl, dx, df)),
+        f_bias, weight, bias, *alphas, saved, *writer,
         d_weight, d_bias, d_alphas,
         parts, coefficients, partial, counts, T, cut.groups,
     )  # fmt: skip
