@@ -29,6 +29,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 from megatron.core.transformer.module import Float16Module, MegatronModule
+from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from torch import Tensor
 
@@ -242,6 +243,19 @@ class TokenLocalAttention(MegatronModule):
         key, value = key.repeat_interleave(repeat, dim=2), value.repeat_interleave(repeat, dim=2)
         gate = torch.sigmoid((query * key).sum(-1, keepdim=True))
         return (gate * value).flatten(2)
+
+
+_router_gemm = moe_utils.te_general_gemm
+
+
+def exact_router(exact: bool = True) -> None:
+    """Test-only: have routers multiply in their own precision, or as Megatron does.
+
+    Where Transformer Engine is installed, Megatron's float32 routers multiply by its GEMM, which rounds
+    what it multiplies to TF32. A difference in the last bit of float32 then becomes 5e-4 of a factor where
+    it crosses a rounding boundary, and 2e-4 of a gradient; no token changes its expert for that.
+    """
+    moe_utils.te_general_gemm = None if exact else _router_gemm
 
 
 _casts = Tensor.float, torch.softmax

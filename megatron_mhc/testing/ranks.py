@@ -1,4 +1,4 @@
-"""Run a function on several gloo ranks, forked from this process.
+"""Run a function on several ranks, forked from this process: over gloo, or over NCCL with a GPU for each.
 
 A fork costs milliseconds where torchrun pays for imports on every rank. It is safe while this process
 has neither touched CUDA nor started threads of its own that hold locks.
@@ -21,6 +21,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+backend = "gloo"  # of all ranks; or nccl
+
 
 class RankError(RuntimeError):
     """A rank failed; the message holds its number and traceback."""
@@ -30,8 +32,8 @@ def run_ranks(world: int, fn: Callable[..., Any], *args: Any, timeout: float = 1
     """Call `fn(*args)` on `world` ranks and return the results in order of rank.
 
     Args:
-        world: number of processes, which share a gloo process group.
-        fn: any callable; the fork hands it over without pickling. Its result may hold CPU tensors.
+        world: number of processes, which share a process group.
+        fn: any callable; the fork hands it over without pickling. Tensors in its result come on the CPU.
         timeout: seconds for all of it, and for each collective.
 
     Raises:
@@ -74,7 +76,7 @@ def _collect(pipes: list[Connection], deadline: float) -> list[Any]:
                 raise RankError(f"rank {rank} died without an answer") from None
             if failed:
                 raise RankError(f"rank {rank}:\n{payload}")
-            results[rank] = torch.load(io.BytesIO(payload), weights_only=False)
+            results[rank] = torch.load(io.BytesIO(payload), "cpu", weights_only=False)
     for pipe in pipes:
         pipe.send(None)
     return [results[rank] for rank in range(len(pipes))]
@@ -88,9 +90,11 @@ def _rank(
         os.environ[name] = os.environ["LOCAL_" + name] = str(value)
     torch.set_num_threads(1)
     try:
+        if backend == "nccl":
+            torch.cuda.set_device(rank)
         limit = timedelta(seconds=timeout)
         dist.init_process_group(
-            "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=limit
+            backend, init_method=f"file://{store}", rank=rank, world_size=world, timeout=limit
         )
         result = io.BytesIO()
         # By value: a tensor sent through a pipe as such lives in this process's shared memory.

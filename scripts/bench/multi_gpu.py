@@ -2,19 +2,21 @@
 
     python scripts/bench/multi_gpu.py --ranks 2 --out multi_gpu.json [--limit 540]
         [--only parity,curves,measure,profile,resume] [--layouts tp2,...] [--schedules megatron,...]
-        [--widths 2560,4096] [--streams 1,4] [--dtype float64] [--backend reference]
+        [--widths 2560,4096] [--streams 4,1] [--dtype float64] [--backend reference] [--list]
 
-parity   one float32 iteration in every layout and schedule: loss and gradients within 1e-5 of one GPU's;
-         the plugin's schedules run a step before, whose messages go by way of the hosts
-curves   50 steps in bf16 with Transformer Engine: losses within 0.02 nats of one GPU's, on average
+parity   one float32 iteration in every layout and schedule: loss and gradients within 1e-5 of one GPU's,
+         every token with its expert; the plugin's schedules run a step before, whose messages go by way of
+         the hosts
+curves   50 steps in bf16 with Transformer Engine: losses as near to one GPU's as its noise allows
 measure  PP2 x VPP2 and expert parallelism: step time, beside the simulator's from measured parts
 profile  the exposed communication of a step of each of these, with a picture
 resume   multi_gpu_resume.py: checkpoints between two GPUs and one, a rank killed in the midst of a step
 
---out is written after every row. A row that fails, or takes longer than --row-timeout, is counted as failed
-and the ranks are started again behind it, until --limit seconds are over; the same call later goes on there
-too. With NCCL_P2P_DISABLE=1 NCCL_SHM_DISABLE=1 in the environment (and another --out) messages cross the
-network stack. Without a GPU, to check the program and no speed:
+Rows run in the order of n, width, layout and schedule as these are given; --list prints them, and runs none.
+--out is written after every row, and with what a row has so far. A row that fails, or takes longer than
+--row-timeout, is counted as failed and the ranks are started again behind it, until --limit seconds are over;
+the same call later goes on there too. With NCCL_P2P_DISABLE=1 NCCL_SHM_DISABLE=1 in the environment (and
+another --out) messages cross the network stack. Without a GPU, to check the program and no speed:
 
     torchrun --standalone --nproc-per-node 2 -m megatron_mhc.testing.cpu scripts/bench/multi_gpu.py --tiny \\
         --out multi_gpu.json
@@ -49,6 +51,7 @@ torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # before anything else tou
 warnings.filterwarnings("ignore", module="megatron")
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import multi_gpu_curves as curves  # noqa: E402
 import multi_gpu_measure as measure  # noqa: E402
 import multi_gpu_parity as parity  # noqa: E402
 import multi_gpu_resume as resume  # noqa: E402
@@ -78,7 +81,7 @@ def arguments() -> argparse.Namespace:
     add("--layouts", type=listed(parity.LAYOUTS), default=[], help="default all")
     add("--schedules", type=listed(parity.SCHEDULES), default=list(parity.SCHEDULES))
     add("--widths", type=listed(None, int), default=[2560, 4096], help="of measure and profile")
-    add("--streams", type=listed(None, int), default=[1, 4], help="n; curves take the largest")
+    add("--streams", type=listed(None, int), default=[4, 1], help="n; curves take the largest")
     add("--dtype", choices=("float32", "float64"), default="float32", help="of parity")
     add("--backend", choices=("auto", "reference"), default="auto", help="--mhc-backend")
     sizes = dict(layers=2, sequence=4096, micro_batch=2, microbatches=8, steps=5, warmup=2, timeout=180)
@@ -88,6 +91,7 @@ def arguments() -> argparse.Namespace:
         add("--" + name.replace("_", "-"), type=int, default=default, help=what)
     add("--row-timeout", type=int, default=90, help="seconds; 0: none. resume has limits of its own")
     add("--scratch", type=Path, help="for checkpoints, logs and pictures; default beside --out")
+    add("--list", action="store_true", help="print the rows that would run, in their order, and end")
     add("--tiny", action="store_true", help="toy sizes, for a CPU")
     options = parser.parse_args()
     if options.tiny:
@@ -112,7 +116,7 @@ def references(options: argparse.Namespace, backend: str, settings: dict[str, st
     if "parity" in options.only:
         tasks |= parity.exact_references(options, world)
     if "curves" in options.only:
-        tasks |= parity.curve_references(options, world)
+        tasks |= curves.references(options, world)
     mine = list(tasks)[rank::world]
     file = options.scratch / f"references_{rank}_of_{world}.pt"
     kept = torch.load(file, weights_only=False) if file.exists() else {}
@@ -128,8 +132,25 @@ def references(options: argparse.Namespace, backend: str, settings: dict[str, st
     return {key: found[key] for key in mine}
 
 
+def rows(options: argparse.Namespace) -> list[str]:
+    """Names of all rows but those of `resume`, in the order in which they run."""
+    world, names = int(os.environ["WORLD_SIZE"]), []
+    if "parity" in options.only:
+        names += [f"parity: {case.title}" for case in parity.exact_cases(options, world)]
+    if "curves" in options.only:
+        names += [f"curves: {curves.title(*case, options)}" for case in curves.cases(options, world)]
+    for section in ("measure", "profile"):
+        if section in options.only:
+            names += [f"{section}: {case.title}" for case in measure.cases(options, world)]
+    return names
+
+
 def main() -> None:
     options = arguments()
+    if options.list:
+        if os.environ["RANK"] == "0":
+            print("\n".join(rows(options)), flush=True)
+        return
     logging.getLogger("megatron").setLevel(logging.ERROR)
     backend = "nccl" if ON_GPU else "gloo"
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -147,7 +168,7 @@ def main() -> None:
     if "parity" in options.only:
         parity.run_exact(report, expected, options)
     if "curves" in options.only:
-        parity.run_curves(report, expected, options)
+        curves.run(report, expected, options)
     if "measure" in options.only:
         measure.run(report, options)
     if "profile" in options.only:

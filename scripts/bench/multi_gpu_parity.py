@@ -1,7 +1,9 @@
-"""Several GPUs against one: float32 loss and gradients of one iteration, and bf16 loss curves.
+"""Several GPUs against one: loss and gradients of one iteration in float32 or float64.
 
-float32 runs on Megatron's local layers: Transformer Engine's GEMMs round float32 to TF32. The curves run on
-Transformer Engine's layers where it is installed, and train on the Python standard library's sources.
+On Megatron's local layers and with a router in plain torch: Transformer Engine's GEMMs, which Megatron's
+float32 routers take where it is installed, round float32 to TF32. What else could tell two runs apart is
+measured along with each reference: whether its numbers come again, and how far they move when it adds in
+another order. Its tokens are none of them near a tie between experts, which rounding would decide.
 """
 
 from __future__ import annotations
@@ -11,38 +13,36 @@ import contextlib
 import dataclasses
 import functools
 import importlib.util
-import os
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.transformer.moe.moe_utils import router_gating_linear
 from multi_gpu_report import Report, Row
-from torch import Tensor
 
 from megatron_mhc import MHCConfig
 from megatron_mhc.pipeline.engine import forward_backward
 from megatron_mhc.testing import cpu, gpt
 from megatron_mhc.testing.gpt import Layout, Sizes
 from megatron_mhc.testing.parameters import fill
-from megatron_mhc.testing.parity import Iteration, differences
+from megatron_mhc.testing.parity import Iteration, Routing, compare_routing, differences, one_against_one
 
 ON_GPU = torch.empty(0, device="cuda").is_cuda  # testing.cpu redirects "cuda"
 HAVE_TE = ON_GPU and importlib.util.find_spec("transformer_engine") is not None
 
 ERROR = {torch.float32: 1e-5, torch.float64: 1e-10}  # relative, loss and gradients
-CURVE_ERROR = 0.02  # nats: mean over the steps of |loss - one GPU's loss|
+TF32_ERROR = 1e-3  # of gradients, where routers round to TF32: 11 bits
+TIE, SEEDS = 1e-5, 32  # how near a tie no token of a reference may be, and how many data seeds are tried
 
-MEGATRON, NONE = "megatron", "-"
-SCHEDULES = {
-    MEGATRON: {},
+MEGATRON, NONE, TF32 = "megatron", "-", "Megatron's router"
+SCHEDULES: dict[str, dict[str, Any]] = {  # the most wanted first
     "interleaved-whole": dict(pipeline_schedule="interleaved"),
     "interleaved-split": dict(pipeline_schedule="interleaved", pp_boundary="split"),
-    "fused-whole": dict(pipeline_schedule="fused"),
     "fused-split": dict(pipeline_schedule="fused", pp_boundary="split"),
+    MEGATRON: {},
+    "fused-whole": dict(pipeline_schedule="fused"),
 }
 BOTH = ("dense", "moe")
 # The ranks that are left over are data parallel.
@@ -56,54 +56,27 @@ LAYOUTS: dict[str, tuple[Layout, tuple[str, ...]]] = {
     "pp2_vpp2_ep2": (Layout(pp=2, vpp=2, ep=2), ("moe",)),  # four GPUs
     "tp2_sp_pp2": (Layout(tp=2, sp=True, pp=2), BOTH),
 }
-CURVES = (
-    ("tp2_sp", "dense", NONE),
-    ("pp2", "dense", MEGATRON),
-    ("pp2_vpp2", "dense", MEGATRON),
-    ("pp2_vpp2", "dense", "interleaved-split"),
-    ("pp2_vpp2", "dense", "fused-split"),
-    ("dp_distributed_optimizer", "dense", NONE),
-    ("ep2", "moe", NONE),
-    ("pp2_vpp2", "moe", "fused-split"),
-)
 
 
 @dataclasses.dataclass(frozen=True)
 class Scale:
-    """Sizes of the model whose gradients are compared and of the one that is trained; std of their weights.
+    """Sizes of the model whose gradients are compared, and the std of its weights.
 
-    A larger or deeper first model would say less: in float32 the gradients of an alpha, sums over all tokens
-    that nearly cancel, then differ by more than 1e-5 from rounding alone.
+    A larger or deeper one would say less: in float32 the gradients of an alpha, sums over all tokens that
+    nearly cancel, then differ by more than 1e-5 from rounding alone.
     """
 
-    exact: dict[str, int]
-    exact_batch: Sizes
-    exact_std: float
-    trained: dict[str, int]
-    trained_batch: Sizes
-    trained_std: float
-    steps: int
+    model: dict[str, int]
+    batch: Sizes
+    std: float
 
 
 LARGE = Scale(
-    exact=dict(num_layers=8, hidden_size=64, ffn_hidden_size=128, moe_ffn_hidden_size=64),
-    exact_batch=Sizes(sequence=32, micro_batch=2, vocabulary=256),
-    exact_std=0.05,
-    trained=dict(num_layers=8, hidden_size=512, ffn_hidden_size=1536, num_attention_heads=8)
-    | dict(moe_ffn_hidden_size=512),
-    trained_batch=Sizes(sequence=512, micro_batch=4, vocabulary=256),
-    trained_std=0.02,
-    steps=50,
+    model=dict(num_layers=8, hidden_size=64, ffn_hidden_size=128, moe_ffn_hidden_size=64),
+    batch=Sizes(sequence=32, micro_batch=2, vocabulary=256),
+    std=0.05,
 )
-TINY = Scale(
-    exact=dict(num_layers=4),
-    exact_batch=Sizes(),
-    exact_std=0.1,
-    trained=dict(num_layers=4),
-    trained_batch=Sizes(sequence=32, micro_batch=2, vocabulary=256),
-    trained_std=0.1,
-    steps=4,
-)
+TINY = Scale(model=dict(num_layers=4), batch=Sizes(), std=0.1)
 
 
 _current: list[Layout] = []
@@ -144,10 +117,6 @@ def schedule_of(schedule: str) -> Callable[..., Any] | None:
     return None if schedule in (MEGATRON, NONE) else forward_backward
 
 
-def scale_of(options: argparse.Namespace) -> Scale:
-    return TINY if options.tiny else LARGE
-
-
 def micro_batches(world: int) -> int:
     """Of the whole batch: as many as a pipeline has stages, and more, on every data-parallel rank."""
     return 2 * world
@@ -156,158 +125,156 @@ def micro_batches(world: int) -> int:
 # One iteration
 
 
-def iteration(layout: Layout, kind: str, schedule: str, n: int, count: int, options: argparse.Namespace):
-    """(loss, model chunks) of one iteration in `options.dtype`."""
-    scale = scale_of(options)
-    switch(layout)
-    cpu.use_local_modules()  # norms that allow sequence parallelism
-    settings = {k: v for k, v in scale.exact.items() if kind != "dense" or "moe" not in k}
-    config = layout.config(kind, **settings, params_dtype=options.dtype)
-    how: dict[str, Any] = dict(sizes=scale.exact_batch, weights=functools.partial(fill, std=scale.exact_std))
-    chunks = gpt.build(layout, config, kind, mhc_of(schedule, n, options), **how)
-    batch = gpt.tokens(count, 0, scale.exact_batch)
-    run = functools.partial(gpt.iterate, chunks, config, batch, schedule=schedule_of(schedule))
-    if schedule_of(schedule) is not None:
-        run()  # the first step's messages go by way of the hosts
-    return run(), chunks
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One row. With `tf32`, routers multiply as Megatron has them do."""
+
+    layout: str
+    kind: str
+    schedule: str
+    n: int
+    tf32: bool = False
+
+    @property
+    def title(self) -> str:
+        return f"{self.layout}, {self.kind}, n={self.n}, {TF32 if self.tf32 else self.schedule}"
+
+    @property
+    def reference(self) -> tuple[Any, ...]:
+        return "exact", self.kind, self.n, self.tf32
 
 
-def exact_cases(options: argparse.Namespace, world: int) -> list[tuple[str, str, str, int]]:
-    return [
-        (name, kind, schedule, n)
+@dataclasses.dataclass
+class Reference:
+    """What one GPU computed.
+
+    Args:
+        seed: of the data.
+        again, reordered: the largest relative gradient error of the same once more, and with the
+            micro-batches in reverse order.
+    """
+
+    iteration: Iteration
+    routing: Routing
+    seed: int
+    again: float
+    reordered: float
+
+
+def exact_cases(options: argparse.Namespace, world: int) -> list[Case]:
+    cases = [
+        Case(name, kind, schedule, n)
         for name in options.layouts or LAYOUTS
         for kind in LAYOUTS[name][1]
-        for schedule in schedules_of(LAYOUTS[name][0], options)
         for n in options.streams
+        for schedule in schedules_of(LAYOUTS[name][0], options)
         if fits(LAYOUTS[name][0], world)
     ]
+    if HAVE_TE and options.dtype == torch.float32:
+        rounded = [case for case in cases if case.kind == "moe" and case.schedule == NONE]
+        cases += [dataclasses.replace(case, tf32=True) for case in rounded]
+    return cases
 
 
-def exact_references(options: argparse.Namespace, world: int) -> dict[Any, Callable[[], Iteration]]:
-    """What one GPU is to compute, by (kind, n)."""
+def iteration(
+    case: Case,
+    layout: Layout,
+    count: int,
+    seed: int,
+    options: argparse.Namespace,
+    backwards: bool = False,
+) -> tuple[float, list[Any], Routing]:
+    """(loss, model chunks, what their routers did) of one iteration in `options.dtype`.
 
-    def run(kind: str, n: int) -> Iteration:
-        return Iteration.of(*iteration(Layout(), kind, NONE, n, micro_batches(world), options))
+    Args:
+        backwards: take the micro-batches in reverse order.
+    """
+    scale = TINY if options.tiny else LARGE
+    switch(layout)
+    cpu.use_local_modules()  # norms that allow sequence parallelism
+    gpt.exact_router(not case.tf32)
+    settings = {k: v for k, v in scale.model.items() if case.kind != "dense" or "moe" not in k}
+    config = layout.config(case.kind, **settings, params_dtype=options.dtype)
+    how: dict[str, Any] = dict(sizes=scale.batch, weights=functools.partial(fill, std=scale.std))
+    chunks = gpt.build(layout, config, case.kind, mhc_of(case.schedule, case.n, options), **how)
+    routing = Routing.record(chunks)
+    batch = gpt.tokens(count, seed, scale.batch)
+    batch = batch.flip(0) if backwards else batch
+    schedule = schedule_of(case.schedule)
+    run = functools.partial(gpt.iterate, chunks, config, batch, schedule=schedule)
+    try:
+        if schedule is not None:
+            run()  # the first step's messages go by way of the hosts
+        return run(), chunks, routing
+    finally:
+        gpt.exact_router(False)
 
-    wanted = dict.fromkeys((kind, n) for _, kind, _, n in exact_cases(options, world))
-    return {("exact", *key): lambda key=key: run(*key) for key in wanted}  # type: ignore[misc]
+
+def exact_references(options: argparse.Namespace, world: int) -> dict[Any, Callable[[], Reference]]:
+    """What one GPU is to compute, by `Case.reference`."""
+    count = micro_batches(world)
+    alone: dict[Any, Case] = {}
+    for case in exact_cases(options, world):
+        alone.setdefault(case.reference, dataclasses.replace(case, schedule=NONE))
+    return {key: functools.partial(reference, case, count, options) for key, case in alone.items()}
+
+
+def reference(case: Case, count: int, options: argparse.Namespace) -> Reference:
+    """What one GPU computes, for the first data seed with which no token is near a tie."""
+
+    def run(seed: int, backwards: bool = False) -> tuple[Iteration, Routing]:
+        loss, chunks, routing = iteration(case, Layout(), count, seed, options, backwards)
+        return Iteration.of(loss, chunks), routing.of_last(count)
+
+    def apart(seed: int, backwards: bool = False) -> float:
+        return one_against_one(run(seed, backwards)[0], first, options.dtype).worst[0]
+
+    for seed in range(SEEDS):
+        first, routing = run(seed)
+        if routing.gap() > TIE:
+            return Reference(first, routing, seed, apart(seed), apart(seed, backwards=True))
+    raise RuntimeError(f"{case.title}: with each of {SEEDS} data seeds a token is within {TIE} of a tie")
 
 
 def run_exact(report: Report, references: dict[Any, Any], options: argparse.Namespace) -> None:
     """Compare an iteration of every layout with one GPU's."""
     world = dist.get_world_size()
-    for name, kind, schedule, n in exact_cases(options, world):
-        title = f"{name}, {kind}, n={n}, {schedule}"
-        if not report.wanted("parity", title):
+    if report.wanted("precision", "float32 products"):
+        report.add("precision", "float32 products", precision())
+    for case in exact_cases(options, world):
+        if not report.wanted("parity", case.title):
             continue
-        expected = references["exact", kind, n]
-        loss, chunks = iteration(LAYOUTS[name][0], kind, schedule, n, micro_batches(world), options)
-        found = differences(loss, chunks, expected, options.dtype)
+        expected = references[case.reference]
+        layout, count = LAYOUTS[case.layout][0], micro_batches(world)
+        loss, chunks, routing = iteration(case, layout, count, expected.seed, options)
+        found = differences(loss, chunks, expected.iteration, options.dtype)
         error, where = found.worst
-        relative, limit = found.loss / abs(expected.loss), ERROR[options.dtype]
-        ok = relative <= limit and error <= limit
-        report.add("parity", title, {"loss": relative, "gradients": error, "worst": where, "ok": ok})
+        relative, limit = found.loss / abs(expected.iteration.loss), ERROR[options.dtype]
+        ok = relative <= limit and error <= (TF32_ERROR if case.tf32 else limit)
+        row: Row = {"loss": relative, "gradients": error, "worst": where}
+        row |= {"one GPU again": expected.again, "one GPU reordered": expected.reordered}
+        if case.kind == "moe":
+            routed = compare_routing(routing, expected.routing, layout.sp)
+            row |= {"routed otherwise": routed.moved, "of tokens": routed.tokens, "scores": routed.scores}
+            row |= {"closest tie": expected.routing.gap(), "data seed": expected.seed}
+            ok = ok and not routed.moved
+        report.add("parity", case.title, row | {"ok": ok})
 
 
-# Loss curves
+def precision() -> Row:
+    """Largest relative error of a float32 product: torch's, the router's in parity, Megatron's router's."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(rows, 64, generator=generator) for rows in (256, 64))
+    exact = x.double() @ weight.double().T
+    x, weight = x.to("cuda"), weight.to("cuda")
 
+    def error(product: torch.Tensor) -> float:
+        return ((product.double().cpu() - exact).abs().max() / exact.abs().max()).item()
 
-def text(sizes: Sizes, step: int, count: int) -> Tensor:
-    """`count` micro-batches of bytes of the standard library: [count, micro-batch, sequence + 1]."""
-    data = _library()
-    generator = torch.Generator().manual_seed(step)
-    starts = torch.randint(0, len(data) - sizes.sequence - 1, (count, sizes.micro_batch), generator=generator)
-    return data[starts[..., None] + torch.arange(sizes.sequence + 1)]
+    def router() -> torch.Tensor:
+        return router_gating_linear(x, weight, None, torch.float32)
 
-
-def _library(cache: list[Tensor] = []) -> Tensor:  # noqa: B006
-    if not cache:
-        files = sorted(Path(os.__file__).parent.glob("*.py"))
-        joined = bytearray(b"\n".join(file.read_bytes() for file in files))
-        cache.append(torch.frombuffer(joined, dtype=torch.uint8).long())
-    return cache[0]
-
-
-def curve(
-    layout: Layout, kind: str, schedule: str, n: int, count: int, backwards: bool, options: argparse.Namespace
-) -> list[float]:
-    """The loss of every step of a training run in bf16.
-
-    Args:
-        backwards: take the micro-batches of a step in reverse: the same numbers, rounded differently.
-    """
-    scale = scale_of(options)
-    switch(layout)
-    dtype = torch.bfloat16
-    settings = {k: v for k, v in scale.trained.items() if kind != "dense" or "moe" not in k}
-    settings |= dict(bf16=True, params_dtype=dtype, use_cpu_initialization=not HAVE_TE)
-    if kind == "moe":
-        settings |= dict(moe_grouped_gemm=HAVE_TE)
-    config = layout.config(kind, **settings)
-    how: dict[str, Any] = dict(sizes=scale.trained_batch, te=HAVE_TE)
-    how |= dict(weights=functools.partial(fill, std=scale.trained_std))
-    chunks = gpt.build(layout, config, kind, mhc_of(schedule, n, options), **how)
-    adam = OptimizerConfig(
-        optimizer="adam",
-        lr=1e-3,
-        weight_decay=0.1,
-        clip_grad=1.0,
-        adam_beta2=0.95,
-        bf16=True,
-        params_dtype=dtype,
-        use_distributed_optimizer=layout.distributed_optimizer,
-    )
-    optimizer = get_megatron_optimizer(adam, chunks, use_gloo_process_groups=False)
-    losses = []
-    for step in range(scale.steps):
-        optimizer.zero_grad()
-        batch = text(scale.trained_batch, step, count)
-        batch = batch.flip(0) if backwards else batch
-        run = dict(schedule=schedule_of(schedule), masked=not HAVE_TE)
-        losses.append(gpt.iterate(chunks, config, batch, **run))
-        optimizer.step()
-    return losses
-
-
-def curve_cases(options: argparse.Namespace, world: int) -> list[tuple[str, str, str]]:
-    return [
-        (name, kind, schedule)
-        for name, kind, schedule in CURVES
-        if (not options.layouts or name in options.layouts)
-        and schedule in schedules_of(LAYOUTS[name][0], options)
-        and fits(LAYOUTS[name][0], world)
-    ]
-
-
-def curve_references(options: argparse.Namespace, world: int) -> dict[Any, Callable[[], list[float]]]:
-    """What one GPU is to train, by (kind, whether the micro-batches are taken in reverse)."""
-
-    def run(kind: str, backwards: bool) -> list[float]:
-        return curve(Layout(), kind, NONE, max(options.streams), micro_batches(world), backwards, options)
-
-    kinds = dict.fromkeys(kind for _, kind, _ in curve_cases(options, world))
-    keys = [(kind, backwards) for kind in kinds for backwards in (False, True)]
-    return {("curve", *key): lambda key=key: run(*key) for key in keys}  # type: ignore[misc]
-
-
-def run_curves(report: Report, references: dict[Any, Any], options: argparse.Namespace) -> None:
-    """Train in every layout, and compare with one GPU; the noise is that of another order on one GPU."""
-    world, n = dist.get_world_size(), max(options.streams)
-    for name, kind, schedule in curve_cases(options, world):
-        title = f"{name}, {kind}, n={n}, {schedule}"
-        if not report.wanted("curves", title):
-            continue
-        layout = LAYOUTS[name][0]
-        losses = curve(layout, kind, schedule, n, micro_batches(world), False, options)
-        expected, reordered = references["curve", kind, False], references["curve", kind, True]
-        error, noise = distance(losses, expected), distance(reordered, expected)
-        row: Row = {"first": losses[0], "last": losses[-1], "one GPU's last": expected[-1]}
-        row |= {"mean error": error, "noise": noise, "ok": error <= CURVE_ERROR}
-        report.add("curves", title, row | {"losses": losses, "expected": expected, "reordered": reordered})
-
-
-def distance(losses: list[float], expected: list[float]) -> float:
-    """Mean over the steps of the absolute difference, in nats; infinite where a loss is not a number."""
-    errors = [abs(a - b) for a, b in zip(losses, expected, strict=True)]
-    mean = sum(errors) / len(errors)
-    return mean if mean == mean else float("inf")
+    gpt.exact_router()
+    row: Row = {"torch": error(x @ weight.T), "router": error(router())}
+    gpt.exact_router(False)
+    return row | {TF32: error(router()), "ok": max(row.values()) <= 1e-6}

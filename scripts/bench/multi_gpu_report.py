@@ -83,13 +83,20 @@ class Report:
     def row(self, section: str, name: str) -> Row | None:
         return next((r for r in self.rows if (r["section"], r["name"]) == (section, name)), None)
 
-    def add(self, section: str, name: str, result: Row) -> None:
-        """Fill the row that `wanted` made."""
+    def note(self, section: str, name: str, result: Row) -> None:
+        """Write what a row that runs has so far, in case that it does not come to its end."""
         row = self.row(section, name)
         assert row is not None
-        faulthandler.cancel_dump_traceback_later()
-        del row["running"]
         row |= result
+        self._write()
+
+    def add(self, section: str, name: str, result: Row) -> None:
+        """Fill the row that `wanted` made."""
+        faulthandler.cancel_dump_traceback_later()
+        self.note(section, name, result)
+        row = self.row(section, name)
+        assert row is not None
+        del row["running"]
         self._write()
         if os.environ["RANK"] == "0":
             print(f"{section}: {name}: {brief(result)}", flush=True)

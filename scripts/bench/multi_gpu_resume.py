@@ -1,35 +1,42 @@
 """Checkpoints between several GPUs and one, and a rank killed in the midst of a step; through pretrain().
 
-    python scripts/bench/multi_gpu_resume.py --out resume.json [--scratch DIR] [--cpu]
+    python scripts/bench/multi_gpu_resume.py --out resume.json [--stages reshard,kill,silent] [--scratch DIR]
+        [--backend reference] [--cpu]
 
-Six jobs of `torchrun -m megatron_mhc.pretrain_gpt`, on mock data:
+Jobs of `torchrun -m megatron_mhc.pretrain_gpt`, on mock data:
 
-unbroken   ten steps on two ranks, PP2 x VPP2, `fused` with the split boundary; saved after five and ten
-one        its checkpoint of step 5 on one rank, saved after every other step
-two        that one's of step 8 on two ranks, TP2 with sequence parallelism
-killed     as unbroken, in a folder of its own; rank 1 gets SIGKILL after step 7
-resumed    the same command again
-stopped    as unbroken, but rank 1 gets SIGSTOP after step 7 and is silent from there on
+reshard  unbroken   ten steps on two ranks, PP2 x VPP2, `fused` with the split boundary; saved after five
+         one        its checkpoint of step 5 on one rank, saved and ended after step 8
+         two        that one's checkpoint on two ranks, TP2 with sequence parallelism
+kill     killed     as unbroken, in a folder of its own; rank 1 gets SIGKILL after step 7
+         resumed    the same command again
+silent   stopped    as unbroken, but rank 1 gets SIGSTOP after step 7 and is silent from there on
 
-The losses of `one`, `two` and `resumed` are compared with the unbroken run's.
+The losses of `one`, `two` and `resumed` are compared with the unbroken run's. Stages run side by side as far
+as there are pairs of GPUs, never two on the same: kernels of two processes take turns on a GPU, and those
+that wait for a message take theirs too. --out is written after every job.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import queue
 import re
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
@@ -37,10 +44,13 @@ from multi_gpu_report import Report, Row  # noqa: E402
 from multi_gpu_supervise import stop  # noqa: E402
 from run_logs import LOSS, read_run, series  # noqa: E402
 
-STEPS, SAVED, KILLED = 10, 5, 7
-LIMIT = 180  # seconds of a job
+STEPS, SAVED, KILLED, AGAIN = 10, 5, 7, 8  # AGAIN: the step after which `one` saves
+LIMIT = 150  # seconds of a job
+STAGES = ("reshard", "kill", "silent")
+UNBROKEN, ONE, TWO = "unbroken", "on one rank", "on two ranks again"
+DEAD, RESUMED, SILENT = "rank 1 killed", "resumed", "rank 1 silent"
 COMMON = f"""
-    --num-layers 8 --seq-length 256 --max-position-embeddings 256 --position-embedding-type rope
+    --num-layers 4 --seq-length 256 --max-position-embeddings 256 --position-embedding-type rope
     --swiglu --disable-bias-linear --normalization RMSNorm --untie-embeddings-and-output-weights
     --attention-dropout 0 --hidden-dropout 0 --no-create-attention-mask-in-dataloader
     --mock-data --tokenizer-type NullTokenizer --vocab-size 256 --make-vocab-size-divisible-by 64
@@ -50,7 +60,7 @@ COMMON = f"""
 """
 GPU = """
     --hidden-size 512 --num-attention-heads 8 --transformer-impl transformer_engine --bf16
-    --no-gradient-accumulation-fusion --num-workers 1 --lr 1e-3
+    --no-gradient-accumulation-fusion --num-workers 0 --lr 1e-3
 """
 CPU = """
     --hidden-size 32 --num-attention-heads 4 --seq-length 32 --max-position-embeddings 32 --num-workers 0
@@ -59,7 +69,7 @@ CPU = """
     --no-bias-dropout-fusion
 """
 PIPELINE = """
-    --pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 2
+    --pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1
     --mhc-pipeline-schedule fused --mhc-pp-boundary split
 """
 TENSOR = "--tensor-model-parallel-size 2 --sequence-parallel"
@@ -89,10 +99,18 @@ def steps_of(output: str) -> set[int]:
 
 
 class Driver:
-    """Starts jobs whose checkpoints and logs lie in `folder`."""
+    """Starts jobs whose checkpoints and logs lie in `folder`, each on a pair of GPUs of its own.
 
-    def __init__(self, folder: Path, cpu: bool):
-        self.folder, self.cpu = folder, cpu
+    Args:
+        pairs: GPUs as CUDA_VISIBLE_DEVICES names them; on a CPU one empty string.
+        more: arguments of all jobs.
+    """
+
+    def __init__(self, folder: Path, cpu: bool, pairs: list[str], more: str = ""):
+        self.folder, self.cpu, self.more = folder, cpu, more
+        self.free: queue.Queue[str] = queue.Queue()
+        for pair in pairs:
+            self.free.put(pair)
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
 
@@ -100,9 +118,9 @@ class Driver:
         run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
         run += ["-m", "megatron_mhc.testing.cpu"] if self.cpu else []
         run += ["-m", "megatron_mhc.pretrain_gpt"]
-        return run + shlex.split(COMMON) + shlex.split(CPU if self.cpu else GPU) + shlex.split(arguments)
+        return run + shlex.split(f"{COMMON} {CPU if self.cpu else GPU} {self.more} {arguments}")
 
-    def environment(self, arguments: str) -> dict[str, str]:
+    def environment(self, arguments: str, pair: str) -> dict[str, str]:
         """This process's, without what torchrun may have told it, for a job of these arguments."""
         mine = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_")
         kept = {key: value for key, value in os.environ.items() if not key.startswith(mine)}
@@ -110,6 +128,9 @@ class Driver:
         # The plugin's schedules refuse 1; Megatron demands it under TP.
         kept["CUDA_DEVICE_MAX_CONNECTIONS"] = "32" if PIPELINE in arguments else "1"
         kept["NCCL_NVLS_ENABLE"] = "0"  # no NVLink multicast
+        kept["TORCH_COMPILE_DISABLE"] = "1"  # Megatron compiles at every start
+        kept["PYTHONFAULTHANDLER"] = "1"  # see _stacks
+        kept |= {"CUDA_VISIBLE_DEVICES": pair} if pair else {}
         return kept | dict(PYTHONPATH=path, PYTHONUNBUFFERED="1")
 
     def run(self, name: str, ranks: int, arguments: str, hit: signal.Signals | None = None) -> Job:
@@ -119,36 +140,45 @@ class Driver:
             hit: what rank 1 gets after step KILLED.
 
         Raises:
-            RuntimeError: a job failed that was not to be killed.
+            RuntimeError: a job failed that was not to be killed, or did not end in LIMIT seconds.
         """
-        log, events, begin = self.folder / f"{name}.log", self.folder / f"{name}.events", time.monotonic()
-        with log.open("w") as file:
-            torchrun = subprocess.Popen(
-                self.command(ranks, f"{arguments} --tensorboard-dir {events}"),
-                cwd=ROOT,
-                env=self.environment(arguments),
-                stdout=file,
-                stderr=subprocess.STDOUT,
-            )
-            try:
-                if hit is not None:
-                    self._hit(torchrun, log, hit)
-                    begin = time.monotonic()  # from here on it counts until the job ends
-                status = torchrun.wait(timeout=LIMIT)
-            finally:
-                if torchrun.poll() is None:
-                    stop(torchrun)
-        output, seconds = log.read_text(errors="replace"), time.monotonic() - begin
+        log, events = self.folder / f"{name}.log", self.folder / f"{name}.events"
+        pair, begin = self.free.get(), time.monotonic()
+        try:
+            with log.open("w") as file:
+                torchrun = subprocess.Popen(
+                    self.command(ranks, f"{arguments} --tensorboard-dir {events}"),
+                    cwd=ROOT,
+                    env=self.environment(arguments, pair),
+                    stdout=file,
+                    stderr=subprocess.STDOUT,
+                )
+                try:
+                    if hit is not None:
+                        self._hit(torchrun, log, hit)
+                        begin = time.monotonic()  # from here on it counts until the job ends
+                    status = torchrun.wait(timeout=LIMIT)
+                except subprocess.TimeoutExpired:
+                    _stacks(torchrun)
+                    raise RuntimeError(f"{log}: not done after {LIMIT} s\n{_tail(log)}") from None
+                finally:
+                    if torchrun.poll() is None:
+                        stop(torchrun)
+        finally:
+            self.free.put(pair)
+        seconds = time.monotonic() - begin
         if status and hit is None:
-            raise RuntimeError(f"{log}: exit {status}\n" + "\n".join(output.splitlines()[-40:]))
+            raise RuntimeError(f"{log}: exit {status}\n{_tail(log)}")
         losses = {} if status else series(read_run(str(events)), LOSS)
-        return Job(status, losses, output, seconds)
+        return Job(status, losses, log.read_text(errors="replace"), seconds)
 
     def _hit(self, torchrun: subprocess.Popen[bytes], log: Path, hit: signal.Signals) -> None:
         deadline = time.monotonic() + LIMIT
         while KILLED not in steps_of(log.read_text(errors="replace")):
-            if torchrun.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"{log}: the job ended, or {LIMIT} s did, before step {KILLED}")
+            if torchrun.poll() is not None:
+                raise RuntimeError(f"{log}: the job ended before step {KILLED}\n{_tail(log)}")
+            if time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired(torchrun.args, LIMIT)
             time.sleep(0.01)
         ranks = [p for p in psutil.Process(torchrun.pid).children() if p.environ().get("RANK") == "1"]
         if len(ranks) != 1:
@@ -156,92 +186,149 @@ class Driver:
         ranks[0].send_signal(hit)
 
 
-def reshard(driver: Driver) -> tuple[Job, Row]:
-    """Two ranks, one, two: (the unbroken run, what was found)."""
-    folder = driver.folder
-    save = f"--save {folder}/unbroken --save-interval {SAVED}"
-    unbroken = driver.run("unbroken", 2, f"{PIPELINE} {save}")
-    one = driver.run(
-        "one", 1, f"--load {folder}/unbroken --ckpt-step {SAVED} --save {folder}/one --save-interval 2"
-    )
-    two = driver.run("two", 2, f"{TENSOR} --load {folder}/one --ckpt-step 8")
-    first, second = worst(one, unbroken, SAVED), worst(two, unbroken, 8)
-    row: Row = {"error": max(first, second), "errors": [first, second], "losses": [*unbroken.losses.values()]}
-    row |= {"seconds": unbroken.seconds + one.seconds + two.seconds}
-    return unbroken, row | {"ok": len(unbroken.losses) == STEPS and row["error"] <= ERROR[not driver.cpu]}
+def _tail(log: Path) -> str:
+    return "\n".join(log.read_text(errors="replace").splitlines()[-40:])
 
 
-def kill(driver: Driver) -> tuple[Job, Row]:
-    """A job that loses rank 1, and its command again: (the resumed job, what was found of the killed)."""
-    again = f"{PIPELINE} --save {driver.folder}/killed --load {driver.folder}/killed --save-interval {SAVED}"
-    killed = driver.run("killed", 2, again, signal.SIGKILL)
-    resumed = driver.run("resumed", 2, again)
-    messages = re.findall(r".*(?:Signal 9|PipelineError|has failed or was silent).*", killed.output)
-    named = bool(re.search(r"rank\s*:\s*1 ", killed.output)) and "Signal 9 (SIGKILL)" in killed.output
-    row: Row = {"last step": killed.last, "exit": killed.status, "seconds": killed.seconds}
-    row |= {"names rank 1": named, "messages": messages}
-    return resumed, row | {"ok": killed.status != 0 and named and KILLED <= killed.last < STEPS}
+def _stacks(torchrun: subprocess.Popen[bytes]) -> None:
+    """Have the ranks end with the stacks of all threads in their log."""
+    for process in psutil.Process(torchrun.pid).children():
+        if "RANK" in process.environ():
+            process.send_signal(signal.SIGABRT)
+    time.sleep(5)
 
 
-def halt(driver: Driver) -> tuple[Job, Row]:
-    """A job whose rank 1 says nothing any more: how it ends, and after how long."""
-    stopped = driver.run("stopped", 2, f"{PIPELINE} --distributed-timeout-minutes 1", signal.SIGSTOP)
-    pattern = r".*(?:has failed or was silent for 60 s|Watchdog caught collective operation timeout).*"
-    messages = list(dict.fromkeys(re.findall(pattern, stopped.output)))
-    row: Row = {"last step": stopped.last, "exit": stopped.status, "seconds": stopped.seconds}
-    return stopped, row | {"messages": messages[:3], "ok": stopped.status != 0 and bool(messages)}
+class Chains:
+    """The jobs of each stage, one after the other; a row as each of them ends."""
+
+    def __init__(self, driver: Driver, add: Callable[[str, Row], None]):
+        self.driver, self.add = driver, add
+        self.unbroken: Future[Job] = Future()
+
+    def reshard(self) -> None:
+        """Two ranks, one, two."""
+        folder = self.driver.folder
+        save = f"--save {folder}/unbroken --save-interval {SAVED}"
+        try:
+            unbroken = self.driver.run("unbroken", 2, f"{PIPELINE} {save}")
+        except BaseException as error:
+            self.unbroken.set_exception(error)
+            raise
+        self.unbroken.set_result(unbroken)
+        row: Row = {"last step": unbroken.last, "losses": unbroken.losses, "seconds": unbroken.seconds}
+        self.add(UNBROKEN, row | {"ok": len(unbroken.losses) == STEPS})
+        load = f"--load {folder}/unbroken --ckpt-step {SAVED}"
+        one = self.driver.run(
+            "one", 1, f"{load} --save {folder}/one --save-interval {AGAIN} --exit-interval {AGAIN}"
+        )
+        self._compare(ONE, one, SAVED, AGAIN)
+        two = self.driver.run("two", 2, f"{TENSOR} --load {folder}/one --ckpt-step {AGAIN}")
+        self._compare(TWO, two, AGAIN, STEPS)
+
+    def kill(self) -> None:
+        """A job that loses rank 1, and its command again."""
+        folder = self.driver.folder / "killed"
+        again = f"{PIPELINE} --save {folder} --load {folder} --save-interval {SAVED}"
+        killed = self.driver.run("killed", 2, again, signal.SIGKILL)
+        messages = re.findall(r".*(?:Signal 9|PipelineError|has failed or was silent).*", killed.output)
+        named = bool(re.search(r"rank\s*:\s*1 ", killed.output)) and "Signal 9 (SIGKILL)" in killed.output
+        row: Row = {"last step": killed.last, "exit": killed.status, "seconds": killed.seconds}
+        row |= {"names rank 1": named, "messages": messages}
+        row["ok"] = killed.status != 0 and named and KILLED <= killed.last < STEPS
+        self.add(DEAD, row)
+        self._compare(RESUMED, self.driver.run("resumed", 2, again), SAVED, STEPS)
+
+    def silent(self) -> None:
+        """A job whose rank 1 says nothing any more: how it ends, and after how long."""
+        arguments = f"{PIPELINE} --distributed-timeout-minutes 1"
+        stopped = self.driver.run("stopped", 2, arguments, signal.SIGSTOP)
+        pattern = r".*(?:has failed or was silent for 60 s|Watchdog caught collective operation timeout).*"
+        messages = list(dict.fromkeys(re.findall(pattern, stopped.output)))
+        row: Row = {"last step": stopped.last, "exit": stopped.status, "seconds": stopped.seconds}
+        self.add(SILENT, row | {"messages": messages[:3], "ok": stopped.status != 0 and bool(messages)})
+
+    def _compare(self, name: str, job: Job, after: int, until: int) -> None:
+        """A job that went on behind a checkpoint, beside the unbroken one."""
+        error = worst(job.losses, self.unbroken.result().losses, after, until)
+        row: Row = {"error": error, "last step": max(job.losses, default=0), "losses": job.losses}
+        row |= {"seconds": job.seconds, "ok": error <= ERROR[not self.driver.cpu]}
+        self.add(name, row)
 
 
-def worst(job: Job, unbroken: Job, after: int) -> float:
-    """Largest relative error of the losses of the steps behind `after`; infinite where one is missing."""
-    wanted = {step: loss for step, loss in unbroken.losses.items() if step > after}
-    if not wanted or wanted.keys() != job.losses.keys():
+ROWS = {"reshard": (UNBROKEN, ONE, TWO), "kill": (DEAD, RESUMED), "silent": (SILENT,)}
+
+
+def worst(losses: dict[int, float], unbroken: dict[int, float], after: int, until: int) -> float:
+    """Largest relative error of the losses behind step `after`; infinite unless all are there, to `until`."""
+    steps = range(after + 1, until + 1)
+    if sorted(losses) != list(steps) or set(steps) - set(unbroken):
         return float("inf")
-    errors = [abs(job.losses[step] - loss) / abs(loss) for step, loss in wanted.items()]
+    errors = [abs(losses[step] - unbroken[step]) / abs(unbroken[step]) for step in steps]
     return max(error if error == error else float("inf") for error in errors)
 
 
-def run(report: Report, folder: Path, cpu: bool) -> None:
-    """All chains of jobs, on GPUs side by side."""
-    names = "two ranks, one, two", "rank 1 killed", "rank 1 silent", "resumed"
+def run(report: Report, folder: Path, cpu: bool, stages: tuple[str, ...] = STAGES, more: str = "") -> None:
+    """All stages of which a row is missing; `kill` needs `reshard`, to compare with.
+
+    Args:
+        more: arguments of all jobs.
+    """
     report.limit = 0  # every job has its own
-    if not [name for name in names if report.wanted("resume", name)]:
+    missing = {stage: [row for row in ROWS[stage] if report.row("resume", row) is None] for stage in stages}
+    missing = {stage: rows for stage, rows in missing.items() if rows}
+    if not missing:
         return
-    driver = Driver(folder, cpu)
-    with ThreadPoolExecutor(1 if cpu else 3) as pool:
-        chains = [pool.submit(chain, driver) for chain in (reshard, kill, halt)]
-        for name, chain in zip(names, chains, strict=False):
-            report.add("resume", name, outcome(chain)[1])
-    unbroken, resumed = (outcome(chain)[0] for chain in chains[:2])
-    if unbroken is None or resumed is None:
-        report.add("resume", names[-1], {"failed": "a job before it failed"})
-        return
-    row = {"error": worst(resumed, unbroken, SAVED), "last step": max(resumed.losses)}
-    report.add("resume", names[-1], row | {"ok": row["error"] <= ERROR[not cpu]})
+    pairs = [""] if cpu else pairs_of_gpus()
+    lock = threading.Lock()
+
+    def add(name: str, row: Row) -> None:
+        with lock:
+            if report.wanted("resume", name):
+                report.add("resume", name, row)
+
+    chains = Chains(Driver(folder, cpu, pairs, more), add)
+    if "reshard" not in missing:  # a run that was cut is gone on with
+        losses = (report.row("resume", UNBROKEN) or {}).get("losses", {})
+        chains.unbroken.set_result(Job(0, {int(step): loss for step, loss in losses.items()}, "", 0.0))
+    with ThreadPoolExecutor(len(pairs)) as pool:
+        ends = {stage: pool.submit(getattr(chains, stage)) for stage in missing}
+        for stage, end in ends.items():
+            if (error := end.exception()) is not None:
+                print(error, flush=True)
+                for name in missing[stage]:
+                    add(name, {"failed": f"{stage}: {error}"})  # those that are not there yet
 
 
-def outcome(chain: Future[tuple[Job, Row]]) -> tuple[Job | None, Row]:
-    """What a chain of jobs came to, a failure included."""
-    try:
-        return chain.result()
-    except (RuntimeError, subprocess.TimeoutExpired) as error:
-        print(error, flush=True)
-        return None, {"failed": str(error)}
+def pairs_of_gpus() -> list[str]:
+    """All GPUs that this process sees, two by two, as CUDA_VISIBLE_DEVICES names them."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    gpus = named.split(",") if named else [str(gpu) for gpu in range(torch.cuda.device_count())]
+    if len(gpus) < 2:
+        raise SystemExit("resume needs two GPUs")
+    return [",".join(gpus[at : at + 2]) for at in range(0, len(gpus) - 1, 2)]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--scratch", type=Path, help="for checkpoints and logs; default beside --out")
+    parser.add_argument("--stages", default=",".join(STAGES), help="default: all")
+    parser.add_argument("--backend", choices=("auto", "reference"), default="auto", help="--mhc-backend")
     parser.add_argument("--cpu", action="store_true")
     options = parser.parse_args()
+    stages = tuple(options.stages.split(","))
+    if unknown := [stage for stage in stages if stage not in STAGES]:
+        parser.error(f"--stages: no {unknown[0]}; there are {', '.join(STAGES)}")
+    if "kill" in stages and "reshard" not in stages:
+        parser.error("--stages kill: needs reshard, whose losses it compares with")
     os.environ |= dict(RANK="0", WORLD_SIZE="2")
     if options.cpu:
         from megatron_mhc.testing import cpu
 
         cpu.install()
-    report = Report(options.out, {"cpu": str(options.cpu)})
-    run(report, options.scratch or options.out.with_suffix(".scratch"), options.cpu)
+    report = Report(options.out, {"cpu": str(options.cpu), "backend": options.backend})
+    scratch = options.scratch or options.out.with_suffix(".scratch")
+    run(report, scratch, options.cpu, stages, f"--mhc-backend {options.backend}")
     print(report.tables())
     if bad := report.bad():
         raise SystemExit("failed or beyond its tolerance: " + "; ".join(bad))

@@ -1,7 +1,7 @@
-"""One training iteration of a tiny GPT in any parallel layout on gloo ranks, compared with one process.
+"""One training iteration of a tiny GPT in any parallel layout, compared with one process.
 
-The model and the comparison are those of `megatron_mhc.testing`, which GPUs use too; here they run on a
-CPU, on forked ranks.
+The model and the comparison are those of `megatron_mhc.testing`; here they run on forked ranks: on a CPU over
+gloo, or on GPUs over NCCL, see conftest.py.
 """
 
 from __future__ import annotations
@@ -19,11 +19,14 @@ from torch import Tensor
 from megatron_mhc import MHCConfig
 from megatron_mhc.testing import cpu, ranks
 
-cpu.install()
+ON_GPU = ranks.backend == "nccl"
+if not ON_GPU:
+    cpu.install()
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    cpu.patch_megatron()
+    if not ON_GPU:
+        cpu.patch_megatron()
     cpu.use_local_modules()
     from megatron.core import parallel_state as ps  # noqa: F401
     from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: F401
@@ -89,4 +92,7 @@ def iterate(
         count: micro-batches of the whole batch.
         options: of `gpt.forward_backward`: `schedule`, another forward_backward_func, and its arguments.
     """
-    return gpt.iterate(chunks, config, tokens(count, seed), **options)
+    run = functools.partial(gpt.iterate, chunks, config, tokens(count, seed), **options)
+    if ON_GPU and options.get("schedule") is not None:
+        run()  # over NCCL the first step's messages go by way of the hosts
+    return run()

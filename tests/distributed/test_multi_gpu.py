@@ -7,10 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from harness import Layout, ps
+import torch
+from harness import MICRO_BATCH, MICRO_BATCHES, SEQUENCE, Layout, build, iterate, ps
 
+from megatron_mhc import MHCConfig
 from megatron_mhc.pipeline import comm
 from megatron_mhc.pipeline.program import POST, SEND, Plan, build_program, channel
+from megatron_mhc.testing import gpt
+from megatron_mhc.testing.parity import Iteration, Routing, compare_routing, differences
 
 ROOT = Path(__file__).resolve().parents[2]
 LAYOUTS = {"tp2", "tp2_sp", "pp2", "pp2_vpp2", "ep2", "dp_distributed_optimizer"}
@@ -36,15 +40,75 @@ def launch(out, *arguments, timeout=280):
 
 def test_parity_through_the_script(tmp_path):
     rows, output = launch(tmp_path / "out.json", "--only", "parity", "--streams", "4")
+    assert rows.pop(("precision", "float32 products"))["ok"]
     names = [name.split(", ") for _, name in rows]
     assert {layout for layout, *_ in names} == LAYOUTS
     for kind in ("dense", "moe"):
         assert {name[-1] for name in names if name[:2] == ["pp2_vpp2", kind]} == SCHEDULES
     for name, row in rows.items():
         assert row["loss"] <= 1e-5 and row["gradients"] <= 1e-5 and row["ok"], name
+        assert row["one GPU again"] == 0 < row["one GPU reordered"] < 1e-5
         assert f"| {name[1]} |" in output
+        if ", moe, " in name[1]:  # four layers route each of four micro-batches of two sequences
+            assert row["routed otherwise"] == 0 and row["of tokens"] == 4 * 4 * 2 * 16
+            assert row["closest tie"] > 1e-5
     # Not compared with themselves: another order of summation leaves its trace.
     assert all(row["gradients"] > 0 for (_, name), row in rows.items() if name.startswith("tp2"))
+    assert all(rows["parity", f"{name}, moe, n=4, -"]["scores"] > 0 for name in ("tp2_sp", "ep2"))
+
+
+# What Transformer Engine's GEMM does to a float32 router, and what a token that changes its expert does.
+
+
+def tf32(x):
+    """Rounded to 11 significant bits."""
+    return ((x.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+
+def tf32_gemm(a, b, dtype, layout, bias=None, grad=False):
+    a, b = tf32(a), tf32(b)
+    return [{"TN": lambda: b @ a.T, "NN": lambda: b @ a, "NT": lambda: b.T @ a}[layout]()]
+
+
+def routed(layout, exact, bump=0.0, expected=None):
+    """An iteration in float32: what one rank computed, or how far `layout` is from that."""
+    gpt._router_gemm = tf32_gemm
+    gpt.exact_router(exact)
+    layout.initialize()
+    config = layout.config("moe", params_dtype=torch.float32)
+    chunks = build(layout, config, "moe", MHCConfig(num_residual_streams=4))
+    routing = Routing.record(chunks)
+    if bump:
+        with torch.no_grad():  # the last layer's first expert gets more tokens, of both ranks
+            chunks[0].module.decoder.layers[-1].mlp.router.weight[0] += bump
+    loss = iterate(chunks, config)
+    if expected is None:
+        return Iteration.of(loss, chunks), routing.of_last(MICRO_BATCHES)
+    iteration, wanted = expected
+    return differences(loss, chunks, iteration, torch.float32), compare_routing(routing, wanted, layout.sp)
+
+
+@pytest.mark.parametrize("layout", [Layout(ep=2), Layout(tp=2, sp=True)], ids=["ep2", "tp2_sp"])
+def test_a_router_in_tf32_spoils_gradients_but_moves_no_token(run_ranks, layout):
+    errors = {}
+    for exact in (True, False):
+        expected = run_ranks(1, routed, Layout(), exact)[0]
+        assert expected[1].gap() > 1e-5
+        found, routing = run_ranks(2, routed, layout, exact, 0.0, expected)[0]
+        assert routing.moved == 0 and routing.tokens == 4 * MICRO_BATCHES * MICRO_BATCH * SEQUENCE
+        errors[exact] = found.worst[0], routing.scores
+    print(errors)
+    assert errors[True][0] <= 1e-5 and 10 * errors[True][0] < errors[False][0] < 1e-3
+    assert errors[True][1] <= 1e-6 and 5e-5 < errors[False][1] < 1e-3  # of a score
+
+
+def test_a_token_that_changes_its_expert_is_counted(run_ranks):
+    expected = run_ranks(1, routed, Layout(), True)[0]
+    found, routing = run_ranks(2, routed, Layout(ep=2), True, 0.5, expected)[0]
+    _, alone = run_ranks(1, routed, Layout(), True, 0.5)[0]
+    chosen = zip(alone.chosen[3], expected[1].chosen[3], strict=True)
+    assert routing.moved == sum(int((a != b).any(-1).sum()) for a, b in chosen) > 0
+    assert found.worst[0] > 1e-3
 
 
 @pytest.mark.slow
@@ -52,8 +116,11 @@ def test_curves_and_measurement_through_the_script(tmp_path):
     out = tmp_path / "out.json"
     rows, _ = launch(out, "--only", "curves,measure,profile", "--streams", "4")
     curves = {name: row for (section, name), row in rows.items() if section == "curves"}
-    assert {name.split(", ")[0] for name in curves} == LAYOUTS - {"tp2"}
+    assert {name.split(", ")[0] for name in curves} == LAYOUTS | {"one GPU"}
+    assert {name.split(", ")[-1] for name in curves if name.startswith("pp2_vpp2, dense")} == SCHEDULES
     assert all(row["ok"] and row["last"] < row["first"] for row in curves.values())
+    for name in ("one GPU, dense, n=4, -", "one GPU, moe, n=4, -"):
+        assert 0 < curves[name]["noise"] <= curves[name]["tolerance"] < curves[name]["control"]
     measured = {name: row for (section, name), row in rows.items() if section == "measure"}
     assert {name.split(", ")[-1] for name in measured} == SCHEDULES | {"-"}
     for name, row in measured.items():
@@ -69,10 +136,12 @@ def test_curves_and_measurement_through_the_script(tmp_path):
 @pytest.mark.timeout(540)  # one of its jobs waits for a minute for a rank that says nothing
 def test_resume_through_the_script(tmp_path):
     rows, _ = launch(tmp_path / "out.json", "--only", "resume", timeout=500)
-    assert rows["resume", "two ranks, one, two"]["error"] <= 1e-5
-    assert rows["resume", "rank 1 killed"]["names rank 1"]
-    assert rows["resume", "resumed"]["error"] <= 1e-5
-    assert "pipeline rank 1 (global rank 1) has failed" in rows["resume", "rank 1 silent"]["messages"][0]
+    rows = {name: row for (_, name), row in rows.items()}
+    for name, until in (("on one rank", 8), ("on two ranks again", 10), ("resumed", 10)):
+        assert rows[name]["error"] <= 1e-5 and rows[name]["last step"] == until
+    assert len(rows["unbroken"]["losses"]) == 10
+    assert rows["rank 1 killed"]["names rank 1"]
+    assert "pipeline rank 1 (global rank 1) has failed" in rows["rank 1 silent"]["messages"][0]
 
 
 # A message's first use of a link waits, on the host, for the other end: so does NCCL.

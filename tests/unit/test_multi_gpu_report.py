@@ -1,14 +1,19 @@
-"""What scripts/bench/multi_gpu.py makes of kernels whose times are known, and of a run that was killed."""
+"""What scripts/bench/multi_gpu.py makes of known kernels and losses, and of a run that was killed."""
 
+import argparse
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts" / "bench"))
+import multi_gpu_curves as curves  # noqa: E402
+import multi_gpu_measure as measure  # noqa: E402
 import multi_gpu_report as report  # noqa: E402
+import multi_gpu_resume as resume  # noqa: E402
 import multi_gpu_supervise as supervisor  # noqa: E402
 import multi_gpu_trace as trace  # noqa: E402
 
@@ -113,6 +118,94 @@ def test_a_killed_run_is_gone_on_with(alone, tmp_path):
     assert {row["name"] for row in json.loads(path.read_text())["rows"]} == {"tp2", "pp2", "ep2"}
     table = again.tables()
     assert "| tp2 | 1.0e-07 | yes |" in table and "| ep2 | 1.0e-03 | **NO** |" in table
+
+
+def test_what_a_row_had_when_it_was_killed_is_kept(alone, tmp_path):
+    path = tmp_path / "out.json"
+    first = report.Report(path, {"layers": "2"})
+    assert first.wanted("measure", "pp2")
+    first.note("measure", "pp2", {"step": 350.0})  # and here it is killed
+    again = report.Report(path, {"layers": "2"})
+    assert again.row("measure", "pp2")["step"] == 350 and again.bad() == ["measure: pp2"]
+
+
+def options_of(**given):
+    names = dict(layouts=[], schedules=["fused-split", "megatron"], widths=[2560, 4096], streams=[4, 1])
+    return argparse.Namespace(**(names | given))
+
+
+def test_rows_to_measure_come_in_the_order_in_which_they_were_asked_for():
+    titles = [case.title for case in measure.cases(options_of(), 2)]
+    assert titles[:4] == [
+        "pp2_vpp2, C=2560, n=4, fused-split",
+        "pp2_vpp2, C=2560, n=4, megatron",
+        "ep2, C=2560, n=4, -",
+        "pp2_vpp2, C=4096, n=4, fused-split",
+    ]
+    assert len(titles) == 12 and all("n=1" in title for title in titles[6:])
+    one = options_of(layouts=["pp2_vpp2"], schedules=["megatron"], widths=[4096], streams=[1])
+    assert [case.title for case in measure.cases(one, 2)] == ["pp2_vpp2, C=4096, n=1, megatron"]
+
+
+def losses_of(**far):
+    """Losses of one GPU's runs, each step of them as far from the first run's as `far` says."""
+    names = {way.replace(" ", "_").replace("-", "_"): way for way in curves.WAYS}
+    return {way: [2.0 + far.get(name, 0.0), 1.0 - far.get(name, 0.0)] for name, way in names.items()}
+
+
+def test_a_curve_may_be_as_far_from_one_gpu_as_the_noise_allows():
+    noise = dict(micro_batches_reversed=1e-3, micro_batches_halved=2e-3, rounded_once_more=5e-4)
+    alone = losses_of(**noise, a_micro_batch_twice=0.05)
+    found = curves.noise_of(alone)
+    assert found["noise"] == pytest.approx(2e-3) and found["tolerance"] == pytest.approx(6e-3)
+    assert found["ok"]
+    near, far = ([loss + by for loss in alone["plain"]] for by in (0.005, 0.007))
+    assert curves.compared(near, alone)["ok"] and not curves.compared(far, alone)["ok"]
+    assert not curves.compared([2.0, float("nan")], alone)["ok"]
+
+
+def test_a_tolerance_that_hides_a_fault_is_no_tolerance():
+    alone = losses_of(micro_batches_halved=0.5, a_micro_batch_twice=0.01)
+    found = curves.noise_of(alone)
+    assert found["tolerance"] == curves.MOST and not found["ok"]
+    assert curves.noise_of(losses_of(a_micro_batch_twice=0.01))["tolerance"] == curves.LEAST
+
+
+def test_ways_of_one_gpu_take_the_same_micro_batches_but_one():
+    batch = torch.arange(4 * 2 * 3).view(4, 2, 3)
+    whole = sorted(batch.flatten(0, 1).tolist())
+    for way in (curves.PLAIN, *curves.NOISE):
+        assert sorted(curves.batch_of(batch, way).flatten(0, 1).tolist()) == whole
+    assert curves.batch_of(batch, curves.HALVED).shape == (8, 1, 3)
+    other = curves.batch_of(batch, curves.CONTROL)
+    assert torch.equal(other[0], other[1]) and torch.equal(other[1:], batch[:-1])
+
+
+@pytest.mark.parametrize("forward", [True, False])
+def test_rounding_once_more_moves_a_number_to_its_neighbour(forward):
+    x = torch.linspace(1, 1.9, 1000, dtype=torch.bfloat16, requires_grad=True)
+    y = curves._Rounded.apply(x, forward, torch.Generator().manual_seed(0))
+    y.backward(x.detach())
+    moved, still = (y, x.grad) if forward else (x.grad, y)
+    assert torch.equal(still, x)
+    steps = ((moved - x).float() * 2**7).abs()  # of bf16 between 1 and 2
+    assert steps.max() == 1 and 0.2 < (steps > 0).float().mean() < 0.8
+
+
+def test_a_job_that_went_on_has_all_losses_behind_its_checkpoint():
+    unbroken = {step: 1.0 for step in range(1, 11)}
+    assert resume.worst({6: 1.0, 7: 1.01, 8: 1.0}, unbroken, 5, 8) == pytest.approx(0.01)
+    for losses in ({6: 1.0, 7: 1.0}, {5: 1.0, 6: 1.0, 7: 1.0, 8: 1.0}, {6: 1.0, 7: 1.0, 8: float("nan")}, {}):
+        assert resume.worst(losses, unbroken, 5, 8) == float("inf")
+    assert resume.worst({6: 1.0, 7: 1.0, 8: 1.0}, {}, 5, 8) == float("inf")
+
+
+def test_jobs_side_by_side_have_gpus_of_their_own(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3,6,7,8")
+    assert resume.pairs_of_gpus() == ["2,3", "6,7"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    with pytest.raises(SystemExit, match="two GPUs"):
+        resume.pairs_of_gpus()
 
 
 def test_rows_of_another_machine_do_not_mix(alone, tmp_path, monkeypatch):
