@@ -121,7 +121,9 @@ def run_block(kind="dense", seed=3, mhc=None, **settings):
         x = torch.randn(SEQ, BATCH, WIDTH, device="cuda", dtype=torch.bfloat16, generator=generator)
         x.requires_grad_()
         out = model(x, None, rotary_pos_emb=rope)
-        out.float().square().mean().backward()
+        # Not the mean square, which the last norm makes a constant: gradients would be rounding.
+        target = torch.randn(out.shape, device="cuda", generator=generator)
+        (out.float() * target).sum().div(SEQ).backward()
         outputs += [out.detach().float(), x.grad.float()]
     grads = {name: p.main_grad.clone() for name, p in block.named_parameters()}
     dtypes = {name: p.dtype for name, p in block.named_parameters()}
@@ -154,13 +156,15 @@ def test_six_layers_are_the_same_with_the_boundary_fused_or_not_and_match_the_re
         assert all(torch.equal(a, b) for a, b in zip(outputs, others, strict=True))
         assert all(torch.equal(grads[name], other_grads[name]) for name in grads)
     want, want_grads, _ = run_block(kind, mhc=MHCConfig(backend="reference"), **layers)
-    errors = sorted((relative(grads[name], want_grads[name]), name) for name in grads)
-    middle = errors[len(errors) // 2]
+    # Of matrices: while streams are alike, what alphas and biases get is sums in which all but rounding cancels.
+    matrices = [name for name in grads if grads[name].dim() == 2]
+    errors = sorted((relative(grads[name], want_grads[name]), name) for name in matrices)
+    middle = errors[len(errors) // 2][0]
     streams = max(relative(a, b) for a, b in zip(outputs, want, strict=True))
-    print(f"{kind}: streams {streams:.1e}, gradients {middle[0]:.1e} (median), {errors[-1]}")
+    print(f"{kind}: streams {streams:.1e}, gradients {middle:.1e} (median), {errors[-1]}")
     # In bf16 a token near a tie may go to another expert, whose gradients are then others.
-    assert streams < (2e-2 if kind == "dense" else 5e-2)
-    assert middle[0] < 2e-2 and errors[-1][0] < (1e-1 if kind == "dense" else 5e-1)
+    assert streams < (4e-2 if kind == "dense" else 1e-1)
+    assert middle < 4e-2 and errors[-1][0] < (1e-1 if kind == "dense" else 5e-1)
 
 
 @pytest.mark.parametrize("kind", ["dense", "moe"])
@@ -257,7 +261,9 @@ class Neighbours(Transport):
         return torch.randn(self.shapes[message.name], generator=generator).to(self.device, self.dtype)
 
     def send(self, message, tensor):
-        self.sent[message] = tensor.detach().clone()
+        # A narrow message holds fp32 numbers in bf16's places, and their lower halves may look like NaN.
+        narrow = message.name in ("write", "d_write")
+        self.sent[message] = (tensor.view(torch.int16) if narrow else tensor).detach().clone()
 
     def drain(self):
         pass
