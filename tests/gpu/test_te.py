@@ -156,7 +156,7 @@ def test_six_layers_are_the_same_with_the_boundary_fused_or_not_and_match_the_re
         assert all(torch.equal(a, b) for a, b in zip(outputs, others, strict=True))
         assert all(torch.equal(grads[name], other_grads[name]) for name in grads)
     want, want_grads, _ = run_block(kind, mhc=MHCConfig(backend="reference"), **layers)
-    # Of matrices: while streams are alike, what alphas and biases get is sums in which all but rounding cancels.
+    # Of matrices: while streams are alike, all but rounding cancels in what alphas and biases get.
     matrices = [name for name in grads if grads[name].dim() == 2]
     errors = sorted((relative(grads[name], want_grads[name]), name) for name in matrices)
     middle = errors[len(errors) // 2][0]
