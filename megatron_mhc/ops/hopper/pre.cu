@@ -116,7 +116,7 @@ pre(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap f, co
 
   if (threadIdx.x == 0) {
     for (int s = 0; s < STAGES; s++) {
-      barrier_init(fulls + 8 * s, 1 + MIX);
+      barrier_init(fulls + 8 * s, 1 + MIX * 32);
       barrier_init(knows + 8 * s, 64);
       barrier_init(empties + 8 * s, TURNS + 2 + MIX);
 #if MIX
@@ -345,8 +345,7 @@ pre(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap f, co
       for (int k = lane; k < BT * M / 4; k += 32)
         *(float4*)(coefficients + stage * BT * M + 4 * k) =
             *(const float4*)(before + (u64)min(token + k / (M / 4), T - 1) * M + k % (M / 4) * 4);
-      __syncwarp();
-      if (lane == 0) barrier_arrive(fulls + 8 * stage);
+      barrier_arrive(fulls + 8 * stage);
 #endif
     }
   }
