@@ -318,7 +318,7 @@ BUGS = {
     "nor for all of it": ("pre", {"(knows + 8 * s, 64)": "(knows + 8 * s, 63)"}),
     "what other warps mix is not awaited": ("mix", {"sync_threads<PROJECTING * 32>(2);": ""}),
     "f overwrites what is in use": ("mix", {"past / STAGES & 1);": "past / STAGES & 1 ^ 1);"}),
-    "coefficients are not awaited": ("mix", {"(fulls + 8 * s, 1 + MIX * 32);": "(fulls + 8 * s, 1 + MIX * 31);"}),
+    "coefficients are not awaited": ("mix", {"s, 1 + MIX * 32);": "s, 1 + MIX * 31);"}),
     "copies overwrite streams that leave": ("mix", {"await_stored();  // long since": ""}),
     "a middle warp is left out": ("pre_backward", {"% MIDDLE != turn": "% MIDDLE != turn % 3"}),
     "stores are not awaited": ("pre_backward", {"        await_stored();\n": ""}),
