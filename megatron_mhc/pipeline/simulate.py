@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
 from megatron_mhc.pipeline.check import Deadlock, peak_in_flight
-from megatron_mhc.pipeline.costs import AWAIT, KERNEL, LINKS, REPORT, Costs, Phase, Times
+from megatron_mhc.pipeline.costs import AWAIT, KERNEL, LINKS, REPORT, STREAM, Costs, Phase, Times
 from megatron_mhc.pipeline.events import Node, run
 from megatron_mhc.pipeline.megatron_order import WAIT_SENT, megatron_programs
 from megatron_mhc.pipeline.program import (
@@ -68,7 +68,7 @@ def simulate(
         Deadlock: ranks that wait for each other.
     """
     programs = programs or [build_program(plan, rank) for rank in range(plan.pp)]
-    transfers = _Transfers(plan, times, 1 if alone else 2)
+    transfers = _Transfers(plan, times, _rank_of(plan, programs[0]) if alone else None)
     ranks = [_Rank(plan, program, times, priority, transfers) for program in programs]
     nodes = [node for rank in ranks for node in rank.nodes] + list(transfers.made.values())
     step = run(nodes, times.machine.both_ways)
@@ -78,11 +78,19 @@ def simulate(
     return Run(step, [[(op, first.start, last.end) for op, first, last in rank.ops] for rank in ranks])
 
 
-class _Transfers:
-    """The messages of all ranks; each begins once its `ends` are posted, one after the other on a channel."""
+def _rank_of(plan: Plan, program: list[Op]) -> int:
+    return next(op.stage for op in program if op.kind in COMPUTE) % plan.pp
 
-    def __init__(self, plan: Plan, times: Costs, ends: int):
-        self._plan, self._times, self._ends = plan, times, ends
+
+class _Transfers:
+    """The messages of all ranks; each begins once both ends are posted, one after the other on a channel.
+
+    Args:
+        alone: the one rank that runs; the other end of a message is always ready, and its link free.
+    """
+
+    def __init__(self, plan: Plan, times: Costs, alone: int | None):
+        self._plan, self._times, self._alone = plan, times, alone
         self.made: dict[Message, Node] = {}
         self._queued: dict[tuple[int, str, int, int], Node] = {}  # the last one at one end of a channel
 
@@ -91,9 +99,11 @@ class _Transfers:
             machine = self._times.machine
             duration, slices = self._times.transfer(message)
             source, target = message.stage % self._plan.pp, message.receiver % self._plan.pp
-            node = Node(duration / slices, missing=self._ends, slices=slices)
+            node = Node(duration / slices, missing=2 if self._alone is None else 1, slices=slices)
             if duration:
-                node.uses, node.turn = (("out", source), ("in", target)), machine.turn(message, MESSAGES)
+                ends = ("out", source), ("in", target)
+                node.uses = tuple(end for end in ends if self._alone in (None, end[1]))
+                node.turn = machine.turn(message, MESSAGES)
             self.made[message] = node
         return self.made[message]
 
@@ -115,7 +125,7 @@ class _Rank:
     def __init__(self, plan: Plan, program: list[Op], times: Costs, priority: bool, transfers: _Transfers):
         self.plan, self.times, self.machine, self.priority = plan, times, times.machine, priority
         self.transfers = transfers
-        self.rank = next(op.stage for op in program if op.kind in COMPUTE) % plan.pp
+        self.rank = _rank_of(plan, program)
         self.nodes: list[Node] = []
         self.ops: list[tuple[Op, Node, Node]] = []  # with their first and last nodes
         # The last that each stream did, each chain, the report that its host waits for, and the host itself.
@@ -124,6 +134,12 @@ class _Rank:
         self.reports: dict[Chain, Node] = {}
         self.host: Node | None = None
         self.computed: list[Node] = []
+        # The direction of the link that a stream's last work used, where that was a copy; a step follows one
+        # like it.
+        self.engines: dict[str, str | None] = {}
+        for op in program:
+            if op.kind in COMPUTE:
+                self._leave_engine(op)
         for op in program:
             first, last = self._compute(op) if op.kind in COMPUTE else self._exchange(op)
             self.ops.append((op, first, last))
@@ -137,15 +153,32 @@ class _Rank:
         if self.machine.host:
             self.host = self._node(ms).after(self.host, *after)
 
-    def _compute(self, op: Op) -> tuple[Node, Node]:
-        stream, chain = COMPUTE_STREAM, (op.kind == FORWARD, op.microbatch, op.stage)
+    def _stream(self, op: Op) -> str:
         if op.what in ALL_TO_ALL:
-            stream = A2A_STREAM
-        elif op.what == "post" and self.priority:
-            stream = PRIORITY_STREAM
+            return A2A_STREAM
+        return PRIORITY_STREAM if op.what == "post" and self.priority else COMPUTE_STREAM
+
+    def _leave_engine(self, op: Op) -> None:
+        for phase in self.times.phases(self.plan, op):
+            if phase.ms and phase.kind != REPORT:  # which has a stream of its own
+                self.engines[self._stream(op)] = LINKS.get(phase.kind, (None,))[-1]
+
+    def _take_engine(self, stream: str, chain: Chain) -> None:
+        """A copy engine also is where a stream whose last work was a copy waits for what comes next."""
+        engine = self.engines.get(stream)
+        if engine is None or self.machine.turns != STREAM:
+            return
+        node = self._node().after(self.streams.get(stream), self.chains.get(chain), self.host)
+        node.uses, node.turn = ((engine, self.rank),), stream
+        self.streams[stream] = node
+
+    def _compute(self, op: Op) -> tuple[Node, Node]:
+        stream, chain = self._stream(op), (op.kind == FORWARD, op.microbatch, op.stage)
         ahead = self.machine.ahead
         if ahead is not None and len(self.computed) > ahead:
             self._launch(0.0, self.computed[-1 - ahead])
+        self._take_engine(stream, chain)
+        self._leave_engine(op)
         done = []
         for phase in self.times.phases(self.plan, op):
             if phase.kind == AWAIT:

@@ -88,13 +88,14 @@ if ARGS.cpu:
     cpu.install()
     cpu.patch_megatron()
     cpu.use_local_modules()
+import pipeline_model  # noqa: E402
 import timeline  # noqa: E402
 from megatron.core import parallel_state, tensor_parallel  # noqa: E402
 from megatron.core.models.gpt import GPTModel  # noqa: E402
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec  # noqa: E402
 from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
 from megatron.core.transformer import TransformerConfig  # noqa: E402
-from pipeline_model import PARTS, kind, plan_of, program_of, simulated  # noqa: E402
+from pipeline_model import PARTS, kind, own_streams, plan_of, program_of, simulated  # noqa: E402
 from standins import Copies, Exchange, Link, LoopTransport, cycles_per_ms, exchange  # noqa: E402
 from timeline import DEVICE, Log, Mark, TimedStreams, synchronize  # noqa: E402
 from timeline_picture import draw, draw_trace  # noqa: E402
@@ -273,13 +274,13 @@ def run(order: str, boundary: str, report: dict[str, Any], pictures: Path) -> di
     still, still_logs = bench.steps(*few, copy=False)
     quiet = still if ARGS.dense else bench.steps(*few, copy=False, exchange=False)[0]
     _, serial = bench.steps(*few, copy=False, serial=True)
-    _, alone = bench.steps(2, 1, alone=True)
-    inputs = {
-        "phases": timeline.phases(serial + alone, kind),
-        "host": timeline.host_times(alone),
-        "lead": timeline.lead(serial),
-    }
-    models = simulated(report, f"{order} {boundary}", inputs)
+    _, alone = bench.steps(*few, alone=True)
+    noted = {"step": logs, "without messages": still_logs, "on one stream": serial, "host alone": alone}
+    written = {name: [timeline.raw(log) for log in some] for name, some in noted.items()}
+    ahead = [step for some in own_streams(order) for step in written[some]]
+    inputs = pipeline_model.unhurried(timeline.inputs(serial, alone, kind), ahead)
+    name = f"{order} {boundary}"
+    models = simulated(report, name, inputs)
     full, without, bare = map(statistics.median, (steps, still, quiet))
     volume = sum(end.since(start) for _, start, end in logs[-1].copies)
     found = {
@@ -297,8 +298,8 @@ def run(order: str, boundary: str, report: dict[str, Any], pictures: Path) -> di
         "steps": {"step": steps, **dict(zip(PARTS, (still, quiet), strict=True))},
         "inputs": inputs,
     }
-    noted = {"step": logs, "without messages": still_logs, "on one stream": serial, "host alone": alone}
-    found["events"] = {name: timeline.raw(some[-1]) for name, some in noted.items()}
+    found["events"] = {name: some[-1] for name, some in written.items()}
+    found["replayed"] = [steps[-1], pipeline_model.replayed(report, name, inputs, written["step"][-1])]
     if cuda:
         found["peak GiB"] = peak
     if order == "fused" and boundary == "whole":

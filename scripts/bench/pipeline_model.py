@@ -1,16 +1,21 @@
 """The simulator's view of the rank that pipeline.py measured, from the results.json that it wrote; no torch.
 
-    python scripts/bench/pipeline_model.py runs/pipeline/results.json
+    python scripts/bench/pipeline_model.py runs/pipeline/results.json [runs/pipeline/events.json]
 
 Prints for every run the step and its parts, measured and simulated: with all that is modelled, and without
-one thing or the other. Nothing that is simulated here was taken from the step that it is compared with.
+one thing or the other. Nothing that is simulated there was taken from the step that it is compared with.
+With events.json also one noted step and its simulation that is told how long in that very step the host took
+and every message: what then still differs is the model's own error, and no disturbance of that step.
 """
 
 from __future__ import annotations
 
 import json
+import statistics
 import sys
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +34,13 @@ from megatron_mhc.pipeline.costs import (  # noqa: E402
     Phase,
 )
 from megatron_mhc.pipeline.megatron_order import megatron_program  # noqa: E402
-from megatron_mhc.pipeline.program import Message, Op, Plan, build_program  # noqa: E402
+from megatron_mhc.pipeline.program import COMPUTE, POST, SEND, Message, Op, Plan, build_program  # noqa: E402
 from megatron_mhc.pipeline.simulate import simulate  # noqa: E402
 
 Row = dict[str, Any]
+Noted = dict[str, list[list[Any]]]  # of one step, as timeline.raw writes it
+SIZES = ("streams", "mixed", "d_streams"), ("write", "d_write")  # messages of one size
+MARKS = 0.01  # ms; no more than that lies between two marks with nothing between them
 WITHOUT = {  # columns of `pipeline_model.py` and comm_tables.py: what is left out of the model
     "simulated": {},
     "links apart": {"shared": False},
@@ -92,6 +100,7 @@ class Rank(Costs):
         messages: bool = True,
         exchange: bool = True,
     ):
+        link = settled(link)
         self._link, self._inputs, self._pp, self._rank = link, inputs, plan.pp, rank
         self._shared, self._messages, self._exchange = shared, messages, exchange
         waits = any(phase[0] == AWAIT for phases in inputs["phases"].values() for phase in phases)
@@ -118,7 +127,7 @@ class Rank(Costs):
             return Phase(REPORT, self._link["report"] if queues else 0.0, host)
         if what in (OUT, IN, APART):
             return Phase(what if self._shared else APART, ms if self._exchange else 0.0, host)
-        return Phase(what, ms, host)
+        return Phase(what, ms if ms > MARKS else 0.0, host)
 
     def _longest(self) -> float:
         return max(ways[OUT] for ways in self._link["alone"].values())
@@ -132,6 +141,100 @@ class Rank(Costs):
 
     def host(self, op: Op) -> float:
         return self._inputs["host"].get(op.kind, 0.0)
+
+
+def settled(link: Row) -> Row:
+    """What was measured of the link, where messages of one size count as one that was measured repeatedly."""
+    alone, before = dict(link["alone"]), sum(link["alone"]["streams"].values())
+    for names in SIZES:
+        ways = {way: statistics.median(link["alone"][name][way] for name in names) for way in (OUT, IN)}
+        alone |= dict.fromkeys(names, ways)
+    # It was divided by the time of one message; the largest, and of them the first, is "streams".
+    return link | {"alone": alone, "both ways": link["both ways"] * before / sum(alone["streams"].values())}
+
+
+def host_phases(noted: Noted) -> Iterator[tuple[Op, list[list[Any]]]]:
+    """Every compute operation but the last, with [kind, ms of the host] of its phases."""
+    operations, parts, *_ = noted.values()
+    inside = defaultdict(list)
+    for number, *part in parts:
+        inside[number].append(part)
+    for number, (*op, _, at, _) in enumerate(operations[:-1]):
+        if op[0] not in COMPUTE:
+            continue
+        left = operations[number + 1][5]
+        rows: list[list[Any]] = []
+        for what, _, _, start, end in inside[number]:
+            if not rows or start != at:
+                rows.append([KERNEL, start - at])
+            rows.append([what, end - start])
+            at = end
+        yield Op(*op), [*rows, [KERNEL, left - at]]
+
+
+def unhurried(inputs: Row, steps: Sequence[Noted]) -> Row:
+    """Inputs with the host's times of `steps` where those are smaller.
+
+    A host that has let the device end everything starts slowly into the next operation; one that runs ahead
+    may wait for room in the device's queue. Either can only add to its own time.
+    """
+    found: dict[tuple[str, tuple[str, ...]], list[list[float]]] = defaultdict(list)
+    for noted in steps:
+        for op, rows in host_phases(noted):
+            found[kind(op), tuple(what for what, _ in rows)].append([ms for _, ms in rows])
+    phases = {}
+    for name, known in inputs["phases"].items():
+        rows = found[name, tuple(what for what, *_ in known)] or [[host for *_, host in known]]
+        other = [statistics.median(column) for column in zip(*rows, strict=True)]
+        # Of a phase that waits nothing is known.
+        phases[name] = [
+            [what, ms, 0.0 if what in (REPORT, AWAIT) else min(host, also)]
+            for (what, ms, host), also in zip(known, other, strict=True)
+        ]
+    return inputs | {"phases": phases}
+
+
+class Replayed(Rank):
+    """A rank in one noted step: the host's times and the messages' are that step's own."""
+
+    def __init__(self, noted: Noted, program: list[Op], *args: Any):
+        super().__init__(*args)
+        operations, _, _, copies = noted.values()
+        ends = [came for *_, came, _, _ in operations[1:]] + [operations[-1][6]]
+        self._took = {Op(*row[:5]): end - row[6] for row, end in zip(operations, ends, strict=True)}
+        self._hosts = {op: [ms for what, ms in rows if what != AWAIT] for op, rows in host_phases(noted)}
+        moved: dict[tuple[str, str], list[float]] = defaultdict(list)
+        for name, way, start, end in copies:
+            moved[name, way].append(end - start)
+        ways = {POST: IN, SEND: OUT}
+        self._moved = {op.message: moved[op.what, ways[op.kind]].pop(0) for op in program if op.kind in ways}
+        self.machine = replace(self.machine, both_ways=1.0)  # which the messages' times have in them
+
+    def phases(self, plan: Plan, op: Op) -> Sequence[Phase]:
+        known = super().phases(plan, op)
+        hosts = iter(self._hosts.get(op, [phase.host for phase in known if phase.kind != AWAIT]))
+        return [phase if phase.kind == AWAIT else phase._replace(host=next(hosts)) for phase in known]
+
+    def transfer(self, message: Message) -> tuple[float, int]:
+        ms = self._moved[message]
+        return ms, self.machine.slices(ms)
+
+    def host(self, op: Op) -> float:
+        return self._took[op]
+
+
+def own_streams(order: str) -> list[str]:
+    """The steps without messages, as events.json names them, whose host does what the step's host does."""
+    return ["without messages"] if order == "fused" else ["without messages", "on one stream"]
+
+
+def replayed(report: Row, name: str, inputs: Row, noted: Noted) -> float:
+    """The simulated step that is told the host's times and the messages' of one that was noted."""
+    settings, (order, boundary) = report["arguments"], name.split()
+    plan, rank = plan_of(settings, order, boundary), settings["rank"]
+    program = program_of(plan, order, rank)
+    costs = Replayed(noted, program, report["link"], inputs, plan, order, rank)
+    return simulate(plan, costs, [program], alone=True).step
 
 
 def simulated(report: Row, name: str, inputs: Row) -> Row:
@@ -149,16 +252,23 @@ def simulated(report: Row, name: str, inputs: Row) -> Row:
 def main(paths: list[str]) -> None:
     if not paths:
         raise SystemExit(__doc__)
-    for path in paths:
+    events: Row = {}
+    for path in (path for path in paths if Path(path).name == "events.json"):
+        events = json.loads(Path(path).read_text())
+    for path in (path for path in paths if Path(path).name != "events.json"):
         report = json.loads(Path(path).read_text())
         print(f"{path}: ms measured, then simulated, of the step and of its parts")
-        print(f"{'':20}{'step':>9}", *(f"{name:>17}" for name in (*WITHOUT, *PARTS)))
+        columns = [*WITHOUT, *PARTS, *(["replayed"] if events else [])]
+        print(f"{'':20}{'step':>9}", *(f"{name:>17}" for name in columns))
         for name, run in report["runs"].items():
             if "inputs" not in run:
                 continue
             found = simulated(report, name, run["inputs"])
             cells = [f"{found[column]:9.1f}  {found[column] / run['step']:5.2f} " for column in WITHOUT]
             cells += [f"{run[column]:8.1f} {found[column]:8.1f}" for column in PARTS]
+            if name in events:
+                one = replayed(report, name, run["inputs"], events[name]["step"])
+                cells.append(f"{run['steps']['step'][-1]:8.1f} {one:8.1f}")
             print(f"{name:20}{run['step']:9.1f}", *cells)
 
 

@@ -185,6 +185,11 @@ def lead(logs: list[Log]) -> int:
     return most
 
 
+def inputs(serial: list[Log], alone: list[Log], key: Callable[[Op], Hashable]) -> dict[str, Any]:
+    """What the simulator learns from steps on one stream and steps that are `alone`."""
+    return {"phases": phases(serial + alone, key), "host": host_times(alone), "lead": lead(serial)}
+
+
 def moved(logs: list[Log]) -> dict[str, float]:
     """Median milliseconds of every kind of message."""
     moves: dict[str, list[float]] = {}
