@@ -26,7 +26,7 @@ from megatron_mhc.ops.hopper import compile as building
 from megatron_mhc.ops.hopper import pre, pre_backward
 from megatron_mhc.ops.link import Written
 
-MARKED = 64  # tiles of a group
+MARKED = 128  # tiles of a group
 POINTS = {"pre": 9, "pre_backward": 11}  # noted by MARK(tile, point) in the sources
 SPANS = {  # between which points, in the order of a tile's way
     "pre": {
@@ -124,13 +124,15 @@ def measure(tokens: int, width: int, bandwidth: float) -> list[dict]:
         finally:
             module.kernel = building.kernel
         defines = marked.built[name][1]
-        cut = building.layout(tokens, width, module.WIDEST, building.multiprocessors(torch.device("cuda", 0)))
-        tiles = -(-tokens // 16) // cut.groups
+        blocks = building.multiprocessors(torch.device("cuda", 0))
+        cut = building.layout(tokens, width, module.WIDEST, blocks, defines["BT"])
+        tiles = -(-tokens // defines["BT"]) // cut.groups
         clocks = clocks[: cut.groups * cut.slices, defines["STAGES"] : min(tiles, MARKED) - defines["STAGES"]]
         row: dict[str, Any] = {"kernel": call, "tokens": tokens, "width": width, "us": round(microseconds, 1)}
         floor = units[call] * tokens * width * 2 / bandwidth * 1e6
         row |= {"x_floor": round(microseconds / floor, 3), "blocks": cut.groups * cut.slices}
-        row |= {"slices": cut.slices, "channels": cut.width, "ring": defines["STAGES"], "tiles": tiles}
+        row |= {"slices": cut.slices, "channels": cut.width, "tile": defines["BT"], "ring": defines["STAGES"]}
+        row["tiles"] = tiles
         spans = {}
         for span, (a, b) in SPANS[name].items():
             there = (clocks[..., a] > 0) & (clocks[..., b] > 0)

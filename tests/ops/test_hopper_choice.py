@@ -91,22 +91,22 @@ def test_a_connection_says_which_it_wants(monkeypatch, calls, backend, count):
 @pytest.mark.parametrize("widest", [pre.WIDEST, pre_backward.WIDEST])
 @pytest.mark.parametrize("blocks", [132, 144])
 def test_layout_covers_all_channels_once_with_blocks_that_are_there(tokens, channels, widest, blocks):
-    width, slices, groups = compile.layout(tokens, channels, widest, blocks)
+    width, slices, groups = compile.layout(tokens, channels, widest, blocks, 8)
     assert width % 16 == 0 and 0 < width <= widest
     assert (slices - 1) * width < channels <= slices * width
-    assert 1 <= groups <= -(-tokens // compile.TOKENS) and slices * groups <= blocks
+    assert 1 <= groups <= -(-tokens // 8) and slices * groups <= blocks
 
 
 def test_layout_uses_most_multiprocessors_where_there_are_tokens_enough():
     for channels in (2560, 4096, 7168):
-        _, slices, groups = compile.layout(8192, channels, pre_backward.WIDEST, 132)
+        _, slices, groups = compile.layout(8192, channels, pre_backward.WIDEST, 132, 8)
         assert slices * groups >= 100
 
 
 def test_layout_of_more_channels_than_blocks_is_refused():
     with pytest.raises(ValueError, match="4096 channels need more than 31 blocks of 128"):
-        compile.layout(100, 4096, 128, 31)
-    assert compile.layout(100, 4096, 128, 32).groups == 1
+        compile.layout(100, 4096, 128, 31, 8)
+    assert compile.layout(100, 4096, 128, 32, 8).groups == 1
 
 
 def test_what_a_multiprocessor_takes_is_what_the_obstacle_says():

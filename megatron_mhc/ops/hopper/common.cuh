@@ -1,7 +1,7 @@
 // What the two kernels share: n = 4 streams of C channels, bf16. Compiled by NVRTC without any header but
 // device.cuh, which stands before it.
 //
-// A group of G thread blocks works through tiles of 16 tokens; block `slice` of it owns CW channels of all
+// A group of G thread blocks works through tiles of BT tokens, 8 or 16; block `slice` of it owns CW channels of all
 // four streams. It loads them into shared memory once and keeps them there while the group sums up, through
 // global memory, what needs whole rows. Waiting is safe: blocks take tickets as they start, a group is G
 // tickets in a row, and a block waits for blocks of its own or an earlier group alone. So the kernel ends
@@ -205,10 +205,10 @@ __device__ __forceinline__ void sinkhorn_rows(float (&z)[N]) {
 #endif
 }
 
-// A whole 4 x 4 matrix in every lane, by scaling vectors, since shuffles between lanes would be most of the time:
+// A whole 4 x 4 matrix in each of 16 lanes, by scaling vectors, since shuffles between lanes would be most of the time:
 // after t steps M = u_t K v_t with K = exp(z), v_t = 1 / (K^T u_{t-1}), u_t = 1 / (K v_t), u_0 = 1.
 // past: [ITERATIONS, 8] in shared memory, v_t and u_t. Returns element `e` of M.
-__device__ __forceinline__ float sinkhorn_scaled(const float* z, float* past, float (&K)[16], int lane, int e) {
+__device__ __forceinline__ float sinkhorn_scaled(const float* z, float* past, float (&K)[16], int e) {
   float top = z[0], u[N] = {1.f, 1.f, 1.f, 1.f}, v[N], mine = 0.f;
 #pragma unroll
   for (int k = 0; k < 16; k++) K[k] = z[k], top = fmaxf(top, K[k]);
@@ -222,7 +222,7 @@ __device__ __forceinline__ float sinkhorn_scaled(const float* z, float* past, fl
 #pragma unroll
     for (int i = 0; i < N; i++)
       u[i] = quotient(1.f, K[N * i] * v[0] + K[N * i + 1] * v[1] + (K[N * i + 2] * v[2] + K[N * i + 3] * v[3]));
-    if (lane == 0) {
+    if (e == 0) {
       *(float4*)(past + 8 * t) = make_float4(v[0], v[1], v[2], v[3]);
       *(float4*)(past + 8 * t + N) = make_float4(u[0], u[1], u[2], u[3]);
     }

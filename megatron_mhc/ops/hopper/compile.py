@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-TOKENS = 16  # of a tile: BT of device.cuh
 BOX = 64  # channels that a copy brings
 SHARED = 226 * 1024  # bytes that a block may have beside the barriers
 AHEAD = 64  # slices that a block may look past the last one: LOADS of every fourth
@@ -67,24 +66,25 @@ def _argument(value: Any) -> tuple[int, Any]:
     return ctypes.addressof(held), held
 
 
-def tensor_map(tensor: Tensor, width: int, streams: int = 1) -> Any:
+def tensor_map(tensor: Tensor, width: int, streams: int, tile: int) -> Any:
     """What copies between global and shared memory need to know of a [T, n, C] or [T, C] tensor in bf16.
 
     Args:
         width: channels of a slice, a multiple of BOX.
         streams: that one copy brings.
+        tile: tokens of a tile.
     """
     shape = tensor.shape if tensor.dim() == 3 else (tensor.shape[0], 1, tensor.shape[1])
-    return _tensor_map(tensor.data_ptr(), *shape, width // BOX, streams)
+    return _tensor_map(tensor.data_ptr(), *shape, width // BOX, streams, tile)
 
 
 @functools.lru_cache(maxsize=4096)  # the allocator hands out the same places again and again
-def _tensor_map(address: int, tokens: int, n: int, channels: int, boxes: int, streams: int) -> Any:
+def _tensor_map(address: int, tokens: int, n: int, channels: int, boxes: int, streams: int, tile: int) -> Any:
     from cuda.bindings import driver
 
     whole = channels % BOX == 0  # else the last box of a stream would reach into the next one
     sizes = (BOX, tokens, channels // BOX, n) if whole else (channels, tokens, 1, n)
-    box = (BOX, TOKENS, boxes, streams) if whole else (BOX, TOKENS, 1, 1)
+    box = (BOX, tile, boxes, streams) if whole else (BOX, tile, 1, 1)
     strides = (2 * channels * n, 2 * BOX, 2 * channels)
     result = driver.cuTensorMapEncodeTiled(
         driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
@@ -138,12 +138,12 @@ class Layout(NamedTuple):
 
 
 @functools.cache
-def layout(tokens: int, channels: int, widest: int, blocks: int) -> Layout:
+def layout(tokens: int, channels: int, widest: int, blocks: int, tile: int) -> Layout:
     """The cut of `channels` (a multiple of 16) that leaves the fewest of `blocks` idle.
 
     A width is a multiple of BOX up to `widest`; of equals the widest is taken.
     """
-    tiles = -(-tokens // TOKENS)
+    tiles = -(-tokens // tile)
     best, most = None, 0.0
     for width in range(widest, 0, -BOX):
         slices = -(-channels // width)

@@ -1,10 +1,10 @@
-// What the kernels need of the hardware: everything that is PTX, for sm_90. common.cuh follows.
+// What the kernels need of the hardware: everything that is PTX, for sm_90. common.cuh follows. BT, 8 or 16, are the
+// tokens of a tile, CW the channels of a block.
 
 typedef unsigned int u32;
 typedef unsigned long long u64;
 typedef unsigned short bf16;
 
-#define BT 16              // tokens of a tile
 #define BOX 64             // channels of a box: rows of 128 bytes
 #define BOXES (CW / BOX)
 #define BOX_BYTES (BT * BOX * 2)
@@ -65,6 +65,11 @@ __device__ __forceinline__ void load_boxes(u32 to, const TensorMap& from, int ch
 #pragma unroll
     for (int k = 0; k < STREAMS * BOXES; k++)
       LOAD_BOX(to + k * BOX_BYTES, channel + k % BOXES * BOX, 0, stream + k / BOXES);
+}
+// Bytes as they lie in global memory, sixteen by sixteen.
+__device__ __forceinline__ void load_bytes(u32 to, const void* from, u32 bytes, u32 bar) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(from),
+               "r"(bytes), "r"(bar) : "memory");
 }
 template <int STREAMS>
 __device__ __forceinline__ void store_boxes(const TensorMap& to, int channel, int stream, int token, u32 from) {

@@ -116,9 +116,9 @@ pre(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap f, co
 
   if (threadIdx.x == 0) {
     for (int s = 0; s < STAGES; s++) {
-      barrier_init(fulls + 8 * s, 1 + MIX * 32);
+      barrier_init(fulls + 8 * s, 1);
       barrier_init(knows + 8 * s, 64);
-      barrier_init(empties + 8 * s, TURNS + 2 + MIX);
+      barrier_init(empties + 8 * s, TURNS * 32 + 2 + MIX);
 #if MIX
       barrier_init(mixes + 8 * s, PROJECTING);
 #endif
@@ -268,9 +268,8 @@ pre(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap f, co
                 make_uint4(pack(l[0], l[1]), pack(l[2], l[3]), pack(l[4], l[5]), pack(l[6], l[7]));
         }
       }
-      __syncwarp();
       if (first == BT - EACH && lane == 0) MARK(it, 5);
-      if (lane == 0) barrier_arrive(empties + 8 * stage);
+      barrier_arrive(empties + 8 * stage);  // every lane for what it has read itself
     }
   } else if (warp < PROJECTING + AGGREGATING + FINISHING) {
     // A token at a time; of eight the logits then go through Sinkhorn together, four lanes a token.
@@ -322,30 +321,25 @@ pre(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap f, co
       }
     }
     finish_held(logits, tokens, mine, lane, mappings);
-  } else {
+  } else if (lane == 0) {  // another lane could come two phases late to a barrier, and wait forever
     const u64 policy = evict_first();
     for (int it = 0; it < at.tiles; it++) {
       const int stage = it % STAGES, token = (at.group + it * groups) * BT;
-      if (lane == 0) {  // another lane could come two phases late to a barrier, and wait forever
-        if (it >= STAGES) barrier_wait(empties + 8 * stage, (it / STAGES - 1) & 1);
+      const u32 bar = fulls + 8 * stage;
+      if (it >= STAGES) barrier_wait(empties + 8 * stage, (it / STAGES - 1) & 1);
 #if MIX
-        const int past = it - F_SLOTS;
-        if (past >= 0) barrier_wait(mixes + 8 * (past % STAGES), past / STAGES & 1);
+      const int past = it - F_SLOTS;
+      if (past >= 0) barrier_wait(mixes + 8 * (past % STAGES), past / STAGES & 1);
+      const u32 bytes = min(BT, T - token) * (M * 4);
+#else
+      const u32 bytes = 0;
 #endif
-        MARK(it, 0);
-        barrier_expect(fulls + 8 * stage, STAGE + MIX * (STAGE / N));
-        load_boxes<N>(tiles + stage * STAGE, x, at.first_channel, 0, token, fulls + 8 * stage, policy);
+      MARK(it, 0);
+      barrier_expect(bar, STAGE + MIX * (STAGE / N) + bytes);
+      load_boxes<N>(tiles + stage * STAGE, x, at.first_channel, 0, token, bar, policy);
 #if MIX
-        load_boxes<1>(shared_address(outputs) + it % F_SLOTS * (STAGE / N), f, at.first_channel, 0, token,
-                      fulls + 8 * stage, policy);
-#endif
-      }
-#if MIX
-      __syncwarp();
-      for (int k = lane; k < BT * M / 4; k += 32)
-        *(float4*)(coefficients + stage * BT * M + 4 * k) =
-            *(const float4*)(before + (u64)min(token + k / (M / 4), T - 1) * M + k % (M / 4) * 4);
-      barrier_arrive(fulls + 8 * stage);
+      load_boxes<1>(shared_address(outputs) + it % F_SLOTS * (STAGE / N), f, at.first_channel, 0, token, bar, policy);
+      load_bytes(shared_address(coefficients + stage * BT * M), before + (u64)token * M, bytes, bar);
 #endif
     }
   }

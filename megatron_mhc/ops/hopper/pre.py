@@ -8,7 +8,6 @@ from torch import Tensor
 from megatron_mhc.ops.hopper.compile import (
     AHEAD,
     SHARED,
-    TOKENS,
     Layout,
     kernel,
     layout,
@@ -18,10 +17,10 @@ from megatron_mhc.ops.hopper.compile import (
 
 WIDEST = 256
 PROJECTING = 8  # warps
-PART = TOKENS * 9 * 4  # floats that a block tells its group of a tile
-SUMS = 2 * PROJECTING * TOKENS * 27 * 4 + 4 * 8 * 16 * 4  # bytes: of the warps that project, and that finish
-READS = TOKENS * 4 * 4  # bytes of a tile's h_pre
-F_SLOTS = 3  # tiles of f on their way; at least three stages fit beside them at any width
+TILE = 16  # tokens
+PART = TILE * 9 * 4  # floats that a block tells its group of a tile
+MOST_STAGES = 10  # tiles of a block's ring
+F_SLOTS = 3  # tiles of f on their way; at least as many of x fit beside them at any width
 
 
 def pre_forward(
@@ -44,13 +43,11 @@ def pre_forward(
     saved, mappings = torch.empty(T, 25, **f32), torch.empty(T, 24, **f32)
     if T == 0:
         return out, saved, mappings
-    cut = layout(T, C, WIDEST, multiprocessors(x.device))
-    stage = n * TOKENS * cut.width * 2
-    stages = min(10, (SHARED - SUMS) // (stage + READS))
-    boxes = (tensor_map(x, cut.width, n),) * 3  # of which the last two are not looked at
+    cut = layout(T, C, WIDEST, multiprocessors(x.device), TILE)
+    shared, stages = memory(cut.width, mix=False)
+    boxes = (tensor_map(x, cut.width, n, TILE),) * 3  # of which the last two are not looked at
     results = out, saved, mappings
-    defines = dict(C=C, STAGES=stages, ITERATIONS=iterations, V4=int(deepseek_v4), MIX=0)
-    shared = stages * (stage + READS) + SUMS
+    defines = dict(STAGES=stages, ITERATIONS=iterations, V4=int(deepseek_v4), MIX=0)
     _launch(cut, shared, T, boxes, (None, None), weight, bias, alphas, results, norm_eps, **defines)
     return results
 
@@ -83,16 +80,25 @@ def post_res_pre(
     results = out, torch.empty(T, 25, **f32), torch.empty(T, 24, **f32)
     if T == 0:
         return streams, *results
-    cut = layout(T, C, WIDEST, multiprocessors(x.device))
-    region = TOKENS * cut.width * 2
-    rest = SUMS + F_SLOTS * region + cut.width * 2
-    a_stage = n * region + TOKENS * 24 * 4 + READS
-    stages = min(10, (SHARED - rest) // a_stage)
-    boxes = tensor_map(x, cut.width, n), tensor_map(f, cut.width), tensor_map(streams, cut.width, n)
-    defines = dict(C=C, STAGES=stages, ITERATIONS=iterations, V4=int(deepseek_v4), MIX=1, F_SLOTS=F_SLOTS)
-    shared = stages * a_stage + rest
+    cut = layout(T, C, WIDEST, multiprocessors(x.device), TILE)
+    shared, stages = memory(cut.width, mix=True)
+    boxes = tuple(
+        tensor_map(tensor, cut.width, streams_each, TILE)
+        for tensor, streams_each in ((x, n), (f, 1), (streams, n))
+    )
+    defines = dict(STAGES=stages, ITERATIONS=iterations, V4=int(deepseek_v4), MIX=1)
     _launch(cut, shared, T, boxes, (f_bias, before), weight, bias, alphas, results, norm_eps, **defines)
     return streams, *results
+
+
+def memory(width: int, *, mix: bool) -> tuple[int, int]:
+    """Shared bytes of a block, and the tiles that its ring holds in them."""
+    region = TILE * width * 2
+    stage, rest = 4 * region + TILE * 4 * 4, 2 * PROJECTING * TILE * 27 * 4 + 4 * 8 * 16 * 4
+    if mix:
+        stage, rest = stage + TILE * 24 * 4, rest + F_SLOTS * region + width * 2
+    stages = min(MOST_STAGES, (SHARED - rest) // stage)
+    return stages * stage + rest, stages
 
 
 def _launch(
@@ -109,7 +115,10 @@ def _launch(
     **defines: int,
 ) -> None:
     device = weight.device
-    compiled = kernel("pre", device.index, 512, shared, CW=cut.width, **defines)
+    C = results[0].shape[1]
+    compiled = kernel(
+        "pre", device.index, 512, shared, BT=TILE, C=C, CW=cut.width, F_SLOTS=F_SLOTS, **defines
+    )
     blocks = cut.groups * cut.slices
     floats = (blocks * 2 * defines["STAGES"] + AHEAD) * PART
     parts, ticket = torch.zeros(floats + 4, device=device, dtype=torch.float32).split([floats, 4])

@@ -1,14 +1,15 @@
 // pre, backward: every gradient from one read of x, g, f and dl. See common.cuh for the scheme.
 //
-// Per tile, five kinds of warps, each a few tiles behind the one before:
-//   copy    g, dl, x and f into shared memory, a ring of STAGES tiles, and what `dx` makes of them out of it
+// Per tile, six kinds of warps, each a few tiles behind the one before:
+//   load    g, dl, x and f into shared memory, a ring of STAGES tiles
 //   dots    the 24 products over C that the coefficients' gradients are made of, on the tensor cores: for each
 //           token [g_0..g_3, dl] (x_0..x_3, f, f_bias)^T but for dl's with f; the slice's share goes to global memory
-//   middle  for this slice's share of tokens: replays Sinkhorn there and back, which the sums are not needed for, waits
+//   middle  for this slice's share of tokens, two at a time: replays Sinkhorn there and back, which the sums are not needed for, waits
 //           for the group's sums, forms the gradient d of the raw projection, and publishes that and the coefficients
-//   fetch   waits for those of all 16 tokens and lays them out in shared memory, two tiles deep
+//   fetch   waits for those of the whole tile and lays them out in shared memory, FETCHED tiles deep
 //   dx      dx_j = sum_i h_res[i, j] g_i + h_pre_j dl + (d . phi)_j + s x_j, in place of g_j; with
 //           DF, in place of dl, the df of the connection that wrote x; phi's gradient stays in registers
+//   store   copies those out
 //
 // parts [group, slot, slice, token, 8 atoms] and coefficients [group, slot, token, 17 atoms] are rings of EXCHANGE
 // tiles. A block loads tile j when it is through with tile j - STAGES, whose coefficients exist: so all
@@ -22,17 +23,23 @@
 
 #define DX 8
 #define DOTS 2
-#define MIDDLE 4
-#define THREADS ((DX + DOTS + 2 + MIDDLE) * 32)
-#define REGION (BOXES * BOX_BYTES + 128)  // 16 tokens of one tensor; 128 bytes more keep its rows off the others' banks
+#define MIDDLE 3
+#define THREADS ((DX + DOTS + 3 + MIDDLE) * 32)
+static_assert(BT == 8, "a tile is half the left factor of a product of sixteen rows");
 #define G_AT 0   // later dx
 #define DL_AT 4  // later df
 #define X_AT 5
 #define F_AT 9
-#define STAGE ((10 * REGION + 1023) / 1024 * 1024)
+// A tile's tokens of one tensor: in pairs, with 128 bytes between them to keep the rows of the first five, and those of the last
+// five, off each other's banks.
+#define REGION (BOXES * BOX_BYTES)
+#define REGION_AT(k) ((k) % 5 * (2 * REGION + 128) + (k) / 5 * REGION)
+#define STAGE ((10 * REGION + 512 + 1023) / 1024 * 1024)
+#define FETCHED 4
 #define ATOMS 8  // of a token: g_i with x_0 to x_2, and g_i with x_3, g_i with f and its bias, dl with x_i
 #define PART (BT * ATOMS * 4)  // floats
 #define COEFFICIENT_ATOMS 17
+#define LOADED ((BT * COEFFICIENT_ATOMS + 31) / 32)  // by a lane of `fetch`
 #define H_RES 0  // where they are among a token's 51 numbers
 #define H_PRE 16
 #define WRITER 20  // h_post of the connection that wrote x
@@ -40,7 +47,7 @@
 #define D 26
 #define ROW 52               // floats between two tokens' in shared memory
 #define SLOT (BT * ROW * 4)  // bytes
-#define STAGING (ROW + 16 + 8 * ITERATIONS)  // floats of a middle warp: a token's coefficients, a matrix, scaling vectors
+#define STAGING (ROW + 16 + 8 * ITERATIONS)  // floats of half a middle warp: a token's coefficients, a matrix, scaling vectors
 
 __device__ __forceinline__ u32 load_pair(const unsigned char* p) { return *(const u32*)p; }
 
@@ -56,12 +63,12 @@ pre_backward(const __grid_constant__ TensorMap x, const __grid_constant__ Tensor
              float* d_weight, float* d_bias, float* d_alphas,
              float* parts, float* coefficients, float* partial, u32* counts, int T, int groups) {
   extern __shared__ __align__(1024) unsigned char memory[];
-  __shared__ __align__(8) u64 full[STAGES], finished[STAGES], fetched[2], used[2];
+  __shared__ __align__(8) u64 full[STAGES], finished[STAGES], empty[STAGES], fetched[FETCHED], used[FETCHED];
   unsigned char* slots = memory + STAGES * STAGE;
-  unsigned char* bias_row = slots + 2 * SLOT;  // f_bias of this slice
+  unsigned char* bias_row = slots + FETCHED * SLOT;  // f_bias of this slice
   float* staging = (float*)(bias_row + CW * 2);  // of the middle warps
   const u32 base = shared_address(memory), fulls = shared_address(full), finishes = shared_address(finished);
-  const u32 fetches = shared_address(fetched), uses = shared_address(used);
+  const u32 fetches = shared_address(fetched), uses = shared_address(used), empties = shared_address(empty);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const Place at = take_place(counts, T, groups);
   u32 *done = counts + 1, *turns = counts + 2;
@@ -69,8 +76,9 @@ pre_backward(const __grid_constant__ TensorMap x, const __grid_constant__ Tensor
   coefficients += (u64)at.group * EXCHANGE * (BT * COEFFICIENT_ATOMS * 4);
 
   if (threadIdx.x == 0) {
-    for (int s = 0; s < STAGES; s++) barrier_init(fulls + 8 * s, 1), barrier_init(finishes + 8 * s, DX);
-    for (int s = 0; s < 2; s++) barrier_init(fetches + 8 * s, 32), barrier_init(uses + 8 * s, DX);
+    for (int s = 0; s < STAGES; s++)
+      barrier_init(fulls + 8 * s, 1), barrier_init(finishes + 8 * s, DX), barrier_init(empties + 8 * s, 1);
+    for (int s = 0; s < FETCHED; s++) barrier_init(fetches + 8 * s, 32), barrier_init(uses + 8 * s, DX);
   }
   for (int c = threadIdx.x; c < CW; c += THREADS)
     ((bf16*)bias_row)[c] = f_bias && c < at.width ? f_bias[at.first_channel + c] : (bf16)0;
@@ -92,105 +100,99 @@ pre_backward(const __grid_constant__ TensorMap x, const __grid_constant__ Tensor
           const float* w = weight + (u64)(k * 8 + pair) * N * C + (u64)j * C + at.first_channel + own + n * 8 + row;
           phi[j][n][k] = active ? pack(w[0], w[(u64)N * C]) : 0;
         }
-    u32 transposed[N], pairs[9];  // where this lane's part of x lies for dphi, and of g, dl and x for dx
+    u32 transposed[N / 2], pairs[9];  // where this lane's part of x lies for dphi, two streams a load, and of g, dl and x for dx
 #pragma unroll
-    for (int j = 0; j < N; j++)
-      transposed[j] = place((X_AT + j) * REGION + (lane / 16 * 8 + lane % 8) * 128, own / 8 + lane / 8 % 2);
+    for (int j = 0; j < N / 2; j++)
+      transposed[j] = place(REGION_AT(X_AT + 2 * j + lane / 16) + lane % 8 * 128, own / 8 + lane / 8 % 2);
 #pragma unroll
-    for (int k = 0; k < 9; k++) pairs[k] = place(k * REGION + row * 128, own / 8) + pair * 2;
+    for (int k = 0; k < 9; k++) pairs[k] = place(REGION_AT(k) + row * 128, own / 8) + pair * 2;
     for (int it = 0; it < at.tiles; it++) {
-      const int stage = it % STAGES, slot = it & 1;
+      const int stage = it % STAGES, slot = it % FETCHED;
       unsigned char* tile = memory + stage * STAGE;
       barrier_wait(fulls + 8 * stage, it / STAGES & 1);
-      barrier_wait(fetches + 8 * slot, it / 2 & 1);
+      barrier_wait(fetches + 8 * slot, it / FETCHED & 1);
       if (threadIdx.x == 0) MARK(it, 8);
       if (active) {
         const float* coefficient = (const float*)(slots + slot * SLOT);
         {
-          u32 d_high[3][2], d_low[3][2];  // [rows of phi, tokens], two tokens a register
-#pragma unroll
-          for (int n = 0; n < 3; n++)
-#pragma unroll
-            for (int k = 0; k < 2; k++) {
-              const float* d = coefficient + (k * 8 + pair) * ROW + D + n * 8 + row;
-              d_high[n][k] = pack(d[0], d[ROW]);
-              d_low[n][k] = pack_rest(d[0], d[ROW], d_high[n][k]);
-            }
-#pragma unroll
-        for (int j = 0; j < N; j++) {
-          u32 a[4];
-          load_transposed(a, base + stage * STAGE + transposed[j]);
+          u32 d_high[3], d_low[3];  // [rows of phi, tokens], two tokens a register
 #pragma unroll
           for (int n = 0; n < 3; n++) {
-            multiply16(d_phi[j][n], a[0], a[1], a[2], a[3], d_low[n][0], d_low[n][1]);
-            multiply16(d_phi[j][n], a[0], a[1], a[2], a[3], d_high[n][0], d_high[n][1]);
+            const float* d = coefficient + pair * ROW + D + n * 8 + row;
+            d_high[n] = pack(d[0], d[ROW]);
+            d_low[n] = pack_rest(d[0], d[ROW], d_high[n]);
+          }
+#pragma unroll
+          for (int j = 0; j < N; j += 2) {
+            u32 a[4];
+            load_transposed(a, base + stage * STAGE + transposed[j / 2]);
+#pragma unroll
+            for (int n = 0; n < 3; n++)
+#pragma unroll
+              for (int k = 0; k < 2; k++) {
+                multiply8(d_phi[j + k][n], a[2 * k], a[2 * k + 1], d_low[n]);
+                multiply8(d_phi[j + k][n], a[2 * k], a[2 * k + 1], d_high[n]);
+              }
           }
         }
+        const float* h = coefficient + row * ROW;
+        u32 high[3], low[3];  // [tokens, rows of phi], two rows a register
+#pragma unroll
+        for (int k = 0; k < 3; k++) {
+          const float2 d = *(const float2*)(h + D + k * 8 + pair);
+          high[k] = pack(d.x, d.y);
+          low[k] = pack_rest(d.x, d.y, high[k]);
         }
-        u32 high[3][2], low[3][2];  // [rows of phi, tokens], two rows a register
-#pragma unroll
-        for (int k = 0; k < 3; k++)
-#pragma unroll
-          for (int r = 0; r < 2; r++) {
-            const float2 d = *(const float2*)(coefficient + (row + 8 * r) * ROW + D + k * 8 + pair);
-            high[k][r] = pack(d.x, d.y);
-            low[k][r] = pack_rest(d.x, d.y, high[k][r]);
-          }
 #pragma unroll
         for (int n = 0; n < 2; n++) {
           float acc[N][4] = {};
 #pragma unroll
           for (int j = 0; j < N; j++) {
-            multiply16(acc[j], low[0][0], low[0][1], low[1][0], low[1][1], phi[j][n][0], phi[j][n][1]);
-            multiply8(acc[j], low[2][0], low[2][1], phi[j][n][2]);
-            multiply16(acc[j], high[0][0], high[0][1], high[1][0], high[1][1], phi[j][n][0], phi[j][n][1]);
-            multiply8(acc[j], high[2][0], high[2][1], phi[j][n][2]);
+            multiply16(acc[j], low[0], 0, low[1], 0, phi[j][n][0], phi[j][n][1]);
+            multiply8(acc[j], low[2], 0, phi[j][n][2]);
+            multiply16(acc[j], high[0], 0, high[1], 0, phi[j][n][0], phi[j][n][1]);
+            multiply8(acc[j], high[2], 0, phi[j][n][2]);
+          }
+#define HERE(region) (tile + (pairs[region] ^ n * 16))  // eight channels on: the other half of 32 bytes
+          const u32 dlv = load_pair(HERE(DL_AT));
+          const float4 read = *(const float4*)(h + H_PRE);
+          const float from_norm = h[NORM];
+          const float reads[N] = {read.x, read.y, read.z, read.w};
+          float v[N][2];
+#pragma unroll
+          for (int j = 0; j < N; j++) {
+            const u32 xv = load_pair(HERE(X_AT + j));
+            v[j][0] = __fmaf_rn(from_norm, low_half(xv), __fmaf_rn(reads[j], low_half(dlv), acc[j][0]));
+            v[j][1] = __fmaf_rn(from_norm, high_half(xv), __fmaf_rn(reads[j], high_half(dlv), acc[j][1]));
           }
 #pragma unroll
-          for (int r = 0; r < 2; r++) {
-            const float* h = coefficient + (row + 8 * r) * ROW;
-            // Eight channels on: the other half of 32 bytes. Eight rows on: 1024 bytes.
-#define HERE(region) (tile + (pairs[region] ^ n * 16) + r * 1024)
-            const u32 dlv = load_pair(HERE(DL_AT));
-            const float4 read = *(const float4*)(h + H_PRE);
-            const float from_norm = h[NORM];
-            const float reads[N] = {read.x, read.y, read.z, read.w};
-            float v[N][2];
+          for (int i = 0; i < N; i++) {
+            const u32 gv = load_pair(HERE(G_AT + i));
+            const float4 mix = *(const float4*)(h + H_RES + 4 * i);
+            const float mixes[N] = {mix.x, mix.y, mix.z, mix.w};
 #pragma unroll
             for (int j = 0; j < N; j++) {
-              const u32 xv = load_pair(HERE(X_AT + j));
-              v[j][0] = __fmaf_rn(from_norm, low_half(xv), __fmaf_rn(reads[j], low_half(dlv), acc[j][2 * r]));
-              v[j][1] = __fmaf_rn(from_norm, high_half(xv), __fmaf_rn(reads[j], high_half(dlv), acc[j][2 * r + 1]));
+              v[j][0] = __fmaf_rn(mixes[j], low_half(gv), v[j][0]);
+              v[j][1] = __fmaf_rn(mixes[j], high_half(gv), v[j][1]);
             }
-#pragma unroll
-            for (int i = 0; i < N; i++) {
-              const u32 gv = load_pair(HERE(G_AT + i));
-              const float4 mix = *(const float4*)(h + H_RES + 4 * i);
-              const float mixes[N] = {mix.x, mix.y, mix.z, mix.w};
-#pragma unroll
-              for (int j = 0; j < N; j++) {
-                v[j][0] = __fmaf_rn(mixes[j], low_half(gv), v[j][0]);
-                v[j][1] = __fmaf_rn(mixes[j], high_half(gv), v[j][1]);
-              }
-            }
+          }
 #if DF
-            const float4 write = *(const float4*)(h + WRITER);
-            const float writes[N] = {write.x, write.y, write.z, write.w};
-            float sum0 = 0.f, sum1 = 0.f;
+          const float4 write = *(const float4*)(h + WRITER);
+          const float writes[N] = {write.x, write.y, write.z, write.w};
+          float sum0 = 0.f, sum1 = 0.f;
 #endif
 #pragma unroll
-            for (int j = 0; j < N; j++) {
-              const u32 rounded = pack(v[j][0], v[j][1]);
-              *(u32*)HERE(G_AT + j) = rounded;
+          for (int j = 0; j < N; j++) {
+            const u32 rounded = pack(v[j][0], v[j][1]);
+            *(u32*)HERE(G_AT + j) = rounded;
 #if DF
-              sum0 = __fmaf_rn(writes[j], low_half(rounded), sum0);
-              sum1 = __fmaf_rn(writes[j], high_half(rounded), sum1);
-#endif
-            }
-#if DF
-            *(u32*)HERE(DL_AT) = pack(sum0, sum1);
+            sum0 = __fmaf_rn(writes[j], low_half(rounded), sum0);
+            sum1 = __fmaf_rn(writes[j], high_half(rounded), sum1);
 #endif
           }
+#if DF
+          *(u32*)HERE(DL_AT) = pack(sum0, sum1);
+#endif
         }
       }
       fence_copies(), __syncwarp();
@@ -236,7 +238,7 @@ pre_backward(const __grid_constant__ TensorMap x, const __grid_constant__ Tensor
         const u32 tile = base + stage * STAGE;
         u32 from[4];
 #pragma unroll
-        for (int k = 0; k < 4; k++) from[k] = place(region * REGION + (k0 + k) * 128, half);
+        for (int k = 0; k < 4; k++) from[k] = place(REGION_AT(region) + (k0 + k) * 128, half);
 #pragma unroll
         for (int s = 0; s < CW / 16; s++)
 #pragma unroll
@@ -259,19 +261,17 @@ pre_backward(const __grid_constant__ TensorMap x, const __grid_constant__ Tensor
     }
   } else if (warp == DX + DOTS) {
     for (int it = 0; it < at.tiles; it++) {
-      const int slot = it & 1;
-      const float* from = coefficients + (it % EXCHANGE) * (BT * COEFFICIENT_ATOMS * 4);
-      await_slices(from, at.slice % BT, BT, COEFFICIENT_ATOMS * 4, it + 1, lane);  // all tokens'
-      if (lane == 0) MARK(it, 6);
-      Tagged v[9];  // of 17 atoms of 16 tokens
-      int offset[9];
+      const int slot = it % FETCHED;
+      Tagged v[LOADED];
+      int offset[LOADED];
 #pragma unroll
-      for (int k = 0; k < 9; k++) offset[k] = min(k * 32 + lane, BT * COEFFICIENT_ATOMS - 1) * 4;
-      get_all(v, from, offset, it + 1);
-      if (it >= 2) barrier_wait(uses + 8 * slot, (it / 2 - 1) & 1);
+      for (int k = 0; k < LOADED; k++) offset[k] = min(k * 32 + lane, BT * COEFFICIENT_ATOMS - 1) * 4;
+      get_all(v, coefficients + (it % EXCHANGE) * (BT * COEFFICIENT_ATOMS * 4), offset, it + 1);
+      if (lane == 0) MARK(it, 6);
+      if (it >= FETCHED) barrier_wait(uses + 8 * slot, (it / FETCHED - 1) & 1);
       float* to = (float*)(slots + slot * SLOT);
 #pragma unroll
-      for (int k = 0; k < 9; k++)
+      for (int k = 0; k < LOADED; k++)
         if (k * 32 + lane < BT * COEFFICIENT_ATOMS) {
           const int token = (k * 32 + lane) / COEFFICIENT_ATOMS, first = (k * 32 + lane) % COEFFICIENT_ATOMS * 3;
           to[token * ROW + first] = v[k].x, to[token * ROW + first + 1] = v[k].y, to[token * ROW + first + 2] = v[k].z;
@@ -282,72 +282,82 @@ pre_backward(const __grid_constant__ TensorMap x, const __grid_constant__ Tensor
     }
   } else if (lane == 0) {  // another lane could come two phases late to a barrier, and wait forever
     const u64 policy = evict_first();
-    for (int it = 0; it < at.tiles + STAGES; it++) {
-      const int stage = it % STAGES, token = (at.group + it * groups) * BT, before = token - STAGES * groups * BT;
-      const u32 tile = base + stage * STAGE;
-      if (it >= STAGES && it - STAGES < at.tiles) {
-        barrier_wait(finishes + 8 * stage, (it / STAGES - 1) & 1);
+    for (int it = 0; it < at.tiles; it++) {
+      const int stage = it % STAGES, token = (at.group + it * groups) * BT;
+      const u32 tile = base + stage * STAGE, bar = fulls + 8 * stage;
+      if (it >= STAGES) barrier_wait(empties + 8 * stage, (it / STAGES - 1) & 1);
+      MARK(it, 0);
+      barrier_expect(bar, 10 * REGION);
 #pragma unroll
-        for (int j = 0; j < N; j++) store_boxes<1>(dx, at.first_channel, j, before, tile + (G_AT + j) * REGION);
-        if (DF) store_boxes<1>(df, at.first_channel, 0, before, tile + DL_AT * REGION);
-        await_stored();
-        MARK(it - STAGES, 10);
+      for (int j = 0; j < N; j++) {
+        load_boxes<1>(tile + REGION_AT(G_AT + j), g, at.first_channel, j, token, bar, policy);
+        load_boxes<1>(tile + REGION_AT(X_AT + j), x, at.first_channel, j, token, bar, policy);
       }
-      if (it < at.tiles) {
-        MARK(it, 0);
-        barrier_expect(fulls + 8 * stage, 10 * BOXES * BOX_BYTES);
-#pragma unroll
-        for (int j = 0; j < N; j++) {
-          load_boxes<1>(tile + (G_AT + j) * REGION, g, at.first_channel, j, token, fulls + 8 * stage, policy);
-          load_boxes<1>(tile + (X_AT + j) * REGION, x, at.first_channel, j, token, fulls + 8 * stage, policy);
-        }
-        load_boxes<1>(tile + DL_AT * REGION, dl, at.first_channel, 0, token, fulls + 8 * stage, policy);
-        load_boxes<1>(tile + F_AT * REGION, f, at.first_channel, 0, token, fulls + 8 * stage, policy);
-      }
+      load_boxes<1>(tile + REGION_AT(DL_AT), dl, at.first_channel, 0, token, bar, policy);
+      load_boxes<1>(tile + REGION_AT(F_AT), f, at.first_channel, 0, token, bar, policy);
     }
   }
+  } else if (warp == DX + DOTS + 2) {
+    for (int it = 0; lane == 0 && it < at.tiles; it++) {
+      const int stage = it % STAGES, token = (at.group + it * groups) * BT;
+      const u32 tile = base + stage * STAGE;
+      barrier_wait(finishes + 8 * stage, it / STAGES & 1);
+#pragma unroll
+      for (int j = 0; j < N; j++) store_boxes<1>(dx, at.first_channel, j, token, tile + REGION_AT(G_AT + j));
+      if (DF) store_boxes<1>(df, at.first_channel, 0, token, tile + REGION_AT(DL_AT));
+      await_stored();
+      MARK(it, 10);
+      barrier_arrive(empties + 8 * stage);
+    }
   } else {
-    const int turn = warp - DX - DOTS - 2, e = lane % 16, i = e / N, j = e % N;  // both halves of the warp do the same
+    // TOGETHER tokens are prepared, one in each half of a warp; then their sums are awaited, one after the other.
+    const int turn = warp - DX - DOTS - 3, half = TOGETHER == 2 ? lane / 16 : 0, e = lane % 16, i = e / N, j = e % N;
     const float gate_early = e < N ? *alpha_pre : *alpha_post, gate_res = *alpha_res;
     const float shift_early = e < 2 * N ? bias[e] : 0.f, shift_res = bias[2 * N + e];
     const int transpose = V4 ? j * N + i : e;  // where H_res has what comb has at e
     float bias_early = 0.f, bias_res = 0.f, alpha_early = 0.f, alpha_late = 0.f;
-    float* coefficient = staging + turn * STAGING;
+    float* coefficient = staging + (TOGETHER * turn + half) * STAGING;
 #if !V4
     float *matrix = coefficient + ROW, *past = matrix + 16;
 #endif
-    int tokens = 0;
-    for (int it = 0; it < at.tiles; it++) {
-      for (int r = own_token(at, it); r < BT; r += G) {
-        if (tokens++ % MIDDLE != turn) continue;
-        const int t = (at.group + it * groups) * BT + r;
-        const float* row = saved + (u64)min(t, T - 1) * 25;
-        const float u_early = row[e], u_late = e < 9 ? row[16 + e] : 0.f;
-        const float inverse = __shfl_sync(ALL, u_late, 8);
-        const float res0 = __shfl_sync(ALL, u_early, (e + 8) & 15), res1 = __shfl_sync(ALL, u_late, (e - 8) & 15);
-        const float u_res = e < 8 ? res0 : res1;
-        const float s = sigmoid(__fmaf_rn(u_early, gate_early, shift_early));
-        const float z = __fmaf_rn(u_res, gate_res, shift_res);
-        __syncwarp();  // the last token's coefficients have left `coefficient`
+    // Every G-th token of the group is this slice's.
+    for (int first = at.slice + TOGETHER * turn * G; first < at.tiles * BT; first += TOGETHER * MIDDLE * G) {
+      const int own = min(first + half * G, at.tiles * BT - 1), t = (at.group + own / BT * groups) * BT + own % BT;
+      const float* row = saved + (u64)min(t, T - 1) * 25;
+      const float u_early = row[e], u_late = e < 9 ? row[16 + e] : 0.f;
+      const float inverse = __shfl_sync(ALL, u_late, lane / 16 * 16 + 8);
+      const float res0 = __shfl_sync(ALL, u_early, lane / 16 * 16 + ((e + 8) & 15));
+      const float res1 = __shfl_sync(ALL, u_late, lane / 16 * 16 + ((e - 8) & 15));
+      const float u_res = e < 8 ? res0 : res1;
+      const float s = sigmoid(__fmaf_rn(u_early, gate_early, shift_early));
+      const float z = __fmaf_rn(u_res, gate_res, shift_res);
+      __syncwarp();  // the last tokens' coefficients have left `coefficient`
 #if V4
-        float past[STEPS];
-        const float h = sinkhorn(z, past);
+      float past[STEPS];
+      const float h = sinkhorn(z, past);
 #else
-        float K[16], J[16], h = 0.f;
-        const bool wide = __any_sync(ALL, max_axis<0>(max_axis<1>(z)) - z > SPREAD);
-        matrix[e] = z;
-        __syncwarp();
-        if (!wide) {
-          h = sinkhorn_scaled(matrix, past, K, lane, e);
-          sinkhorn_scaled_jacobian(J, past, K, e);
-        }
+      float K[16], J[16], steps[STEPS];
+      const bool wide = max_axis<0>(max_axis<1>(z)) + max_axis<0>(max_axis<1>(-z)) > SPREAD;
+      matrix[e] = z;
+      __syncwarp();
+      float h = sinkhorn_scaled(matrix, past, K, e);
+      sinkhorn_scaled_jacobian(J, past, K, e);
+      const bool some_wide = __any_sync(ALL, wide);
+      if (some_wide) {
+        const float exact = sinkhorn(z, steps);
+        h = wide ? exact : h;
+      }
 #endif
-        if (e < N) coefficient[H_PRE + e] = s + (V4 ? EPS : 0.f);
+      if (e < N) coefficient[H_PRE + e] = s + (V4 ? EPS : 0.f);
 #if DF
-        if (e < N)
-          coefficient[WRITER + e] = 2.f * sigmoid(
-              __fmaf_rn(writer_saved[(u64)min(t, T - 1) * 25 + N + e], *writer_alpha, writer_bias[N + e]));
+      if (e < N)
+        coefficient[WRITER + e] = 2.f * sigmoid(
+            __fmaf_rn(writer_saved[(u64)min(t, T - 1) * 25 + N + e], *writer_alpha, writer_bias[N + e]));
 #endif
+      coefficient[H_RES + transpose] = h;
+#pragma unroll 1
+      for (int turned = 0; turned < TOGETHER && first + turned * G < at.tiles * BT; turned++) {
+        const int it = (first + turned * G) / BT, r = (first + turned * G) % BT;
         const float* part = parts + (it % EXCHANGE) * G * PART + r * ATOMS * 4;
         if (lane == 0) MARK(it, 3);
         await_slices(part, at.slice, G, PART, it + 1, lane);
@@ -365,31 +375,34 @@ pre_backward(const __grid_constant__ TensorMap x, const __grid_constant__ Tensor
 #if V4
         d_res = sinkhorn_backward(h, d_res, past);
 #else
-        if (wide) {
-          float steps[STEPS];
-          h = sinkhorn(z, steps);
-          d_res = sinkhorn_backward(h, d_res, steps);
-        } else d_res = sum_rows(J, d_res, e);
+        const float by_rows = sum_rows(J, d_res, e);
+        if (some_wide) d_res = sinkhorn_backward(h, d_res, steps);
+        if (!wide) d_res = by_rows;
 #endif
-        coefficient[H_RES + transpose] = h;
-        if (t >= T) d_res = d_early = 0.f;
+        if (half != turned || t >= T) d_res = d_early = 0.f;
         bias_early += d_early, bias_res += d_res;
         alpha_early = __fmaf_rn(d_early, u_early, alpha_early);
         alpha_late = __fmaf_rn(d_res, u_res, alpha_late);
         d_early *= gate_early, d_res *= gate_res;
         const float inner = sum16(__fadd_rn(__fmul_rn(d_res, u_res), __fmul_rn(d_early, u_early)));
-        if (e == 0) coefficient[NORM] = -inner * inverse * inverse / (N * C);
-        if (e < 2 * N) coefficient[D + e] = d_early * inverse;
-        coefficient[D + 2 * N + e] = d_res * inverse;
+        if (half == turned) {
+          if (e == 0) coefficient[NORM] = -inner * inverse * inverse / (N * C);
+          if (e < 2 * N) coefficient[D + e] = d_early * inverse;
+          coefficient[D + 2 * N + e] = d_res * inverse;
+        }
         __syncwarp();
         if (lane < COEFFICIENT_ATOMS) {
-          const float* c = coefficient + 3 * lane;
+          const float* c = staging + (TOGETHER * turn + turned) * STAGING + 3 * lane;
           put(coefficients + (((it % EXCHANGE) * BT + r) * COEFFICIENT_ATOMS + lane) * 4, c[0], c[1], c[2], it + 1);
         }
         if (lane == 0) MARK(it, 5);
       }
     }
-    float* to = partial + ((at.group * G + at.slice) * MIDDLE + warp - DX - DOTS - 2) * 48;
+    if (TOGETHER == 2) {
+      bias_early += __shfl_xor_sync(ALL, bias_early, 16), bias_res += __shfl_xor_sync(ALL, bias_res, 16);
+      alpha_early += __shfl_xor_sync(ALL, alpha_early, 16), alpha_late += __shfl_xor_sync(ALL, alpha_late, 16);
+    }
+    float* to = partial + ((at.group * G + at.slice) * MIDDLE + turn) * 48;
     if (lane < 2 * N) to[lane] = bias_early, to[24 + lane] = alpha_early;
     if (lane < 16) to[8 + lane] = bias_res, to[32 + lane] = alpha_late;
     __syncwarp();

@@ -5,14 +5,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_mhc.ops.hopper.compile import AHEAD, SHARED, TOKENS, kernel, layout, multiprocessors, tensor_map
+from megatron_mhc.ops.hopper.compile import AHEAD, SHARED, kernel, layout, multiprocessors, tensor_map
 from megatron_mhc.ops.link import Written
 
 WIDEST = 128
-SLOT = TOKENS * 52 * 4  # bytes of a tile's coefficients in shared memory
-MIDDLE = 4  # warps
-PART = TOKENS * 8 * 4  # floats that a block tells its group of a tile
-COEFFICIENTS = TOKENS * 17 * 4  # and that the group knows of it then
+TILE = 8  # tokens
+MOST_STAGES = 20  # tiles of a block's ring
+MIDDLE = 3  # warps
+FEW = 32  # slices, up to which a warp prepares two tokens at a time, and as many loads bring all sums
+PART = TILE * 8 * 4  # floats that a block tells its group of a tile
+COEFFICIENTS = TILE * 17 * 4  # and that the group knows of it then
 
 
 def pre_backward(
@@ -42,14 +44,13 @@ def pre_backward(
     else:
         writer, df = written.saved, torch.empty_like(dl)
         written.fill(dx, df)
-    cut = layout(T, C, WIDEST, multiprocessors(x.device))
-    stage = -(-10 * (TOKENS * cut.width * 2 + 128) // 1024) * 1024
-    rest = 2 * SLOT + cut.width * 2 + MIDDLE * 4 * (52 + 16 + 8 * iterations)
-    stages = min(10, (SHARED - rest) // stage)
+    cut = layout(T, C, WIDEST, multiprocessors(x.device), TILE)
+    shared, stages = memory(cut.width, iterations)
+    few = cut.slices <= FEW
     compiled = kernel(
-        "pre_backward", x.device.index, 512, stages * stage + rest,
-        C=C, CW=cut.width, STAGES=stages, ITERATIONS=iterations, V4=int(deepseek_v4),
-        DF=int(written is not None), LOADS=8 if cut.slices <= 32 else 14,
+        "pre_backward", x.device.index, 512, shared,
+        BT=TILE, C=C, CW=cut.width, STAGES=stages, ITERATIONS=iterations, V4=int(deepseek_v4),
+        DF=int(written is not None), LOADS=8 if few else 14, TOGETHER=2 if few else 1,
     )  # fmt: skip
     blocks, slots = cut.groups * cut.slices, cut.groups * 2 * stages
     sizes = [(slots * cut.slices + AHEAD) * PART, slots * COEFFICIENTS, 2 + 8 * cut.slices]
@@ -57,9 +58,18 @@ def pre_backward(
     partial = torch.empty(MIDDLE * blocks, 48, **f32)
     compiled.launch(
         blocks, x.device,
-        *(tensor_map(t, cut.width) for t in (x, g, f, dl, dx, df)),
+        *(tensor_map(t, cut.width, 1, TILE) for t in (x, g, f, dl, dx, df)),
         f_bias, weight, bias, *alphas, saved, *writer,
         d_weight, d_bias, d_alphas,
         parts, coefficients, partial, counts, T, cut.groups,
     )  # fmt: skip
     return dx, d_weight, d_bias, d_alphas
+
+
+def memory(width: int, iterations: int) -> tuple[int, int]:
+    """Shared bytes of a block, and the tiles that its ring holds in them."""
+    stage = -(-(10 * TILE * width * 2 + 512) // 1024) * 1024
+    coefficients, middle = 32 * 52 * 4, MIDDLE * 2 * 4 * (52 + 16 + 8 * iterations)
+    rest = coefficients + width * 2 + middle
+    stages = min(MOST_STAGES, (SHARED - rest) // stage)
+    return stages * stage + rest, stages

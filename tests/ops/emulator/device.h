@@ -4,7 +4,6 @@ typedef unsigned int u32;
 typedef unsigned long long u64;
 typedef unsigned short bf16;
 
-#define BT 16
 #define BOX 64
 #define BOXES (CW / BOX)
 #define BOX_BYTES (BT * BOX * 2)
@@ -119,6 +118,12 @@ inline void copy_boxes(bool load, u32 shared, const TensorMap& map, int channel,
 template <int STREAMS>
 inline void load_boxes(u32 to, const TensorMap& from, int channel, int stream, int token, u32 bar, u64) {
   copy_boxes(true, to, from, channel, stream, token, STREAMS, bar);
+}
+inline void load_bytes(u32 to, const void* from, u32 bytes, u32 bar) {
+  auto* op = new emulator::Op;
+  op->kind = emulator::Op::BYTES;
+  op->shared = to, op->barrier = bar, op->to = (char*)from, op->bytes = bytes;
+  emulator::copy_bytes(op);
 }
 template <int STREAMS>
 inline void store_boxes(const TensorMap& to, int channel, int stream, int token, u32 from) {

@@ -80,7 +80,7 @@ def source(name: str, defines: dict[str, int], mutate=None) -> str:
     """One translation unit; the channels are a variable, so that shapes share a build."""
     logic = "".join((SOURCES / part).read_text() for part in ("common.cuh", f"{name}.cu"))
     logic = _shared_variables(mutate(logic) if mutate else logic)
-    lines = ['#include "scheduler.h"', "static int channels;"]
+    lines = [f"#define BT {defines['BT']}", '#include "scheduler.h"', "static int channels;"]
     lines += [f"#define {key} {value}" for key, value in {**defines, "C": "channels"}.items()]
     return (
         "\n".join([*lines, '#include "device.h"', logic])
@@ -99,7 +99,7 @@ extern "C" int emulate(int c, int blocks, int threads, int dynamic, const emulat
 class _Map:
     """What `compile.tensor_map` makes of a tensor."""
 
-    def __init__(self, tensor: torch.Tensor, width: int, streams: int = 1):
+    def __init__(self, tensor: torch.Tensor, width: int, streams: int, tile: int):
         assert tensor.dtype == torch.bfloat16 and tensor.is_contiguous()
         self.tensor = tensor
         self.shape = tensor.shape if tensor.dim() == 3 else (tensor.shape[0], 1, tensor.shape[1])

@@ -83,15 +83,15 @@ struct Block {
   char* stacks;
 };
 struct Op {
-  enum { LOAD, READ, WRITE, PUT } kind;
+  enum { LOAD, BYTES, READ, WRITE, PUT } kind;
   Fiber* by;
   Block* block;
   Map map;
   int channel, stream, token;
-  u32 shared, barrier;
-  char* to;
+  u32 shared, barrier, bytes;
+  char* to;  // of BYTES where they come from
   u64 number;
-  unsigned char data[2048];
+  unsigned char data[BT * 128];
 };
 
 inline Fiber* current;
@@ -318,7 +318,7 @@ inline void look(const void* p) {
 
 inline u32 swizzled(u32 address) { return address ^ (address >> 7 & 7) << 4; }
 inline void box(Op* op) {
-  for (u32 row = 0; row < 16; row++)
+  for (u32 row = 0; row < BT; row++)
     for (u32 chunk = 0; chunk < 8; chunk++) {
       const u64 token = op->token + row, channel = op->channel + 8 * chunk;
       unsigned char* data = op->data + row * 128 + chunk * 16;
@@ -347,12 +347,14 @@ inline void complete(size_t k) {
   if (op->kind == Op::PUT) {
     memcpy(op->to, op->data, 16);
     changed(op->to);
+  } else if (op->kind == Op::BYTES) {
+    memcpy(at(op->block, op->shared, op->bytes, 16), op->to, op->bytes);
   } else {
     box(op);
   }
-  if (op->kind == Op::LOAD) {
+  if (op->kind == Op::LOAD || op->kind == Op::BYTES) {
     Barrier& b = barrier(op->block, op->barrier);
-    b.bytes -= sizeof(op->data);
+    b.bytes -= op->kind == Op::LOAD ? sizeof(op->data) : op->bytes;
     settle(b);
   }
   if (op->kind == Op::READ) {
@@ -379,6 +381,11 @@ inline void copy(Op* op) {
   if (op->map.channels % 8 || op->map.address % 16) fail("a tensor's rows are out of alignment");
   if (op->kind == Op::READ) current->unread++;
   else memset(at(current->block, op->shared, sizeof(op->data), 128), 0xff, sizeof(op->data));
+  issue(op);
+}
+inline void copy_bytes(Op* op) {
+  if ((u64)op->to % 16 || op->bytes % 16) fail("bytes to be copied are out of alignment");
+  memset(at(current->block, op->shared, op->bytes, 16), 0xff, op->bytes);
   issue(op);
 }
 inline void put(float* to, const void* data) {

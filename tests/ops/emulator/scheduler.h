@@ -53,7 +53,7 @@ inline void end_block(Block* b) {
   current = nullptr;
   const std::string name = "block " + std::to_string(b->number);
   for (Op* op : ops)
-    if (op->block == b && (op->kind == Op::LOAD || op->kind == Op::READ)) fail(name + " has ended before a copy of it");
+    if (op->block == b && (op->kind == Op::LOAD || op->kind == Op::BYTES || op->kind == Op::READ)) fail(name + " has ended before a copy of it");
   for (int k = 0; k < CANARY; k++)
     if (b->arena[b->dynamic + k] != 0xff) fail(name + " wrote behind its shared memory");
   int registers = 0;
