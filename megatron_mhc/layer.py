@@ -14,10 +14,9 @@ from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
 from torch.nn import functional as F
 
-from megatron_mhc import parallel
+from megatron_mhc import ops, parallel
 from megatron_mhc.config import MHCConfig
 from megatron_mhc.hyper_connection import HyperConnectionModule, check_width
-from megatron_mhc.ops import reference
 from megatron_mhc.pipeline.layer_nodes import FusedPass
 from megatron_mhc.pipeline.nodes import StageExit
 from megatron_mhc.recompute.chunk import Chunks, check_recompute
@@ -153,7 +152,7 @@ class HyperConnectionTransformerLayer(TransformerLayer):
         width, n = self.config.hidden_size, self.mhc.num_residual_streams
         first = self.layer_number == 1
         check_width(hidden_states, width if first else n * width, f"layer {self.layer_number}")
-        return reference.expand(hidden_states, n) if first else hidden_states
+        return ops.expand(hidden_states, self.mhc) if first else hidden_states
 
 
 def bias_dropout(

@@ -10,6 +10,7 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from megatron_mhc import ops
 from megatron_mhc.checkpoint import json_tensor, take_or_refuse
 from megatron_mhc.config import MHCConfig, flag
 from megatron_mhc.hyper_connection import MappingParameters, MappingProjection, check_width
@@ -64,7 +65,7 @@ class ContractNorm(nn.Module):
         check_width(streams, n * self.width, "final norm")
         s, b, _ = streams.shape
         x = streams.view(s * b, n, self.width)
-        hidden = reference.contract(x, self.mhc.contract) if self.head is None else self.head(x)
+        hidden = ops.contract(x, self.mhc) if self.head is None else self.head(x)
         return self.norm(hidden.view(s, b, self.width))
 
     def get_extra_state(self) -> Tensor:

@@ -2,6 +2,7 @@
 
 pre.py, post_res.py    forward kernels, and the gradient of f
 boundary.py            post_res and the next connection's projection in one
+ends.py                one hidden state to n streams, and back
 split.py               post_res in two parts, on two pipeline stages
 replay.py              several connections from their coefficients, for recompute
 mapping_backward.py    the gradients of the coefficients, per token
@@ -19,8 +20,10 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from megatron_mhc.config import MHCConfig, flag
+from megatron_mhc.ops import reference
 
 HOPPER = (9, 0, 132)  # an H100: compute capability, multiprocessors
 # That a multiprocessor takes at most is twice this: so two launches at a time, each of which waits until all
@@ -141,3 +144,23 @@ def pre_kernels(hopper: bool) -> tuple[Callable[..., Any], Callable[..., Any]]:
     from megatron_mhc.ops import pre_backward as backward
 
     return pre.pre_forward, backward.pre_backward
+
+
+def _ends(mhc: MHCConfig, x: Tensor) -> Any:
+    """Whose `expand` and `contract` serve x: [..., C]; torch.compile makes kernels of the reference's."""
+    compiling = torch.compiler.is_compiling()
+    if compiling or choose_backend(mhc, x.shape[-1], x.dtype, x.device.type) == "reference":
+        return reference
+    from megatron_mhc.ops import ends
+
+    return ends
+
+
+def expand(hidden_states: Tensor, mhc: MHCConfig) -> Tensor:
+    """Copy [..., C] into n streams [..., n*C], stream outer and channel inner."""
+    return _ends(mhc, hidden_states).expand(hidden_states, mhc.num_residual_streams)
+
+
+def contract(x: Tensor, mhc: MHCConfig) -> Tensor:
+    """Reduce the streams [T, n, C] to [T, C] as `--mhc-contract` mean or sum says."""
+    return _ends(mhc, x).contract(x, mhc.contract)

@@ -168,6 +168,8 @@ pre(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap f, co
       barrier_wait(fulls + 8 * stage, it / STAGES & 1);
       if (threadIdx.x == 0) MARK(it, 1);
 #if MIX
+      // Long since, or the copy would not have come; compute-sanitizer does not follow the copying thread's waits.
+      if (it >= STAGES) barrier_wait(empties + 8 * stage, (it / STAGES - 1) & 1);
       if (warp * 32 < CW)
 #pragma unroll 2
         for (int q = 0; q < 4; q++)

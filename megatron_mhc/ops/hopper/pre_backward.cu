@@ -336,7 +336,7 @@ pre_backward(const __grid_constant__ TensorMap x, const __grid_constant__ Tensor
       float past[STEPS];
       const float h = sinkhorn(z, past);
 #else
-      float K[16], J[16], steps[STEPS];
+      float K[16], J[16];
       const bool wide = max_axis<0>(max_axis<1>(z)) + max_axis<0>(max_axis<1>(-z)) > SPREAD;
       matrix[e] = z;
       __syncwarp();
@@ -344,6 +344,7 @@ pre_backward(const __grid_constant__ TensorMap x, const __grid_constant__ Tensor
       sinkhorn_scaled_jacobian(J, past, K, e);
       const bool some_wide = __any_sync(ALL, wide);
       if (some_wide) {
+        float steps[STEPS];
         const float exact = sinkhorn(z, steps);
         h = wide ? exact : h;
       }
@@ -376,7 +377,11 @@ pre_backward(const __grid_constant__ TensorMap x, const __grid_constant__ Tensor
         d_res = sinkhorn_backward(h, d_res, past);
 #else
         const float by_rows = sum_rows(J, d_res, e);
-        if (some_wide) d_res = sinkhorn_backward(h, d_res, steps);
+        if (some_wide) {
+          float steps[STEPS];
+          sinkhorn(z, steps);  // once more, since few tokens need it and all would have to hold it
+          d_res = sinkhorn_backward(h, d_res, steps);
+        }
         if (!wide) d_res = by_rows;
 #endif
         if (half != turned || t >= T) d_res = d_early = 0.f;

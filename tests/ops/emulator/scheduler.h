@@ -157,6 +157,7 @@ inline void run(int blocks, int threads, int dynamic) {
       end_block(resident[k]);
       resident.erase(resident.begin() + k);
     }
+    if (!failure.empty()) return;  // of copies that a block left behind it is gone
     const bool can_start = started < blocks && (int)resident.size() < options.resident;
     if (can_start && (!options.late_blocks || resident.empty())) {
       resident.push_back(start_block(started++, threads, dynamic));
