@@ -209,3 +209,14 @@ def test_kernels_of_two_streams_share_the_gpu():
     for op, start, end in runs[1].timeline[0]:
         if op.what == "post" and op.kind in (FORWARD, BACKWARD):
             assert end - start < 2 + 0.2  # ahead of the other stream's kernels
+
+
+@pytest.mark.parametrize("last, end", [(IN, 20), (OUT, 4)])
+def test_a_stream_whose_last_work_was_a_copy_waits_at_that_engine(last, end):
+    """Two receives of 8 ms are posted at 2; the second forward's kernel is launched at 3, behind a copy."""
+    program = once((FORWARD, 0), (POST, 1), (POST, 2), (FORWARD, 1))
+    phases = [Phase(KERNEL, 1, host=1), Phase(last, 1, host=1)]
+    costs = both(phases, message=8, turns=STREAM, one_channel=True, host=True)
+    assert alone(costs, program).timeline[0][-1][2] == pytest.approx(end)
+    freely = both(phases, message=8, turns=COPY, one_channel=True, host=True)
+    assert alone(freely, program).timeline[0][-1][2] == pytest.approx(11 if last == IN else 4)

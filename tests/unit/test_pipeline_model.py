@@ -141,3 +141,60 @@ def test_simulated_again_from_a_file(tmp_path, capsys):
     assert len(lines) == 3
     assert f"{found['simulated']:.1f}   {found['simulated'] / 700:.2f}" in lines[2]
     assert f"530.0    {found['without messages']:.1f}" in lines[2]
+
+
+def test_messages_of_one_size_count_as_one():
+    """Of the pairs each has the median; the factor of both ways keeps what two messages at once took."""
+    alone = {"streams": {OUT: 6.0, IN: 6.0}, "mixed": {OUT: 7.0, IN: 6.0}, "d_streams": {OUT: 8.0, IN: 9.0}}
+    found = pipeline_model.settled(LINK | {"alone": alone | dict.fromkeys(("write", "d_write"), NARROW)})
+    assert all(found["alone"][name] == {OUT: 7.0, IN: 6.0} for name in alone)
+    assert found["alone"]["write"] == NARROW
+    assert found["both ways"] == pytest.approx(12 / 13)
+
+
+def step_of(log):
+    return timeline.raw(log)
+
+
+def test_a_host_is_as_fast_as_it_was_seen_without_hurry():
+    phases = timeline.phases([noted(False), noted(True, slow=0.1)], pipeline_model.kind)
+    inputs = {"phases": phases, "host": {}, "lead": 0}
+    known = [host for *_, host in phases["forward all"]]
+    slower = pipeline_model.unhurried(inputs, [step_of(noted(False, slow=0.5))])
+    assert [host for *_, host in slower["phases"]["forward all"]] == pytest.approx(known)
+    faster = pipeline_model.unhurried(inputs, [step_of(noted(False, slow=0.05))])
+    found = faster["phases"]["forward all"]
+    assert [tuple(row[:2]) for row in found] == [row[:2] for row in phases["forward all"]]
+    halved = [0.0 if kind in (REPORT, AWAIT) else host / 2 for kind, _, host in phases["forward all"]]
+    assert [host for *_, host in found] == pytest.approx(halved)
+
+
+def test_a_noted_step_simulated_with_its_own_times():
+    """What a step's host and messages took, and not what they took apart, decides its simulation."""
+    report = {"arguments": ARGUMENTS, "link": LINK}
+    phases = PHASES | {"backward all": [[KERNEL, 0.0, 0.0], *PHASES["backward all"]]}  # all begin with one
+    plan = pipeline_model.plan_of(ARGUMENTS, "interleaved", "whole")
+    program = pipeline_model.program_of(plan, "interleaved", 1)
+
+    def noted_step(message, host):
+        rows, parts, copies, now = [], [], [], 0.0
+        for number, op in enumerate(program):
+            rows.append([*op, now, now, now])
+            if op.kind in ("forward", "backward"):
+                for kind, *_ in phases[f"{op.kind} all"]:
+                    if kind != KERNEL:
+                        parts.append([number, kind, now, now, now, now])
+                now += host
+            elif op.kind in (POST, "send"):
+                copies.append([op.what, IN if op.kind == POST else OUT, 0.0, message])
+        return {"operations": rows, "parts": parts, "quiet": [], "copies": copies}
+
+    def replayed(**how):
+        return pipeline_model.replayed(
+            report, "interleaved whole", INPUTS | {"phases": phases}, noted_step(**how)
+        )
+
+    compute = 16 * (13 + 20)
+    assert replayed(message=0.01, host=0.01) == pytest.approx(compute, rel=0.01)
+    assert replayed(message=40.0, host=0.01) > compute + 16 * 10
+    assert replayed(message=0.01, host=60.0) == pytest.approx(16 * 2 * 60, rel=0.05)
