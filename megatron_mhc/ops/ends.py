@@ -55,11 +55,14 @@ def gather(x: Tensor, scale: float = 1.0) -> Tensor:
 class _Spread(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, n: int) -> Tensor:
-        return spread(x, n)
+        *lead, width = x.shape
+        ctx.n = n
+        return spread(x.reshape(-1, width), n).view(*lead, n * width)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
-        return gather(g), None
+        *lead, width = g.shape
+        return gather(g.reshape(-1, ctx.n, width // ctx.n)).view(*lead, width // ctx.n), None
 
 
 class _Gather(torch.autograd.Function):
@@ -75,8 +78,7 @@ class _Gather(torch.autograd.Function):
 
 def expand(hidden_states: Tensor, n: int) -> Tensor:
     """`reference.expand`: n copies [..., n*C] of [..., C] in bf16, fp16 or fp32."""
-    *lead, width = hidden_states.shape
-    return _Spread.apply(hidden_states.reshape(-1, width), n).view(*lead, n * width)
+    return _Spread.apply(hidden_states, n)
 
 
 def contract(x: Tensor, how: str) -> Tensor:

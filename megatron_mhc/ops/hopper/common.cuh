@@ -336,6 +336,17 @@ __device__ void reduce(const float* partial, int rows, float* d_bias, float* d_a
   if (lane == 8) d_alphas[2] = res;
 }
 
+// Called by `rows` warps, each behind its row: the last one to come adds all of them up.
+__device__ __forceinline__ void reduce_by_last(u32* done, const float* partial, int rows, float* d_bias, float* d_alphas, int lane) {
+  u32 before = 0;
+  if (lane == 0) {
+    __threadfence();
+    before = atomicAdd(done, 1u);
+    __threadfence();
+  }
+  if (__shfl_sync(ALL, before, 0) == rows - 1) reduce(partial, rows, d_bias, d_alphas, lane);
+}
+
 // ---- who does what ----
 
 struct Place {

@@ -25,7 +25,7 @@
 #define DOTS 2
 #define MIDDLE 3
 #define THREADS ((DX + DOTS + 3 + MIDDLE) * 32)
-static_assert(BT == 8, "a tile is half the left factor of a product of sixteen rows");
+static_assert(BT == 8, "a tile is half the left factor of a product, and four tokens for each warp of `dots`");
 #define G_AT 0   // later dx
 #define DL_AT 4  // later df
 #define X_AT 5
@@ -227,35 +227,33 @@ pre_backward(const __grid_constant__ TensorMap x, const __grid_constant__ Tensor
     const bool fixed = right && r > 4;          // f_bias, the same row for all tokens
     const int region = right ? X_AT + min(r, 4) : G_AT + min(r, 4);
     const int half = lane / 8 % 2;
-    const int row = lane / 4, pair = lane % 4 * 2, first = (warp - DX) * (BT / DOTS);
+    const int row = lane / 4, pair = lane % 4 * 2, first = (warp - DX) * 4;
     for (int it = 0; it < at.tiles; it++) {
       const int stage = it % STAGES;
       float* part = parts + ((it % EXCHANGE) * G + at.slice) * PART;
       barrier_wait(fulls + 8 * stage, it / STAGES & 1);
       if (warp == DX && lane == 0) MARK(it, 1);
-      for (int k0 = first; k0 < first + BT / DOTS; k0 += 4) {  // four tokens at once, whose sums wait for nothing
-        float acc[4][4] = {};
-        const u32 tile = base + stage * STAGE;
-        u32 from[4];
+      float acc[4][4] = {};  // of a token each, whose sums wait for nothing of each other
+      const u32 tile = base + stage * STAGE;
+      u32 from[4];
 #pragma unroll
-        for (int k = 0; k < 4; k++) from[k] = place(REGION_AT(region) + (k0 + k) * 128, half);
+      for (int k = 0; k < 4; k++) from[k] = place(REGION_AT(region) + (first + k) * 128, half);
 #pragma unroll
-        for (int s = 0; s < CW / 16; s++)
-#pragma unroll
-          for (int k = 0; k < 4; k++) {
-            u32 m[4];  // 16 channels on: two chunks, which exchanging leaves two bits apart
-            load_matrices(m, fixed ? shared_address(bias_row) + s * 32 + half * 16
-                                   : tile + (from[k] ^ s % 4 * 32) + s / 4 * BOX_BYTES);
-            multiply16(acc[k], m[0], 0, m[1], 0, m[2], m[3]);
-          }
+      for (int s = 0; s < CW / 16; s++)
 #pragma unroll
         for (int k = 0; k < 4; k++) {
-          const float next = __shfl_sync(ALL, pair == 4 ? acc[k][0] + acc[k][1] : acc[k][0], lane + 1);
-          const float even = __shfl_sync(ALL, acc[k][0], 16 + row / 2), odd = __shfl_sync(ALL, acc[k][1], 16 + row / 2);
-          float* atom = part + ((k0 + k) * ATOMS + row * 2 + pair / 2) * 4;
-          if (row < N && pair == 0) put(atom, acc[k][0], acc[k][1], next, it + 1);
-          if (row < N && pair == 2) put(atom, acc[k][1], next, row % 2 ? odd : even, it + 1);
+          u32 m[4];  // 16 channels on: two chunks, which exchanging leaves two bits apart
+          load_matrices(m, fixed ? shared_address(bias_row) + s * 32 + half * 16
+                                 : tile + (from[k] ^ s % 4 * 32) + s / 4 * BOX_BYTES);
+          multiply16(acc[k], m[0], 0, m[1], 0, m[2], m[3]);
         }
+#pragma unroll
+      for (int k = 0; k < 4; k++) {
+        const float next = __shfl_sync(ALL, pair == 4 ? acc[k][0] + acc[k][1] : acc[k][0], lane + 1);
+        const float even = __shfl_sync(ALL, acc[k][0], 16 + row / 2), odd = __shfl_sync(ALL, acc[k][1], 16 + row / 2);
+        float* atom = part + ((first + k) * ATOMS + row * 2 + pair / 2) * 4;
+        if (row < N && pair == 0) put(atom, acc[k][0], acc[k][1], next, it + 1);
+        if (row < N && pair == 2) put(atom, acc[k][1], next, row % 2 ? odd : even, it + 1);
       }
       if (warp == DX && lane == 0) MARK(it, 2);
     }
@@ -411,13 +409,6 @@ pre_backward(const __grid_constant__ TensorMap x, const __grid_constant__ Tensor
     if (lane < 2 * N) to[lane] = bias_early, to[24 + lane] = alpha_early;
     if (lane < 16) to[8 + lane] = bias_res, to[32 + lane] = alpha_late;
     __syncwarp();
-    u32 before = 0;
-    if (lane == 0) {
-      __threadfence();
-      before = atomicAdd(done, 1u);
-      __threadfence();
-    }
-    const int rows = G * groups * MIDDLE;
-    if (__shfl_sync(ALL, before, 0) == rows - 1) reduce(partial, rows, d_bias, d_alphas, lane);
+    reduce_by_last(done, partial, G * groups * MIDDLE, d_bias, d_alphas, lane);
   }
 }
