@@ -29,6 +29,7 @@ HOPPER = (9, 0, 132)  # an H100: compute capability, multiprocessors
 # That a multiprocessor takes at most is twice this: so two launches at a time, each of which waits until all
 # blocks of a row of tokens run, cannot keep each other from starting.
 _HOPPER_CHANNELS = 64
+_HOPPER_ITERATIONS = 64  # a block keeps a few numbers of each in shared memory, beside its ring of tiles
 _HAS_TRITON = find_spec("triton") is not None
 
 
@@ -88,6 +89,8 @@ def hopper_obstacle(
         return f"the streams are {dtype}, not {torch.bfloat16}"
     if mhc.num_residual_streams != 4:
         return f"{flag('num_residual_streams')} {mhc.num_residual_streams} is not 4"
+    if mhc.sinkhorn_iterations > _HOPPER_ITERATIONS:
+        return f"{flag('sinkhorn_iterations')} {mhc.sinkhorn_iterations} is more than {_HOPPER_ITERATIONS}"
     gpu = gpu or _gpu()
     if gpu is None:
         return "there is no CUDA device"

@@ -111,3 +111,15 @@ def test_layout_of_more_channels_than_blocks_is_refused():
 
 def test_what_a_multiprocessor_takes_is_what_the_obstacle_says():
     assert 2 * ops._HOPPER_CHANNELS == min(pre.WIDEST, pre_backward.WIDEST)
+
+
+@pytest.mark.parametrize("width", range(64, 257, 64))
+def test_rings_fit_into_shared_memory_and_hold_tiles_enough(width):
+    """Of x at least as many tiles as of f; backward more than are fetched ahead."""
+    for mix in (False, True):
+        shared, stages = pre.memory(width, mix=mix)
+        assert shared <= compile.SHARED and pre.F_SLOTS <= stages <= pre.MOST_STAGES
+    for iterations in (1, 20, ops._HOPPER_ITERATIONS):
+        if width <= pre_backward.WIDEST:
+            shared, stages = pre_backward.memory(width, iterations)
+            assert shared <= compile.SHARED and 4 < stages <= pre_backward.MOST_STAGES

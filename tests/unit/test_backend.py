@@ -54,6 +54,8 @@ def test_backend_follows_the_option_and_the_streams(options, width, dtype, devic
         ({}, 4096, BF16, "hopper"),
         ({}, 4096, torch.float16, "triton"),
         (dict(num_residual_streams=2), 4096, BF16, "triton"),
+        (dict(sinkhorn_iterations=64), 4096, BF16, "hopper"),
+        (dict(sinkhorn_iterations=65), 4096, BF16, "triton"),
         ({}, 132 * 64 + 16, BF16, "triton"),
         (dict(backend="hopper"), 4096, BF16, "hopper"),
         (dict(backend="hopper", preset="deepseek_v4"), 16, BF16, "hopper"),
