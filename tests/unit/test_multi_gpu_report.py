@@ -165,11 +165,9 @@ def test_a_curve_may_be_as_far_from_one_gpu_as_the_noise_allows():
 
 
 def test_a_tolerance_that_hides_a_fault_is_no_tolerance():
-    found = curves.noise_of(losses_of(micro_batches_halved=0.01, a_micro_batch_twice=0.015))
-    assert found["tolerance"] == curves.MOST and not found["ok"]  # three times the noise would be more
-    found = curves.noise_of(losses_of(micro_batches_halved=0.04, a_micro_batch_twice=0.05))
-    assert found["tolerance"] == found["noise"] == pytest.approx(0.04) and found["ok"]
-    assert not curves.noise_of(losses_of(micro_batches_halved=0.5, a_micro_batch_twice=0.01))["ok"]
+    alone = losses_of(micro_batches_halved=0.5, a_micro_batch_twice=0.01)
+    found = curves.noise_of(alone)
+    assert found["tolerance"] == curves.MOST and not found["ok"]
     assert curves.noise_of(losses_of(a_micro_batch_twice=0.01))["tolerance"] == curves.LEAST
 
 
