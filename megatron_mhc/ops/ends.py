@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_mhc.ops.post_res import tile, tile_sizes
+from megatron_mhc.ops.post_res import programs, tile
 
 
 @triton.jit
@@ -36,9 +36,8 @@ def _gather_kernel(x, out, scale, T, C, N: tl.constexpr, BT: tl.constexpr, BC: t
 def _run(kernel: Any, x: Tensor, out: Tensor, scale: float, n: int) -> Tensor:
     T, C = x.shape[0], x.shape[-1]
     if T:
-        BT, BC = tile_sizes(C)
-        grid = (triton.cdiv(C, BC) * triton.cdiv(T, BT),)
-        kernel[grid](x.contiguous(), out, scale, T, C, n, BT, BC, num_warps=4)
+        grid, sizes = programs(T, C)
+        kernel[grid](x.contiguous(), out, scale, T, C, n, *sizes, num_warps=4)
     return out
 
 

@@ -73,9 +73,10 @@ def _post_backward_kernel(
     tl.store(df + t[:, None] * C + c[None, :], acc.to(df.dtype.element_ty), mask=keep)
 
 
-def tile_sizes(C: int) -> tuple[int, int]:
-    """Tokens and channels of a program that needs no others."""
-    return (8, power_of_two(C)) if INTERPRETED else (1, min(1024, power_of_two(C)))
+def programs(T: int, C: int) -> tuple[tuple[int], tuple[int, int]]:
+    """A grid of programs that need no others, and the tokens and channels of one: BT and BC of `tile`."""
+    BT, BC = (8, power_of_two(C)) if INTERPRETED else (1, min(1024, power_of_two(C)))
+    return (triton.cdiv(C, BC) * triton.cdiv(T, BT),), (BT, BC)
 
 
 def post_res_forward(x: Tensor, f: Tensor, mappings: Tensor, f_bias: Tensor | None = None) -> Tensor:
@@ -89,9 +90,8 @@ def post_res_forward(x: Tensor, f: Tensor, mappings: Tensor, f_bias: Tensor | No
     T, n, C = x.shape
     out = torch.empty_like(x)
     if T:
-        BT, BC = tile_sizes(C)
-        grid = (triton.cdiv(C, BC) * triton.cdiv(T, BT),)
-        _post_res_kernel[grid](x, f, f_bias, mappings, out, T, C, n, BT, BC, num_warps=4)
+        grid, sizes = programs(T, C)
+        _post_res_kernel[grid](x, f, f_bias, mappings, out, T, C, n, *sizes, num_warps=4)
     return out
 
 
@@ -100,7 +100,6 @@ def post_backward(g: Tensor, saved: Tensor, bias: Tensor, alpha_post: Tensor) ->
     T, n, C = g.shape
     df = g.new_empty(T, C)
     if T:
-        BT, BC = tile_sizes(C)
-        grid = (triton.cdiv(C, BC) * triton.cdiv(T, BT),)
-        _post_backward_kernel[grid](g, saved, bias, alpha_post, df, T, C, n, BT, BC, num_warps=4)
+        grid, sizes = programs(T, C)
+        _post_backward_kernel[grid](g, saved, bias, alpha_post, df, T, C, n, *sizes, num_warps=4)
     return df

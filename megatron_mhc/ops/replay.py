@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from megatron_mhc.ops.launch import load_output
-from megatron_mhc.ops.post_res import mixed, tile, tile_sizes
+from megatron_mhc.ops.post_res import mixed, programs, tile
 
 
 def at_once(n: int) -> int:
@@ -85,8 +85,7 @@ def replay(x: Tensor, row: list[Connection], behind: bool) -> list[Tensor]:
     biases = sum((entry.f_bias is not None) << k for k, entry in enumerate(row))
     if T == 0 or not (reads or writes):
         return streams
-    BT, BC = tile_sizes(C)
-    grid = (triton.cdiv(C, BC) * triton.cdiv(T, BT),)
+    grid, sizes = programs(T, C)
     with torch.cuda.device_of(x):
         _replay_kernel[grid](
             x,
@@ -95,6 +94,6 @@ def replay(x: Tensor, row: list[Connection], behind: bool) -> list[Tensor]:
             tuple(entry.f if entry.f_bias is None else entry.f_bias for entry in row),
             tuple(entry.f if entry.layer_input is None else entry.layer_input for entry in row),
             (*streams, x)[:count],  # the last one's is not written without `behind`
-            T, C, count, reads, writes, biases, n, BT, BC, num_warps=4,
+            T, C, count, reads, writes, biases, n, *sizes, num_warps=4,
         )  # fmt: skip
     return streams

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_mhc.ops.launch import INTERPRETED, power_of_two
 from megatron_mhc.ops.mapping_backward import VECTOR
-from megatron_mhc.ops.post_res import tile, tile_sizes
+from megatron_mhc.ops.post_res import programs, tile
 
 
 @triton.jit
@@ -94,9 +94,8 @@ def mix(x: Tensor, mappings: Tensor) -> Tensor:
     T, n, C = x.shape
     u = torch.empty_like(x)
     if T:
-        BT, BC = tile_sizes(C)
-        grid = (triton.cdiv(C, BC) * triton.cdiv(T, BT),)
-        _mix_kernel[grid](x, mappings, u, T, C, n, BT, BC, num_warps=4)
+        grid, sizes = programs(T, C)
+        _mix_kernel[grid](x, mappings, u, T, C, n, *sizes, num_warps=4)
     return u
 
 
@@ -108,10 +107,9 @@ def write(u: Tensor, f: Tensor, h_post: Tensor) -> Tensor:
     T, n, C = u.shape
     out = torch.empty_like(u)
     if T:
-        BT, BC = tile_sizes(C)
-        grid = (triton.cdiv(C, BC) * triton.cdiv(T, BT),)
+        grid, sizes = programs(T, C)
         rows = (h_post.stride(0), f.stride(0) - C)
-        _write_kernel[grid](u, f, h_post, out, T, C, *rows, n, BT, BC, num_warps=4)
+        _write_kernel[grid](u, f, h_post, out, T, C, *rows, n, *sizes, num_warps=4)
     return out
 
 
