@@ -24,11 +24,11 @@ __device__ __forceinline__ u32 place(u32 row, u32 chunk) {
 // By atoms of three numbers and a tag: a reader repeats its load until it finds the tag of its tile. Memory starts
 // as zeros, tags at 1.
 
-// Until all of `count` have put the atom at p + k * stride, `first` to begin with: for most of the time one sector a warp is asked
+// Until all slices have put the atom at p + s * stride, `first` to begin with: for most of the time one sector a warp is asked
 // for. The rest of a tile comes at about the same time, and whoever reads it looks at its tags.
-__device__ __forceinline__ void await_slices(const float* p, int first, int count, int stride, u32 tag, int lane) {
+__device__ __forceinline__ void await_slices(const float* p, int first, int stride, u32 tag, int lane) {
   while (get(p + first * stride).tag != tag) {}
-  for (int s = lane; s < count; s += 32)
+  for (int s = lane; s < G; s += 32)
     while (get(p + s * stride).tag != tag) {}
   __syncwarp();
 }
@@ -232,7 +232,6 @@ __device__ __forceinline__ float sinkhorn_scaled(const float* z, float* past, fl
   __syncwarp();
   return mine;
 }
-// The gradient of logit `e` from that of M, dm: [16] in shared memory.
 // Row e of what takes the gradient of H_res to that of the logits, exact for the truncated iterations: the gradient that
 // is 1 at e, taken back. It asks for no gradient, so it is made while those are awaited.
 __device__ __forceinline__ void sinkhorn_scaled_jacobian(float (&J)[16], const float* past, const float (&K)[16], int e) {

@@ -26,6 +26,7 @@
 #define THREADS ((PROJECTING + AGGREGATING + FINISHING + 1) * 32)
 #define TURNS 8            // that `aggregate` takes a tile in; every one of its warps has one of each tile
 #define EACH (BT / TURNS)  // tokens of a turn
+static_assert(BT == 16, "a tile is the left factor of a product, and eight tokens for each of a pair of warps");
 #if MIX
 static_assert(STAGES >= F_SLOTS, "too few stages");
 #endif
@@ -285,7 +286,7 @@ pre(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap f, co
       const int stage = it % STAGES, tile = at.group + it * groups;
       const float* of_tile = parts + (it % EXCHANGE) * G * PART;
       if (half == 0 && lane == 0) MARK(it, 7);
-      await_slices(of_tile + AT(first, 0), at.slice, G, PART, it + 1, lane);
+      await_slices(of_tile + AT(first, 0), at.slice, PART, it + 1, lane);
       if (half == 0 && lane == 0) MARK(it, 3);
       {
         // Half the lanes sum up every second slice. Then lanes 2 t and 2 t + 1 have pre 0 to 2, and pre 3 and squares.

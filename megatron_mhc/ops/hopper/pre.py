@@ -44,11 +44,10 @@ def pre_forward(
     if T == 0:
         return out, saved, mappings
     cut = layout(T, C, WIDEST, multiprocessors(x.device), TILE)
-    shared, stages = memory(cut.width, mix=False)
     boxes = (tensor_map(x, cut.width, n, TILE),) * 3  # of which the last two are not looked at
     results = out, saved, mappings
-    defines = dict(STAGES=stages, ITERATIONS=iterations, V4=int(deepseek_v4), MIX=0)
-    _launch(cut, shared, T, boxes, (None, None), weight, bias, alphas, results, norm_eps, **defines)
+    defines = dict(ITERATIONS=iterations, V4=int(deepseek_v4), MIX=0)
+    _launch(cut, T, boxes, (None, None), weight, bias, alphas, results, norm_eps, **defines)
     return results
 
 
@@ -81,21 +80,18 @@ def post_res_pre(
     if T == 0:
         return streams, *results
     cut = layout(T, C, WIDEST, multiprocessors(x.device), TILE)
-    shared, stages = memory(cut.width, mix=True)
-    boxes = tuple(
-        tensor_map(tensor, cut.width, streams_each, TILE)
-        for tensor, streams_each in ((x, n), (f, 1), (streams, n))
-    )
-    defines = dict(STAGES=stages, ITERATIONS=iterations, V4=int(deepseek_v4), MIX=1)
-    _launch(cut, shared, T, boxes, (f_bias, before), weight, bias, alphas, results, norm_eps, **defines)
+    boxes = tuple(tensor_map(t, cut.width, each, TILE) for t, each in ((x, n), (f, 1), (streams, n)))
+    defines = dict(ITERATIONS=iterations, V4=int(deepseek_v4), MIX=1)
+    _launch(cut, T, boxes, (f_bias, before), weight, bias, alphas, results, norm_eps, **defines)
     return streams, *results
 
 
 def memory(width: int, *, mix: bool) -> tuple[int, int]:
     """Shared bytes of a block, and the tiles that its ring holds in them."""
     region = TILE * width * 2
-    stage, rest = 4 * region + TILE * 4 * 4, 2 * PROJECTING * TILE * 27 * 4 + 4 * 8 * 16 * 4
-    if mix:
+    stage = 4 * region + TILE * 4 * 4  # with h_pre
+    rest = 2 * PROJECTING * TILE * 27 * 4 + 4 * 8 * 16 * 4  # sums, and logits of the warps that finish
+    if mix:  # with the coefficients; f and its bias
         stage, rest = stage + TILE * 24 * 4, rest + F_SLOTS * region + width * 2
     stages = min(MOST_STAGES, (SHARED - rest) // stage)
     return stages * stage + rest, stages
@@ -103,7 +99,6 @@ def memory(width: int, *, mix: bool) -> tuple[int, int]:
 
 def _launch(
     cut: Layout,
-    shared: int,
     tokens: int,
     boxes: tuple[Any, ...],
     mixing: tuple[Tensor | None, Tensor | None],
@@ -115,12 +110,11 @@ def _launch(
     **defines: int,
 ) -> None:
     device = weight.device
-    C = results[0].shape[1]
-    compiled = kernel(
-        "pre", device.index, 512, shared, BT=TILE, C=C, CW=cut.width, F_SLOTS=F_SLOTS, **defines
-    )
+    shared, stages = memory(cut.width, mix=bool(defines["MIX"]))
+    defines |= dict(BT=TILE, C=results[0].shape[1], CW=cut.width, STAGES=stages, F_SLOTS=F_SLOTS)
+    compiled = kernel("pre", device.index, 512, shared, **defines)
     blocks = cut.groups * cut.slices
-    floats = (blocks * 2 * defines["STAGES"] + AHEAD) * PART
+    floats = (blocks * 2 * stages + AHEAD) * PART
     parts, ticket = torch.zeros(floats + 4, device=device, dtype=torch.float32).split([floats, 4])
     compiled.launch(
         blocks, device,

@@ -4,7 +4,7 @@
 //   load    g, dl, x and f into shared memory, a ring of STAGES tiles
 //   dots    the 24 products over C that the coefficients' gradients are made of, on the tensor cores: for each
 //           token [g_0..g_3, dl] (x_0..x_3, f, f_bias)^T but for dl's with f; the slice's share goes to global memory
-//   middle  for this slice's share of tokens, two at a time: replays Sinkhorn there and back, which the sums are not needed for, waits
+//   middle  for this slice's share of tokens, up to two at a time: replays Sinkhorn there and back, which the sums are not needed for, waits
 //           for the group's sums, forms the gradient d of the raw projection, and publishes that and the coefficients
 //   fetch   waits for those of the whole tile and lays them out in shared memory, FETCHED tiles deep
 //   dx      dx_j = sum_i h_res[i, j] g_i + h_pre_j dl + (d . phi)_j + s x_j, in place of g_j; with
@@ -19,7 +19,7 @@
 // biases' and alphas' gradients: the same bits in every run.
 //
 // x, g, dx [T, 4, C] bf16, f, dl, df [T, C] bf16, weight, d_weight [24, 4 C] fp32, saved [T, 25] fp32,
-// partial [4 blocks, 48] fp32; parts, coefficients and counts [2 + 8 G] zeros.
+// partial [MIDDLE blocks, 48] fp32; parts, coefficients and counts [2 + 8 G] zeros.
 
 #define DX 8
 #define DOTS 2
@@ -359,7 +359,7 @@ pre_backward(const __grid_constant__ TensorMap x, const __grid_constant__ Tensor
         const int it = (first + turned * G) / BT, r = (first + turned * G) % BT;
         const float* part = parts + (it % EXCHANGE) * G * PART + r * ATOMS * 4;
         if (lane == 0) MARK(it, 3);
-        await_slices(part, at.slice, G, PART, it + 1, lane);
+        await_slices(part, at.slice, PART, it + 1, lane);
         if (lane == 0) MARK(it, 4);
         const float3 products =  // of atom lane % 8
             sum_quarters(sum_slices<4, LOADS>(part + lane % ATOMS * 4, lane / ATOMS, PART, it + 1));

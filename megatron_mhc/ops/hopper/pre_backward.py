@@ -69,7 +69,7 @@ def pre_backward(
 def memory(width: int, iterations: int) -> tuple[int, int]:
     """Shared bytes of a block, and the tiles that its ring holds in them."""
     stage = -(-(10 * TILE * width * 2 + 512) // 1024) * 1024
-    coefficients, middle = 32 * 52 * 4, MIDDLE * 2 * 4 * (52 + 16 + 8 * iterations)
-    rest = coefficients + width * 2 + middle
+    rest = 4 * TILE * 52 * 4 + width * 2  # coefficients of four tiles, f's bias
+    rest += MIDDLE * 2 * 4 * (52 + 16 + 8 * iterations)  # STAGING of pre_backward.cu, of two tokens a warp
     stages = min(MOST_STAGES, (SHARED - rest) // stage)
     return stages * stage + rest, stages
