@@ -134,8 +134,8 @@ class _Rank:
         self.reports: dict[Chain, Node] = {}
         self.host: Node | None = None
         self.computed: list[Node] = []
-        # The direction of the link that a stream's last work used, where that was a copy; a step follows one
-        # like it.
+        # The direction of the link that a stream's last work used, where that was a copy and the link stays
+        # with a stream; a step follows one like it.
         self.engines: dict[str, str | None] = {}
         for op in program:
             if op.kind in COMPUTE:
@@ -159,6 +159,8 @@ class _Rank:
         return PRIORITY_STREAM if op.what == "post" and self.priority else COMPUTE_STREAM
 
     def _leave_engine(self, op: Op) -> None:
+        if self.machine.turns != STREAM:
+            return
         for phase in self.times.phases(self.plan, op):
             if phase.ms and phase.kind != REPORT:  # which has a stream of its own
                 self.engines[self._stream(op)] = LINKS.get(phase.kind, (None,))[-1]
@@ -166,7 +168,7 @@ class _Rank:
     def _take_engine(self, stream: str, chain: Chain) -> None:
         """A copy engine also is where a stream whose last work was a copy waits for what comes next."""
         engine = self.engines.get(stream)
-        if engine is None or self.machine.turns != STREAM:
+        if engine is None:
             return
         node = self._node().after(self.streams.get(stream), self.chains.get(chain), self.host)
         node.uses, node.turn = ((engine, self.rank),), stream

@@ -24,16 +24,17 @@ hopper_copies(const __grid_constant__ TensorMap x, const __grid_constant__ Tenso
   fence_copies();
   __syncthreads();
   if (threadIdx.x % 32) return;
+  const u64 policy = evict_first();
   for (int it = 0; it < at.tiles; it++) {
     const int stage = it % STAGES, token = (at.group + it * groups) * BT, phase = it / STAGES & 1;
     const u32 tile = base + stage * STAGE, bar = fulls + 8 * stage;
     if (threadIdx.x == 0) {
       if (it >= STAGES) barrier_wait(empties + 8 * stage, phase ^ 1);
       barrier_expect(bar, STAGE);
-      load_boxes<N>(tile, x, at.first_channel, 0, token, bar, evict_first());
-      if (WIDE > 1) load_boxes<N>(tile + N * REGION, g, at.first_channel, 0, token, bar, evict_first());
-      if (SINGLES) load_boxes<1>(tile + N * WIDE * REGION, f, at.first_channel, 0, token, bar, evict_first());
-      if (SINGLES > 1) load_boxes<1>(tile + (N * WIDE + 1) * REGION, dl, at.first_channel, 0, token, bar, evict_first());
+      load_boxes<N>(tile, x, at.first_channel, 0, token, bar, policy);
+      if (WIDE > 1) load_boxes<N>(tile + N * REGION, g, at.first_channel, 0, token, bar, policy);
+      if (SINGLES) load_boxes<1>(tile + N * WIDE * REGION, f, at.first_channel, 0, token, bar, policy);
+      if (SINGLES > 1) load_boxes<1>(tile + (N * WIDE + 1) * REGION, dl, at.first_channel, 0, token, bar, policy);
     } else if (threadIdx.x == 32) {
       barrier_wait(bar, phase);
       came[stage] = clock64();

@@ -19,17 +19,18 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from hopper_stages import UNITS
 from ops import copy_bandwidth, time_us
 
 from megatron_mhc.ops.hopper import compile as building
 from megatron_mhc.ops.hopper import pre, pre_backward
 
 HERE = Path(__file__).resolve().parent
-# What a kernel moves: [T, 4, C] and [T, C] tensors in, units of one [T, C] in all; its tile and widest cut.
+# What a kernel reads, [T, 4, C] and [T, C] tensors; its tile and widest cut.
 KERNELS: dict[str, dict[str, Any]] = {
-    "pre": dict(WIDE=1, SINGLES=0, units=5, tile=pre.TILE, widest=pre.WIDEST),
-    "pre_mix": dict(WIDE=1, SINGLES=1, units=10, tile=pre.TILE, widest=pre.WIDEST),
-    "pre_backward": dict(WIDE=2, SINGLES=2, units=15, tile=pre_backward.TILE, widest=pre_backward.WIDEST),
+    "pre": dict(WIDE=1, SINGLES=0, tile=pre.TILE, widest=pre.WIDEST),
+    "pre_mix": dict(WIDE=1, SINGLES=1, tile=pre.TILE, widest=pre.WIDEST),
+    "pre_backward": dict(WIDE=2, SINGLES=2, tile=pre_backward.TILE, widest=pre_backward.WIDEST),
 }
 
 
@@ -41,20 +42,20 @@ def stages(kernel: str, width: int) -> int:
 
 def time_copies(kernel: str, tokens: int, channels: int, stay: int) -> float:
     """Microseconds of a launch in a replayed graph, the zeroing of its ticket included."""
-    moves = KERNELS[kernel]
+    reads = KERNELS[kernel]
     device = torch.device("cuda", 0)
     blocks = building.multiprocessors(device)
-    cut = building.layout(tokens, channels, moves["widest"], blocks, moves["tile"])
+    cut = building.layout(tokens, channels, reads["widest"], blocks, reads["tile"])
     ring = stages(kernel, cut.width)
-    defines = dict(BT=moves["tile"], C=channels, CW=cut.width, STAGES=ring, ITERATIONS=20, V4=0)
-    defines |= dict(WIDE=moves["WIDE"], SINGLES=moves["SINGLES"])
-    stage = (4 * moves["WIDE"] + moves["SINGLES"]) * moves["tile"] * cut.width * 2
+    defines = dict(BT=reads["tile"], C=channels, CW=cut.width, STAGES=ring, ITERATIONS=20, V4=0)
+    defines |= dict(WIDE=reads["WIDE"], SINGLES=reads["SINGLES"])
+    stage = (4 * reads["WIDE"] + reads["SINGLES"]) * reads["tile"] * cut.width * 2
     compiled = building.kernel("hopper_copies", 0, 96, ring * stage, **defines)
 
     def maps(count: int, *shape: int) -> list[Any]:
         drawn = [torch.randn(*shape, device=device).bfloat16() for _ in range(count)]
         kept.extend(drawn)
-        return [building.tensor_map(t, cut.width, 4 if t.dim() == 3 else 1, moves["tile"]) for t in drawn]
+        return [building.tensor_map(t, cut.width, 4 if t.dim() == 3 else 1, reads["tile"]) for t in drawn]
 
     kept: list[torch.Tensor] = []
     x, g, streams_out = maps(3, tokens, 4, channels)
@@ -85,10 +86,10 @@ def main() -> None:
         building.HERE = Path(folder)
         for shape in options.shapes.split(","):
             tokens, channels = map(int, shape.split("x"))
-            for kernel, moves in KERNELS.items():
+            for kernel in KERNELS:
                 for stay in map(int, options.stay.split(",")):
                     us = time_copies(kernel, tokens, channels, stay)
-                    floor = moves["units"] * tokens * channels * 2 / bandwidth * 1e6
+                    floor = UNITS[kernel] * tokens * channels * 2 / bandwidth * 1e6
                     row = dict(kernel=kernel, tokens=tokens, width=channels, stay=stay, us=round(us, 1))
                     report["rows"].append(row | {"x_floor": round(us / floor, 3)})
                     print(json.dumps(report["rows"][-1]), flush=True)

@@ -28,6 +28,7 @@ from megatron_mhc.ops.link import Written
 
 MARKED = 128  # tiles of a group
 POINTS = {"pre": 9, "pre_backward": 11}  # noted by MARK(tile, point) in the sources
+UNITS = {"pre": 5, "pre_mix": 10, "pre_backward": 15}  # that a call moves, [T, C] tensors
 SPANS = {  # between which points, in the order of a tile's way
     "pre": {
         "load": (0, 1),
@@ -110,7 +111,6 @@ def calls(tokens: int, width: int) -> dict[str, Any]:
 
 def measure(tokens: int, width: int, bandwidth: float) -> list[dict]:
     rows = []
-    units = {"pre": 5, "pre_mix": 10, "pre_backward": 15}
     for call, run in calls(tokens, width).items():
         name = call.removesuffix("_mix")
         module = pre if name == "pre" else pre_backward
@@ -129,7 +129,7 @@ def measure(tokens: int, width: int, bandwidth: float) -> list[dict]:
         tiles = -(-tokens // defines["BT"]) // cut.groups
         clocks = clocks[: cut.groups * cut.slices, defines["STAGES"] : min(tiles, MARKED) - defines["STAGES"]]
         row: dict[str, Any] = {"kernel": call, "tokens": tokens, "width": width, "us": round(microseconds, 1)}
-        floor = units[call] * tokens * width * 2 / bandwidth * 1e6
+        floor = UNITS[call] * tokens * width * 2 / bandwidth * 1e6
         row |= {"x_floor": round(microseconds / floor, 3), "blocks": cut.groups * cut.slices}
         row |= {"slices": cut.slices, "channels": cut.width, "tile": defines["BT"], "ring": defines["STAGES"]}
         row["tiles"] = tiles

@@ -88,14 +88,22 @@ if ARGS.cpu:
     cpu.install()
     cpu.patch_megatron()
     cpu.use_local_modules()
-import pipeline_model  # noqa: E402
 import timeline  # noqa: E402
 from megatron.core import parallel_state, tensor_parallel  # noqa: E402
 from megatron.core.models.gpt import GPTModel  # noqa: E402
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec  # noqa: E402
 from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
 from megatron.core.transformer import TransformerConfig  # noqa: E402
-from pipeline_model import PARTS, kind, own_streams, plan_of, program_of, simulated  # noqa: E402
+from pipeline_model import (  # noqa: E402
+    PARTS,
+    kind,
+    own_streams,
+    plan_of,
+    program_of,
+    replayed,
+    simulated,
+    unhurried,
+)
 from standins import Copies, Exchange, Link, LoopTransport, cycles_per_ms, exchange  # noqa: E402
 from timeline import DEVICE, Log, Mark, TimedStreams, synchronize  # noqa: E402
 from timeline_picture import draw, draw_trace  # noqa: E402
@@ -278,7 +286,7 @@ def run(order: str, boundary: str, report: dict[str, Any], pictures: Path) -> di
     noted = {"step": logs, "without messages": still_logs, "on one stream": serial, "host alone": alone}
     written = {name: [timeline.raw(log) for log in some] for name, some in noted.items()}
     ahead = [step for some in own_streams(order) for step in written[some]]
-    inputs = pipeline_model.unhurried(timeline.inputs(serial, alone, kind), ahead)
+    inputs = unhurried(timeline.inputs(serial, alone, kind), ahead)
     name = f"{order} {boundary}"
     models = simulated(report, name, inputs)
     full, without, bare = map(statistics.median, (steps, still, quiet))
@@ -299,7 +307,7 @@ def run(order: str, boundary: str, report: dict[str, Any], pictures: Path) -> di
         "inputs": inputs,
     }
     found["events"] = {name: some[-1] for name, some in written.items()}
-    found["replayed"] = [steps[-1], pipeline_model.replayed(report, name, inputs, written["step"][-1])]
+    found["replayed"] = [steps[-1], replayed(report, name, inputs, written["step"][-1])]
     if cuda:
         found["peak GiB"] = peak
     if order == "fused" and boundary == "whole":

@@ -152,17 +152,13 @@ def test_messages_of_one_size_count_as_one():
     assert found["both ways"] == pytest.approx(12 / 13)
 
 
-def step_of(log):
-    return timeline.raw(log)
-
-
 def test_a_host_is_as_fast_as_it_was_seen_without_hurry():
     phases = timeline.phases([noted(False), noted(True, slow=0.1)], pipeline_model.kind)
     inputs = {"phases": phases, "host": {}, "lead": 0}
     known = [host for *_, host in phases["forward all"]]
-    slower = pipeline_model.unhurried(inputs, [step_of(noted(False, slow=0.5))])
+    slower = pipeline_model.unhurried(inputs, [timeline.raw(noted(False, slow=0.5))])
     assert [host for *_, host in slower["phases"]["forward all"]] == pytest.approx(known)
-    faster = pipeline_model.unhurried(inputs, [step_of(noted(False, slow=0.05))])
+    faster = pipeline_model.unhurried(inputs, [timeline.raw(noted(False, slow=0.05))])
     found = faster["phases"]["forward all"]
     assert [tuple(row[:2]) for row in found] == [row[:2] for row in phases["forward all"]]
     halved = [0.0 if kind in (REPORT, AWAIT) else host / 2 for kind, _, host in phases["forward all"]]
