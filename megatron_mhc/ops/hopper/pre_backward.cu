@@ -1,7 +1,7 @@
 // pre, backward: every gradient from one read of x, g, f and dl. See common.cuh for the scheme.
 //
 // Per tile, six kinds of warps, each a few tiles behind the one before:
-//   load    g, dl, x and f into shared memory, a ring of STAGES tiles
+//   load    g, dl and x into shared memory, a ring of STAGES tiles, and f, which `dots` alone reads, a ring of F_SLOTS
 //   dots    the 24 products over C that the coefficients' gradients are made of, on the tensor cores: for each
 //           token [g_0..g_3, dl] (x_0..x_3, f, f_bias)^T but for dl's with f; the slice's share goes to global memory
 //   middle  for this slice's share of tokens, up to two at a time: replays Sinkhorn there and back, which the sums are not needed for, waits
@@ -29,12 +29,13 @@ static_assert(BT == 8, "a tile is half the left factor of a product, and four to
 #define G_AT 0   // later dx
 #define DL_AT 4  // later df
 #define X_AT 5
-#define F_AT 9
 // A tile's tokens of one tensor: in pairs, with 128 bytes between them to keep the rows of the first five, and those of the last
-// five, off each other's banks.
+// four, off each other's banks.
 #define REGION (BOXES * BOX_BYTES)
 #define REGION_AT(k) ((k) % 5 * (2 * REGION + 128) + (k) / 5 * REGION)
-#define STAGE ((10 * REGION + 512 + 1023) / 1024 * 1024)
+#define STAGE (9 * REGION + 512)
+#define ODD(stage) (stage % 2 * 64)  // 512 bytes on, eight rows' chunks are exchanged four further: what `place` gives, with this bit changed
+static_assert(REGION % 1024 == 0, "every second stage begins half way between two multiples of 1024");
 #define FETCHED 4
 #define ATOMS 8  // of a token: g_i with x_0 to x_2, and g_i with x_3, g_i with f and its bias, dl with x_i
 #define PART (BT * ATOMS * 4)  // floats
@@ -63,12 +64,13 @@ pre_backward(const __grid_constant__ TensorMap x, const __grid_constant__ Tensor
              float* d_weight, float* d_bias, float* d_alphas,
              float* parts, float* coefficients, float* partial, u32* counts, int T, int groups) {
   extern __shared__ __align__(1024) unsigned char memory[];
-  __shared__ __align__(8) u64 full[STAGES], finished[STAGES], empty[STAGES], fetched[FETCHED], used[FETCHED];
-  unsigned char* slots = memory + STAGES * STAGE;
+  __shared__ __align__(8) u64 full[STAGES], finished[STAGES], empty[STAGES], fetched[FETCHED], used[FETCHED], dotted[F_SLOTS];
+  unsigned char* tiles = memory + F_SLOTS * REGION;  // behind f
+  unsigned char* slots = tiles + STAGES * STAGE;
   unsigned char* bias_row = slots + FETCHED * SLOT;  // f_bias of this slice
   float* staging = (float*)(bias_row + CW * 2);  // of the middle warps
-  const u32 base = shared_address(memory), fulls = shared_address(full), finishes = shared_address(finished);
-  const u32 fetches = shared_address(fetched), uses = shared_address(used), empties = shared_address(empty);
+  const u32 base = shared_address(tiles), outputs = shared_address(memory), fulls = shared_address(full), finishes = shared_address(finished);
+  const u32 fetches = shared_address(fetched), uses = shared_address(used), empties = shared_address(empty), dots = shared_address(dotted);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const Place at = take_place(counts, T, groups);
   u32 *done = counts + 1, *turns = counts + 2;
@@ -79,6 +81,7 @@ pre_backward(const __grid_constant__ TensorMap x, const __grid_constant__ Tensor
     for (int s = 0; s < STAGES; s++)
       barrier_init(fulls + 8 * s, 1), barrier_init(finishes + 8 * s, DX), barrier_init(empties + 8 * s, 1);
     for (int s = 0; s < FETCHED; s++) barrier_init(fetches + 8 * s, 32), barrier_init(uses + 8 * s, DX);
+    for (int s = 0; s < F_SLOTS; s++) barrier_init(dots + 8 * s, DOTS);
   }
   for (int c = threadIdx.x; c < CW; c += THREADS)
     ((bf16*)bias_row)[c] = f_bias && c < at.width ? f_bias[at.first_channel + c] : (bf16)0;
@@ -108,7 +111,8 @@ pre_backward(const __grid_constant__ TensorMap x, const __grid_constant__ Tensor
     for (int k = 0; k < 9; k++) pairs[k] = place(REGION_AT(k) + row * 128, own / 8) + pair * 2;
     for (int it = 0; it < at.tiles; it++) {
       const int stage = it % STAGES, slot = it % FETCHED;
-      unsigned char* tile = memory + stage * STAGE;
+      const u32 odd = ODD(stage);
+      unsigned char* tile = tiles + stage * STAGE;
       barrier_wait(fulls + 8 * stage, it / STAGES & 1);
       barrier_wait(fetches + 8 * slot, it / FETCHED & 1);
       if (threadIdx.x == 0) MARK(it, 8);
@@ -125,7 +129,7 @@ pre_backward(const __grid_constant__ TensorMap x, const __grid_constant__ Tensor
 #pragma unroll
           for (int j = 0; j < N; j += 2) {
             u32 a[4];
-            load_transposed(a, base + stage * STAGE + transposed[j / 2]);
+            load_transposed(a, base + stage * STAGE + (transposed[j / 2] ^ odd));
 #pragma unroll
             for (int n = 0; n < 3; n++)
 #pragma unroll
@@ -153,7 +157,7 @@ pre_backward(const __grid_constant__ TensorMap x, const __grid_constant__ Tensor
             multiply16(acc[j], high[0], 0, high[1], 0, phi[j][n][0], phi[j][n][1]);
             multiply8(acc[j], high[2], 0, phi[j][n][2]);
           }
-#define HERE(region) (tile + (pairs[region] ^ n * 16))  // eight channels on: the other half of 32 bytes
+#define HERE(region) (tile + (pairs[region] ^ n * 16 ^ odd))  // eight channels on: the other half of 32 bytes
           const u32 dlv = load_pair(HERE(DL_AT));
           const float4 read = *(const float4*)(h + H_PRE);
           const float from_norm = h[NORM];
@@ -225,7 +229,8 @@ pre_backward(const __grid_constant__ TensorMap x, const __grid_constant__ Tensor
   if (warp < DX + DOTS) {
     const int r = lane % 8, right = lane / 16;  // rows of the left factor (g, dl), or of the right one (x, f, f_bias)
     const bool fixed = right && r > 4;          // f_bias, the same row for all tokens
-    const int region = right ? X_AT + min(r, 4) : G_AT + min(r, 4);
+    const bool output = right && r == 4;        // f
+    const int region = right ? X_AT + min(r, 3) : G_AT + min(r, 4);
     const int half = lane / 8 % 2;
     const int row = lane / 4, pair = lane % 4 * 2, first = (warp - DX) * 4;
     for (int it = 0; it < at.tiles; it++) {
@@ -234,10 +239,11 @@ pre_backward(const __grid_constant__ TensorMap x, const __grid_constant__ Tensor
       barrier_wait(fulls + 8 * stage, it / STAGES & 1);
       if (warp == DX && lane == 0) MARK(it, 1);
       float acc[4][4] = {};  // of a token each, whose sums wait for nothing of each other
-      const u32 tile = base + stage * STAGE;
+      const u32 tile = output ? outputs + it % F_SLOTS * REGION : base + stage * STAGE;
       u32 from[4];
 #pragma unroll
-      for (int k = 0; k < 4; k++) from[k] = place(REGION_AT(region) + (first + k) * 128, half);
+      for (int k = 0; k < 4; k++)
+        from[k] = output ? place((first + k) * 128, half) : place(REGION_AT(region) + (first + k) * 128, half) ^ ODD(stage);
 #pragma unroll
       for (int s = 0; s < CW / 16; s++)
 #pragma unroll
@@ -255,6 +261,7 @@ pre_backward(const __grid_constant__ TensorMap x, const __grid_constant__ Tensor
         if (row < N && pair == 0) put(atom, acc[k][0], acc[k][1], next, it + 1);
         if (row < N && pair == 2) put(atom, acc[k][1], next, row % 2 ? odd : even, it + 1);
       }
+      if (lane == 0) barrier_arrive(dots + 8 * (it % F_SLOTS));
       if (warp == DX && lane == 0) MARK(it, 2);
     }
   } else if (warp == DX + DOTS) {
@@ -292,7 +299,8 @@ pre_backward(const __grid_constant__ TensorMap x, const __grid_constant__ Tensor
         load_boxes<1>(tile + REGION_AT(X_AT + j), x, at.first_channel, j, token, bar, policy);
       }
       load_boxes<1>(tile + REGION_AT(DL_AT), dl, at.first_channel, 0, token, bar, policy);
-      load_boxes<1>(tile + REGION_AT(F_AT), f, at.first_channel, 0, token, bar, policy);
+      if (it >= F_SLOTS) barrier_wait(dots + 8 * (it % F_SLOTS), (it / F_SLOTS - 1) & 1);
+      load_boxes<1>(outputs + it % F_SLOTS * REGION, f, at.first_channel, 0, token, bar, policy);
     }
   }
   } else if (warp == DX + DOTS + 2) {

@@ -11,6 +11,7 @@ from megatron_mhc.ops.link import Written
 WIDEST = 128
 TILE = 8  # tokens
 MOST_STAGES = 20  # tiles of a block's ring
+F_SLOTS = 4  # tiles of f on their way
 MIDDLE = 3  # warps
 FEW = 32  # slices, up to which a warp prepares two tokens at a time, and as many loads bring all sums
 PART = TILE * 8 * 4  # floats that a block tells its group of a tile
@@ -49,7 +50,7 @@ def pre_backward(
     few = cut.slices <= FEW
     compiled = kernel(
         "pre_backward", x.device.index, 512, shared,
-        BT=TILE, C=C, CW=cut.width, STAGES=stages, ITERATIONS=iterations, V4=int(deepseek_v4),
+        BT=TILE, C=C, CW=cut.width, STAGES=stages, F_SLOTS=F_SLOTS, ITERATIONS=iterations, V4=int(deepseek_v4),
         DF=int(written is not None), LOADS=8 if few else 14, TOGETHER=2 if few else 1,
     )  # fmt: skip
     blocks, slots = cut.groups * cut.slices, cut.groups * 2 * stages
@@ -68,8 +69,9 @@ def pre_backward(
 
 def memory(width: int, iterations: int) -> tuple[int, int]:
     """Shared bytes of a block, and the tiles that its ring holds in them."""
-    stage = -(-(10 * TILE * width * 2 + 512) // 1024) * 1024
-    rest = 4 * TILE * 52 * 4 + width * 2  # coefficients of four tiles, f's bias
+    region = TILE * width * 2
+    stage = 9 * region + 512
+    rest = F_SLOTS * region + 4 * TILE * 52 * 4 + width * 2  # f, coefficients of four tiles, f's bias
     rest += MIDDLE * 2 * 4 * (52 + 16 + 8 * iterations)  # STAGING of pre_backward.cu, of two tokens a warp
     stages = min(MOST_STAGES, (SHARED - rest) // stage)
     return stages * stage + rest, stages
