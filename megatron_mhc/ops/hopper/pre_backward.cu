@@ -48,6 +48,7 @@ static_assert(REGION % 1024 == 0, "every second stage begins half way between tw
 #define D 26
 #define ROW 52               // floats between two tokens' in shared memory
 #define SLOT (BT * ROW * 4)  // bytes
+#define BIAS_ROW ((BOXES - 1) * BOX_BYTES + 128)
 #define STAGING (ROW + 16 + 8 * ITERATIONS)  // floats of half a middle warp: a token's coefficients, a matrix, scaling vectors
 
 __device__ __forceinline__ u32 load_pair(const unsigned char* p) { return *(const u32*)p; }
@@ -67,8 +68,8 @@ pre_backward(const __grid_constant__ TensorMap x, const __grid_constant__ Tensor
   __shared__ __align__(8) u64 full[STAGES], finished[STAGES], empty[STAGES], fetched[FETCHED], used[FETCHED], dotted[F_SLOTS];
   unsigned char* tiles = memory + F_SLOTS * REGION;  // behind f
   unsigned char* slots = tiles + STAGES * STAGE;
-  unsigned char* bias_row = slots + FETCHED * SLOT;  // f_bias of this slice
-  float* staging = (float*)(bias_row + CW * 2);  // of the middle warps
+  unsigned char* bias_row = slots + FETCHED * SLOT;  // f_bias of this slice, as far apart as a row of other boxes
+  float* staging = (float*)(bias_row + BIAS_ROW);    // of the middle warps
   const u32 base = shared_address(tiles), outputs = shared_address(memory), fulls = shared_address(full), finishes = shared_address(finished);
   const u32 fetches = shared_address(fetched), uses = shared_address(used), empties = shared_address(empty), dots = shared_address(dotted);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -84,7 +85,7 @@ pre_backward(const __grid_constant__ TensorMap x, const __grid_constant__ Tensor
     for (int s = 0; s < F_SLOTS; s++) barrier_init(dots + 8 * s, DOTS);
   }
   for (int c = threadIdx.x; c < CW; c += THREADS)
-    ((bf16*)bias_row)[c] = f_bias && c < at.width ? f_bias[at.first_channel + c] : (bf16)0;
+    ((bf16*)(bias_row + c / BOX * BOX_BYTES))[c % BOX] = f_bias && c < at.width ? f_bias[at.first_channel + c] : (bf16)0;
   fence_copies();
   __syncthreads();
 
@@ -140,7 +141,7 @@ pre_backward(const __grid_constant__ TensorMap x, const __grid_constant__ Tensor
           }
         }
         const float* h = coefficient + row * ROW;
-        u32 high[3], low[3];  // [tokens, rows of phi], two rows a register
+        u32 high[3], low[3];  // [tokens, rows of phi], two rows a register: rows 0 to 7 and 8 to 15 of a left factor
 #pragma unroll
         for (int k = 0; k < 3; k++) {
           const float2 d = *(const float2*)(h + D + k * 8 + pair);
@@ -152,10 +153,8 @@ pre_backward(const __grid_constant__ TensorMap x, const __grid_constant__ Tensor
           float acc[N][4] = {};
 #pragma unroll
           for (int j = 0; j < N; j++) {
-            multiply16(acc[j], low[0], 0, low[1], 0, phi[j][n][0], phi[j][n][1]);
-            multiply8(acc[j], low[2], 0, phi[j][n][2]);
-            multiply16(acc[j], high[0], 0, high[1], 0, phi[j][n][0], phi[j][n][1]);
-            multiply8(acc[j], high[2], 0, phi[j][n][2]);
+            multiply16(acc[j], high[0], low[0], high[1], low[1], phi[j][n][0], phi[j][n][1]);
+            multiply8(acc[j], high[2], low[2], phi[j][n][2]);
           }
 #define HERE(region) (tile + (pairs[region] ^ n * 16 ^ odd))  // eight channels on: the other half of 32 bytes
           const u32 dlv = load_pair(HERE(DL_AT));
@@ -166,8 +165,8 @@ pre_backward(const __grid_constant__ TensorMap x, const __grid_constant__ Tensor
 #pragma unroll
           for (int j = 0; j < N; j++) {
             const u32 xv = load_pair(HERE(X_AT + j));
-            v[j][0] = __fmaf_rn(from_norm, low_half(xv), __fmaf_rn(reads[j], low_half(dlv), acc[j][0]));
-            v[j][1] = __fmaf_rn(from_norm, high_half(xv), __fmaf_rn(reads[j], high_half(dlv), acc[j][1]));
+            v[j][0] = __fmaf_rn(from_norm, low_half(xv), __fmaf_rn(reads[j], low_half(dlv), acc[j][0] + acc[j][2]));
+            v[j][1] = __fmaf_rn(from_norm, high_half(xv), __fmaf_rn(reads[j], high_half(dlv), acc[j][1] + acc[j][3]));
           }
 #pragma unroll
           for (int i = 0; i < N; i++) {
@@ -227,39 +226,44 @@ pre_backward(const __grid_constant__ TensorMap x, const __grid_constant__ Tensor
   } else if (warp < DX + DOTS + 2) {
     set_registers<80>();
   if (warp < DX + DOTS) {
-    const int r = lane % 8, right = lane / 16;  // rows of the left factor (g, dl), or of the right one (x, f, f_bias)
-    const bool fixed = right && r > 4;          // f_bias, the same row for all tokens
-    const bool output = right && r == 4;        // f
-    const int region = right ? X_AT + min(r, 3) : G_AT + min(r, 4);
-    const int half = lane / 8 % 2;
-    const int row = lane / 4, pair = lane % 4 * 2, first = (warp - DX) * 4;
+    // Two tokens' g and dl, rows 0 to 7 and 8 to 15, are the left factor of two products, with the x, f and f_bias of either.
+    const int r = lane % 8, row = lane / 4, pair = lane % 4 * 2, first = (warp - DX) * 4;
+    const int left_half = lane / 16, right_half = lane / 8 % 2;  // of 16 channels, that this lane's row is of
+    const int left_at = REGION_AT(G_AT + min(r, 4)) + (first + lane / 8 % 2) * 128;
+    const int right_at = r < 4 ? REGION_AT(X_AT + r) : 0, right_token = first + lane / 16;
     for (int it = 0; it < at.tiles; it++) {
       const int stage = it % STAGES;
       float* part = parts + ((it % EXCHANGE) * G + at.slice) * PART;
+      const u32 tile = base + stage * STAGE, output = outputs + it % F_SLOTS * REGION;
+      u32 left[2], right[2];  // where the rows of two pairs begin
+#pragma unroll
+      for (int k = 0; k < 2; k++) {
+        left[k] = tile + (place(left_at + k * 256, left_half) ^ ODD(stage));
+        right[k] = r < 4   ? tile + (place(right_at + (right_token + 2 * k) * 128, right_half) ^ ODD(stage))
+                   : r < 5 ? output + place((right_token + 2 * k) * 128, right_half)
+                           : shared_address(bias_row) + right_half * 16;
+      }
       barrier_wait(fulls + 8 * stage, it / STAGES & 1);
       if (warp == DX && lane == 0) MARK(it, 1);
-      float acc[4][4] = {};  // of a token each, whose sums wait for nothing of each other
-      const u32 tile = output ? outputs + it % F_SLOTS * REGION : base + stage * STAGE;
-      u32 from[4];
+      float acc[2][2][4] = {};  // [pair, token of it], whose sums wait for nothing of each other
 #pragma unroll
-      for (int k = 0; k < 4; k++)
-        from[k] = output ? place((first + k) * 128, half) : place(REGION_AT(region) + (first + k) * 128, half) ^ ODD(stage);
+      for (int s = 0; s < CW / 16; s++)  // 16 channels on: two chunks, which exchanging leaves two bits apart
 #pragma unroll
-      for (int s = 0; s < CW / 16; s++)
-#pragma unroll
-        for (int k = 0; k < 4; k++) {
-          u32 m[4];  // 16 channels on: two chunks, which exchanging leaves two bits apart
-          load_matrices(m, fixed ? shared_address(bias_row) + s * 32 + half * 16
-                                 : tile + (from[k] ^ s % 4 * 32) + s / 4 * BOX_BYTES);
-          multiply16(acc[k], m[0], 0, m[1], 0, m[2], m[3]);
+        for (int k = 0; k < 2; k++) {
+          u32 a[4], b[4];
+          load_matrices(a, (left[k] ^ s % 4 * 32) + s / 4 * BOX_BYTES);
+          load_matrices(b, (right[k] ^ s % 4 * 32) + s / 4 * BOX_BYTES);
+          multiply16(acc[k][0], a[0], a[1], a[2], a[3], b[0], b[1]);
+          multiply16(acc[k][1], a[0], a[1], a[2], a[3], b[2], b[3]);
         }
 #pragma unroll
       for (int k = 0; k < 4; k++) {
-        const float next = __shfl_sync(ALL, pair == 4 ? acc[k][0] + acc[k][1] : acc[k][0], lane + 1);
-        const float even = __shfl_sync(ALL, acc[k][0], 16 + row / 2), odd = __shfl_sync(ALL, acc[k][1], 16 + row / 2);
+        const float v0 = acc[k / 2][k % 2][k % 2 * 2], v1 = acc[k / 2][k % 2][k % 2 * 2 + 1];
+        const float next = __shfl_sync(ALL, pair == 4 ? v0 + v1 : v0, lane + 1);
+        const float even = __shfl_sync(ALL, v0, 16 + row / 2), odd = __shfl_sync(ALL, v1, 16 + row / 2);
         float* atom = part + ((first + k) * ATOMS + row * 2 + pair / 2) * 4;
-        if (row < N && pair == 0) put(atom, acc[k][0], acc[k][1], next, it + 1);
-        if (row < N && pair == 2) put(atom, acc[k][1], next, row % 2 ? odd : even, it + 1);
+        if (row < N && pair == 0) put(atom, v0, v1, next, it + 1);
+        if (row < N && pair == 2) put(atom, v1, next, row % 2 ? odd : even, it + 1);
       }
       if (lane == 0) barrier_arrive(dots + 8 * (it % F_SLOTS));
       if (warp == DX && lane == 0) MARK(it, 2);

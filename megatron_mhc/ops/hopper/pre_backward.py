@@ -71,7 +71,8 @@ def memory(width: int, iterations: int) -> tuple[int, int]:
     """Shared bytes of a block, and the tiles that its ring holds in them."""
     region = TILE * width * 2
     stage = 9 * region + 512
-    rest = F_SLOTS * region + 4 * TILE * 52 * 4 + width * 2  # f, coefficients of four tiles, f's bias
+    rest = F_SLOTS * region + 4 * TILE * 52 * 4  # f, coefficients of four tiles
+    rest += (width // 64 - 1) * TILE * 128 + 128  # f's bias, a row of each box
     rest += MIDDLE * 2 * 4 * (52 + 16 + 8 * iterations)  # STAGING of pre_backward.cu, of two tokens a warp
     stages = min(MOST_STAGES, (SHARED - rest) // stage)
     return stages * stage + rest, stages
