@@ -17,7 +17,7 @@ from test_triton import poisoned as poisoned  # buffers start as NaN here too
 
 from megatron_mhc import MHCConfig, ops
 from megatron_mhc.ops import deferred
-from megatron_mhc.ops.hopper import pre
+from megatron_mhc.ops.hopper import pre, pre_backward
 from megatron_mhc.ops.post_res import post_res_forward
 
 BF16 = torch.bfloat16
@@ -204,12 +204,11 @@ def test_another_kernel_on_the_gpu_changes_nothing(tokens, channels):
 @pytest.mark.parametrize("tokens, channels", SHAPES[:6])
 def test_few_multiprocessors_match_float64(monkeypatch, tokens, channels, groups):
     """A group works through many tiles, more than its rings have places."""
-    from megatron_mhc.ops.hopper import pre, pre_backward
-
     for module in (pre, pre_backward):
         enough = -(-channels // module.WIDEST) * groups
         monkeypatch.setattr(module, "multiprocessors", lambda device, enough=enough: enough)
     check(compare(inputs(tokens, 4, channels, BF16), BF16, False))
+    test_mixed_streams_have_the_bits_of_post_res_and_are_read_as_by_pre(tokens, channels, False)
 
 
 def test_compiled_graphs_give_the_results_of_eager():

@@ -13,7 +13,7 @@ from torch import Tensor
 
 BOX = 64  # channels that a copy brings
 SHARED = 226 * 1024  # bytes that a block may have beside the barriers
-AHEAD = 64  # slices that a block may look past the last one: LOADS of every fourth
+AHEAD = 64  # slices that a block may look past the last one: so many of every fourth
 HERE = Path(__file__).parent
 
 
@@ -154,6 +154,12 @@ def layout(tokens: int, channels: int, widest: int, blocks: int, tile: int) -> L
     if best is None:
         raise ValueError(f"{channels} channels need more than {blocks} blocks of {widest}")
     return best
+
+
+def loads(slices: int, step: int, most: int) -> int:
+    """How many sums a lane of `step` asks for at once: of the fewest rounds that `most` allows, as few as do."""
+    each = -(-slices // step)
+    return -(-each // -(-each // most))
 
 
 @functools.cache

@@ -121,7 +121,7 @@ pre(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap f, co
       barrier_init(knows + 8 * s, 64);
       barrier_init(empties + 8 * s, TURNS * 32 + 2 + MIX);
 #if MIX
-      barrier_init(mixes + 8 * s, PROJECTING);
+      barrier_init(mixes + 8 * s, PROJECTING * 32);
 #endif
     }
   }
@@ -178,8 +178,7 @@ pre(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap f, co
               coefficients + (stage * BT + first + q % 2 * 2 + q / 2 * 8) * M + N,
               (own_x ^ q % 2 * 32) + q % 2 * 256 + q / 2 * 1024, added);
       fence_copies();
-      __syncwarp();
-      if (lane == 0) barrier_arrive(mixes + 8 * stage);
+      barrier_arrive(mixes + 8 * stage);
       sync_threads<PROJECTING * 32>(2);
       if (threadIdx.x == 0) {
         if (it > 0) {
@@ -290,7 +289,7 @@ pre(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap f, co
       if (half == 0 && lane == 0) MARK(it, 3);
       {
         // Half the lanes sum up every second slice. Then lanes 2 t and 2 t + 1 have pre 0 to 2, and pre 3 and squares.
-        const float3 some = sum_slices<2, 8>(of_tile + AT(first, 0) + lane % 16 * 4, lane / 16, PART, it + 1);
+        const float3 some = sum_slices<2, LOADS>(of_tile + AT(first, 0) + lane % 16 * 4, lane / 16, PART, it + 1);
         const float3 read = add_lanes(some, lane % 16, lane % 16 + 16);
         const float inverse = rsqrtf(__fmaf_rn(__shfl_sync(ALL, read.y, 2 * (lane / N) + 1), 1.f / (N * C), eps));
         const float product = pick(read, 6 * (lane / N) + lane % N);
@@ -304,7 +303,7 @@ pre(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap f, co
       if (r >= BT && lane == 0) barrier_arrive(empties + 8 * stage);
       for (; r < BT; r += G) {
         const float3 some =
-            sum_slices<2, 8>(of_tile + AT(r, min(lane % 16, ATOMS - 1)), lane / 16, PART, it + 1);
+            sum_slices<2, LOADS>(of_tile + AT(r, min(lane % 16, ATOMS - 1)), lane / 16, PART, it + 1);
         const float3 total = add_lanes(some, lane % 16, lane % 16 + 16);
         if (r + G >= BT && lane == 0) MARK(it, 6);
         if (r + G >= BT && lane == 0) barrier_arrive(empties + 8 * stage);

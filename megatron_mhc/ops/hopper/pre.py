@@ -11,6 +11,7 @@ from megatron_mhc.ops.hopper.compile import (
     Layout,
     kernel,
     layout,
+    loads,
     multiprocessors,
     tensor_map,
 )
@@ -20,6 +21,7 @@ PROJECTING = 8  # warps
 TILE = 16  # tokens
 PART = TILE * 9 * 4  # floats that a block tells its group of a tile
 MOST_STAGES = 10  # tiles of a block's ring
+MOST_LOADS = 8  # of a lane at once; more cost registers
 F_SLOTS = 3  # tiles of f on their way; at least as many of x fit beside them at any width
 
 
@@ -112,6 +114,7 @@ def _launch(
     device = weight.device
     shared, stages = memory(cut.width, mix=bool(defines["MIX"]))
     defines |= dict(BT=TILE, C=results[0].shape[1], CW=cut.width, STAGES=stages, F_SLOTS=F_SLOTS)
+    defines |= dict(LOADS=loads(cut.slices, 2, MOST_LOADS))
     compiled = kernel("pre", device.index, 512, shared, **defines)
     blocks = cut.groups * cut.slices
     floats = (blocks * 2 * stages + AHEAD) * PART

@@ -5,15 +5,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_mhc.ops.hopper.compile import AHEAD, SHARED, kernel, layout, multiprocessors, tensor_map
+from megatron_mhc.ops.hopper.compile import AHEAD, SHARED, kernel, layout, loads, multiprocessors, tensor_map
 from megatron_mhc.ops.link import Written
 
 WIDEST = 128
 TILE = 8  # tokens
 MOST_STAGES = 20  # tiles of a block's ring
 F_SLOTS = 4  # tiles of f on their way
+MOST_LOADS = 14  # of a lane at once
 MIDDLE = 3  # warps
-FEW = 32  # slices, up to which a warp prepares two tokens at a time, and as many loads bring all sums
+FEW = 32  # slices, up to which a warp prepares two tokens at a time: more take more registers
 PART = TILE * 8 * 4  # floats that a block tells its group of a tile
 COEFFICIENTS = TILE * 17 * 4  # and that the group knows of it then
 
@@ -47,11 +48,11 @@ def pre_backward(
         written.fill(dx, df)
     cut = layout(T, C, WIDEST, multiprocessors(x.device), TILE)
     shared, stages = memory(cut.width, iterations)
-    few = cut.slices <= FEW
     compiled = kernel(
         "pre_backward", x.device.index, 512, shared,
-        BT=TILE, C=C, CW=cut.width, STAGES=stages, F_SLOTS=F_SLOTS, ITERATIONS=iterations, V4=int(deepseek_v4),
-        DF=int(written is not None), LOADS=8 if few else 14, TOGETHER=2 if few else 1,
+        BT=TILE, C=C, CW=cut.width, STAGES=stages, F_SLOTS=F_SLOTS, ITERATIONS=iterations,
+        V4=int(deepseek_v4), DF=int(written is not None),
+        LOADS=loads(cut.slices, 4, MOST_LOADS), TOGETHER=2 if cut.slices <= FEW else 1,
     )  # fmt: skip
     blocks, slots = cut.groups * cut.slices, cut.groups * 2 * stages
     sizes = [(slots * cut.slices + AHEAD) * PART, slots * COEFFICIENTS, 2 + 8 * cut.slices]
