@@ -341,6 +341,11 @@ BUGS = {
         "pre_backward",
         {"barrier_wait(finishes + 8 * stage, it / STAGES & 1);": ""},
     ),
+    "f overwrites what is in use, backward": (
+        "pre_backward",
+        {"if (it >= F_SLOTS) barrier_wait(dots + 8 * (it % F_SLOTS), (it / F_SLOTS - 1) & 1);": ""},
+    ),
+    "every stage is read as if it were even": ("pre_backward", {"(stage % 2 * 64)": "0"}),
     "one half's sums are forgotten": ("pre_backward", {"if (TOGETHER == 2) {": "if (false) {"}),
     "turns are not kept": ("pre_backward", {"await(turn, at.group, lane);": ""}),
     "a ring of one slot, backward": ("pre_backward", {"(2 * STAGES)": "1"}),

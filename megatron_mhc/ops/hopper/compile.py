@@ -157,7 +157,7 @@ def layout(tokens: int, channels: int, widest: int, blocks: int, tile: int) -> L
 
 
 def loads(slices: int, step: int, most: int) -> int:
-    """How many sums a lane of `step` asks for at once: of the fewest rounds that `most` allows, as few as do."""
+    """How many sums a lane of `step` asks for at once: as few as take no more rounds than `most` do."""
     each = -(-slices // step)
     return -(-each // -(-each // most))
 
