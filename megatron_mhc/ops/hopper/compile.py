@@ -13,7 +13,7 @@ from torch import Tensor
 
 BOX = 64  # channels that a copy brings
 SHARED = 226 * 1024  # bytes that a block may have beside the barriers
-AHEAD = 64  # slices that a block may look past the last one: so many of every fourth
+AHEAD = 16  # slices that a lane may look past the last one, in its last round
 HERE = Path(__file__).parent
 
 
