@@ -349,7 +349,7 @@ BUGS = {
     "one half's sums are forgotten": ("pre_backward", {"if (TOGETHER == 2) {": "if (false) {"}),
     "turns are not kept": ("pre_backward", {"await(turn, at.group, lane);": ""}),
     "a ring of one slot, backward": ("pre_backward", {"(2 * STAGES)": "1"}),
-    "writes are out of bounds": ("pre_backward", {"if (lane < 2 * N) to[lane]": "to[lane + 64]"}),
+    "writes are out of bounds": ("pre_backward", {"if (lane < 2 * N) sums[lane]": "sums[lane + 64]"}),
 }
 SOME = list(BUGS)[::2] + ["all lanes of load wait"]  # the rest takes longer, with -m slow
 

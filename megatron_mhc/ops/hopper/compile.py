@@ -15,6 +15,10 @@ BOX = 64  # channels that a copy brings
 SHARED = 226 * 1024  # bytes that a block may have beside the barriers
 AHEAD = 16  # slices that a lane may look past the last one, in its last round
 HERE = Path(__file__).parent
+PARTS = {  # of a kernel's source, behind device.cuh
+    "pre": ("common.cuh", "pre.cu"),
+    "pre_backward": ("common.cuh", "middle.cuh", "pre_backward.cu"),
+}
 
 
 def installed() -> bool:
@@ -107,7 +111,7 @@ def kernel(name: str, device: int, threads: int, shared: int, **defines: int) ->
     """Compile `name`.cu for the device; once per set of `defines`, in about a second."""
     from cuda.bindings import driver, nvrtc
 
-    source = "".join((HERE / part).read_text() for part in ("device.cuh", "common.cuh", f"{name}.cu"))
+    source = "".join((HERE / part).read_text() for part in ("device.cuh", *PARTS[name]))
     program = checked(
         nvrtc.nvrtcCreateProgram(source.encode(), f"{name}.cu".encode(), 0, [], []), "nvrtcCreateProgram"
     )

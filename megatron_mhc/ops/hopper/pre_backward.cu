@@ -5,7 +5,7 @@
 //   dots    the 24 products over C that the coefficients' gradients are made of, on the tensor cores: for each
 //           token [g_0..g_3, dl] (x_0..x_3, f, f_bias)^T but for dl's with f; the slice's share goes to global memory
 //   middle  for this slice's share of tokens, up to two at a time: replays Sinkhorn there and back, which the sums are not needed for, waits
-//           for the group's sums, forms the gradient d of the raw projection, and publishes that and the coefficients
+//           for the group's sums, forms the gradient d of the raw projection, and publishes that and the coefficients (middle.cuh)
 //   fetch   waits for those of the whole tile and lays them out in shared memory, FETCHED tiles deep
 //   dx      dx_j = sum_i h_res[i, j] g_i + h_pre_j dl + (d . phi)_j + s x_j, in place of g_j; with
 //           DF, in place of dl, the df of the connection that wrote x; phi's gradient stays in registers
@@ -23,7 +23,6 @@
 
 #define DX 8
 #define DOTS 2
-#define MIDDLE 3
 #define THREADS ((DX + DOTS + 3 + MIDDLE) * 32)
 static_assert(BT == 8, "a tile is half the left factor of a product, and four tokens for each warp of `dots`");
 #define G_AT 0   // later dx
@@ -37,19 +36,9 @@ static_assert(BT == 8, "a tile is half the left factor of a product, and four to
 #define ODD(stage) (stage % 2 * 64)  // 512 bytes on, eight rows' chunks are exchanged four further: what `place` gives, with this bit changed
 static_assert(REGION % 1024 == 0, "every second stage begins half way between two multiples of 1024");
 #define FETCHED 4
-#define ATOMS 8  // of a token: g_i with x_0 to x_2, and g_i with x_3, g_i with f and its bias, dl with x_i
-#define PART (BT * ATOMS * 4)  // floats
-#define COEFFICIENT_ATOMS 17
 #define LOADED ((BT * COEFFICIENT_ATOMS + 31) / 32)  // by a lane of `fetch`
-#define H_RES 0  // where they are among a token's 51 numbers
-#define H_PRE 16
-#define WRITER 20  // h_post of the connection that wrote x
-#define NORM 24    // s
-#define D 26
-#define ROW 52               // floats between two tokens' in shared memory
-#define SLOT (BT * ROW * 4)  // bytes
+#define SLOT (BT * ROW * 4)                          // bytes
 #define BIAS_ROW ((BOXES - 1) * BOX_BYTES + 128)
-#define STAGING (ROW + 16 + 8 * ITERATIONS)  // floats of half a middle warp: a token's coefficients, a matrix, scaling vectors
 
 __device__ __forceinline__ u32 load_pair(const unsigned char* p) { return *(const u32*)p; }
 
@@ -320,107 +309,8 @@ pre_backward(const __grid_constant__ TensorMap x, const __grid_constant__ Tensor
       barrier_arrive(empties + 8 * stage);
     }
   } else {
-    // TOGETHER tokens are prepared, one in each half of a warp; then their sums are awaited, one after the other.
-    const int turn = warp - DX - DOTS - 3, half = TOGETHER == 2 ? lane / 16 : 0, e = lane % 16, i = e / N, j = e % N;
-    const float gate_early = e < N ? *alpha_pre : *alpha_post, gate_res = *alpha_res;
-    const float shift_early = e < 2 * N ? bias[e] : 0.f, shift_res = bias[2 * N + e];
-    const int transpose = V4 ? j * N + i : e;  // where H_res has what comb has at e
-    float bias_early = 0.f, bias_res = 0.f, alpha_early = 0.f, alpha_late = 0.f;
-    float* coefficient = staging + (TOGETHER * turn + half) * STAGING;
-#if !V4
-    float *matrix = coefficient + ROW, *past = matrix + 16;
-#endif
-    // Every G-th token of the group is this slice's.
-    for (int first = at.slice + TOGETHER * turn * G; first < at.tiles * BT; first += TOGETHER * MIDDLE * G) {
-      const int own = min(first + half * G, at.tiles * BT - 1), t = (at.group + own / BT * groups) * BT + own % BT;
-      const float* row = saved + (u64)min(t, T - 1) * 25;
-      const float u_early = row[e], u_late = e < 9 ? row[16 + e] : 0.f;
-      const float inverse = __shfl_sync(ALL, u_late, lane / 16 * 16 + 8);
-      const float res0 = __shfl_sync(ALL, u_early, lane / 16 * 16 + ((e + 8) & 15));
-      const float res1 = __shfl_sync(ALL, u_late, lane / 16 * 16 + ((e - 8) & 15));
-      const float u_res = e < 8 ? res0 : res1;
-      const float s = sigmoid(__fmaf_rn(u_early, gate_early, shift_early));
-      const float z = __fmaf_rn(u_res, gate_res, shift_res);
-      __syncwarp();  // the last tokens' coefficients have left `coefficient`
-#if V4
-      float past[STEPS];
-      const float h = sinkhorn(z, past);
-#else
-      float K[16], J[16];
-      const bool wide = max_axis<0>(max_axis<1>(z)) + max_axis<0>(max_axis<1>(-z)) > SPREAD;
-      matrix[e] = z;
-      __syncwarp();
-      float h = sinkhorn_scaled(matrix, past, K, e);
-      sinkhorn_scaled_jacobian(J, past, K, e);
-      const bool some_wide = __any_sync(ALL, wide);
-      if (some_wide) {
-        float steps[STEPS];
-        const float exact = sinkhorn(z, steps);
-        h = wide ? exact : h;
-      }
-#endif
-      if (e < N) coefficient[H_PRE + e] = s + (V4 ? EPS : 0.f);
-#if DF
-      if (e < N)
-        coefficient[WRITER + e] = 2.f * sigmoid(
-            __fmaf_rn(writer_saved[(u64)min(t, T - 1) * 25 + N + e], *writer_alpha, writer_bias[N + e]));
-#endif
-      coefficient[H_RES + transpose] = h;
-#pragma unroll 1
-      for (int turned = 0; turned < TOGETHER && first + turned * G < at.tiles * BT; turned++) {
-        const int it = (first + turned * G) / BT, r = (first + turned * G) % BT;
-        const float* part = parts + (it % EXCHANGE) * G * PART + r * ATOMS * 4;
-        if (lane == 0) MARK(it, 3);
-        await_slices(part, at.slice, PART, it + 1, lane);
-        if (lane == 0) MARK(it, 4);
-        const float3 products =  // of atom lane % 8
-            sum_quarters(sum_slices<4, LOADS>(part + lane % ATOMS * 4, lane / ATOMS, PART, it + 1));
-        const int a = transpose / N, b = transpose % N;
-        const float b03 = __shfl_sync(ALL, products.x, 2 * a + b / 3), b1 = __shfl_sync(ALL, products.y, 2 * a);
-        const float b2 = __shfl_sync(ALL, products.z, 2 * a);
-        const float post = __shfl_sync(ALL, products.y, 2 * j + 1), read = __shfl_sync(ALL, products.z, 2 * j + 1);
-        float d_early = 0.f;
-        if (e < N) d_early = read * s * (1.f - s);
-        else if (e < 2 * N) d_early = post * 2.f * s * (1.f - s);
-        float d_res = b == 1 ? b1 : b == 2 ? b2 : b03;
-#if V4
-        d_res = sinkhorn_backward(h, d_res, past);
-#else
-        const float by_rows = sum_rows(J, d_res, e);
-        if (some_wide) {
-          float steps[STEPS];
-          sinkhorn(z, steps);  // once more, since few tokens need it and all would have to hold it
-          d_res = sinkhorn_backward(h, d_res, steps);
-        }
-        if (!wide) d_res = by_rows;
-#endif
-        if (half != turned || t >= T) d_res = d_early = 0.f;
-        bias_early += d_early, bias_res += d_res;
-        alpha_early = __fmaf_rn(d_early, u_early, alpha_early);
-        alpha_late = __fmaf_rn(d_res, u_res, alpha_late);
-        d_early *= gate_early, d_res *= gate_res;
-        const float inner = sum16(__fadd_rn(__fmul_rn(d_res, u_res), __fmul_rn(d_early, u_early)));
-        if (half == turned) {
-          if (e == 0) coefficient[NORM] = -inner * inverse * inverse / (N * C);
-          if (e < 2 * N) coefficient[D + e] = d_early * inverse;
-          coefficient[D + 2 * N + e] = d_res * inverse;
-        }
-        __syncwarp();
-        if (lane < COEFFICIENT_ATOMS) {
-          const float* c = staging + (TOGETHER * turn + turned) * STAGING + 3 * lane;
-          put(coefficients + (((it % EXCHANGE) * BT + r) * COEFFICIENT_ATOMS + lane) * 4, c[0], c[1], c[2], it + 1);
-        }
-        if (lane == 0) MARK(it, 5);
-      }
-    }
-    if (TOGETHER == 2) {
-      bias_early += __shfl_xor_sync(ALL, bias_early, 16), bias_res += __shfl_xor_sync(ALL, bias_res, 16);
-      alpha_early += __shfl_xor_sync(ALL, alpha_early, 16), alpha_late += __shfl_xor_sync(ALL, alpha_late, 16);
-    }
-    float* to = partial + ((at.group * G + at.slice) * MIDDLE + turn) * 48;
-    if (lane < 2 * N) to[lane] = bias_early, to[24 + lane] = alpha_early;
-    if (lane < 16) to[8 + lane] = bias_res, to[32 + lane] = alpha_late;
-    __syncwarp();
-    reduce_by_last(done, partial, G * groups * MIDDLE, d_bias, d_alphas, lane);
+    const Gradients to = {d_bias, d_alphas, coefficients, partial, done};
+    middle(at, groups, T, warp - DX - DOTS - 3, lane, bias, alpha_pre, alpha_post, alpha_res, saved, writer_saved, writer_bias,
+           writer_alpha, parts, staging, to);
   }
 }

@@ -74,6 +74,6 @@ def memory(width: int, iterations: int) -> tuple[int, int]:
     stage = 9 * region + 512
     rest = F_SLOTS * region + 4 * TILE * 52 * 4  # f, coefficients of four tiles
     rest += (width // 64 - 1) * TILE * 128 + 128  # f's bias, a row of each box
-    rest += MIDDLE * 2 * 4 * (52 + 16 + 8 * iterations)  # STAGING of pre_backward.cu, of two tokens a warp
+    rest += MIDDLE * 2 * 4 * (52 + 16 + 8 * iterations)  # STAGING of middle.cuh, of two tokens a warp
     stages = min(MOST_STAGES, (SHARED - rest) // stage)
     return stages * stage + rest, stages
