@@ -96,11 +96,11 @@ from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: 
 from megatron.core.transformer import TransformerConfig  # noqa: E402
 from pipeline_model import (  # noqa: E402
     PARTS,
+    from_one_step,
     kind,
     own_streams,
     plan_of,
     program_of,
-    replayed,
     simulated,
     unhurried,
 )
@@ -307,7 +307,7 @@ def run(order: str, boundary: str, report: dict[str, Any], pictures: Path) -> di
         "inputs": inputs,
     }
     found["events"] = {name: some[-1] for name, some in written.items()}
-    found["replayed"] = [steps[-1], replayed(report, name, inputs, written["step"][-1])]
+    found |= from_one_step(report, name, inputs, steps, written["step"][-1])
     if cuda:
         found["peak GiB"] = peak
     if order == "fused" and boundary == "whole":

@@ -4,8 +4,11 @@
 
 Prints for every run the step and its parts, measured and simulated: with all that is modelled, and without
 one thing or the other. Nothing that is simulated there was taken from the step that it is compared with.
-With events.json also one noted step and its simulation that is told how long in that very step the host took
-and every message: what then still differs is the model's own error, and no disturbance of that step.
+With events.json, which has one noted step of each run, two columns more. "one step's messages": the median of
+the other steps, and the simulation with the median times that messages of each name took in the noted one,
+for a link that others use too is not the same a minute later. "replayed": the noted step, and its simulation
+that is told how long in it the host took and every message: what then still differs is the model's own error,
+and no disturbance of that step.
 """
 
 from __future__ import annotations
@@ -47,6 +50,7 @@ WITHOUT = {  # columns of `pipeline_model.py` and comm_tables.py: what is left o
     "host ahead": {"host": False},
     "neither": {"shared": False, "host": False, "kernels": False},
 }
+NOTED = "one step's messages", "replayed"  # columns of what a noted step tells
 PARTS = {  # measured in `pipeline.run` as well: steps without messages, and without all-to-alls too
     "without messages": {"messages": False},
     "without both": {"messages": False, "exchange": False},
@@ -194,21 +198,41 @@ def unhurried(inputs: Row, steps: Sequence[Noted]) -> Row:
     return inputs | {"phases": phases}
 
 
+def moved_in(noted: Noted) -> dict[tuple[str, str], list[float]]:
+    """Milliseconds that the messages of each name and way took in a step."""
+    found: dict[tuple[str, str], list[float]] = defaultdict(list)
+    *_, copies = noted.values()
+    for name, way, start, end in copies:
+        found[name, way].append(end - start)
+    return found
+
+
+class Crowded(Rank):
+    """A rank whose messages take what those of their name did in one noted step, among all others."""
+
+    def __init__(self, noted: Noted, *args: Any):
+        super().__init__(*args)
+        self._typical = {which: statistics.median(times) for which, times in moved_in(noted).items()}
+        self.machine = replace(self.machine, both_ways=1.0)  # which these times have in them
+
+    def transfer(self, message: Message) -> tuple[float, int]:
+        arrives = message.receiver % self._pp == self._rank
+        ms = self._typical[message.name, IN if arrives else OUT]
+        return ms, self.machine.slices(ms)
+
+
 class Replayed(Rank):
     """A rank in one noted step: the host's times and the messages' are that step's own."""
 
     def __init__(self, noted: Noted, program: list[Op], *args: Any):
         super().__init__(*args)
-        operations, _, _, copies = noted.values()
+        operations, *_ = noted.values()
         ends = [came for *_, came, _, _ in operations[1:]] + [operations[-1][6]]
         self._took = {Op(*row[:5]): end - row[6] for row, end in zip(operations, ends, strict=True)}
         self._hosts = {op: [ms for what, ms in rows if what != AWAIT] for op, rows in host_phases(noted)}
-        moved: dict[tuple[str, str], list[float]] = defaultdict(list)
-        for name, way, start, end in copies:
-            moved[name, way].append(end - start)
-        ways = {POST: IN, SEND: OUT}
+        moved, ways = moved_in(noted), {POST: IN, SEND: OUT}
         self._moved = {op.message: moved[op.what, ways[op.kind]].pop(0) for op in program if op.kind in ways}
-        self.machine = replace(self.machine, both_ways=1.0)  # which the messages' times have in them
+        self.machine = replace(self.machine, both_ways=1.0)
 
     def phases(self, plan: Plan, op: Op) -> Sequence[Phase]:
         known = super().phases(plan, op)
@@ -228,13 +252,20 @@ def own_streams(order: str) -> list[str]:
     return ["without messages"] if order == "fused" else ["without messages", "on one stream"]
 
 
-def replayed(report: Row, name: str, inputs: Row, noted: Noted) -> float:
-    """The simulated step that is told the host's times and the messages' of one that was noted."""
+def from_one_step(report: Row, name: str, inputs: Row, times: Sequence[float], noted: Noted) -> Row:
+    """Measured and simulated steps, of what the last one noted; `times` are of all.
+
+    NOTED[0]: the other steps' median, and the simulation with the messages' times of the noted one; NOTED[1]:
+    the noted one, and the simulation with all that it noted.
+    """
     settings, (order, boundary) = report["arguments"], name.split()
     plan, rank = plan_of(settings, order, boundary), settings["rank"]
     program = program_of(plan, order, rank)
-    costs = Replayed(noted, program, report["link"], inputs, plan, order, rank)
-    return simulate(plan, costs, [program], alone=True).step
+    known = report["link"], inputs, plan, order, rank
+    costs = Crowded(noted, *known), Replayed(noted, program, *known)
+    crowded, again = (simulate(plan, each, [program], alone=True).step for each in costs)
+    others = statistics.median(times[:-1] or times)
+    return {NOTED[0]: [others, crowded], NOTED[1]: [times[-1], again]}
 
 
 def simulated(report: Row, name: str, inputs: Row) -> Row:
@@ -258,17 +289,17 @@ def main(paths: list[str]) -> None:
     for path in (path for path in paths if Path(path).name != "events.json"):
         report = json.loads(Path(path).read_text())
         print(f"{path}: ms measured, then simulated, of the step and of its parts")
-        columns = [*WITHOUT, *PARTS, *(["replayed"] if events else [])]
-        print(f"{'':20}{'step':>9}", *(f"{name:>17}" for name in columns))
+        columns = [*WITHOUT, *PARTS, *(NOTED if events else [])]
+        print(f"{'':20}{'step':>9}", *(f"{name:>19}" for name in columns))
         for name, run in report["runs"].items():
             if "inputs" not in run:
                 continue
             found = simulated(report, name, run["inputs"])
-            cells = [f"{found[column]:9.1f}  {found[column] / run['step']:5.2f} " for column in WITHOUT]
-            cells += [f"{run[column]:8.1f} {found[column]:8.1f}" for column in PARTS]
+            cells = [f"{found[column]:11.1f}  {found[column] / run['step']:5.2f} " for column in WITHOUT]
+            cells += [f"{run[column]:10.1f} {found[column]:8.1f}" for column in PARTS]
             if name in events:
-                one = replayed(report, name, run["inputs"], events[name]["step"])
-                cells.append(f"{run['steps']['step'][-1]:8.1f} {one:8.1f}")
+                one = from_one_step(report, name, run["inputs"], run["steps"]["step"], events[name]["step"])
+                cells += [f"{measured:10.1f} {model:8.1f}" for measured, model in one.values()]
             print(f"{name:20}{run['step']:9.1f}", *cells)
 
 

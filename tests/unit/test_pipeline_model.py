@@ -165,8 +165,8 @@ def test_a_host_is_as_fast_as_it_was_seen_without_hurry():
     assert [host for *_, host in found] == pytest.approx(halved)
 
 
-def test_a_noted_step_simulated_with_its_own_times():
-    """What a step's host and messages took, and not what they took apart, decides its simulation."""
+def test_steps_simulated_with_the_times_that_one_of_them_noted():
+    """What messages took in it, and for itself also its host, decides, and not what they took apart."""
     report = {"arguments": ARGUMENTS, "link": LINK}
     phases = PHASES | {"backward all": [[KERNEL, 0.0, 0.0], *PHASES["backward all"]]}  # all begin with one
     plan = pipeline_model.plan_of(ARGUMENTS, "interleaved", "whole")
@@ -185,12 +185,13 @@ def test_a_noted_step_simulated_with_its_own_times():
                 copies.append([op.what, IN if op.kind == POST else OUT, 0.0, message])
         return {"operations": rows, "parts": parts, "quiet": [], "copies": copies}
 
-    def replayed(**how):
-        return pipeline_model.replayed(
-            report, "interleaved whole", INPUTS | {"phases": phases}, noted_step(**how)
-        )
+    def simulated(**how):
+        known = report, "interleaved whole", INPUTS | {"phases": phases}, [600.0, 900.0, 700.0, 500.0]
+        found = pipeline_model.from_one_step(*known, noted_step(**how))
+        assert [measured for measured, _ in found.values()] == [700.0, 500.0]
+        return [model for _, model in found.values()]
 
     compute = 16 * (13 + 20)
-    assert replayed(message=0.01, host=0.01) == pytest.approx(compute, rel=0.01)
-    assert replayed(message=40.0, host=0.01) > compute + 16 * 10
-    assert replayed(message=0.01, host=60.0) == pytest.approx(16 * 2 * 60, rel=0.05)
+    assert simulated(message=0.01, host=0.01) == pytest.approx([compute, compute], rel=0.01)
+    assert min(simulated(message=40.0, host=0.01)) > compute + 16 * 10
+    assert simulated(message=0.01, host=60.0) == pytest.approx([compute, 16 * 2 * 60], rel=0.05)
