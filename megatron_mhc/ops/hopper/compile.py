@@ -15,10 +15,7 @@ BOX = 64  # channels that a copy brings
 SHARED = 226 * 1024  # bytes that a block may have beside the barriers
 AHEAD = 16  # slices that a lane may look past the last one, in its last round
 HERE = Path(__file__).parent
-PARTS = {  # of a kernel's source, behind device.cuh
-    "pre": ("common.cuh", "pre.cu"),
-    "pre_backward": ("common.cuh", "middle.cuh", "pre_backward.cu"),
-}
+ROLES = {"pre_backward": ("middle.cuh",)}  # warps that a file of their own is about
 
 
 def installed() -> bool:
@@ -106,12 +103,17 @@ def _tensor_map(address: int, tokens: int, n: int, channels: int, boxes: int, st
     return checked(result, "cuTensorMapEncodeTiled")
 
 
+def logic(name: str) -> str:
+    """The source of a kernel, but for device.cuh, which stands before it."""
+    return "".join((HERE / part).read_text() for part in ("common.cuh", *ROLES.get(name, ()), f"{name}.cu"))
+
+
 @functools.cache
 def kernel(name: str, device: int, threads: int, shared: int, **defines: int) -> Kernel:
     """Compile `name`.cu for the device; once per set of `defines`, in about a second."""
     from cuda.bindings import driver, nvrtc
 
-    source = "".join((HERE / part).read_text() for part in ("device.cuh", *PARTS[name]))
+    source = (HERE / "device.cuh").read_text() + logic(name)
     program = checked(
         nvrtc.nvrtcCreateProgram(source.encode(), f"{name}.cu".encode(), 0, [], []), "nvrtcCreateProgram"
     )
@@ -160,6 +162,7 @@ def layout(tokens: int, channels: int, widest: int, blocks: int, tile: int) -> L
     return best
 
 
+@functools.cache
 def loads(slices: int, step: int, most: int) -> int:
     """How many sums a lane of `step` asks for at once: as few as take no more rounds than `most` do."""
     each = -(-slices // step)

@@ -15,8 +15,7 @@ from typing import Any
 
 import torch
 
-from megatron_mhc.ops.hopper.compile import HERE as SOURCES
-from megatron_mhc.ops.hopper.compile import PARTS
+from megatron_mhc.ops.hopper import compile
 
 HERE = Path(__file__).parent
 GUARD = 4096  # bytes before and behind every tensor that nobody may write
@@ -79,7 +78,7 @@ def _shared_variables(source: str) -> str:
 
 def source(name: str, defines: dict[str, int], mutate=None) -> str:
     """One translation unit; the channels are a variable, so that shapes share a build."""
-    logic = "".join((SOURCES / part).read_text() for part in PARTS[name])
+    logic = compile.logic(name)
     logic = _shared_variables(mutate(logic) if mutate else logic)
     lines = [f"#define BT {defines['BT']}", '#include "scheduler.h"', "static int channels;"]
     lines += [f"#define {key} {value}" for key, value in {**defines, "C": "channels"}.items()]
