@@ -21,6 +21,7 @@ import sys
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -64,7 +65,15 @@ def reads_all(weight, bias, *alphas):
     return Reader(weight, (bias, alphas, OPTIONS))
 
 
-def transformer_engine(split_k: bool):
+class Provider(NamedTuple):
+    """pre and post_res, and what post_res is told of the next connection's parameters if it works ahead."""
+
+    pre: Callable
+    post: Callable
+    reads: Callable | None = None
+
+
+def transformer_engine(split_k: bool) -> Provider:
     """TE's operations; their streams lie [.., C, n], so inputs are laid out for them."""
     from transformer_engine.pytorch.triton import mhc
 
@@ -79,18 +88,17 @@ def transformer_engine(split_k: bool):
         x, h_post, h_res = state
         return mhc.mhc_fused_expand_combine(f, None, h_post, x, h_res, 4)
 
-    return pre, post
+    return Provider(pre, post)
 
 
-def providers(n: int, dtype: torch.dtype) -> dict[str, tuple[Callable, Callable, Callable | None]]:
-    """pre and post_res of each name, and what post_res is told of the next parameters if it works ahead."""
+def providers(n: int, dtype: torch.dtype) -> dict[str, Provider]:
     found = {
-        "megatron_mhc": (ours, deferred.post_res),
-        "megatron_mhc, Hopper": (by_hopper, deferred.post_res),
-        "megatron_mhc, Hopper, fused": (by_hopper, deferred.post_res, reads_all),
-        "megatron_mhc, fused": (ours, deferred.post_res, reads_weight),
-        "torch eager": (plain, plain_post),
-        "torch.compile": (torch.compile(plain), torch.compile(plain_post)),
+        "megatron_mhc": Provider(ours, deferred.post_res),
+        "megatron_mhc, Hopper": Provider(by_hopper, deferred.post_res),
+        "megatron_mhc, Hopper, fused": Provider(by_hopper, deferred.post_res, reads_all),
+        "megatron_mhc, fused": Provider(ours, deferred.post_res, reads_weight),
+        "torch eager": Provider(plain, plain_post),
+        "torch.compile": Provider(torch.compile(plain), torch.compile(plain_post)),
     }
     if torch.cuda.get_device_capability() != HOPPER[:2] or n != 4 or dtype != torch.bfloat16:
         del found["megatron_mhc, Hopper"], found["megatron_mhc, Hopper, fused"]
@@ -100,7 +108,7 @@ def providers(n: int, dtype: torch.dtype) -> dict[str, tuple[Callable, Callable,
             found["TransformerEngine split-K"] = transformer_engine(True)
         except ImportError as error:
             print(f"TransformerEngine left out: {error}")
-    return {name: (*functions, None)[:3] for name, functions in found.items()}
+    return found
 
 
 def make_inputs(
@@ -210,9 +218,16 @@ def compared(
 
 
 def bench(
-    name: str, functions, tokens: int, width: int, n: int, dtype: torch.dtype, sublayers: int, unit_us: float
+    name: str,
+    provider: Provider,
+    tokens: int,
+    width: int,
+    n: int,
+    dtype: torch.dtype,
+    sublayers: int,
+    unit_us: float,
 ) -> dict:
-    pre, post, reads = functions
+    pre, post, reads = provider
     channel_last = name.startswith("TransformerEngine")
     leaves = make_inputs(tokens, width, n, dtype, channel_last)
     own = [leaves[1:]]  # parameters of each connection
@@ -311,11 +326,11 @@ def main() -> None:
     for shape in options.shapes.split(","):
         tokens, width = map(int, shape.split("x"))
         unit_us = tokens * width * torch.finfo(dtype).bits // 8 / bandwidth * 1e6
-        for name, functions in providers(options.n, dtype).items():
+        for name, provider in providers(options.n, dtype).items():
             if not any(part in name for part in options.only.split(",")):
                 continue
             try:
-                row = bench(name, functions, tokens, width, options.n, dtype, options.sublayers, unit_us)
+                row = bench(name, provider, tokens, width, options.n, dtype, options.sublayers, unit_us)
             except Exception as error:  # a rival's failure is a result too
                 row = {"name": name, "tokens": tokens, "width": width, "failed": repr(error)[:300]}
                 print(f"| {name} | {shape} | failed: {row['failed'][:120]} |", flush=True)

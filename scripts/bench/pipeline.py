@@ -89,11 +89,9 @@ if ARGS.cpu:
     cpu.patch_megatron()
     cpu.use_local_modules()
 import timeline  # noqa: E402
+from interior_rank import build  # noqa: E402
 from megatron.core import parallel_state, tensor_parallel  # noqa: E402
-from megatron.core.models.gpt import GPTModel  # noqa: E402
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec  # noqa: E402
 from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
-from megatron.core.transformer import TransformerConfig  # noqa: E402
 from pipeline_model import (  # noqa: E402
     PARTS,
     from_one_step,
@@ -104,75 +102,16 @@ from pipeline_model import (  # noqa: E402
     simulated,
     unhurried,
 )
-from standins import Copies, Exchange, Link, LoopTransport, cycles_per_ms, exchange  # noqa: E402
+from standins import Copies, Exchange, Link, LoopTransport, cycles_per_ms  # noqa: E402
 from timeline import DEVICE, Log, Mark, TimedStreams, synchronize  # noqa: E402
 from timeline_picture import draw, draw_trace  # noqa: E402
 
-from megatron_mhc import MHCConfig, specs  # noqa: E402
+from megatron_mhc import MHCConfig  # noqa: E402
 from megatron_mhc.pipeline import engine, fused  # noqa: E402
 from megatron_mhc.pipeline.megatron_order import WAIT_SENT  # noqa: E402
 from megatron_mhc.pipeline.streams import HostStreams  # noqa: E402
 
 DTYPE = torch.float32 if ARGS.cpu else torch.bfloat16
-
-
-def build(mhc: MHCConfig) -> tuple[TransformerConfig, list[Any]]:
-    """The model chunks of the interior rank."""
-    args = ARGS
-    settings: dict[str, Any] = dict(
-        num_layers=args.layers,
-        hidden_size=args.hidden,
-        ffn_hidden_size=args.ffn,
-        num_attention_heads=args.heads,
-        normalization="RMSNorm",
-        add_bias_linear=False,
-        gated_linear_unit=True,
-        activation_func=torch.nn.functional.silu,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        bias_dropout_fusion=False,
-        bias_activation_fusion=False,
-        masked_softmax_fusion=False,
-        gradient_accumulation_fusion=False,
-        use_cpu_initialization=args.cpu,
-        bf16=not args.cpu,
-        params_dtype=DTYPE,
-        pipeline_dtype=DTYPE,
-    )
-    if not args.dense:
-        settings |= dict(
-            num_moe_experts=args.experts,
-            moe_router_topk=args.topk,
-            moe_ffn_hidden_size=args.expert_ffn,
-            moe_router_load_balancing_type="none",
-            moe_token_dispatcher_type="alltoall",
-            moe_grouped_gemm=not args.no_te,
-            moe_router_dtype="fp32",
-        )
-        if args.pad:
-            settings |= dict(moe_expert_capacity_factor=1.0, moe_pad_expert_input_to_capacity=True)
-    config = TransformerConfig(**settings)
-    chunks = []
-    for _ in range(args.vpp):
-        block = get_gpt_decoder_block_spec(
-            config, use_transformer_engine=not args.no_te, normalization="RMSNorm"
-        )
-        model = GPTModel(
-            config,
-            specs.wrap_block_spec(block, mhc, config),
-            vocab_size=128,
-            max_sequence_length=args.sequence,
-            pre_process=False,
-            post_process=False,
-            position_embedding_type="rope",
-        ).to(DEVICE)
-        model.decoder.final_layernorm = None  # one stage to Megatron; here an interior one
-        for at, layer in enumerate(model.decoder.layers):
-            layer.layer_number = 2 + at  # the model's first layer would expand an embedding
-            if layer.is_moe_layer:
-                exchange(layer.mlp.token_dispatcher)
-        chunks.append(model)
-    return config, chunks
 
 
 def message_shapes() -> dict[str, tuple[int, ...]]:
@@ -196,7 +135,7 @@ class Bench:
             recompute_layer_num=ARGS.replay,
         )
         torch.manual_seed(1)
-        self.config, self.chunks = build(mhc)
+        self.config, self.chunks = build(mhc, ARGS, DTYPE)
         self.plan = plan_of(vars(ARGS), order, boundary)
         self.program = program_of(self.plan, order, ARGS.rank)
         self.copies = Exchange.copies

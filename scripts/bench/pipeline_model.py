@@ -105,7 +105,7 @@ class Rank(Costs):
         exchange: bool = True,
     ):
         link = settled(link)
-        self._link, self._inputs, self._pp, self._rank = link, inputs, plan.pp, rank
+        self.plan, self._link, self._inputs, self._rank = plan, link, inputs, rank
         self._shared, self._messages, self._exchange = shared, messages, exchange
         waits = any(phase[0] == AWAIT for phases in inputs["phases"].values() for phase in phases)
         self.machine = Machine(
@@ -139,9 +139,11 @@ class Rank(Costs):
     def transfer(self, message: Message) -> tuple[float, int]:
         if not self._messages:
             return 0.0, 1
-        arrives = message.receiver % self._pp == self._rank
-        ms = self._link["alone"][message.name][IN if arrives else OUT]
+        ms = self._link["alone"][message.name][self._way(message)]
         return ms, self.machine.slices(ms)
+
+    def _way(self, message: Message) -> str:
+        return IN if message.receiver % self.plan.pp == self._rank else OUT
 
     def host(self, op: Op) -> float:
         return self._inputs["host"].get(op.kind, 0.0)
@@ -216,8 +218,7 @@ class Crowded(Rank):
         self.machine = replace(self.machine, both_ways=1.0)  # which these times have in them
 
     def transfer(self, message: Message) -> tuple[float, int]:
-        arrives = message.receiver % self._pp == self._rank
-        ms = self._typical[message.name, IN if arrives else OUT]
+        ms = self._typical[message.name, self._way(message)]
         return ms, self.machine.slices(ms)
 
 
@@ -252,32 +253,36 @@ def own_streams(order: str) -> list[str]:
     return ["without messages"] if order == "fused" else ["without messages", "on one stream"]
 
 
+def described(report: Row, name: str, inputs: Row) -> tuple[list[Op], tuple[Row, Row, Plan, str, int]]:
+    """The program of a run, and the arguments of its Rank."""
+    settings, (order, boundary) = report["arguments"], name.split()
+    plan, rank = plan_of(settings, order, boundary), settings["rank"]
+    return program_of(plan, order, rank), (report["link"], inputs, plan, order, rank)
+
+
+def step_of(costs: Rank, program: list[Op]) -> float:
+    return simulate(costs.plan, costs, [program], alone=True).step
+
+
 def from_one_step(report: Row, name: str, inputs: Row, times: Sequence[float], noted: Noted) -> Row:
     """Measured and simulated steps, of what the last one noted; `times` are of all.
 
     NOTED[0]: the other steps' median, and the simulation with the messages' times of the noted one; NOTED[1]:
     the noted one, and the simulation with all that it noted.
     """
-    settings, (order, boundary) = report["arguments"], name.split()
-    plan, rank = plan_of(settings, order, boundary), settings["rank"]
-    program = program_of(plan, order, rank)
-    known = report["link"], inputs, plan, order, rank
-    costs = Crowded(noted, *known), Replayed(noted, program, *known)
-    crowded, again = (simulate(plan, each, [program], alone=True).step for each in costs)
+    program, known = described(report, name, inputs)
     others = statistics.median(times[:-1] or times)
-    return {NOTED[0]: [others, crowded], NOTED[1]: [times[-1], again]}
+    return {
+        NOTED[0]: [others, step_of(Crowded(noted, *known), program)],
+        NOTED[1]: [times[-1], step_of(Replayed(noted, program, *known), program)],
+    }
 
 
 def simulated(report: Row, name: str, inputs: Row) -> Row:
     """Simulated steps of one run: of the whole model, of parts of the model, and of parts of the step."""
-    settings, (order, boundary) = report["arguments"], name.split()
-    plan, rank = plan_of(settings, order, boundary), settings["rank"]
-    program = program_of(plan, order, rank)
-    found = {}
-    for column, how in (WITHOUT | PARTS).items():
-        costs = Rank(report["link"], inputs, plan, order, rank, **how)
-        found[column] = simulate(plan, costs, [program], alone=True).step
-    return found
+    program, known = described(report, name, inputs)
+    costs = {column: Rank(*known, **how) for column, how in (WITHOUT | PARTS).items()}
+    return {column: step_of(each, program) for column, each in costs.items()}
 
 
 def main(paths: list[str]) -> None:

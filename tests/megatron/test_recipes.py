@@ -201,7 +201,7 @@ def test_recipe_trains_and_resumes(tmp_path, model, layout, form):
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     rates = {event.step: event.value for event in events.Scalars("learning-rate")}
-    base = {"3b": 8.6e-4, "3b-1t": 9.0e-4, "9b": 5.9e-4, "27b": 4.0e-4, "llama-1b": 4.0e-4}[model]
+    base = 4.0e-4 if model == "llama-1b" else PAPER[model][-1]
     assert sorted(rates) == list(range(1, 21))
     assert [rates[step] for step in (2, 16)] == pytest.approx([base, base], rel=1e-4)
     assert [rates[step] for step in (18, 20)] == pytest.approx([0.55 * base, 0.1 * base], rel=1e-4)

@@ -132,6 +132,10 @@ def test_a_chain_that_works_ahead_has_the_bits_of_one_that_does_not(tokens, chan
 @pytest.mark.parametrize("v4", [False, True])
 @pytest.mark.parametrize("tokens, channels", SHAPES)
 def test_mixed_streams_have_the_bits_of_post_res_and_are_read_as_by_pre(tokens, channels, v4):
+    check_mixed(tokens, channels, v4)
+
+
+def check_mixed(tokens, channels, v4=False):
     x, weight, bias, *alphas, f = inputs(tokens, 4, channels, BF16)
     options = dict(norm_eps=1e-6, iterations=20, deepseek_v4=v4)
     _, _, before = pre.pre_forward(x, weight.flip(0).contiguous(), bias, tuple(alphas), **options)
@@ -208,7 +212,7 @@ def test_few_multiprocessors_match_float64(monkeypatch, tokens, channels, groups
         enough = -(-channels // module.WIDEST) * groups
         monkeypatch.setattr(module, "multiprocessors", lambda device, enough=enough: enough)
     check(compare(inputs(tokens, 4, channels, BF16), BF16, False))
-    test_mixed_streams_have_the_bits_of_post_res_and_are_read_as_by_pre(tokens, channels, False)
+    check_mixed(tokens, channels)
 
 
 def test_compiled_graphs_give_the_results_of_eager():

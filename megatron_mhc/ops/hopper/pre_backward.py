@@ -5,7 +5,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_mhc.ops.hopper.compile import AHEAD, SHARED, kernel, layout, loads, multiprocessors, tensor_map
+from megatron_mhc.ops.hopper.compile import (
+    AHEAD,
+    BOX,
+    SHARED,
+    kernel,
+    layout,
+    loads,
+    multiprocessors,
+    tensor_map,
+)
 from megatron_mhc.ops.link import Written
 
 WIDEST = 128
@@ -73,7 +82,7 @@ def memory(width: int, iterations: int) -> tuple[int, int]:
     region = TILE * width * 2
     stage = 9 * region + 512
     rest = F_SLOTS * region + 4 * TILE * 52 * 4  # f, coefficients of four tiles
-    rest += (width // 64 - 1) * TILE * 128 + 128  # f's bias, a row of each box
+    rest += ((width // BOX - 1) * TILE + 1) * BOX * 2  # f's bias, a row of each box
     rest += MIDDLE * 2 * 4 * (52 + 16 + 8 * iterations)  # STAGING of middle.cuh, of two tokens a warp
     stages = min(MOST_STAGES, (SHARED - rest) // stage)
     return stages * stage + rest, stages
