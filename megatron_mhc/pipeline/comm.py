@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections import deque
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_mhc.ops.hopper import compile as hopper
 from megatron_mhc.pipeline import loading
 from megatron_mhc.pipeline.program import UP_MESSAGES, Message, Plan, channel
 from megatron_mhc.pipeline.streams import HostStreams
@@ -22,6 +24,7 @@ WRAPS = ("forward_wrap", "backward_wrap")
 # Of a message's kernel, which holds its SMs from the moment that it is posted; as many as a fast link needs.
 # NCCL_MAX_CTAS overrides it.
 CTAS = 4
+PENDING = 2  # receives that wait at a time: one from each neighbour
 
 
 class PipelineError(RuntimeError):
@@ -52,6 +55,8 @@ def channels_of(pp_group: Any) -> Channels:
     dist.all_gather_object(pipelines, tuple(dist.get_process_group_ranks(pp_group)))
     hosts = _make(pipelines, "gloo", timeout) if loading.pends_on_device(backend) else None
     channels = _make(pipelines, backend, timeout, hosts)
+    if backend == "nccl":
+        hopper.hold(PENDING * int(os.environ.get("NCCL_MAX_CTAS", CTAS)))
     _connect(channels)
     _channels.append((pp_group, channels))
     return channels

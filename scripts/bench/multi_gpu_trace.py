@@ -7,6 +7,7 @@ A communication kernel also runs while it waits for the other rank, so what is `
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 Spans = list[tuple[float, float]]
 COMPUTE, P2P, ALL_TO_ALL, COLLECTIVE = KINDS = ("compute", "p2p", "all-to-all", "collectives")
 _GPU_WORK = ("kernel", "gpu_memcpy", "gpu_memset")
+NAME = 100  # letters of a kernel's name: templates make the rest of it
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,7 @@ class Kernel:
     start: float
     end: float
     kind: str
+    name: str
 
 
 def kind_of(name: str, arguments: dict[str, Any], pp: int, ep: int) -> str:
@@ -60,6 +63,7 @@ def read_trace(path: Path, pp: int, ep: int) -> list[Kernel]:
             origin + event["ts"] / 1e3,
             origin + (event["ts"] + event["dur"]) / 1e3,
             kind_of(event["name"], event.get("args", {}), pp, ep),
+            event["name"],
         )
         for event in trace["traceEvents"]
         if event.get("ph") == "X" and event.get("cat") in _GPU_WORK
@@ -118,6 +122,15 @@ def summary(kernels: list[Kernel]) -> dict[str, float]:
             found[f"exposed {kind}"] = length(minus(spans[kind], spans[COMPUTE]))
     found["without compute"] = whole - found[COMPUTE]
     return found
+
+
+def longest(ranks: list[list[Kernel]], most: int = 16) -> dict[str, tuple[float, float]]:
+    """The compute kernels that take most of a step: by name, how many and for how many ms a rank."""
+    found: dict[str, list[float]] = defaultdict(list)
+    for kernel in (kernel for kernels in ranks for kernel in kernels if kernel.kind == COMPUTE):
+        found[kernel.name[:NAME]].append(kernel.end - kernel.start)
+    counted = {name: (len(times) / len(ranks), sum(times) / len(ranks)) for name, times in found.items()}
+    return dict(sorted(counted.items(), key=lambda item: -item[1][1])[:most])
 
 
 def draw(ranks: list[list[Kernel]], path: Path, title: str) -> None:

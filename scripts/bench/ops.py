@@ -32,8 +32,19 @@ from megatron_mhc.ops.link import Reader
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 OPTIONS = dict(norm_eps=1e-6, iterations=20, deepseek_v4=False)
-SEEDS = 8  # draws that errors are of
+SEEDS = 64  # draws that errors are of
+BETWEEN = "float64 between tensors"
+COLUMNS = (
+    "chain, us",
+    "x floor",
+    "from Python, us",
+    "pre x floor",
+    "post x floor",
+    "peak MiB",
+    "worst error",
+)
 GRADS = ("x", "weight", "bias", "alpha_pre", "alpha_post", "alpha_res")
+TENSORS = ("layer_input", "streams", *GRADS)
 
 
 def plain(x, weight, bias, a_pre, a_post, a_res):
@@ -46,6 +57,16 @@ def plain(x, weight, bias, a_pre, a_post, a_res):
 def plain_post(f, state):
     x, h = state
     return reference.post_res(x, f, h.h_post, h.h_res)
+
+
+def exact(*tensors):
+    """The definition in float64, with a layer input of the streams' dtype."""
+    layer_input, state = plain(*(t.double() for t in tensors))
+    return layer_input.to(tensors[0].dtype), state
+
+
+def exact_post(f, state):
+    return plain_post(f.double(), state).to(f.dtype)
 
 
 def ours(x, weight, bias, *alphas):
@@ -97,6 +118,7 @@ def providers(n: int, dtype: torch.dtype) -> dict[str, Provider]:
         "megatron_mhc, Hopper": Provider(by_hopper, deferred.post_res),
         "megatron_mhc, Hopper, fused": Provider(by_hopper, deferred.post_res, reads_all),
         "megatron_mhc, fused": Provider(ours, deferred.post_res, reads_weight),
+        BETWEEN: Provider(exact, exact_post),
         "torch eager": Provider(plain, plain_post),
         "torch.compile": Provider(torch.compile(plain), torch.compile(plain_post)),
     }
@@ -178,7 +200,7 @@ def errors(pre, post, width: int, n: int, dtype: torch.dtype, channel_last: bool
 
     Of one draw a single number's, as d alpha is, would be luck: it is a sum of terms that cancel.
     """
-    missed = dict.fromkeys(("layer_input", "streams", *GRADS), 0.0)
+    missed = dict.fromkeys(TENSORS, 0.0)
     lengths = dict(missed)
     for seed in range(SEEDS):
         wanted, got = compared(pre, post, width, n, dtype, channel_last, seed)
@@ -194,12 +216,12 @@ def compared(
     """Outputs and gradients in float64, and those of `pre` and `post`, in the same layout."""
     tensors = make_inputs(1024, width, n, dtype, channel_last, seed)
     first = tensors[0].detach()
-    exact = [first.transpose(1, 2) if channel_last else first, *(t.detach() for t in tensors[1:])]
-    exact = [t.double().contiguous().requires_grad_() for t in exact]
+    doubles = [first.transpose(1, 2) if channel_last else first, *(t.detach() for t in tensors[1:])]
+    doubles = [t.double().contiguous().requires_grad_() for t in doubles]
     if channel_last:  # TE flattens [C, n] and multiplies by H_res from the right: the same function, for ours
-        exact[1], exact[2] = (our_layout(t.detach(), width, n).requires_grad_() for t in exact[1:3])
+        doubles[1], doubles[2] = (our_layout(t.detach(), width, n).requires_grad_() for t in doubles[1:3])
     results = []
-    for fn, end, leaves in ((plain, plain_post, exact), (pre, post, tensors)):
+    for fn, end, leaves in ((plain, plain_post, doubles), (pre, post, tensors)):
         layer_input, state = fn(*leaves)
         out = end(layer_input, state)
         generator = torch.Generator(device="cuda").manual_seed(SEEDS + seed)
@@ -217,7 +239,7 @@ def compared(
     return wanted, got
 
 
-def bench(
+def timed(
     name: str,
     provider: Provider,
     tokens: int,
@@ -227,6 +249,7 @@ def bench(
     sublayers: int,
     unit_us: float,
 ) -> dict:
+    """Microseconds, MiB and multiples of the floor."""
     pre, post, reads = provider
     channel_last = name.startswith("TransformerEngine")
     leaves = make_inputs(tokens, width, n, dtype, channel_last)
@@ -254,8 +277,7 @@ def bench(
         with torch.no_grad():
             return pre(leaves[0], *own[0])
 
-    row = {"name": name, "tokens": tokens, "width": width, "n": n, "dtype": str(dtype).split(".")[-1]}
-    row["sublayers"] = sublayers
+    row = {"sublayers": sublayers}
     chain()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -282,7 +304,6 @@ def bench(
     row["chain_over_floor"] = row["chain_us"] / ((7 * n + 5) * unit_us)
     row["pre_over_floor"] = row["pre_us"] / ((n + 1) * unit_us)
     row["post_over_floor"] = row["post_us"] / ((2 * n + 1) * unit_us)
-    row["errors"] = errors(pre, post, width, n, dtype, channel_last)
     return row
 
 
@@ -302,6 +323,7 @@ def main() -> None:
     parser.add_argument(
         "--only", default="", help="run providers whose names contain one of these, with commas between"
     )
+    parser.add_argument("--errors", action="store_true", help="of all providers, and no times")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     dtype = DTYPES[options.dtype]
@@ -320,33 +342,41 @@ def main() -> None:
             options.out.write_text(json.dumps(report, indent=1))
 
     print(json.dumps({k: v for k, v in report.items() if k != "rows"}), flush=True)
-    head = "implementation | T x C | chain, us | x floor | from Python, us | pre x floor | post x floor"
-    print(f"| {head} | peak MiB | worst error |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    columns = ["implementation", "T x C", *(TENSORS if options.errors else COLUMNS)]
+    print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
     for shape in options.shapes.split(","):
         tokens, width = map(int, shape.split("x"))
         unit_us = tokens * width * torch.finfo(dtype).bits // 8 / bandwidth * 1e6
         for name, provider in providers(options.n, dtype).items():
             if not any(part in name for part in options.only.split(",")):
                 continue
+            row = {"name": name, "tokens": tokens, "width": width, "n": options.n}
+            row["dtype"] = str(dtype).removeprefix("torch.")
             try:
-                row = bench(name, provider, tokens, width, options.n, dtype, options.sublayers, unit_us)
+                if not options.errors and name != BETWEEN:
+                    row |= timed(name, provider, tokens, width, options.n, dtype, options.sublayers, unit_us)
+                channel_last = name.startswith("TransformerEngine")
+                row["errors"] = errors(*provider[:2], width, options.n, dtype, channel_last)
             except Exception as error:  # a rival's failure is a result too
-                row = {"name": name, "tokens": tokens, "width": width, "failed": repr(error)[:300]}
-                print(f"| {name} | {shape} | failed: {row['failed'][:120]} |", flush=True)
-                keep(row)
-                continue
-            worst = max(row["errors"], key=row["errors"].get)
-            cells = [name, shape, f"{row['chain_us']:.0f}", f"{row['chain_over_floor']:.2f}"]
-            cells += [
-                f"{row['chain_eager_us']:.0f}",
-                f"{row['pre_over_floor']:.2f}",
-                f"{row['post_over_floor']:.2f}",
-            ]
-            cells += [f"{row['peak_MiB']:.0f}", f"{worst} {row['errors'][worst]:.1e}"]
-            print("| " + " | ".join(cells) + " |", flush=True)
+                row["failed"] = repr(error)[:300]
+            print(f"| {' | '.join([name, shape, *cells(row, options.errors)])} |", flush=True)
             keep(row)
             torch.cuda.empty_cache()
+
+
+def cells(row: dict, all_errors: bool) -> list[str]:
+    """What the table shows of a row."""
+    if "failed" in row:
+        return [f"failed: {row['failed'][:120]}"]
+    if all_errors:
+        return [f"{error:.2e}" for error in row["errors"].values()]
+    worst = max(row["errors"], key=row["errors"].get)
+    error = f"{worst} {row['errors'][worst]:.1e}"
+    if "chain_us" not in row:
+        return ["-"] * (len(COLUMNS) - 1) + [error]
+    found = [f"{row['chain_us']:.0f}", f"{row['chain_over_floor']:.2f}", f"{row['chain_eager_us']:.0f}"]
+    found += [f"{row['pre_over_floor']:.2f}", f"{row['post_over_floor']:.2f}", f"{row['peak_MiB']:.0f}"]
+    return [*found, error]
 
 
 if __name__ == "__main__":

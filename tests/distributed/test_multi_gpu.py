@@ -11,6 +11,7 @@ import torch
 from harness import MICRO_BATCH, MICRO_BATCHES, SEQUENCE, Layout, build, iterate, ps
 
 from megatron_mhc import MHCConfig
+from megatron_mhc.ops.hopper import compile as hopper
 from megatron_mhc.pipeline import comm
 from megatron_mhc.pipeline.program import POST, SEND, Plan, build_program, channel
 from megatron_mhc.testing import gpt
@@ -213,3 +214,21 @@ def test_channels_are_connected_in_one_order_by_all_ranks(run_ranks, pp):
         orders.append([(name, *pair) for name, pair in zip(names, ends, strict=True)])
         assert orders[-1] == [link for link in comm.links(pp) if rank in link[1:]]
     assert meet(orders)
+
+
+@pytest.mark.parametrize("backend, limit, held", [("nccl", None, 8), ("nccl", "16", 32), ("gloo", None, 0)])
+def test_kernels_leave_multiprocessors_to_the_receives_that_wait(monkeypatch, backend, limit, held):
+    """Without process groups: a GPU that would show it has another test, multi_gpu.py --only profile."""
+    channels = comm.Channels((0,), {}, comm.DEFAULT_TIMEOUT, backend)
+    for name, value in (("get_backend", backend), ("get_world_size", 1), ("get_process_group_ranks", [0])):
+        monkeypatch.setattr(comm.dist, name, lambda *_, value=value: value)
+    monkeypatch.setattr(comm.dist, "all_gather_object", lambda *_: None)
+    for name, value in (("timeout_of", comm.DEFAULT_TIMEOUT), ("_make", channels), ("_connect", None)):
+        monkeypatch.setattr(comm, name, lambda *_, value=value: value)
+    monkeypatch.setattr(comm, "_channels", [])
+    monkeypatch.setattr(hopper, "_held", 0)
+    monkeypatch.delenv("NCCL_MAX_CTAS", raising=False)
+    if limit:
+        monkeypatch.setenv("NCCL_MAX_CTAS", limit)
+    comm.channels_of(object())
+    assert hopper._held == held

@@ -109,6 +109,19 @@ def test_layout_of_more_channels_than_blocks_is_refused():
     assert compile.layout(100, 4096, 128, 32, 8).groups == 1
 
 
+def test_layout_leaves_multiprocessors_to_those_that_hold_them(monkeypatch):
+    free = {channels: compile.layout(8192, channels, 256, 132, 16) for channels in (2560, 4096, 7168)}
+    monkeypatch.setattr(compile, "_held", 0)  # and back to what it was
+    compile.hold(8)
+    for channels, before in free.items():
+        after = compile.layout(8192, channels, 256, 132, 16)
+        assert after.slices * after.groups <= 124 and after.groups >= before.groups - 1
+    # Where a row takes more than the rest it has what it needs; where it cannot be had, the same error.
+    assert compile.layout(100, 16384, 128, 132, 8) == compile.Layout(128, 128, 1)
+    with pytest.raises(ValueError, match="4096 channels need more than 31 blocks of 128"):
+        compile.layout(100, 4096, 128, 31, 8)
+
+
 def test_what_a_multiprocessor_takes_is_what_the_obstacle_says():
     assert 2 * ops._HOPPER_CHANNELS == min(pre.WIDEST, pre_backward.WIDEST)
 

@@ -65,6 +65,12 @@ def test_exposed_communication_of_known_kernels(tmp_path):
     assert found == pytest.approx(expected)
 
 
+def test_kernels_that_take_longest_are_those_that_compute(tmp_path):
+    kernels = trace.read_trace(write(tmp_path / "trace.json", [*EVENTS, ("norm", 30_000, 31_000)]), 2, 1)
+    assert trace.longest([kernels, kernels[:1]], most=1) == {"gemm": pytest.approx((2.0, 12.0))}
+    assert list(trace.longest([kernels])) == ["gemm", "norm"]
+
+
 def test_a_message_between_stages_and_an_all_to_all_are_told_apart():
     assert trace.kind_of("void cutlass::gemm_nccl", {}, 2, 2) == "compute"
     assert trace.kind_of(SEND, {}, pp=2, ep=1) == "p2p"
