@@ -56,7 +56,7 @@ def channels_of(pp_group: Any) -> Channels:
     hosts = _make(pipelines, "gloo", timeout) if loading.pends_on_device(backend) else None
     channels = _make(pipelines, backend, timeout, hosts)
     if backend == "nccl":
-        hopper.hold(PENDING * int(os.environ.get("NCCL_MAX_CTAS", CTAS)))
+        hopper.hold(PENDING * int(os.environ.get("NCCL_MAX_CTAS") or CTAS))
     _connect(channels)
     _channels.append((pp_group, channels))
     return channels
