@@ -13,6 +13,7 @@ from standins import exchange
 from timeline import DEVICE
 
 from megatron_mhc import MHCConfig, specs
+from megatron_mhc.testing.gpt import Layout
 
 
 def build(
@@ -24,34 +25,18 @@ def build(
         hidden_size=args.hidden,
         ffn_hidden_size=args.ffn,
         num_attention_heads=args.heads,
-        normalization="RMSNorm",
-        add_bias_linear=False,
-        gated_linear_unit=True,
-        activation_func=torch.nn.functional.silu,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        bias_dropout_fusion=False,
-        bias_activation_fusion=False,
-        masked_softmax_fusion=False,
-        gradient_accumulation_fusion=False,
+        num_query_groups=args.heads,
         use_cpu_initialization=args.cpu,
         bf16=not args.cpu,
         params_dtype=dtype,
-        pipeline_dtype=dtype,
+        deallocate_pipeline_outputs=False,
     )
     if not args.dense:
-        settings |= dict(
-            num_moe_experts=args.experts,
-            moe_router_topk=args.topk,
-            moe_ffn_hidden_size=args.expert_ffn,
-            moe_router_load_balancing_type="none",
-            moe_token_dispatcher_type="alltoall",
-            moe_grouped_gemm=not args.no_te,
-            moe_router_dtype="fp32",
-        )
+        settings |= dict(num_moe_experts=args.experts, moe_router_topk=args.topk)
+        settings |= dict(moe_ffn_hidden_size=args.expert_ffn, moe_grouped_gemm=not args.no_te)
         if args.pad:
             settings |= dict(moe_expert_capacity_factor=1.0, moe_pad_expert_input_to_capacity=True)
-    config = TransformerConfig(**settings)
+    config = Layout().config("dense" if args.dense else "moe", **settings)
     chunks = []
     for _ in range(args.vpp):
         block = get_gpt_decoder_block_spec(
