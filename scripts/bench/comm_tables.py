@@ -1,6 +1,6 @@
 """The tables of docs/pipeline.md and docs/multi_gpu.md from the files that the benchmarks wrote.
 
-    python scripts/bench/comm_tables.py docs/results/multi_gpu_h100.json docs/results/pipeline_h100.json ...
+    python scripts/bench/comm_tables.py docs/results/multi_gpu_nvlink.json docs/results/pipeline_moe_h200.json
 
 Takes reports of multi_gpu.py and results.json of pipeline.py, and prints markdown.
 """
@@ -12,11 +12,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from pipeline_model import NOTED, PARTS, WITHOUT
+
 Row = dict[str, Any]
 MEASURED = ("step", "simulated", "simulated p2p", "simulated without compute", "message", "peak GiB")
 PROFILED = ("compute", "exposed p2p", "exposed all-to-all", "exposed collectives", "without compute", "idle")
-# pipeline_model.py's: what the simulator leaves out, and what the step does.
-MODELS, STEP_PARTS = ("links apart", "host ahead", "neither"), ("without messages", "without both")
+MODELS = [column for column, left_out in WITHOUT.items() if left_out]
 RESUMED = ("error", "last step", "exit", "seconds", "names rank 1", "ok")
 
 
@@ -81,19 +82,23 @@ def pipeline(report: Row) -> list[str]:
     """One line for each program; what the simulator says, in ms and as a part of what was measured."""
     columns = ["step", "exposed messages", "messages", "hidden", "exposed all-to-all", "simulated"]
     columns += ["simulated / measured", "peak GiB", "failed"]
-    rows, models = [], []
+    rows, models, noted = [], [], []
     for name, run in report["runs"].items():
         reason = run.get("failed", "").strip().splitlines()[-1:]
         rows.append([name, *map(run.get, columns[:-1]), *(reason or ["-"])])
         if other := run.get("other models"):
             cells = [run["simulated / measured"], *(other[model] / run["step"] for model in MODELS)]
-            models.append([name, *cells, *(other[part] / run[part] for part in STEP_PARTS)])
+            models.append([name, *cells, *(other[part] / run[part] for part in PARTS)])
+        if NOTED[0] in run:
+            noted.append([name, *(run[column][1] / run[column][0] for column in NOTED)])
     parts = [f"{report['device']}, `{json.dumps(report['arguments'])}`", table(["ms", *columns], rows)]
     if link := report.get("link"):
         parts.append(f"link: `{json.dumps({key: link[key] for key in link if key != 'asked'})}`")
     if models:
-        header = ["simulated / measured", "step", *MODELS, *(f"step {part}" for part in STEP_PARTS)]
+        header = ["simulated / measured", "step", *MODELS, *(f"step {part}" for part in PARTS)]
         parts.append(table(header, models))
+    if noted:
+        parts.append(table(["simulated / measured, given", *NOTED], noted))
     for name, run in report["runs"].items():
         keys = [key for key in run if key.startswith("combine end to post end")]
         late = [[key.removeprefix("combine end to post end, "), *run[key].values()] for key in keys]

@@ -34,15 +34,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 OPTIONS = dict(norm_eps=1e-6, iterations=20, deepseek_v4=False)
 SEEDS = 64  # draws that errors are of
 BETWEEN = "float64 between tensors"
-COLUMNS = (
-    "chain, us",
-    "x floor",
-    "from Python, us",
-    "pre x floor",
-    "post x floor",
-    "peak MiB",
-    "worst error",
-)
+COLUMNS = ["chain, us", "x floor", "from Python, us", "pre x floor", "post x floor", "peak MiB"]
+COLUMNS += ["worst error"]
 GRADS = ("x", "weight", "bias", "alpha_pre", "alpha_post", "alpha_res")
 TENSORS = ("layer_input", "streams", *GRADS)
 

@@ -50,7 +50,7 @@ WITHOUT = {  # columns of `pipeline_model.py` and comm_tables.py: what is left o
     "host ahead": {"host": False},
     "neither": {"shared": False, "host": False, "kernels": False},
 }
-NOTED = "one step's messages", "replayed"  # columns of what a noted step tells
+NOTED = "one step's messages", "replayed"  # columns of both: what a noted step tells
 PARTS = {  # measured in `pipeline.run` as well: steps without messages, and without all-to-alls too
     "without messages": {"messages": False},
     "without both": {"messages": False, "exchange": False},

@@ -51,6 +51,8 @@ PIPELINE = {
             },
             "without messages": 420.0,
             "without both": 400.0,
+            "one step's messages": [440.0, 418.0],
+            "replayed": [500.0, 505.0],
             "combine end to post end": {"median": 0.31, "p95": 0.4},
             "combine end to post end, normal priority": {"median": 2.5, "p95": 3.0},
         },
@@ -81,6 +83,7 @@ def test_tables_of_one_rank(tmp_path, capsys):
     assert any(line.endswith("| torch.OutOfMemoryError: CUDA |") for line in found)
     assert "| normal priority | 2.5 | 3 |" in found
     assert "| fused whole | 0.96 | 0.7 | 0.9 | 0.6 | 0.95 | 0.9 |" in found
+    assert "| fused whole | 0.95 | 1.01 |" in found  # of one noted step
     assert len([line for line in found if line.startswith("| fused split")]) == 1  # it failed
     assert 'link: `{"turns": {"normal": "stream"}}`' in found
 
