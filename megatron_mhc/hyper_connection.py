@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
     Mappings = reference.Coefficients | DeferredMappings
 
+_DATA_PARALLEL = "megatron.core.distributed.distributed_data_parallel"  # where its forward pre-hooks are made
+
 HOME_READ_LOGIT = 3.0  # sigmoid(3) = 0.953 of the home stream, sigmoid(-3) = 0.047 of the others
 HOME_MIX_LOGIT = 6.0  # 6 I - 3: diagonal 0.993 after Sinkhorn, far from saturated
 
@@ -88,10 +90,6 @@ class HyperConnectionModule(MappingParameters):
 
     Source: arXiv 2512.24880 Eqs. (3), (14)-(19).
     """
-
-    following: tuple[HyperConnectionModule, ...] = ()  # the one that reads what this one writes, if any
-    in_f: Mappings | None = None  # of the forward pass that is in F right now
-    leaving = False  # what `forward` reads now leaves by a split pipeline boundary, not by `post_res`
 
     def __init__(self, config: TransformerConfig, mhc: MHCConfig, sublayer_index: int):
         super().__init__(config, mhc)
@@ -181,14 +179,6 @@ class HyperConnectionModule(MappingParameters):
             return streams, coefficients
         return reference.pre(x, coefficients.h_pre).view(s, b, -1), coefficients
 
-    def leave_bias(self, f: Tensor, bias: Tensor) -> bool:
-        """Leave f + bias: [C] to `post_res`, which adds them as it reads f; False if it cannot."""
-        mappings = self.in_f
-        if mappings is None or isinstance(mappings, reference.Coefficients) or f.dtype != bias.dtype:
-            return False
-        mappings.f_bias = bias
-        return True
-
     def kernel_pre(self, x: Tensor, backend: str) -> tuple[Tensor, DeferredMappings]:
         """`forward` of x: [T, n, C] by the kernels of `backend`, hopper or triton."""
         from megatron_mhc.ops import deferred  # imports triton, which a CPU may lack
@@ -202,8 +192,20 @@ class HyperConnectionModule(MappingParameters):
             **self.options(),
         )
 
-    def post_res(self, streams: Tensor, f: Tensor, mappings: Mappings) -> Tensor:
-        """Mix the streams and write the sub-layer's output f: [s, b, C] into them; returns [s, b, n*C]."""
+    def post_res(
+        self,
+        streams: Tensor,
+        f: Tensor,
+        mappings: Mappings,
+        f_bias: Tensor | None = None,
+        reader: Reader | None = None,
+    ) -> Tensor:
+        """Mix the streams and write the sub-layer's output f: [s, b, C] into them; returns [s, b, n*C].
+
+        Args:
+            mappings: of `forward`. f_bias: [C], which kernels add to f as they read it.
+            reader: what the next connection reads by, so that kernels work ahead for it.
+        """
         s, b, width = f.shape
         f = f.reshape(s * b, width)
         if isinstance(mappings, reference.Coefficients):
@@ -214,22 +216,31 @@ class HyperConnectionModule(MappingParameters):
 
             # A replayed `saved` must not be held by the graph as well.
             linked = self.mhc.boundary != "apart" and not self.mhc.recompute_coefficients
-            mixed = deferred.post_res(f, mappings, linked, self.reader(f) if linked else None)
+            mixed = deferred.post_res(f, mappings, f_bias, linked, reader if linked else None)
         return mixed.view(s, b, -1)
 
+    # Edges of its graph are taken, which a compiled one does not have.
+    @torch.compiler.disable
+    def mix(self, streams: Tensor, mappings: Mappings) -> tuple[Tensor, Tensor]:
+        """The parts of `post_res` that need no f: u = H_res x: [s, b, n*C], and h_post: [s*b, n]."""
+        if isinstance(mappings, reference.Coefficients):
+            x = streams.view(*mappings.h_pre.shape, -1)
+            u, h_post = reference.mix(x, mappings.h_res), mappings.h_post
+        else:
+            from megatron_mhc.ops import deferred
+
+            u, h_post = deferred.mix(mappings)
+        return u.view(streams.shape), h_post
+
     def reader(self, f: Tensor) -> Reader | None:
-        """The connection that `post_res` of f: [T, C] is to work ahead for, under `--mhc-boundary fused`."""
-        if self.mhc.boundary not in ("auto", "fused") or not self.following or not torch.is_grad_enabled():
-            return None
-        if self.config.recompute_granularity == "full" or self.mhc.pipeline_schedule == "fused":
-            return None  # no graph, or one that is cut, between the two: nothing would hand it on
-        following = self.following[0]
+        """What the `post_res` in front, of f: [s, b, C], needs to work ahead for this connection."""
         if ops.choose_backend(self.mhc, f.shape[-1], f.dtype, f.device.type) != "hopper":
-            return Reader(following.mapping_proj()) if self.mhc.boundary == "fused" else None
+            return Reader(self.mapping_proj()) if self.mhc.boundary == "fused" else None
         # A data-parallel wrapper gathers parameters just before their module runs (--overlap-param-gather).
-        for gather in following._forward_pre_hooks.values():
-            gather(following, ())
-        return Reader(following.mapping_proj(), (following.bias, following.alphas(), following.options()))
+        for hook in self._forward_pre_hooks.values():
+            if hook.__module__ == _DATA_PARALLEL:
+                hook(self, ())
+        return Reader(self.mapping_proj(), (self.bias, self.alphas(), self.options()))
 
     def alphas(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.alpha_pre, self.alpha_post, self.alpha_res

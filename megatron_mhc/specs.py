@@ -15,30 +15,35 @@ from megatron.core.transformer.transformer_layer import MoETransformerLayer, Tra
 from megatron.core.utils import log_single_rank
 
 from megatron_mhc import hooks, ops, parallel
-from megatron_mhc.config import MHCConfig, refuse_environment
+from megatron_mhc.chunk import ModelChunk, ModelChunks
+from megatron_mhc.config import MHCConfig, flag, refuse_environment
 from megatron_mhc.diagnostics.training import check_writers
-from megatron_mhc.layer import HyperConnectionTransformerLayer, Row, bias_dropout, unsupported_submodule
+from megatron_mhc.layer import HyperConnectionTransformerLayer, unsupported_submodule
 from megatron_mhc.pipeline.options import OVERLAPPED, check_config
-from megatron_mhc.recompute.chunk import Chunks
+from megatron_mhc.recompute.chunk import DroppingChunk
 from megatron_mhc.streams import contract_norm_builder
+from megatron_mhc.sublayer import bias_dropout
 
 logger = logging.getLogger(__name__)
 
 
-def wrap_layer_spec(
-    spec: ModuleSpec, mhc: MHCConfig, chunks: Chunks | None = None, row: Row | None = None
-) -> ModuleSpec:
+def wrap_layer_spec(spec: ModuleSpec, mhc: MHCConfig, chunks: ModelChunks | None = None) -> ModuleSpec:
     """Return a copy of a transformer layer's spec with mHC in place of its residual additions.
 
     Args:
         spec: of a TransformerLayer.
         mhc: mHC options.
-        chunks: shared by the layers of a model chunk; `--mhc-recompute-layer-num` needs it.
-        row: shared likewise; `--mhc-boundary fused` then spans layers too.
+        chunks: shared by the layers of a model chunk; `--mhc-recompute-layer-num` needs it, and
+            `--mhc-boundary fused` then spans layers too.
 
     Raises:
-        ValueError: a layer class or submodule that mHC cannot wrap.
+        ValueError: a layer class or submodule that mHC cannot wrap, or recompute without `chunks`.
     """
+    if mhc.recompute_layer_num != "off" and chunks is None:
+        raise ValueError(
+            f"{flag('recompute_layer_num')} {mhc.recompute_layer_num} needs to know all layers of a model "
+            "chunk: wrap them by wrap_block_spec, not one by one by wrap_layer_spec"
+        )
     if spec.module is HyperConnectionTransformerLayer:
         return spec
     # MoETransformerLayer differs from its base in CUDA graphs alone, which are refused.
@@ -50,7 +55,7 @@ def wrap_layer_spec(
     submodules = dataclasses.replace(spec.submodules, self_attn_bda=bias_dropout, mlp_bda=bias_dropout)
     return ModuleSpec(
         module=HyperConnectionTransformerLayer,
-        params={**spec.params, "mhc": mhc, "chunks": chunks, "row": row},
+        params={**spec.params, "mhc": mhc, "chunks": chunks},
         submodules=submodules,
         metainfo=spec.metainfo,
     )
@@ -88,10 +93,10 @@ def wrap_block_spec(
         raise ValueError("the block spec has no layer_norm: mHC contracts its streams at the final norm")
     hooks.register(training=mhc.log_interval > 0)
     config.mhc = mhc  # type: ignore[attr-defined]
-    chunks = None if mhc.recompute_layer_num == "off" else Chunks(config, mhc, len(layers))
-    row = Row()
+    kind = ModelChunk if mhc.recompute_layer_num == "off" else DroppingChunk
+    chunks = ModelChunks(config, mhc, len(layers), kind)
     return TransformerBlockSubmodules(
-        layer_specs=[wrap_layer_spec(layer, mhc, chunks, row) for layer in layers],
+        layer_specs=[wrap_layer_spec(layer, mhc, chunks) for layer in layers],
         layer_norm=contract_norm_builder(norm, mhc),  # type: ignore[arg-type]
     )
 

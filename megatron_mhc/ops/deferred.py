@@ -41,7 +41,6 @@ class DeferredMappings:
         self.n = tunnels[0].shape[1]
         self.values = values
         self.rest = rest
-        self.f_bias: Tensor | None = None  # [C], which post_res is to add to f
         self.traced = traced  # made by `library.pre`; rest is then what its post_res takes, else _PostRes
         self._tunnels: tuple[Tensor, ...] | None = tunnels
 
@@ -248,24 +247,27 @@ def pre(
 
 
 def post_res(
-    f: Tensor, mappings: DeferredMappings, linked: bool = True, reader: Reader | None = None
+    f: Tensor,
+    mappings: DeferredMappings,
+    f_bias: Tensor | None = None,
+    linked: bool = True,
+    reader: Reader | None = None,
 ) -> Tensor:
     """Mix the streams that `mappings` came from and write f: [T, C] into them; returns [T, n, C].
 
-    Where `mappings` carry an `f_bias`, f + f_bias is written: the bits of an addition of its own.
-
     Args:
+        f_bias: [C], which is added to f with the bits of an addition of its own.
         linked: let the next connection's backward make f's gradient; its graph then holds what pre saved.
         reader: the next connection, whose `pre` then need not read the streams, or once instead of twice.
     """
     if mappings.traced:
         x, *saved = mappings.rest
-        f = f if mappings.f_bias is None else f + mappings.f_bias  # fused by the compiler
+        f = f if f_bias is None else f + f_bias  # fused by the compiler
         return library.post_res(*mappings.take_tunnel(), x, f, mappings.values, *saved)
     if torch.compiler.is_compiling():  # but the graph broke in front of pre
-        return _post_res_uncompiled(f, mappings, linked, reader)
+        return _post_res_uncompiled(f, mappings, f_bias, linked, reader)
     (tunnel,) = mappings.take_tunnel()
-    rest = (*mappings.rest, linked, reader, mappings.f_bias)
+    rest = (*mappings.rest, linked, reader, f_bias)
     return _PostRes.apply(tunnel, f.contiguous(), mappings.values, *rest)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from megatron_mhc import recompute
+from megatron_mhc.chunk import Runner, chunk_of
 from megatron_mhc.pipeline.comm import HostTransport, Transport, channels_of
 from megatron_mhc.pipeline.gradients import GradientSync
 from megatron_mhc.pipeline.loading import first_of_its_kind
@@ -180,15 +181,10 @@ class Step:
 
     def run(self) -> None:
         """Run the program, and wait until all messages have left."""
-        try:
-            with self.sync:
-                while self.at < len(self.program):
-                    self._advance()
-            self.transport.drain()
-        finally:
-            for chunk in self.chunks:
-                for layer in layers_of(chunk):
-                    layer.exit = layer.nodes = None
+        with self.sync:
+            while self.at < len(self.program):
+                self._advance()
+        self.transport.drain()
 
     def _advance(self) -> Op:
         op = self.program[self.at]
@@ -213,14 +209,9 @@ class Step:
         plan, (microbatch, stage) = self.plan, op[2:4]
         key, last = (microbatch, stage), stage == plan.stages - 1
         leaves = None if last or plan.boundary != SPLIT else StageExit(lambda u: self._early(op, u))
-        layers = layers_of(self.chunks[stage // plan.pp])
-        if leaves is not None:
-            layers[-1].exit = leaves
-        output = self.forward_step(key)
-        if leaves is not None:
-            layers[-1].exit = None
-            if self.program[self.at - 1] != op._replace(what=TAIL):
-                raise RuntimeError(f"stage {stage} ended without reaching its last MLP")
+        output = self.forward_step(key, leaves)
+        if leaves is not None and self.program[self.at - 1] != op._replace(what=TAIL):
+            raise RuntimeError(f"stage {stage} ended without reaching its last MLP")
         if not last:
             self.to_send[Message("write" if leaves else "streams", microbatch, stage)] = output
         if plan.forward_only:
@@ -232,28 +223,34 @@ class Step:
         else:
             self.outputs[key] = output if last else get_gradient_edge(output)
 
-    def forward_step(self, key: tuple[int, int]) -> Tensor:
-        """Megatron's forward step of a chunk; returns what the chunk sends, or the loss of the last stage."""
+    def forward_step(self, key: tuple[int, int], runner: Runner | None = None) -> Tensor:
+        """Megatron's forward step of a chunk, its layers run by `runner`, None for in order.
+
+        Returns:
+            what the chunk sends, or the loss of the last stage.
+        """
         plan, (microbatch, stage) = self.plan, key
         chunk = stage // plan.pp
         self.sync.before_forward()
-        output, tokens = schedules.forward_step(
-            self.forward_step_func,
-            self.iterators[chunk],
-            self.chunks[chunk],
-            plan.microbatches,
-            self._enter(key),
-            self.reports,
-            self.config,
-            cp_group_size=self.groups.cp.size(),
-            collect_non_loss_data=self.collect_non_loss_data,
-            is_first_microbatch=schedules.check_first_val_step(
-                self.first_val_step, plan.forward_only, microbatch == 0
-            ),
-            current_microbatch=microbatch,
-            vp_stage=chunk if plan.vpp > 1 else None,
-            is_last_stage=stage == plan.stages - 1,
-        )
+        layers = chunk_of(self.chunks[chunk])
+        with contextlib.nullcontext() if runner is None or layers is None else layers.run_by(runner):
+            output, tokens = schedules.forward_step(
+                self.forward_step_func,
+                self.iterators[chunk],
+                self.chunks[chunk],
+                plan.microbatches,
+                self._enter(key),
+                self.reports,
+                self.config,
+                cp_group_size=self.groups.cp.size(),
+                collect_non_loss_data=self.collect_non_loss_data,
+                is_first_microbatch=schedules.check_first_val_step(
+                    self.first_val_step, plan.forward_only, microbatch == 0
+                ),
+                current_microbatch=microbatch,
+                vp_stage=chunk if plan.vpp > 1 else None,
+                is_last_stage=stage == plan.stages - 1,
+            )
         self.num_tokens += tokens
         return output
 

@@ -1,6 +1,6 @@
 """The engine for fused programs: the forward of one micro-batch and the backward of another, node by node.
 
-The forward is Megatron's own forward step: its layers call back before each node (`FusedPass`), and the
+The forward is Megatron's own forward step: its layers call back before each node (`NodeByNode`), and the
 program runs on until that node's turn. The backward is a chain of pieces that `Tape` cut the forward into,
 so it fits between the nodes of any forward.
 
@@ -20,7 +20,7 @@ from torch.autograd.graph import get_gradient_edge
 from megatron_mhc import recompute
 from megatron_mhc.pipeline.delayed_weights import DelayedWeights
 from megatron_mhc.pipeline.engine import Step, layers_of
-from megatron_mhc.pipeline.layer_nodes import FusedPass, Tape
+from megatron_mhc.pipeline.layer_nodes import NodeByNode, Tape
 from megatron_mhc.pipeline.program import BACKWARD, FORWARD, SPLIT, Message, Op
 from megatron_mhc.pipeline.streams import A2A, stream_of
 
@@ -78,12 +78,8 @@ class FusedStep(Step):
         layers = layers_of(self.chunks[stage // plan.pp])
         tape = Tape(self.transport.streams)
         split = plan.boundary == SPLIT and not last
-        nodes = FusedPass(tape, lambda *where: self._reach(key, *where), len(layers), split=split, last=last)
-        for layer in layers:
-            layer.nodes = nodes
-        output = self.forward_step(key)
-        for layer in layers:
-            layer.nodes = None
+        nodes = NodeByNode(tape, lambda *where: self._reach(key, *where), len(layers), split=split, last=last)
+        output = self.forward_step(key, nodes)
         nodes.finish()
         if not last:
             message = Message("write" if split else "streams", microbatch, stage)

@@ -9,19 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from megatron_mhc.layer import HyperConnectionTransformerLayer, viewless
 from megatron_mhc.ops import reference
-from megatron_mhc.pipeline.nodes import leave, pack
+from megatron_mhc.pipeline.nodes import pack
 from megatron_mhc.pipeline.streams import HostStreams, stream_of
-
-if TYPE_CHECKING:
-    from megatron_mhc.layer import HyperConnectionTransformerLayer
+from megatron_mhc.sublayer import Call, Visit
 
 Where = tuple[int, str]  # local layer and node
 
@@ -100,8 +98,8 @@ class Tape:
             torch.autograd.backward([edge for edge, _ in roots], [gradient for _, gradient in roots])
 
 
-class FusedPass:
-    """The forward of one micro-batch through a chunk's layers.
+class NodeByNode:
+    """The forward of one micro-batch through a chunk's layers, node by node; a `chunk.Runner`.
 
     Args:
         reach: called with (local layer, node, u or None) before each node.
@@ -139,40 +137,34 @@ class FusedPass:
             raise RuntimeError(f"{self._at} of {self._layers} layers ran")
 
     def run(
-        self,
-        layer: HyperConnectionTransformerLayer,
-        hidden_states: Tensor,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        self, layer: HyperConnectionTransformerLayer, hidden_states: Tensor, call: Call
     ) -> tuple[Tensor, Tensor | None]:
-        """Arguments and result are those of the layer's `forward`."""
         at, self._at = self._at, self._at + 1
         moe, cut = layer.is_moe_layer, self._split and at == self._layers - 1
-        attention, writing = layer.self_attention_hyper_connection, layer.mlp_hyper_connection
+        attention, mlp = layer.sublayers
         tape, u, h_post = self.tape, None, None
 
         with self.node(at, "attention", moe):
             if at:
                 (hidden_states,) = self._take((at, "attention"), hidden_states)
-            streams = layer.enter(hidden_states)
-            layer_input, mappings = attention(streams)
-            f, context = layer.forward_attention(layer_input, mappings, args, kwargs)
-            streams = attention.post_res(streams, f, mappings)
+            visit = attention.pre(layer.enter(hidden_states))
+            f = attention.run(layer, visit, call)
+            # What is made ahead goes along the graph, which is cut between layers.
+            streams = attention.post_res(visit, f, work_ahead=False)
             if cut:
-                layer_input, mappings, wide, h_post = leave(writing, streams)
+                visit, wide, h_post = mlp.leave(streams)
                 tape.early(wide, h_post)
                 u, h_post = wide.detach(), h_post.detach()
             else:
-                layer_input, mappings = writing(streams)
+                visit = mlp.pre(streams)
             shared = probs = None
+            hidden = visit.layer_input
             if moe:
-                norm, hidden, probs, shared = _route(layer, layer_input, kwargs)
+                norm, hidden, probs, shared = _route(layer, hidden, call.kwargs)
                 del norm
-            else:
-                hidden = layer_input
 
         start = "dispatch" if moe else "experts"
-        crossing = () if cut else _crossing(streams, mappings)
+        crossing = () if cut else _crossing(visit)
         with self.node(at, "dispatch", moe, u):
             if moe:
                 hidden, probs, shared, *crossed = self._take((at, start), hidden, probs, shared, *crossing)
@@ -183,28 +175,28 @@ class FusedPass:
                 hidden, _ = layer.mlp.routed_experts_compute(hidden, probs)
             else:
                 hidden, *crossed = self._take((at, start), hidden, *crossing)
-                hidden = layer.forward_mlp(hidden, kwargs, None if cut else mappings)
+                visit.read_by_f(hidden)
+                hidden = mlp.run(layer, visit, call)
         with self.node(at, "combine", moe):
             if moe:
                 (hidden,) = self._take((at, "combine"), hidden)
                 hidden = layer.mlp.combine(hidden)
             if h_post is not None:  # the next stage has the streams
-                self._reads(layer, mappings, h_post)
+                self._reads(layer, visit, h_post)
                 f = _join(layer, hidden, shared) if moe else hidden
                 tape.end(get_gradient_edge(f))
-                return pack(f, h_post), context
+                return pack(f, h_post), call.context
         with self.node(at, "post", moe):
             (hidden,) = self._take((at, "post"), hidden)
-            self._reads(layer, mappings, shared, *crossed)
+            self._reads(layer, visit, shared, *crossed)
             f = _join(layer, hidden, shared) if moe else hidden
-            streams, mappings = _crossed(streams, mappings, crossed)
-            streams = writing.post_res(streams, f, mappings)
-            streams = make_viewless_tensor(streams, requires_grad=streams.requires_grad, keep_graph=True)
+            _cross(visit, crossed)
+            streams = viewless(mlp.post_res(visit, f, work_ahead=False))
         self._streams.used(f)  # by the backward of the MLP's mHC pre, on the compute stream
         if self._last and self._at == self._layers:
             with self._streams.on("compute", self._event):
                 self._streams.used(streams)
-        return streams, context
+        return streams, call.context
 
     def _take(self, where: Where, *tensors: Tensor | None) -> tuple[Any, ...]:
         for tensor in tensors:
@@ -212,8 +204,9 @@ class FusedPass:
                 self._streams.used(tensor)
         return self.tape.cut(where, *tensors)
 
-    def _reads(self, layer: HyperConnectionTransformerLayer, mappings: Any, *tensors: Tensor | None) -> None:
+    def _reads(self, layer: HyperConnectionTransformerLayer, visit: Visit, *tensors: Tensor | None) -> None:
         """The current stream reads tensors, the mappings' own, and what the dispatcher keeps for itself."""
+        mappings = visit.mappings
         if isinstance(mappings, reference.Coefficients):
             own: tuple[Any, ...] = tuple(mappings)
         else:
@@ -246,15 +239,19 @@ def _join(layer: HyperConnectionTransformerLayer, combined: Tensor, shared: Tens
     return layer._forward_post_mlp((output, None), output)
 
 
-def _crossing(streams: Tensor, mappings: Any) -> tuple[Tensor, ...]:
+def _crossing(visit: Visit) -> tuple[Tensor, ...]:
     """What post_res reads of the attention's piece, the MLP aside."""
+    mappings = visit.mappings
     if isinstance(mappings, reference.Coefficients):
-        return streams, mappings.h_post, mappings.h_res
+        return visit.streams, mappings.h_post, mappings.h_res
     return mappings.take_tunnel()  # whose gradients post_res hands through for pre
 
 
-def _crossed(streams: Tensor, mappings: Any, leaves: list[Tensor]) -> tuple[Tensor, Any]:
+def _cross(visit: Visit, leaves: list[Tensor]) -> None:
+    """Let post_res read the leaves that stand for `_crossing`."""
+    mappings = visit.mappings
     if isinstance(mappings, reference.Coefficients):
-        return leaves[0], mappings._replace(h_post=leaves[1], h_res=leaves[2])
-    mappings.put_back(tuple(leaves))
-    return streams, mappings
+        visit.streams, h_post, h_res = leaves
+        visit.mappings = mappings._replace(h_post=h_post, h_res=h_res)
+    else:
+        mappings.put_back(tuple(leaves))

@@ -2,9 +2,9 @@
 
     x_out = H_res x' + H_post^T F(H_pre x'),   u = H_res x'
 
-u and h_post follow from x', the streams in front of the chunk's last MLP. `StageExit` runs that last
-sub-layer: it hands u out before the MLP and [f, h_post] after it, and goes backward through the MLP with
-df alone. `StageEntry`, on the next stage, forms u + h_post^T f, and df and dh_post from dx.
+u and h_post follow from x', the streams in front of the chunk's last MLP. `StageExit` runs such a chunk: it
+hands u out before that MLP and [f, h_post] after it, and goes backward through the MLP with df alone.
+`StageEntry`, on the next stage, forms u + h_post^T f, and df and dh_post from dx.
 
 The kernels of `ops.split` do that wherever kernels serve the other connections, plain torch elsewhere.
 """
@@ -12,18 +12,15 @@ The kernels of `ops.split` do that wherever kernels serve the other connections,
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from megatron_mhc.config import MHCConfig
+from megatron_mhc.layer import HyperConnectionTransformerLayer, InOrder
 from megatron_mhc.ops import choose_backend, reference
-
-if TYPE_CHECKING:
-    from megatron_mhc.hyper_connection import HyperConnectionModule, Mappings
-    from megatron_mhc.layer import HyperConnectionTransformerLayer
+from megatron_mhc.sublayer import Call, SubLayer
 
 
 def packed_width(width: int, streams: int, dtype: torch.dtype) -> int:
@@ -52,36 +49,11 @@ def _places(message: Tensor, width: int) -> tuple[Tensor, Tensor]:
     return flat[:, :width], flat[:, width:].view(reference.coefficient_dtype(flat))
 
 
-@torch.compiler.disable  # edges of its graph are taken, which a compiled one does not have
-def leave(connection: HyperConnectionModule, streams: Tensor) -> tuple[Tensor, Mappings, Tensor, Tensor]:
-    """Read the MLP's input and make what the next stage needs besides f.
+class StageExit(InOrder):
+    """One pass of one micro-batch through a chunk that ends in its last MLP; a `chunk.Runner`.
 
     Args:
-        connection: of the chunk's last MLP; streams: [s, b, n*C].
-
-    Returns:
-        layer input [s, b, C], the mappings, u [s, b, n*C] in the streams' dtype, and h_post [s*b, n].
-    """
-    connection.leaving = True
-    try:
-        layer_input, mappings = connection(streams)
-    finally:
-        connection.leaving = False
-    if isinstance(mappings, reference.Coefficients):
-        x = streams.view(*mappings.h_pre.shape, -1)
-        u, h_post = reference.mix(x, mappings.h_res), mappings.h_post
-    else:
-        from megatron_mhc.ops import deferred  # imports triton, which a CPU may lack
-
-        u, h_post = deferred.mix(mappings)
-    return layer_input, mappings, u.view(streams.shape), h_post
-
-
-class StageExit:
-    """One forward and backward pass of one micro-batch through a chunk's last sub-layer.
-
-    Args:
-        early: called with u: [s, b, n*C], detached, before the MLP runs.
+        early: called with u: [s, b, n*C], detached, before that MLP runs.
     """
 
     def __init__(self, early: Callable[[Tensor], None]):
@@ -91,16 +63,20 @@ class StageExit:
         self._leaf: Tensor | None = None  # what the MLP read, cut off from the rest of the chunk
         self._rest: list[GradientEdge | None] = []  # u, h_post, layer input; None for a constant
 
-    def run(self, layer: HyperConnectionTransformerLayer, streams: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        """Run the last MLP of a chunk on streams: [s, b, n*C]; returns `pack(f, h_post)`."""
-        layer_input, _, u, h_post = leave(layer.mlp_hyper_connection, streams)
+    def sublayer(
+        self, sublayer: SubLayer, layer: HyperConnectionTransformerLayer, streams: Tensor, call: Call
+    ) -> Tensor:
+        """As `InOrder`; of the last sub-layer it returns `pack(f, h_post)`."""
+        if not sublayer.chunk.is_last(sublayer):
+            return super().sublayer(sublayer, layer, streams, call)
+        visit, u, h_post = sublayer.leave(streams)
         self._early(u.detach())
-        leaf = layer_input
+        layer_input = visit.layer_input
         if torch.is_grad_enabled():
-            leaf = layer_input.detach().requires_grad_(layer_input.requires_grad)
-        f = layer.forward_mlp(leaf, kwargs)
+            visit.layer_input = layer_input.detach().requires_grad_(layer_input.requires_grad)
+        f = sublayer.run(layer, visit, call)
         if torch.is_grad_enabled():
-            self._f, self._leaf = get_gradient_edge(f), leaf
+            self._f, self._leaf = get_gradient_edge(f), visit.layer_input
             rest = (u, h_post, layer_input)
             self._rest = [get_gradient_edge(t) if t.requires_grad else None for t in rest]
         return pack(f, h_post)

@@ -1,6 +1,6 @@
 """Selective recompute: drop what mHC adds to memory, and replay mHC alone in the backward pass.
 
-    plan.py        sizes of the blocks, Eq. (20)      connection.py  the connections that drop and replay
+    plan.py        sizes of the blocks, Eq. (20)      sublayer.py    the sub-layers that drop and replay
     inventory.py   what attention and MLP save         block.py       how tensors go and come back
     estimate.py    python -m megatron_mhc.recompute    chunk.py       a model chunk, cut into blocks
 
@@ -31,10 +31,11 @@ def handle(model_chunk: Any) -> Block | None:
         for `replay`; None where nothing is dropped (recompute is off, an evaluation, a chunk without
         layers), and on a second call after one forward pass.
     """
-    from megatron_mhc.recompute.chunk import chunk_of  # imports megatron
+    from megatron_mhc.chunk import chunk_of  # imports megatron
+    from megatron_mhc.recompute.chunk import DroppingChunk
 
     chunk = chunk_of(model_chunk)
-    return None if chunk is None else chunk.take_latest()
+    return chunk.take_latest() if isinstance(chunk, DroppingChunk) else None
 
 
 def replay(block: Block | None) -> None:

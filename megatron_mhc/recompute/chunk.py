@@ -1,8 +1,10 @@
-"""Model chunks: which connections one holds, the blocks they are cut into, and the block that is open."""
+"""Model chunks that drop and replay: the blocks one is cut into, and the block that is open."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 from weakref import ref
 
@@ -14,50 +16,60 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import log_single_rank
 from torch import Tensor
 
-from megatron_mhc.config import MHCConfig, flag
+from megatron_mhc.chunk import ModelChunk
+from megatron_mhc.config import flag
 from megatron_mhc.recompute import inventory, plan
 from megatron_mhc.recompute.block import Block
+from megatron_mhc.recompute.sublayer import DroppingSubLayer
+from megatron_mhc.sublayer import SubLayer, attention, mlp
 
 if TYPE_CHECKING:
     from megatron_mhc.layer import HyperConnectionTransformerLayer
-    from megatron_mhc.recompute.connection import ReplayedConnection
 
 logger = logging.getLogger(__name__)
 
 
-class Chunk:
-    """The connections of one model chunk in order, and the block that its forward pass is in.
+class DroppingChunk(ModelChunk):
+    """A ModelChunk cut into blocks.
 
     Blocks start and end inside a chunk, so none crosses a pipeline stage; the chunk's output, which the
     pipeline sends, belongs to no block.
-
-    Args:
-        size: number of its sub-layers.
     """
 
-    def __init__(self, config: TransformerConfig, mhc: MHCConfig, size: int):
-        self.config, self.mhc, self.size = config, mhc, size
-        self.connections: list[ReplayedConnection] = []
+    sublayers: list[DroppingSubLayer]  # type: ignore[assignment]
+
+    def __init__(self, *args: Any):
+        super().__init__(*args)
         self.blocks: list[int] = []  # their sizes; planned when the first streams come
         self._starts: set[int] = set()
         self._open: Block | None = None
         self._next = 0  # the sub-layer that the open block expects
         self._latest: ref[Block] | None = None
 
-    def add(self, layer: HyperConnectionTransformerLayer) -> None:
-        """Take in the next layer."""
-        norms = (layer.input_layernorm, layer.pre_mlp_layernorm)
-        by_megatron = (layer.recompute_input_layernorm, layer.recompute_pre_mlp_layernorm)
-        both: Any = (layer.self_attention_hyper_connection, layer.mlp_hyper_connection)
-        for connection, norm, dropped in zip(both, norms, by_megatron, strict=True):
-            connection.chunk, connection.position = self, len(self.connections)
-            connection.norm = not isinstance(norm, IdentityOp) and not dropped
-            if connection.norm:
-                norm.register_forward_hook(connection.see_norm)
-            self.connections.append(connection)
-        config = self.config
-        both[0].inside = inventory.attention(config)
-        both[1].inside = inventory.mlp(config, moe=layer.is_moe_layer)
+    def sublayers_of(self, layer: HyperConnectionTransformerLayer) -> tuple[SubLayer, ...]:
+        config, first = self.config, len(self.sublayers)
+
+        def kept(norm: Any, dropped_by_megatron: bool) -> Any:
+            return None if isinstance(norm, IdentityOp) or dropped_by_megatron else norm
+
+        return (
+            DroppingSubLayer(
+                layer.self_attention_hyper_connection,
+                attention,
+                self,
+                first,
+                norm=kept(layer.input_layernorm, layer.recompute_input_layernorm),
+                inside=inventory.attention(config),
+            ),
+            DroppingSubLayer(
+                layer.mlp_hyper_connection,
+                mlp,
+                self,
+                first + 1,
+                norm=kept(layer.pre_mlp_layernorm, layer.recompute_pre_mlp_layernorm),
+                inside=inventory.mlp(config, moe=layer.is_moe_layer),
+            ),
+        )
 
     def use(self, blocks: list[int]) -> None:
         """Cut the chunk into blocks of these sizes, from the next forward pass on."""
@@ -96,6 +108,15 @@ class Chunk:
         if self._open is not None and torch.is_grad_enabled():
             self._close(self._open, streams)
 
+    @contextmanager
+    def abandoned_on_error(self) -> Iterator[None]:
+        """Around a part of a forward pass: an exception lets the open block go."""
+        try:
+            yield
+        except BaseException:
+            self._open = None
+            raise
+
     def _close(self, block: Block, output: Tensor) -> None:
         if output.requires_grad:
             block.close(output)
@@ -107,9 +128,9 @@ class Chunk:
         return None if latest is None else latest()
 
     def _plan(self, streams: Tensor) -> None:
-        if len(self.connections) != self.size:
+        if len(self.sublayers) != self.size:
             raise RuntimeError(
-                f"{flag('recompute_layer_num')}: {len(self.connections)} sub-layers of {self.size} were built"
+                f"{flag('recompute_layer_num')}: {len(self.sublayers)} sub-layers of {self.size} were built"
             )
         bytes_ = self.sublayer_bytes(streams)
         held = passes_in_flight(self.config)
@@ -135,43 +156,13 @@ class Chunk:
                 streams.nbytes // n,
                 tokens,
                 n,
-                norm=connection.norm,
-                inside=connection.inside,
+                norm=sublayer.has_norm,
+                inside=sublayer.inside,
                 replayed=replayed,
                 coefficients=again,
             )
-            for connection in self.connections
+            for sublayer in self.sublayers
         ]
-
-
-class Chunks:
-    """Makes a Chunk for every model chunk that is built from one block spec.
-
-    Args:
-        layers: number of layers of one chunk.
-    """
-
-    def __init__(self, config: TransformerConfig, mhc: MHCConfig, layers: int):
-        self.config, self.mhc, self.size = config, mhc, 2 * layers
-        self._current: Chunk | None = None
-        self._next = 0  # number of the layer that continues the current chunk
-
-    def add(self, layer: HyperConnectionTransformerLayer) -> None:
-        """Take in a layer that has just been built; a spec's layers are built in order."""
-        chunk = self._current
-        if chunk is None or layer.layer_number != self._next or len(chunk.connections) == self.size:
-            chunk = Chunk(self.config, self.mhc, self.size)
-        chunk.add(layer)
-        self._current, self._next = chunk, layer.layer_number + 1
-
-
-def check_recompute(mhc: MHCConfig, chunks: Chunks | None) -> None:
-    """Raise ValueError if a layer should replay but does not know the chunk it belongs to."""
-    if mhc.recompute_layer_num != "off" and chunks is None:
-        raise ValueError(
-            f"{flag('recompute_layer_num')} {mhc.recompute_layer_num} needs to know all layers of a model "
-            "chunk: wrap them by wrap_block_spec, not one by one by wrap_layer_spec"
-        )
 
 
 def passes_in_flight(config: TransformerConfig) -> int:
@@ -188,12 +179,3 @@ def passes_in_flight(config: TransformerConfig) -> int:
         config.virtual_pipeline_model_parallel_size or 1,
         micro_batches,
     )
-
-
-def chunk_of(model: Any) -> Chunk | None:
-    """The Chunk of a model chunk, however it is wrapped; None if nothing of it is dropped."""
-    for module in model.modules():
-        chunk = getattr(module, "chunk", None)
-        if isinstance(chunk, Chunk):
-            return chunk
-    return None

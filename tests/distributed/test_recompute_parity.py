@@ -6,8 +6,8 @@ from harness import MICRO_BATCHES, Layout, build, global_parameters, gradient, i
 from test_parity import CORE, CORE_CASES, FOUR_RANKS, SETTINGS, TWO_RANKS
 
 from megatron_mhc import MHCConfig
+from megatron_mhc.chunk import chunk_of
 from megatron_mhc.recompute.block import Block
-from megatron_mhc.recompute.chunk import chunk_of
 
 
 def count_replays(monkeypatch):
@@ -110,15 +110,15 @@ def test_wrong_bits_are_noticed(run_ranks):
     """The comparison is a real one: a replay that adds to the layer inputs changes gradients."""
 
     def spoiled():
-        from megatron_mhc.recompute.connection import ReplayedConnection
+        from megatron_mhc.recompute.sublayer import DroppingSubLayer
 
-        original = ReplayedConnection.read_again
+        original = DroppingSubLayer.read_again
 
         def add(self, x, coefficients, out):
             original(self, x, coefficients, out)
             out.add_(1e-6)
 
-        ReplayedConnection.read_again = add
+        DroppingSubLayer.read_again = add
         return both_ways(Layout(pp=2), "dense", dict(recompute_layer_num="3"), {})
 
     for same, wrong, *_ in run_ranks(2, spoiled):

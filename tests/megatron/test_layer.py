@@ -270,7 +270,9 @@ def test_post_res_adds_a_linear_bias_with_the_bits_of_an_addition(run_ranks, mhc
     def both():
         options = dict(init="uniform", init_gating_factor=0.5, backend="triton") | mhc
         settings_ = dict(add_bias_linear=True) | settings
-        taken, results, original = [], [], HyperConnectionModule.leave_bias
+        from megatron_mhc.sublayer import Left, SubLayer
+
+        added, results, post_res, on = [], [], SubLayer.post_res, Left.on
 
         def build(**changes):
             model = gpt.build(MHCConfig(**options | changes), **settings_)
@@ -279,11 +281,15 @@ def test_post_res_adds_a_linear_bias_with_the_bits_of_an_addition(run_ranks, mhc
                     torch.nn.init.normal_(parameter)
             return model
 
-        HyperConnectionModule.leave_bias = lambda *args: False
+        def counted(self, visit, *args):
+            added.append(getattr(visit.left, "bias", None) is not None)
+            return post_res(self, visit, *args)
+
+        Left.on = staticmethod(lambda residual: None)
         results.append(gpt.forward_backward(build(recompute_layer_num="off", recompute_coefficients=False)))
-        HyperConnectionModule.leave_bias = lambda *args: (taken.append(original(*args)), taken[-1])[1]
+        Left.on, SubLayer.post_res = staticmethod(on), counted
         results.append(gpt.forward_backward(build()))
-        return *results, sum(taken)
+        return *results, sum(added)
 
     want, got, added = run_ranks(1, both)[0]
     gpt.same_bits(got, want)

@@ -8,8 +8,9 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer import MLATransformerConfig
 
 from megatron_mhc import MHCConfig, recompute
-from megatron_mhc.recompute.chunk import chunk_of
-from megatron_mhc.recompute.connection import ReplayedConnection
+from megatron_mhc.chunk import chunk_of
+from megatron_mhc.layer import InOrder
+from megatron_mhc.recompute.sublayer import DroppingSubLayer
 from megatron_mhc.specs import wrap_block_spec
 
 LIVELY = dict(init="uniform", init_gating_factor=0.5)  # mappings that depend on the token
@@ -114,10 +115,6 @@ def test_mla_matches_no_recompute_bit_for_bit(run_ranks):
     run_ranks(1, lambda: gpt.same_bits(run(replaying()), run(MHCConfig(**LIVELY))))
 
 
-def connections(model):
-    return [m for m in model.modules() if isinstance(m, ReplayedConnection)]
-
-
 def count(monkeypatch, owner, name):
     """Count the calls of a method; returns the list that grows."""
     calls, original = [], getattr(owner, name)
@@ -135,8 +132,8 @@ def test_f_runs_once_and_every_block_is_replayed_once(run_ranks, monkeypatch):
         model = gpt.build(replaying(), num_layers=4)
         attention = count(monkeypatch, type(model.decoder.layers[0].self_attention), "forward")
         mlp = count(monkeypatch, type(model.decoder.layers[0].mlp), "forward")
-        read = count(monkeypatch, ReplayedConnection, "read_again")
-        written = count(monkeypatch, ReplayedConnection, "write_again")
+        read = count(monkeypatch, DroppingSubLayer, "read_again")
+        written = count(monkeypatch, DroppingSubLayer, "write_again")
         gpt.forward_backward(model)
         assert (len(attention), len(mlp)) == (4, 4)
         # Blocks of 3, 3 and 2: all are read again, and the output of each block is there already.
@@ -151,7 +148,7 @@ def test_replay_before_the_gradient_arrives_is_the_only_one(run_ranks, monkeypat
     def check():
         want = gpt.forward_backward(gpt.build(MHCConfig(**LIVELY)))
         model = gpt.build(replaying(recompute_layer_num="2"))
-        read = count(monkeypatch, ReplayedConnection, "read_again")
+        read = count(monkeypatch, DroppingSubLayer, "read_again")
         backward = torch.Tensor.backward
 
         def after_replay(loss, *args, **kwargs):
@@ -196,23 +193,25 @@ def test_several_micro_batches_in_flight_and_an_evaluation_between(run_ranks):
     run_ranks(1, lambda: gpt.same_bits(run(replaying()), run(MHCConfig(**LIVELY))))
 
 
-class Exit:
+class Exit(InOrder):
     """Runs a chunk's last MLP outside of its block, as a split pipeline boundary does."""
 
-    def run(self, layer, streams, kwargs):
-        connection = layer.mlp_hyper_connection
-        connection.leaving = True
-        layer_input, mappings = connection(streams)
-        connection.leaving = False
-        return connection.post_res(streams, layer._forward_mlp(layer_input), mappings)
+    def sublayer(self, sublayer, layer, streams, call):
+        if not sublayer.chunk.is_last(sublayer):
+            return super().sublayer(sublayer, layer, streams, call)
+        layer_input, mappings = sublayer.connection(streams)
+        sublayer.chunk.leave(streams)
+        return sublayer.connection.post_res(streams, layer._forward_mlp(layer_input), mappings)
 
 
 @pytest.mark.parametrize("size", ["1", "3", "5", "6"])
 def test_last_sublayer_in_parts_matches_no_recompute(run_ranks, size):
     def run(mhc):
         model = gpt.build(mhc, num_layers=3)
-        model.decoder.layers[-1].exit = Exit()
-        loss = losses(model, 0)
+        chunk = chunk_of(model)
+        chunk.leave = getattr(chunk, "leave", lambda streams: None)  # without recompute there are no blocks
+        with chunk.run_by(Exit()):
+            loss = losses(model, 0)
         recompute.replay(recompute.handle(model))
         loss.backward()
         return loss.detach(), {name: p.grad for name, p in model.named_parameters()}

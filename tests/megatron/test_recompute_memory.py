@@ -11,8 +11,8 @@ from live_bytes import LiveBytes
 from test_recompute import LIVELY, connections, losses, replaying
 
 from megatron_mhc import MHCConfig, recompute
+from megatron_mhc.chunk import chunk_of
 from megatron_mhc.recompute import plan
-from megatron_mhc.recompute.chunk import chunk_of
 
 
 def test_dropped_tensors_are_freed_and_come_back(run_ranks):

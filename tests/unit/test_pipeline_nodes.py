@@ -5,9 +5,10 @@ import torch
 from torch.autograd.graph import get_gradient_edge
 
 from megatron_mhc.ops import reference
-from megatron_mhc.pipeline.layer_nodes import Tape, _crossed, _crossing
+from megatron_mhc.pipeline.layer_nodes import Tape, _cross, _crossing
 from megatron_mhc.pipeline.nodes import StageEntry, pack, packed_width, unpack
 from megatron_mhc.pipeline.streams import HostStreams
+from megatron_mhc.sublayer import Visit
 
 S, B, N, C = 6, 2, 4, 8
 
@@ -103,19 +104,18 @@ def test_the_tunnel_of_the_triton_operations_crosses_a_tape():
     options = dict(norm_eps=1e-6, iterations=3, deepseek_v4=False)
 
     layer_input, mappings = deferred.pre(x, weight, bias, alphas, **options)
-    mappings.f_bias = f_bias
-    deferred.post_res(torch.tanh(layer_input), mappings).backward(dx)
+    deferred.post_res(torch.tanh(layer_input), mappings, f_bias).backward(dx)
     expected = [leaf.grad for leaf in leaves]
     for leaf in leaves:
         leaf.grad = None
 
     tape = Tape(HostStreams())
     layer_input, mappings = deferred.pre(x, weight, bias, alphas, **options)
-    layer_input, *crossed = tape.cut((0, "experts"), layer_input, *_crossing(x, mappings))
-    mappings.f_bias = f_bias
+    visit = Visit(x, layer_input, mappings)
+    layer_input, *crossed = tape.cut((0, "experts"), layer_input, *_crossing(visit))
     (f,) = tape.cut((0, "post"), torch.tanh(layer_input))
-    _, mappings = _crossed(x, mappings, crossed)
-    tape.end(get_gradient_edge(deferred.post_res(f, mappings)))
+    _cross(visit, crossed)
+    tape.end(get_gradient_edge(deferred.post_res(f, visit.mappings, f_bias)))
     tape.seed([dx])
     for where in ((0, "post"), (0, "experts"), (0, "attention")):
         tape.backward(where)

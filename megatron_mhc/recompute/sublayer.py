@@ -1,4 +1,4 @@
-"""mHC connections that drop what they add to memory, block by block, and replay it in backward."""
+"""Sub-layers that drop what mHC adds to memory, block by block, and replay it in backward."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from megatron_mhc.config import flag
-from megatron_mhc.hyper_connection import HyperConnectionModule
 from megatron_mhc.ops import reference
 from megatron_mhc.recompute.block import (
     Block,
@@ -24,59 +23,64 @@ from megatron_mhc.recompute.block import (
     stream_of,
     used_on,
 )
+from megatron_mhc.sublayer import Call, Left, SubLayer, Visit
 
 if TYPE_CHECKING:
     from megatron_mhc.hyper_connection import Mappings
-    from megatron_mhc.recompute.chunk import Chunk
+    from megatron_mhc.layer import HyperConnectionTransformerLayer
+    from megatron_mhc.recompute.chunk import DroppingChunk
 
 
-class ReplayedConnection(HyperConnectionModule):
-    """A HyperConnectionModule whose stream tensors and layer inputs are dropped and replayed.
+class DroppingSubLayer(SubLayer):
+    """A SubLayer whose streams and layer inputs are dropped and replayed; the results are the same bits.
 
-    Same parameters, same results bit for bit. `Chunk.add` says where in its chunk it stands.
+    Args:
+        norm: that of F, where it is a module of its own whose output Megatron keeps.
+        inside: bytes per token that F saves, see `inventory`.
     """
 
-    chunk: Chunk
-    position: int
-    norm: bool  # a norm of its own stands between it and F
-    inside: int  # bytes per token that F saves, see `inventory`
-    _pass: _Pass | None = None  # the forward pass between `forward` and `post_res`
+    chunk: DroppingChunk
+
+    def __init__(self, *args: Any, norm: nn.Module | None, inside: int):
+        super().__init__(*args)
+        self.has_norm, self.inside = norm is not None, inside
+        if norm is not None:
+            norm.register_forward_hook(_see_norm)
 
     # Storages are emptied and hooks set, of which a compiled graph would know nothing.
     @torch.compiler.disable
-    def forward(self, streams: Tensor) -> tuple[Tensor, Mappings]:
-        self._pass = None
-        if self.leaving:  # a split pipeline boundary, which keeps what its two gradients need
-            self.chunk.leave(streams)
-            return super().forward(streams)
+    def pre(self, streams: Tensor) -> Visit:
         block = self.chunk.block_at(self.position, streams)
         if block is None:
-            return super().forward(streams)
-        self._pass = _Pass(self, block, streams)
-        with self._pass.slots.reading():
-            layer_input, mappings = super().forward(streams)
-        self._pass.layer_input, self._pass.mappings = layer_input, mappings
-        return layer_input, mappings
+            return super().pre(streams)
+        with self.chunk.abandoned_on_error():
+            dropped = Dropped(self, block, streams)
+            with dropped.slots.reading():
+                layer_input, mappings = self.connection(streams)
+            dropped.takes_bias = not isinstance(mappings, reference.Coefficients)
+            visit = Visit(streams, layer_input, mappings, dropped)
+            visit.read_by_f(layer_input)
+        return visit
+
+    def run(self, layer: HyperConnectionTransformerLayer, visit: Visit, call: Call) -> Tensor:
+        with self.chunk.abandoned_on_error():
+            return super().run(layer, visit, call)
 
     @torch.compiler.disable
-    def post_res(self, streams: Tensor, f: Tensor, mappings: Mappings) -> Tensor:
-        if self._pass is None:
-            return super().post_res(streams, f, mappings)
-        done, self._pass = self._pass, None
-        with done.slots.writing():
-            output = super().post_res(streams, f, mappings)
-        done.drop(f, output)
-        self.chunk.passed(self.position, done.block, output)
+    def post_res(self, visit: Visit, f: Tensor, work_ahead: bool = True) -> Tensor:
+        dropped = visit.left
+        if not isinstance(dropped, Dropped):
+            return super().post_res(visit, f, work_ahead)
+        with self.chunk.abandoned_on_error():
+            with dropped.slots.writing():
+                output = super().post_res(visit, f, work_ahead)
+            dropped.drop(visit, f, output)
+            self.chunk.passed(self.position, dropped.block, output)
         return output
 
-    @torch.compiler.disable
-    def see_norm(self, norm: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        """Forward hook of the norm in front of F."""
-        now = self._pass
-        if now is None or now.layer_input is None or not isinstance(output, Tensor):
-            return
-        if storage_key(inputs[0]) == storage_key(now.layer_input):
-            now.norm, now.norm_output = norm, output
+    def leave(self, streams: Tensor) -> tuple[Visit, Tensor, Tensor]:
+        self.chunk.leave(streams)  # what the two gradients of a split pipeline boundary need is kept
+        return super().leave(streams)
 
     def read_again(self, x: Tensor, coefficients: reference.Coefficients, out: Tensor) -> None:
         """Write the layer input of the streams x: [s, b, n*C] into out: [s, b, C], by the reference."""
@@ -105,40 +109,46 @@ def coefficients_of(mappings: Mappings) -> reference.Coefficients | Tensor:
     return mappings.values
 
 
-class _Pass:
-    """One connection in one forward pass; a `Replayed` of its block."""
+@torch.compiler.disable
+def _see_norm(norm: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+    """Forward hook of the norm in front of F."""
+    dropped = Left.on(inputs[0])
+    if isinstance(dropped, Dropped) and isinstance(output, Tensor):
+        dropped.norm, dropped.norm_output = norm, output
 
-    def __init__(self, connection: ReplayedConnection, block: Block, streams: Tensor):
-        self.connection, self.block = connection, block
-        self.layer_input: Tensor | None = None
-        self.mappings: Any = None
+
+class Dropped(Left):
+    """What one visit of a sub-layer drops, and its replay; a `Replayed` of its block."""
+
+    def __init__(self, sublayer: DroppingSubLayer, block: Block, streams: Tensor):
+        super().__init__()
+        self.sublayer, self.block = sublayer, block
         self.norm: nn.Module | None = None
         self.norm_output: Tensor | None = None
         self.coefficients: reference.Coefficients | Tensor | None = None
         self.f: Tensor | None = None
-        self.f_bias: Tensor | None = None
         self.needs_grad = streams.requires_grad
         self.stream = stream_of(streams)  # on which the backward pass of `pre` and F will run too
         self.emptied: Emptied | None = None
         self.emptied_norm: Emptied | None = None
         self.refilled: list[Tensor] = []
-        again = connection.mhc.recompute_coefficients
-        self.slots = StreamSlots(block, everything=again)
+        connection = sublayer.connection
+        self.coefficients_again = connection.mhc.recompute_coefficients
+        self.slots = StreamSlots(block, everything=self.coefficients_again)
         self.slot: ref[Slot] | None = None
-        if again:
+        if self.coefficients_again:
             self.slots.keep(list(connection.parameters()))
         if block.sublayers:
             self.slot = self.slots.drop(streams)
         else:
             self.slots.keep([streams])
 
-    def drop(self, f: Tensor, output: Tensor) -> None:
+    def drop(self, visit: Visit, f: Tensor, output: Tensor) -> None:
         """Let the streams go, and empty what F has read, unless no gradient will ask for it."""
-        layer_input, norm_output = self.layer_input, self.norm_output
-        assert layer_input is not None
-        self.f, self.f_bias = f.detach(), getattr(self.mappings, "f_bias", None)
-        if not self.connection.mhc.recompute_coefficients:
-            self.coefficients = coefficients_of(self.mappings)
+        layer_input, norm_output = visit.layer_input, self.norm_output
+        self.f = f.detach()
+        if not self.coefficients_again:
+            self.coefficients = coefficients_of(visit.mappings)
         if output.requires_grad:
             held = {storage_key(f), storage_key(output), *self.slots.dropped()}
             if self.block.first is not None:
@@ -149,7 +159,8 @@ class _Pass:
             if norm_output is not None and self.emptied is not None:
                 if owns_storage(norm_output) and storage_key(norm_output) not in held:
                     self.emptied_norm = Emptied(norm_output)
-        self.layer_input = self.norm_output = self.mappings = None
+        self.norm_output = None
+        del layer_input.mhc_left  # type: ignore[attr-defined]  # F's graph would keep all of this alive
         self.slots.close()
         self.block.sublayers.append(self)
 
@@ -165,18 +176,18 @@ class _Pass:
         else:
             coefficients = self.coefficients
             if target is not None:
-                self.connection.read_again(x, coefficients, target)
+                self.sublayer.read_again(x, coefficients, target)
         self._finish(target)
         assert self.f is not None
-        return 1, self.connection.write_again(x, self.f, coefficients, self.f_bias) if behind else None
+        return 1, self.sublayer.write_again(x, self.f, coefficients, self.bias) if behind else None
 
     def _replay_row(self, x: Tensor, behind: Sequence[Replayed]) -> tuple[int, Tensor | None]:
         """As many connections as one launch takes, from the coefficients that they kept."""
         from megatron_mhc.ops import replay  # imports triton
 
-        row, n = [self], self.connection.mhc.num_residual_streams
+        row, n = [self], self.sublayer.connection.mhc.num_residual_streams
         for sublayer in behind[: replay.at_once(n) - 1]:
-            if not isinstance(sublayer, _Pass) or not isinstance(sublayer.coefficients, Tensor):
+            if not isinstance(sublayer, Dropped) or not isinstance(sublayer.coefficients, Tensor):
                 break
             row.append(sublayer)
         s, b, _ = x.shape
@@ -187,7 +198,7 @@ class _Pass:
             assert isinstance(one.coefficients, Tensor) and one.f is not None
             f = one.f.reshape(s * b, width).contiguous()
             out = None if target is None else target.view(s * b, width)
-            kept.append(replay.Connection(one.coefficients, f, out, one.f_bias))
+            kept.append(replay.Connection(one.coefficients, f, out, one.bias))
         more = len(behind) >= len(row)
         between = replay.replay(x.view(s * b, n, width), kept, behind=more)
         streams = [x, *(t.view(x.shape) for t in between)]
@@ -216,7 +227,7 @@ class _Pass:
         saved: list[Tensor] = []
         with torch.enable_grad(), saving(lambda tensor: saved.append(tensor.detach())):
             x = x.detach().requires_grad_(self.needs_grad)
-            layer_input, mappings = HyperConnectionModule.forward(self.connection, x)
+            layer_input, mappings = self.sublayer.connection.forward(x)  # without its hooks
         if len(saved) != len(self.slots.read):
             raise RuntimeError(
                 f"{flag('recompute_coefficients')}: the replay of pre saved {len(saved)} tensors, its "

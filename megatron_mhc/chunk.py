@@ -1,0 +1,105 @@
+"""Model chunks: the sub-layers of one, in order, and who runs its layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Protocol
+
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_mhc.config import MHCConfig
+from megatron_mhc.ops.link import Reader
+from megatron_mhc.sublayer import Call, SubLayer, attention, mlp
+
+if TYPE_CHECKING:
+    from megatron_mhc.layer import HyperConnectionTransformerLayer
+
+
+class Runner(Protocol):
+    """Runs the layers of a model chunk in a forward pass; `layer.InOrder` is the plain one."""
+
+    def run(
+        self, layer: HyperConnectionTransformerLayer, hidden_states: Tensor, call: Call
+    ) -> tuple[Tensor, Tensor | None]:
+        """A layer's forward: hidden states and context."""
+
+
+class ModelChunk:
+    """What the layers of one model chunk join when they are built.
+
+    Args:
+        size: number of its sub-layers, once all are built.
+    """
+
+    def __init__(self, config: TransformerConfig, mhc: MHCConfig, size: int):
+        self.config, self.mhc, self.size = config, mhc, size
+        self.sublayers: list[SubLayer] = []
+        self.runner: Runner | None = None  # None: in order
+        # A checkpoint of a whole layer cuts the graph between connections.
+        self._works_ahead = mhc.boundary in ("auto", "fused") and config.recompute_granularity != "full"
+
+    def add(self, layer: HyperConnectionTransformerLayer) -> tuple[SubLayer, ...]:
+        """Take in the next layer; returns its sub-layers."""
+        added = self.sublayers_of(layer)
+        self.sublayers += added
+        return added
+
+    def sublayers_of(self, layer: HyperConnectionTransformerLayer) -> tuple[SubLayer, ...]:
+        first = len(self.sublayers)
+        return (
+            SubLayer(layer.self_attention_hyper_connection, attention, self, first),
+            SubLayer(layer.mlp_hyper_connection, mlp, self, first + 1),
+        )
+
+    def reader_behind(self, sublayer: SubLayer, f: Tensor) -> Reader | None:
+        """What the connection behind a sub-layer reads by, under `--mhc-boundary fused`; f: [s, b, C]."""
+        behind = sublayer.position + 1
+        if not self._works_ahead or behind == len(self.sublayers):
+            return None
+        return self.sublayers[behind].connection.reader(f)
+
+    def is_last(self, sublayer: SubLayer) -> bool:
+        return sublayer.position == len(self.sublayers) - 1
+
+    @contextmanager
+    def run_by(self, runner: Runner) -> Iterator[None]:
+        """Have `runner` run the layers inside the block."""
+        before, self.runner = self.runner, runner
+        try:
+            yield
+        finally:
+            self.runner = before
+
+
+class ModelChunks:
+    """Makes a ModelChunk for every model chunk that is built from one block spec.
+
+    Args:
+        layers: number of layers of one chunk.
+        kind: class of the chunks.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, mhc: MHCConfig, layers: int, kind: type[ModelChunk] = ModelChunk
+    ):
+        self.config, self.mhc, self.size, self.kind = config, mhc, 2 * layers, kind
+        self._current: ModelChunk | None = None
+        self._next = 0  # number of the layer that continues the current chunk
+
+    def of(self, layer: HyperConnectionTransformerLayer) -> ModelChunk:
+        """The chunk of a layer that is being built; a spec's layers are built in order."""
+        chunk = self._current
+        if chunk is None or layer.layer_number != self._next or len(chunk.sublayers) == self.size:
+            chunk = self.kind(self.config, self.mhc, self.size)
+        self._current, self._next = chunk, layer.layer_number + 1
+        return chunk
+
+
+def chunk_of(model: Any) -> ModelChunk | None:
+    """The ModelChunk of a model or of one of its virtual stages, wrapped or not; None without layers."""
+    for module in model.modules():
+        if isinstance(chunk := getattr(module, "chunk", None), ModelChunk):
+            return chunk
+    return None

@@ -1,0 +1,152 @@
+"""A sub-layer between the streams: a connection and its F, which is Megatron's attention or MLP.
+
+streams -> pre -> Visit -> run -> f -> post_res -> streams
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from megatron_mhc.hyper_connection import HyperConnectionModule
+from megatron_mhc.ops import reference
+
+if TYPE_CHECKING:
+    from megatron_mhc.chunk import ModelChunk
+    from megatron_mhc.hyper_connection import Mappings
+    from megatron_mhc.layer import HyperConnectionTransformerLayer
+
+
+class Left:
+    """What F leaves for its sub-layer's post_res.
+
+    It travels on the layer input, which Megatron hands to a layer's norm, and on to its bias-dropout-add
+    as the residual.
+    """
+
+    bias: Tensor | None = None  # [C], to be added to f
+    takes_bias = True  # post_res can add it
+
+    @staticmethod
+    def on(layer_input: Tensor) -> Left | None:
+        return None if torch.compiler.is_compiling() else getattr(layer_input, "mhc_left", None)
+
+
+@dataclass
+class Visit:
+    """One micro-batch in one sub-layer, from `pre` to `post_res`.
+
+    Args:
+        streams: [s, b, n*C], as read; layer_input: [s, b, C]; mappings: what `post_res` applies.
+        left: None if F has to be complete, with its bias.
+    """
+
+    streams: Tensor
+    layer_input: Tensor
+    mappings: Mappings
+    left: Left | None = None
+
+    def read_by_f(self, layer_input: Tensor) -> Tensor:
+        """Let F read `layer_input`, on which `left` travels; returns it."""
+        self.layer_input = layer_input
+        if self.left is not None:
+            layer_input.mhc_left = self.left  # type: ignore[attr-defined]
+        return layer_input
+
+
+@dataclass
+class Call:
+    """The arguments of a layer's forward behind the hidden states, and the context that attention returns."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    context: Tensor | None = None
+
+
+def attention(layer: HyperConnectionTransformerLayer, layer_input: Tensor, call: Call) -> Tensor:
+    """Run a layer's norm and attention on [s, b, C]."""
+    f, call.context = layer._forward_attention(layer_input, *call.args, **call.kwargs)
+    return f
+
+
+def mlp(layer: HyperConnectionTransformerLayer, layer_input: Tensor, call: Call) -> Tensor:
+    """Run a layer's norm and MLP or MoE on [s, b, C]."""
+    return layer._forward_mlp(
+        layer_input,
+        call.kwargs.get("inference_context"),
+        padding_mask=call.kwargs.get("padding_mask"),
+        packed_seq_params=call.kwargs.get("packed_seq_params"),
+    )
+
+
+class SubLayer:
+    """A connection and its F in a model chunk; no module, so the layer keeps the connection's parameters.
+
+    Args:
+        f: `attention` or `mlp`.
+        position: in the chunk.
+
+    Source: arXiv 2512.24880 Eq. (3).
+    """
+
+    def __init__(
+        self, connection: HyperConnectionModule, f: Callable[..., Tensor], chunk: ModelChunk, position: int
+    ):
+        self.connection, self.f, self.chunk, self.position = connection, f, chunk, position
+
+    def pre(self, streams: Tensor) -> Visit:
+        """Read the layer input from streams: [s, b, n*C]."""
+        layer_input, mappings = self.connection(streams)
+        visit = Visit(streams, layer_input, mappings)
+        if not torch.compiler.is_compiling() and not isinstance(mappings, reference.Coefficients):
+            visit.left = Left()
+            visit.read_by_f(layer_input)
+        return visit
+
+    def run(self, layer: HyperConnectionTransformerLayer, visit: Visit, call: Call) -> Tensor:
+        """F of the layer input: [s, b, C]."""
+        return self.f(layer, visit.layer_input, call)
+
+    def post_res(self, visit: Visit, f: Tensor, work_ahead: bool = True) -> Tensor:
+        """Mix the streams and write f: [s, b, C] into them; returns [s, b, n*C].
+
+        Args:
+            work_ahead: the next sub-layer reads what this returns, as it is.
+        """
+        bias = None if visit.left is None else visit.left.bias
+        reader = self.chunk.reader_behind(self, f) if work_ahead and torch.is_grad_enabled() else None
+        return self.connection.post_res(visit.streams, f, visit.mappings, bias, reader)
+
+    def leave(self, streams: Tensor) -> tuple[Visit, Tensor, Tensor]:
+        """`pre` where a pipeline stage ends in the midst of this sub-layer.
+
+        Returns:
+            the visit, u = H_res x: [s, b, n*C] and h_post: [s*b, n], which `post_res` elsewhere needs.
+        """
+        layer_input, mappings = self.connection(streams)
+        return Visit(streams, layer_input, mappings), *self.connection.mix(streams, mappings)
+
+
+def bias_dropout(training: bool, fused: bool) -> Callable[..., Tensor]:
+    """Megatron's bias-dropout-add without the add, which post_res does.
+
+    Without dropout, the bias is left for post_res too, if that can add it.
+    """
+
+    def apply(output_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, prob: float) -> Tensor:
+        output, bias = output_with_bias
+        dropout = training and prob > 0
+        if bias is not None:
+            left = None if dropout else Left.on(residual)
+            if left is not None and left.takes_bias and output.dtype == bias.dtype:
+                left.bias = bias
+            else:
+                output = output + bias
+        return F.dropout(output, p=prob, training=training)
+
+    return apply
