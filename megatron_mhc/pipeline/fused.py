@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from megatron_mhc import recompute
+from megatron_mhc.pipeline.buffers import own_buffers
 from megatron_mhc.pipeline.delayed_weights import DelayedWeights
 from megatron_mhc.pipeline.engine import Step, layers_of
 from megatron_mhc.pipeline.layer_nodes import FusedPass, Tape
@@ -37,7 +38,8 @@ class FusedStep(Step):
             self.delayed = [DelayedWeights(chunk, self.transport.streams) for chunk in self.chunks]
 
     def run(self) -> None:
-        super().run()
+        with own_buffers():
+            super().run()
         for weights in self.delayed:
             weights.check_computed()
 
