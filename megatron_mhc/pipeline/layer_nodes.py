@@ -7,7 +7,7 @@ combine     all-to-all (MoE)          post       unpermute, add the shared exper
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -175,10 +175,12 @@ class FusedPass:
         crossing = () if cut else _crossing(streams, mappings)
         with self.node(at, "dispatch", moe, u):
             if moe:
+                self._used(*_kept(layer))
                 hidden, probs, shared, *crossed = self._take((at, start), hidden, probs, shared, *crossing)
                 hidden, probs = layer.mlp.dispatch(hidden, probs)
         with self.node(at, "experts", moe):
             if moe:
+                self._used(*_kept(layer))
                 hidden, probs = self._take((at, "experts"), hidden, probs)
                 hidden, _ = layer.mlp.routed_experts_compute(hidden, probs)
             else:
@@ -207,21 +209,26 @@ class FusedPass:
         return streams, context
 
     def _take(self, where: Where, *tensors: Tensor | None) -> tuple[Any, ...]:
-        for tensor in tensors:
-            if tensor is not None:
-                self._streams.used(tensor)
+        self._used(*tensors)
         return self.tape.cut(where, *tensors)
 
+    def _used(self, *values: Any) -> None:
+        for value in values:
+            if isinstance(value, Tensor):
+                self._streams.used(value)
+
     def _reads(self, layer: HyperConnectionTransformerLayer, mappings: Any, *tensors: Tensor | None) -> None:
-        """The current stream reads tensors, the mappings' own, and what the dispatcher keeps for itself."""
+        """The current stream reads tensors, the mappings' own, and what the dispatcher keeps."""
         if isinstance(mappings, reference.Coefficients):
             own: tuple[Any, ...] = tuple(mappings)
         else:
             own = (mappings.values, *mappings.rest)
-        kept = vars(layer.mlp.token_dispatcher).values() if layer.is_moe_layer else ()
-        for tensor in (*tensors, *own, *kept):
-            if isinstance(tensor, Tensor):
-                self._streams.used(tensor)
+        self._used(*tensors, *own, *(_kept(layer) if layer.is_moe_layer else ()))
+
+
+def _kept(layer: HyperConnectionTransformerLayer) -> Iterable[Any]:
+    """What the dispatcher keeps from one node to a later one, tensors among it."""
+    return vars(layer.mlp.token_dispatcher).values()
 
 
 def _route(
