@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge
 
 from megatron_mhc.ops import reference
+from megatron_mhc.pipeline.edges import backward, edge_of
 from megatron_mhc.pipeline.nodes import leave, pack
 from megatron_mhc.pipeline.streams import HostStreams, stream_of
 
@@ -36,9 +37,9 @@ class Tape:
     def __init__(self, streams: HostStreams):
         self._streams = streams
         self._order: list[Where] = [(0, "attention")]
-        self._cuts: dict[Where, list[tuple[GradientEdge, Tensor]]] = {}
-        self._ends: list[GradientEdge] = []
-        self._roots: list[tuple[GradientEdge, Tensor]] = []
+        self._cuts: dict[Where, list[tuple[GradientEdge | None, Tensor]]] = {}
+        self._ends: list[GradientEdge | None] = []
+        self._roots: list[tuple[GradientEdge | None, Tensor]] = []
         self._early: list[GradientEdge | None] = []
         self._last: Any = None  # event of the piece whose backward ran last
         self.dh_post: Tensor | None = None
@@ -50,7 +51,7 @@ class Tape:
         for tensor in tensors:
             if tensor is not None and tensor.requires_grad:
                 leaf = tensor.detach().requires_grad_()
-                pairs.append((get_gradient_edge(tensor), leaf))
+                pairs.append((edge_of(tensor), leaf))
                 leaves.append(leaf)
             else:
                 leaves.append(tensor)
@@ -58,23 +59,21 @@ class Tape:
         self._cuts[where] = pairs
         return tuple(leaves)
 
-    def end(self, *edges: GradientEdge) -> None:
+    def end(self, *edges: GradientEdge | None) -> None:
         """What leaves the chunk at its end, whose gradient `seed` brings."""
         self._ends = list(edges)
 
     def early(self, *tensors: Tensor) -> None:
         """u and h_post, which left before the last MLP."""
-        self._early = [get_gradient_edge(t) if t.requires_grad else None for t in tensors]
+        self._early = [edge_of(tensor) for tensor in tensors]
 
     def seed(self, gradients: list[Tensor]) -> None:
-        self._roots += list(zip(self._ends, gradients, strict=True))
+        self._roots += zip(self._ends, gradients, strict=True)
 
     def seed_early(self, du: Tensor) -> None:
         """du = dx: [s, b, n*C]; dh_post came with df."""
         assert self.dh_post is not None
-        for edge, gradient in zip(self._early, (du, self.dh_post), strict=True):
-            if edge is not None:
-                self._roots.append((edge, gradient))
+        self._roots += zip(self._early, (du, self.dh_post), strict=True)
 
     @contextmanager
     def on(self, stream: str) -> Iterator[None]:
@@ -94,10 +93,9 @@ class Tape:
                 if leaf.grad is not None:
                     roots.append((edge, leaf.grad))
         self._order = self._order[: at + 1]
-        if roots:
-            for _, gradient in roots:
-                self._streams.used(gradient)
-            torch.autograd.backward([edge for edge, _ in roots], [gradient for _, gradient in roots])
+        for _, gradient in roots:
+            self._streams.used(gradient)
+        backward(roots)
 
 
 class FusedPass:
@@ -193,7 +191,7 @@ class FusedPass:
             if h_post is not None:  # the next stage has the streams
                 self._reads(layer, mappings, h_post)
                 f = _join(layer, hidden, shared) if moe else hidden
-                tape.end(get_gradient_edge(f))
+                tape.end(edge_of(f))
                 return pack(f, h_post), context
         with self.node(at, "post", moe):
             (hidden,) = self._take((at, "post"), hidden)
@@ -242,6 +240,8 @@ def _route(
     if padding is not None:
         padding = padding.transpose(0, 1).bool()  # as MoELayer.forward has it
     norm = layer._forward_pre_mlp_layernorm(layer_input)
+    if isinstance(norm, tuple):  # --fused-residual-rmsnorm: with the residual, which here are the streams
+        norm, _ = norm
     shared = layer.mlp.shared_experts_compute(norm)
     probs, routing = layer.mlp.route(norm, padding)
     hidden, probs = layer.mlp.preprocess(norm, probs, routing)

@@ -72,6 +72,8 @@ class ReplayedConnection(HyperConnectionModule):
     @torch.compiler.disable
     def see_norm(self, norm: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         """Forward hook of the norm in front of F."""
+        if isinstance(output, tuple):  # --fused-residual-rmsnorm: with its input
+            output = output[0]
         now = self._pass
         if now is None or now.layer_input is None or not isinstance(output, Tensor):
             return
@@ -235,7 +237,7 @@ class _Pass:
         # A norm may take another kernel where no gradient is asked for, with other bits.
         with torch.enable_grad():
             again = self.norm(layer_input.detach().requires_grad_())
-        output.copy_(again)
+        output.copy_(again[0] if isinstance(again, tuple) else again)
         self.refilled.append(output)
 
     def kept(self) -> list[Tensor]:

@@ -58,7 +58,9 @@ def compare_partly_trained(
     """One iteration of a model of which `patterns` name what is trained, against one process."""
     weights = functools.partial(partly_trained, patterns)
     settings = dict(num_layers=4) | settings
-    expected = run_ranks(1, _reference, kind, MHCConfig(), count, settings, weights)[0]
+    plain = MHCConfig(sinkhorn_iterations=mhc.sinkhorn_iterations)
+    exact = settings | dict(params_dtype=torch.float64, pipeline_dtype=torch.float64)
+    expected = run_ranks(1, _reference, kind, plain, count, exact, weights)[0]
     run = functools.partial(compare_all, overrides=settings, weights=weights)
     return run_ranks(world, run, layout, kind, [(mhc, count, expected)])[0][0]
 
