@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Protocol
 
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -68,9 +68,14 @@ class ModelChunk:
         """Have `runner` run the layers inside the block."""
         before, self.runner = self.runner, runner
         try:
-            yield
+            with self.abandoned_on_error():
+                yield
         finally:
             self.runner = before
+
+    def abandoned_on_error(self) -> AbstractContextManager[None]:
+        """Around a part of a forward pass, which an exception may end."""
+        return nullcontext()
 
 
 class ModelChunks:

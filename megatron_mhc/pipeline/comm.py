@@ -98,10 +98,18 @@ def _connect(channels: Channels) -> None:
     for name, source, target in links(len(channels.ranks)):
         ends = channels.ranks[source], channels.ranks[target]
         number, group = torch.zeros(1, device=device), channels.groups[name]
-        if me == ends[0]:
-            dist.send(number, ends[1], group=group)
-        elif me == ends[1]:
-            dist.recv(number, ends[0], group=group)
+        if me not in ends:
+            continue
+        peer = target if me == ends[0] else source
+        try:
+            if me == ends[0]:
+                dist.send(number, ends[1], group=group)
+            else:
+                dist.recv(number, ends[0], group=group)
+        except RuntimeError as error:
+            raise PipelineError(
+                f"pipeline rank {channels.ranks.index(me)}: no connection: {_failed(channels, peer)}"
+            ) from error
     if device == "cuda":
         torch.cuda.synchronize()  # nothing of this is pending when the step begins, see loading.py
 
@@ -111,6 +119,13 @@ def timeout_of(group: Any) -> timedelta:
     device = torch.device("cuda" if dist.get_backend(group) == "nccl" else "cpu")
     options = getattr(group._get_backend(device), "options", None)
     return getattr(options, "_timeout", None) or DEFAULT_TIMEOUT
+
+
+def _failed(channels: Channels, peer: int) -> str:
+    return (
+        f"pipeline rank {peer} (global rank {channels.ranks[peer]}) has failed or was silent for "
+        f"{channels.timeout.total_seconds():.0f} s (--distributed-timeout-minutes); look at its log first"
+    )
 
 
 @dataclass
@@ -127,7 +142,7 @@ class Transport:
         shapes: of each kind of message by name; the same on all ranks.
         dtype, device: of all messages.
 
-    Raises (`send`, `wait`, `drain`):
+    Raises (`post`, `send`, `wait`, `drain`):
         PipelineError: a neighbour failed or was silent for the groups' timeout; names the message.
         ValueError: a tensor of another shape or dtype than the message's.
     """
@@ -154,7 +169,10 @@ class Transport:
         name, source, _ = channel(self.plan, message)
         with self.streams.posting():
             buffer = torch.empty(self.shapes[message.name], dtype=self.dtype, device=self.place)
-            work = dist.irecv(buffer, self.channels.ranks[source], group=self.channels.groups[name])
+            try:
+                work = dist.irecv(buffer, self.channels.ranks[source], group=self.channels.groups[name])
+            except RuntimeError as error:
+                raise self._error(message, "could not be awaited", source) from error
         self.coming[message] = work, buffer
 
     def wait(self, message: Message) -> Tensor:
@@ -212,11 +230,9 @@ class Transport:
             raise self._error(sent.message, "was not received", target) from error
 
     def _error(self, message: Message, what: str, peer: int) -> PipelineError:
-        seconds = self.channels.timeout.total_seconds()
         return PipelineError(
             f"pipeline rank {self.rank}: message {message.name} of micro-batch {message.microbatch}, stage "
-            f"{message.stage}, {what}: pipeline rank {peer} (global rank {self.channels.ranks[peer]}) has "
-            f"failed or was silent for {seconds:.0f} s (--distributed-timeout-minutes); look at its log first"
+            f"{message.stage}, {what}: {_failed(self.channels, peer)}"
         )
 
 

@@ -11,25 +11,19 @@ from megatron.core.pipeline_parallel import schedules
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import get_attr_wrapped_model, get_model_config
 from torch import Tensor
-from torch.autograd.graph import get_gradient_edge
 
 from megatron_mhc import recompute
 from megatron_mhc.chunk import Runner, chunk_of
 from megatron_mhc.pipeline.comm import HostTransport, Transport, channels_of
+from megatron_mhc.pipeline.edges import backward, edge_of
 from megatron_mhc.pipeline.gradients import GradientSync
 from megatron_mhc.pipeline.loading import first_of_its_kind
 from megatron_mhc.pipeline.nodes import StageEntry, StageExit, packed_width, unpack
 from megatron_mhc.pipeline.options import check_call, plan_for
 from megatron_mhc.pipeline.program import (
-    BACKWARD,
-    FORWARD,
     HEAD,
-    POST,
-    REPLAY,
-    SEND,
     SPLIT,
     TAIL,
-    WAIT,
     Message,
     Op,
     Plan,
@@ -114,6 +108,9 @@ def _step_class(plan: Plan) -> type[Step]:
 class Step:
     """All micro-batches of one step on one rank.
 
+    Neither what outlives `run` nor the step itself refers to it: it must let go of the data iterators when its
+    caller does, since those may have processes that somebody waits for at exit.
+
     Args:
         chunks: the rank's model chunks, wrapped as Megatron's training wraps them.
         sizes: (sequence length, micro-batch size).
@@ -150,16 +147,8 @@ class Step:
         self.inputs: dict[tuple[int, int], Tensor] = {}
         self.entries: dict[tuple[int, int], StageEntry] = {}
         self.exits: dict[tuple[int, int], StageExit] = {}
-        self.outputs: dict[tuple[int, int], Any] = {}  # a loss, or the edge of what was sent
+        self.outputs: dict[tuple[int, int], Any] = {}  # a loss, or the edge of what was sent, see edges.py
         self.blocks: dict[tuple[int, int], Any] = {}  # what `recompute` dropped
-        self.run_op = {
-            POST: lambda op: self.transport.post(op.message),
-            WAIT: self._wait,
-            SEND: self._send,
-            REPLAY: lambda op: recompute.replay(self.blocks.pop(op[2:4])),
-            FORWARD: self._forward,
-            BACKWARD: self._backward,
-        }
 
     def _transport(self, sizes: tuple[int, int]) -> Transport:
         config, (sequence, batch) = self.config, sizes
@@ -170,7 +159,7 @@ class Step:
         wide: tuple[int, ...] = (tokens, batch, self.streams * config.hidden_size)
         narrow: tuple[int, ...] = (tokens, batch, packed_width(config.hidden_size, self.streams, dtype))
         shapes = {"streams": wide, "mixed": wide, "d_streams": wide, "write": narrow, "d_write": narrow}
-        device = next(self.chunks[0].parameters()).device
+        device = torch.empty(0, device="cuda").device  # the current one; a stage may have no parameters
         channels, plan = channels_of(self.groups.pp), self.plan
         streams = streams_for(device, channels.backend)
         kind = (channels.ranks, plan.forward_only, plan.fused, plan.boundary, wide, dtype)
@@ -181,18 +170,24 @@ class Step:
 
     def run(self) -> None:
         """Run the program, and wait until all messages have left."""
-        with self.sync:
-            while self.at < len(self.program):
-                self._advance()
-        self.transport.drain()
+        try:
+            with self.sync:
+                while self.at < len(self.program):
+                    self._advance()
+            self.transport.drain()
+        finally:
+            self.exits.clear()  # after an error they would call back
 
     def _advance(self) -> Op:
         op = self.program[self.at]
         self.at += 1
         for observer in observers:
             observer(op, self)
-        self.run_op[op.kind](op)
+        getattr(self, f"_{op.kind}")(op)  # by name: a table of bound methods would keep the step alive
         return op
+
+    def _post(self, op: Op) -> None:
+        self.transport.post(op.message)
 
     def _wait(self, op: Op) -> None:
         self.received[op.message] = self.transport.wait(op.message)
@@ -200,6 +195,9 @@ class Step:
     def _send(self, op: Op) -> None:
         self.transport.sweep()
         self.transport.send(op.message, self.to_send.pop(op.message))
+
+    def _replay(self, op: Op) -> None:
+        recompute.replay(self.blocks.pop(op[2:4]))
 
     # Forward
 
@@ -221,7 +219,7 @@ class Step:
         if leaves is not None:
             self.exits[key] = leaves
         else:
-            self.outputs[key] = output if last else get_gradient_edge(output)
+            self.outputs[key] = output if last else edge_of(output)
 
     def forward_step(self, key: tuple[int, int], runner: Runner | None = None) -> Tensor:
         """Megatron's forward step of a chunk, its layers run by `runner`, None for in order.
@@ -295,7 +293,7 @@ class Step:
                 if isinstance(output, Tensor):
                     self.backward_loss(output)
                 else:
-                    torch.autograd.backward([output], [self.received.pop(self._from_next("d_streams", key))])
+                    backward([(output, self.received.pop(self._from_next("d_streams", key)))])
 
     @contextlib.contextmanager
     def backward_step(self, key: tuple[int, int], first: bool, last: bool) -> Iterator[None]:

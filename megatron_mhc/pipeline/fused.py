@@ -15,10 +15,11 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
-from torch.autograd.graph import get_gradient_edge
 
 from megatron_mhc import recompute
+from megatron_mhc.pipeline.buffers import own_buffers
 from megatron_mhc.pipeline.delayed_weights import DelayedWeights
+from megatron_mhc.pipeline.edges import edge_of
 from megatron_mhc.pipeline.engine import Step, layers_of
 from megatron_mhc.pipeline.layer_nodes import NodeByNode, Tape
 from megatron_mhc.pipeline.program import BACKWARD, FORWARD, SPLIT, Message, Op
@@ -37,7 +38,8 @@ class FusedStep(Step):
             self.delayed = [DelayedWeights(chunk, self.transport.streams) for chunk in self.chunks]
 
     def run(self) -> None:
-        super().run()
+        with own_buffers():
+            super().run()
         for weights in self.delayed:
             weights.check_computed()
 
@@ -85,7 +87,7 @@ class FusedStep(Step):
             message = Message("write" if split else "streams", microbatch, stage)
             self.to_send[message], self.sent_from[message] = output, nodes.stream
             if not split:
-                tape.end(get_gradient_edge(output))
+                tape.end(edge_of(output))
         if plan.replay:
             self.blocks[key] = recompute.handle(self.chunks[stage // plan.pp])
         self.tapes[key] = tape

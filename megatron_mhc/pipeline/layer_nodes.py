@@ -7,16 +7,16 @@ combine     all-to-all (MoE)          post       unpermute, add the shared exper
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge
 
 from megatron_mhc.layer import HyperConnectionTransformerLayer, viewless
 from megatron_mhc.ops import reference
+from megatron_mhc.pipeline.edges import backward, edge_of
 from megatron_mhc.pipeline.nodes import pack
 from megatron_mhc.pipeline.streams import HostStreams, stream_of
 from megatron_mhc.sublayer import Call, Visit
@@ -34,9 +34,9 @@ class Tape:
     def __init__(self, streams: HostStreams):
         self._streams = streams
         self._order: list[Where] = [(0, "attention")]
-        self._cuts: dict[Where, list[tuple[GradientEdge, Tensor]]] = {}
-        self._ends: list[GradientEdge] = []
-        self._roots: list[tuple[GradientEdge, Tensor]] = []
+        self._cuts: dict[Where, list[tuple[GradientEdge | None, Tensor]]] = {}
+        self._ends: list[GradientEdge | None] = []
+        self._roots: list[tuple[GradientEdge | None, Tensor]] = []
         self._early: list[GradientEdge | None] = []
         self._last: Any = None  # event of the piece whose backward ran last
         self.dh_post: Tensor | None = None
@@ -48,7 +48,7 @@ class Tape:
         for tensor in tensors:
             if tensor is not None and tensor.requires_grad:
                 leaf = tensor.detach().requires_grad_()
-                pairs.append((get_gradient_edge(tensor), leaf))
+                pairs.append((edge_of(tensor), leaf))
                 leaves.append(leaf)
             else:
                 leaves.append(tensor)
@@ -56,23 +56,21 @@ class Tape:
         self._cuts[where] = pairs
         return tuple(leaves)
 
-    def end(self, *edges: GradientEdge) -> None:
+    def end(self, *edges: GradientEdge | None) -> None:
         """What leaves the chunk at its end, whose gradient `seed` brings."""
         self._ends = list(edges)
 
     def early(self, *tensors: Tensor) -> None:
         """u and h_post, which left before the last MLP."""
-        self._early = [get_gradient_edge(t) if t.requires_grad else None for t in tensors]
+        self._early = [edge_of(tensor) for tensor in tensors]
 
     def seed(self, gradients: list[Tensor]) -> None:
-        self._roots += list(zip(self._ends, gradients, strict=True))
+        self._roots += zip(self._ends, gradients, strict=True)
 
     def seed_early(self, du: Tensor) -> None:
         """du = dx: [s, b, n*C]; dh_post came with df."""
         assert self.dh_post is not None
-        for edge, gradient in zip(self._early, (du, self.dh_post), strict=True):
-            if edge is not None:
-                self._roots.append((edge, gradient))
+        self._roots += zip(self._early, (du, self.dh_post), strict=True)
 
     @contextmanager
     def on(self, stream: str) -> Iterator[None]:
@@ -92,10 +90,9 @@ class Tape:
                 if leaf.grad is not None:
                     roots.append((edge, leaf.grad))
         self._order = self._order[: at + 1]
-        if roots:
-            for _, gradient in roots:
-                self._streams.used(gradient)
-            torch.autograd.backward([edge for edge, _ in roots], [gradient for _, gradient in roots])
+        for _, gradient in roots:
+            self._streams.used(gradient)
+        backward(roots)
 
 
 class NodeByNode:
@@ -167,10 +164,12 @@ class NodeByNode:
         crossing = () if cut else _crossing(visit)
         with self.node(at, "dispatch", moe, u):
             if moe:
+                self._used(*_kept(layer))
                 hidden, probs, shared, *crossed = self._take((at, start), hidden, probs, shared, *crossing)
                 hidden, probs = layer.mlp.dispatch(hidden, probs)
         with self.node(at, "experts", moe):
             if moe:
+                self._used(*_kept(layer))
                 hidden, probs = self._take((at, "experts"), hidden, probs)
                 hidden, _ = layer.mlp.routed_experts_compute(hidden, probs)
             else:
@@ -184,7 +183,7 @@ class NodeByNode:
             if h_post is not None:  # the next stage has the streams
                 self._reads(layer, visit, h_post)
                 f = _join(layer, hidden, shared) if moe else hidden
-                tape.end(get_gradient_edge(f))
+                tape.end(edge_of(f))
                 return pack(f, h_post), call.context
         with self.node(at, "post", moe):
             (hidden,) = self._take((at, "post"), hidden)
@@ -199,22 +198,27 @@ class NodeByNode:
         return streams, call.context
 
     def _take(self, where: Where, *tensors: Tensor | None) -> tuple[Any, ...]:
-        for tensor in tensors:
-            if tensor is not None:
-                self._streams.used(tensor)
+        self._used(*tensors)
         return self.tape.cut(where, *tensors)
 
+    def _used(self, *values: Any) -> None:
+        for value in values:
+            if isinstance(value, Tensor):
+                self._streams.used(value)
+
     def _reads(self, layer: HyperConnectionTransformerLayer, visit: Visit, *tensors: Tensor | None) -> None:
-        """The current stream reads tensors, the mappings' own, and what the dispatcher keeps for itself."""
+        """The current stream reads tensors, the mappings' own, and what the dispatcher keeps."""
         mappings = visit.mappings
         if isinstance(mappings, reference.Coefficients):
             own: tuple[Any, ...] = tuple(mappings)
         else:
             own = (mappings.values, *mappings.rest)
-        kept = vars(layer.mlp.token_dispatcher).values() if layer.is_moe_layer else ()
-        for tensor in (*tensors, *own, *kept):
-            if isinstance(tensor, Tensor):
-                self._streams.used(tensor)
+        self._used(*tensors, *own, *(_kept(layer) if layer.is_moe_layer else ()))
+
+
+def _kept(layer: HyperConnectionTransformerLayer) -> Iterable[Any]:
+    """What the dispatcher keeps from one node to a later one, tensors among it."""
+    return vars(layer.mlp.token_dispatcher).values()
 
 
 def _route(
@@ -228,6 +232,8 @@ def _route(
     if padding is not None:
         padding = padding.transpose(0, 1).bool()  # as MoELayer.forward has it
     norm = layer._forward_pre_mlp_layernorm(layer_input)
+    if isinstance(norm, tuple):  # --fused-residual-rmsnorm: with the residual, which here are the streams
+        norm, _ = norm
     shared = layer.mlp.shared_experts_compute(norm)
     probs, routing = layer.mlp.route(norm, padding)
     hidden, probs = layer.mlp.preprocess(norm, probs, routing)

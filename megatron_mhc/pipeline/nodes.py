@@ -15,11 +15,12 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge
 
 from megatron_mhc.config import MHCConfig
 from megatron_mhc.layer import HyperConnectionTransformerLayer, InOrder
 from megatron_mhc.ops import choose_backend, reference
+from megatron_mhc.pipeline.edges import backward, edge_of
 from megatron_mhc.sublayer import Call, SubLayer
 
 
@@ -58,10 +59,9 @@ class StageExit(InOrder):
 
     def __init__(self, early: Callable[[Tensor], None]):
         self._early = early
-        # Edges, not tensors: what has been sent need not stay.
         self._f: GradientEdge | None = None
         self._leaf: Tensor | None = None  # what the MLP read, cut off from the rest of the chunk
-        self._rest: list[GradientEdge | None] = []  # u, h_post, layer input; None for a constant
+        self._rest: list[GradientEdge | None] = []  # u, h_post, layer input
 
     def sublayer(
         self, sublayer: SubLayer, layer: HyperConnectionTransformerLayer, streams: Tensor, call: Call
@@ -76,25 +76,21 @@ class StageExit(InOrder):
             visit.layer_input = layer_input.detach().requires_grad_(layer_input.requires_grad)
         f = sublayer.run(layer, visit, call)
         if torch.is_grad_enabled():
-            self._f, self._leaf = get_gradient_edge(f), visit.layer_input
-            rest = (u, h_post, layer_input)
-            self._rest = [get_gradient_edge(t) if t.requires_grad else None for t in rest]
+            self._f, self._leaf = edge_of(f), visit.layer_input
+            self._rest = [edge_of(tensor) for tensor in (u, h_post, layer_input)]
         return pack(f, h_post)
 
     def backward_mlp(self, df: Tensor) -> None:
         """Go backward through the MLP with df: [s, b, C]."""
         edge, self._f = self._f, None
-        assert edge is not None
-        torch.autograd.backward([edge], [df])
+        backward([(edge, df)])
 
     def backward_rest(self, du: Tensor, dh_post: Tensor) -> None:
         """Go backward through the rest of the chunk with du = dx: [s, b, n*C] and dh_post: [s*b, n]."""
         leaf, edges = self._leaf, self._rest
         self._leaf, self._rest = None, []
         assert leaf is not None
-        gradients = (du, dh_post, leaf.grad)
-        wanted = [(e, g) for e, g in zip(edges, gradients, strict=True) if e is not None and g is not None]
-        torch.autograd.backward([e for e, _ in wanted], [g for _, g in wanted])
+        backward(zip(edges, (du, dh_post, leaf.grad), strict=True))
 
 
 class StageEntry:

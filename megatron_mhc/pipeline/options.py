@@ -27,13 +27,13 @@ _NOT_FUSED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("moe_token_dispatcher_type", lambda v: v == "flex", "use alltoall"),
     ("overlap_dispatch_backward_with_experts_wgrad", bool, "drop it"),
     ("mlp_chunks_for_training", lambda v: (v or 1) > 1, "drop it"),
+    # Its second GEMM would run beside those of the compute stream, in the one workspace of a device.
+    ("moe_latent_size", bool, "drop it"),
 )
 
 _NOT_DELAYED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     # Its linears are no modules of the model: their queues would not be found.
     ("use_transformer_engine_op_fuser", bool, "drop it"),
-    # The second of its linears runs on the stream of the MLP's post_res, the weight gradients do not.
-    ("moe_latent_size", bool, "drop it"),
     # Megatron's hook of a weight that one micro-batch uses twice asks for two gradients, and finds one.
     ("mtp_use_repeated_layer", bool, "drop it"),
 )

@@ -112,6 +112,8 @@ def coefficients_of(mappings: Mappings) -> reference.Coefficients | Tensor:
 @torch.compiler.disable
 def _see_norm(norm: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
     """Forward hook of the norm in front of F."""
+    if isinstance(output, tuple):  # --fused-residual-rmsnorm: with its input
+        output = output[0]
     dropped = Left.on(inputs[0])
     if isinstance(dropped, Dropped) and isinstance(output, Tensor):
         dropped.norm, dropped.norm_output = norm, output
@@ -246,7 +248,7 @@ class Dropped(Left):
         # A norm may take another kernel where no gradient is asked for, with other bits.
         with torch.enable_grad():
             again = self.norm(layer_input.detach().requires_grad_())
-        output.copy_(again)
+        output.copy_(again[0] if isinstance(again, tuple) else again)
         self.refilled.append(output)
 
     def kept(self) -> list[Tensor]:

@@ -31,7 +31,8 @@ class Iteration:
     @classmethod
     def of(cls, loss: float, chunks: list[Any]) -> Iteration:
         """What a world of one holds after its iteration."""
-        return cls(loss, {name: gradient(p).cpu().clone() for name, p in global_parameters(chunks)})
+        trained = ((name, p) for name, p in global_parameters(chunks) if p.requires_grad)
+        return cls(loss, {name: gradient(p).cpu().clone() for name, p in trained})
 
 
 @dataclasses.dataclass
@@ -61,6 +62,8 @@ def differences(loss: float, chunks: list[Any], expected: Iteration, dtype: torc
     floor = _floor(expected, dtype)
     mine: dict[str, float] = {}
     for name, parameter in global_parameters(chunks):
+        if not parameter.requires_grad:
+            continue
         wanted = shard(expected.gradients[name], parameter)
         error = _relative(gradient(parameter).cpu(), wanted, expected.gradients[name], floor)
         mine[name] = max(error, mine.get(name, 0.0))

@@ -166,7 +166,11 @@ class Bench:
             return LoopTransport(*made, copies=bench.copies, log=log, copy=copy, late=late)
 
         kind = fused.FusedStep if self.plan.fused else engine.Step
-        make = type("BenchStep", (kind,), {"_transport": transport})
+
+        def wait_sent(step: Any, op: Any) -> None:
+            step.transport.wait_sent(op.message)
+
+        make = type("BenchStep", (kind,), {"_transport": transport, f"_{WAIT_SENT}": wait_sent})
         groups = ProcessGroupCollection.use_mpu_process_groups()
         run = make(
             self.plan,
@@ -180,7 +184,6 @@ class Bench:
             first_val_step=None,
         )
         run.program = self.program
-        run.run_op[WAIT_SENT] = lambda op: run.transport.wait_sent(op.message)
         for chunk in self.chunks:
             chunk.zero_grad(set_to_none=True)
         Exchange.active, Exchange.log = exchange, log

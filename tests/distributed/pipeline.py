@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +23,7 @@ from harness import ps as parallel_state
 from megatron_mhc import MHCConfig
 from megatron_mhc.pipeline import engine
 from megatron_mhc.testing import ranks
+from megatron_mhc.testing.parameters import fill
 
 LAYERS = 12  # unless the number of stages does not divide it
 
@@ -33,14 +35,47 @@ def interleaved(boundary: str = "whole", schedule: str = "interleaved", **option
 @functools.cache
 def reference_of(kind: str, mhc: MHCConfig, count: int, layers: int = LAYERS) -> Iteration:
     """One iteration of `count` micro-batches in a world of one."""
-    return ranks.run_ranks(1, _reference, kind, mhc, count, layers)[0]
+    return ranks.run_ranks(1, _reference, kind, mhc, count, dict(num_layers=layers))[0]
 
 
-def _reference(kind: str, mhc: MHCConfig, count: int, layers: int) -> Iteration:
+def partly_trained(patterns: list[str], chunks: list[Any]) -> None:
+    """Fill as `build` does, and freeze all parameters but those whose name in the whole model matches."""
+    fill(chunks)
+    for name, parameter in global_parameters(chunks):
+        parameter.requires_grad_(any(re.search(pattern, name) for pattern in patterns))
+
+
+def compare_partly_trained(
+    run_ranks: Callable[..., Any],
+    world: int,
+    layout: Layout,
+    kind: str,
+    mhc: MHCConfig,
+    patterns: list[str],
+    count: int = 4,
+    **settings: Any,
+) -> Comparison:
+    """One iteration of a model of which `patterns` name what is trained, against one process."""
+    weights = functools.partial(partly_trained, patterns)
+    settings = dict(num_layers=4) | settings
+    plain = MHCConfig(sinkhorn_iterations=mhc.sinkhorn_iterations)
+    exact = settings | dict(params_dtype=torch.float64, pipeline_dtype=torch.float64)
+    expected = run_ranks(1, _reference, kind, plain, count, exact, weights)[0]
+    run = functools.partial(compare_all, overrides=settings, weights=weights)
+    return run_ranks(world, run, layout, kind, [(mhc, count, expected)])[0][0]
+
+
+def _reference(
+    kind: str,
+    mhc: MHCConfig,
+    count: int,
+    settings: dict[str, Any],
+    weights: Callable[[list[Any]], None] = fill,
+) -> Iteration:
     layout = Layout()
     layout.initialize()
-    config = layout.config(kind, num_layers=layers)
-    chunks = build(layout, config, kind, mhc)
+    config = layout.config(kind, **settings)
+    chunks = build(layout, config, kind, mhc, weights=weights)
     return Iteration.of(iterate(chunks, config, count=count), chunks)
 
 
@@ -51,6 +86,7 @@ def compare_all(
     overrides: dict[str, Any] | None = None,
     prepare: Callable[[Any, list[Any]], None] | None = None,
     ddp: dict[str, Any] | None = None,
+    weights: Callable[[list[Any]], None] = fill,
 ) -> list[Comparison]:
     """Run one iteration of the schedule on this rank for each (options, micro-batches, expected).
 
@@ -61,7 +97,7 @@ def compare_all(
     layout.initialize()
     for mhc, count, expected in cases:
         config = layout.config(kind, **(dict(num_layers=LAYERS) | (overrides or {})))
-        chunks = build(layout, config, kind, mhc, ddp)
+        chunks = build(layout, config, kind, mhc, ddp, weights=weights)
         if prepare:
             prepare(config, chunks)
         loss = iterate(chunks, config, count=count, schedule=engine.forward_backward)

@@ -184,6 +184,15 @@ def test_no_stream_reads_what_may_not_be_there(run_ranks, kind, boundary, replay
 
 
 @pytest.mark.parametrize("boundary", ["whole", "split"])
+def test_nor_where_megatron_lends_one_buffer_to_all(run_ranks, boundary):
+    """The allgather dispatcher's gather beside those of linears under sequence parallelism."""
+    layout, mhc = Layout(pp=2, vpp=2, tp=2, sp=True), interleaved(boundary, "fused")
+    run = functools.partial(race, moe_token_dispatcher_type="allgather", moe_layer_freq=[0, 1, 1, 1] * 2)
+    early, unsafe = run_ranks(4, run, layout, "moe_shared", mhc, None)[0]
+    assert not early and not unsafe
+
+
+@pytest.mark.parametrize("boundary", ["whole", "split"])
 @pytest.mark.parametrize("kind", ["dense", "moe_shared"])
 def test_nor_do_delayed_weight_gradients(run_ranks, kind, boundary):
     world, layout = LAYOUTS[kind]

@@ -55,6 +55,7 @@ FUSED = MHCConfig(pipeline_schedule="fused")
         ("moe_token_dispatcher_type", "flex"),
         ("overlap_dispatch_backward_with_experts_wgrad", True),
         ("mlp_chunks_for_training", 2),
+        ("moe_latent_size", 8),
     ],
 )
 def test_what_a_fused_layer_cannot_take_apart_is_refused(name, value):
@@ -98,7 +99,7 @@ def test_what_megatron_asks_for_beside_delayed_weight_gradients_goes_with_fused(
 
 @pytest.mark.parametrize(
     "name, value",
-    [("use_transformer_engine_op_fuser", True), ("moe_latent_size", 8), ("mtp_use_repeated_layer", True)],
+    [("use_transformer_engine_op_fuser", True), ("mtp_use_repeated_layer", True)],
 )
 def test_what_does_not_go_with_delayed_weight_gradients_is_refused(name, value):
     options.check_config(config(**{name: value}), FUSED)

@@ -1,0 +1,40 @@
+"""Buffers that Megatron keeps once per process, which the micro-batches of a fused step must not share.
+
+docs/pipeline.md lists what else is kept once per process, and why it is safe.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from megatron.core.utils import GlobalMemoryBuffer
+from torch import Tensor
+
+
+@contextmanager
+def own_buffers() -> Iterator[None]:
+    """Have Megatron's global memory buffer give everyone who asks memory of his own.
+
+    It is lent for as long as nothing else runs in between: here the node of another micro-batch does, on the
+    same stream or on one beside it. Copying what was lent would leave the second race.
+    """
+    shared = GlobalMemoryBuffer.get_tensor
+    GlobalMemoryBuffer.get_tensor = _own
+    try:
+        yield
+    finally:
+        GlobalMemoryBuffer.get_tensor = shared
+
+
+def _own(
+    self: GlobalMemoryBuffer,
+    tensor_shape: tuple[int, ...],
+    dtype: torch.dtype,
+    name: str,
+    mem_alloc_context: Callable[[], AbstractContextManager[Any]] | None = None,
+) -> Tensor:
+    with (mem_alloc_context or nullcontext)():
+        return torch.empty(tensor_shape, dtype=dtype, device=torch.cuda.current_device())

@@ -1,0 +1,48 @@
+"""Models of which a part is trained: stages and pieces of layers that no gradient passes through."""
+
+import pytest
+import torch
+from harness import Layout
+from pipeline import compare_partly_trained, interleaved
+from test_pipeline_schedule import BOUNDARIES, ERROR, SCHEDULES
+
+TRAINED = {
+    "second_half": [r"layers\.[23]\.", "final_layernorm", "output_layer"],
+    "output_alone": ["output_layer"],
+    "mlps_alone": [r"layers\.\d\.mlp\."],
+    "mappings_alone": ["hyper_connection"],
+    # Streams and mappings of stage 0 carry no gradient, what its last MLP writes does.
+    "last_mlp_of_stage_0": [r"layers\.1\.mlp\."],
+    "attention_of_stage_1": [r"layers\.3\.self_attention\."],
+}
+
+
+def check(run_ranks, layout, kind, mhc, trained, world=2, error=ERROR, **settings):
+    result = compare_partly_trained(run_ranks, world, layout, kind, mhc, TRAINED[trained], **settings)
+    assert result.loss <= error
+    worst, name = result.worst
+    assert worst <= error, name
+
+
+@pytest.mark.parametrize("boundary", BOUNDARIES)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("trained", TRAINED)
+def test_what_is_trained_gets_its_gradients(run_ranks, trained, schedule, boundary):
+    check(run_ranks, Layout(pp=2), "dense", interleaved(boundary, schedule), trained)
+
+
+@pytest.mark.parametrize("boundary", BOUNDARIES)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("options", [dict(recompute_layer_num="2"), dict(recompute_layer_num="auto")])
+def test_with_replay_on_virtual_stages(run_ranks, options, schedule, boundary):
+    """Of four stages the first two train nothing; the first of them has no gradient to pass on."""
+    mhc = interleaved(boundary, schedule, **options)
+    check(run_ranks, Layout(pp=2, vpp=2), "moe_shared", mhc, "second_half")
+
+
+@pytest.mark.parametrize("trained", ["second_half", "last_mlp_of_stage_0"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_by_kernels(run_ranks, schedule, trained):
+    mhc = interleaved("split", schedule, backend="triton", sinkhorn_iterations=5)
+    small = dict(params_dtype=torch.float32, pipeline_dtype=torch.float32, count=2)
+    check(run_ranks, Layout(pp=2), "dense", mhc, trained, error=1e-4, **small)
