@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from megatron_mhc.pipeline import comm, delayed_weights, engine, fused, layer_nodes
 from megatron_mhc.pipeline.streams import COMPUTE, HostStreams
-from megatron_mhc.recompute import block, connection
+from megatron_mhc.recompute import block, sublayer
 from megatron_mhc.testing import cpu
 
 
@@ -118,7 +118,7 @@ class Stream(cpu._Stream):
 
 
 def watch_recompute(clocks):
-    for module in (block, connection):
+    for module in (block, sublayer):
         module.stream_of = lambda tensor: Stream(clocks)
         module.used_on = lambda stream, tensor: clocks.users.setdefault(key(tensor), set()).add(stream.name)
     torch.cuda.current_stream = lambda device=None: Stream(clocks)
