@@ -179,7 +179,7 @@ def on_meta() -> Iterator[None]:
 def plan(words: list[str], world: int | None) -> list[RankPlan]:
     """Plan every pipeline rank of a recipe on `world` ranks."""
     parameters, args = count(words)
-    args, config, mhc = estimate.parse([*words, "--no-rope-fusion"], world)  # the fusion asks for TE
+    args, config, mhc = estimate.parse(words, world)
     replicas = args.data_parallel_size * args.context_parallel_size
     expert_replicas = replicas * args.tensor_model_parallel_size / args.expert_model_parallel_size
     micro_batches = args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)

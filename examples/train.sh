@@ -21,6 +21,5 @@ if [ -n "${DRY_RUN:-}" ]; then
     printf '%q ' "${COMMAND[@]}"
     echo
 else
-    export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1} # more for the plugin's pipeline schedules
     exec "${COMMAND[@]}"
 fi

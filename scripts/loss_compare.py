@@ -15,7 +15,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from run_logs import (
+from megatron_mhc.run_logs import (
     GRADIENT_NORM,
     GREY,
     LOSS,

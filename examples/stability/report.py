@@ -16,9 +16,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
-sys.path.insert(0, str(SCRIPTS))
-from run_logs import LOSS, Run, by_label, read_run  # noqa: E402
+from megatron_mhc.run_logs import LOSS, Run, by_label, read_run
+
+LOSS_COMPARE = Path(__file__).resolve().parents[2] / "scripts/loss_compare.py"
 
 LABELS = {"plain": "plain", "hc": "HC", "mhc": "mHC"}
 STEP_TIME = re.compile(r"elapsed time per iteration \(ms\): ([0-9.]+)")
@@ -104,23 +104,23 @@ def main() -> None:
     groups = by_label(read_run(argument) for argument in arguments)
     mapped = [argument for argument in arguments if not argument.startswith("plain=")]
 
-    def script(name: str, *words: str) -> str:
-        command = [sys.executable, str(SCRIPTS / name), *words]
+    def python(*words: str) -> str:
+        command = [sys.executable, *words]
         return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
     figures.mkdir(exist_ok=True)
     text = table(rows := summary(groups)) + "\n"
     if mapped:
-        script("plot_mhc.py", "gains", *arguments, "--out", str(figures / "gains.png"))
+        python("-m", "megatron_mhc.plot", "gains", *arguments, "--out", str(figures / "gains.png"))
         first = [next(a for a in mapped if a.startswith(f"{label}=")) for label in groups if label != "plain"]
-        script("plot_mhc.py", "heatmaps", *first, "--out", str(figures / "heatmaps.png"))
+        python("-m", "megatron_mhc.plot", "heatmaps", *first, "--out", str(figures / "heatmaps.png"))
     reference = next(iter(groups))
     curves = figures / "curves.png"
-    script("plot_mhc.py", "curves", *arguments, "--reference", reference, "--out", str(curves))
+    python("-m", "megatron_mhc.plot", "curves", *arguments, "--reference", reference, "--out", str(curves))
     if len(groups) > 1:
         common = min(step for row in rows for step in row["steps"])
         until = ["--until", str(common)] if any(set(row["steps"]) != {common} for row in rows) else []
-        gap = script("loss_compare.py", *arguments, *until, "--out", str(figures / "loss_gap.png"))
+        gap = python(str(LOSS_COMPARE), *arguments, *until, "--out", str(figures / "loss_gap.png"))
         text += "\n" + "\n".join(line for line in gap.splitlines() if line.startswith("|")) + "\n"
     (figures / "summary.json").write_text(json.dumps(rows, indent=1))
     (figures / "summary.md").write_text(text)

@@ -3,7 +3,7 @@
     torchrun ... -m megatron_mhc.diagnostics.measure REPORT.json <arguments of megatron_mhc.pretrain_gpt>
 
 The arguments are those of the training run, with --load and in any layout: Megatron reshards the
-checkpoint. Nothing is trained or saved. `scripts/plot_mhc.py` draws REPORT.json.
+checkpoint. Nothing is trained or saved. `python -m megatron_mhc.plot` draws REPORT.json.
 """
 
 from __future__ import annotations

@@ -121,7 +121,7 @@ def worst(name: str, values: list[float]) -> float:
 def write(report: Report, step: int, tensorboard: Any, wandb: Any) -> None:
     """Write a report; Megatron has its writers on one rank, and None on the others.
 
-    TensorBoard also gets `mhc/h_res` and `mhc/composite`, tensors [L, n, n] for `scripts/plot_mhc.py`.
+    TensorBoard also gets `mhc/h_res` and `mhc/composite`, tensors [L, n, n] for `megatron_mhc.plot`.
     """
     named = scalars(report) if tensorboard or wandb else {}
     if tensorboard:

@@ -6,7 +6,7 @@
 What is modelled: each rank's compute stream in program order, an all-to-all stream and a high-priority
 stream for fused programs; a transfer begins when both ends are posted and its channel is free, and shares
 each rank's link, one way in and one way out, with other transfers. What is not: the SMs that
-communication occupies, jitter, and all-to-alls sharing the links of transfers.
+communication occupies, jitter, and, without --shared-link, all-to-alls sharing the links of transfers.
 """
 
 from __future__ import annotations
@@ -38,6 +38,33 @@ from megatron_mhc.pipeline.program import (
 
 COMPUTE_STREAM, A2A_STREAM, PRIORITY_STREAM = "compute", "all-to-all", "priority"
 MESSAGES, REPORTS = "messages", "reports"  # streams that copy
+LAYOUT = {  # option -> (default, meaning)
+    "pp": (8, "pipeline ranks"),
+    "vpp": (4, "chunks of the model on a rank"),
+    "microbatches": (32, "micro-batches of a step"),
+    "layers": (1, "layers of a chunk"),
+}
+MEANINGS = {
+    "attention": "forward of one layer's attention, with its norm and mHC operations and the MLP's mHC pre",
+    "mlp": "forward of one layer's MLP, or of its experts",
+    "post": "forward of the MLP's post_res",
+    "attention_backward": "backward of attention and of all mHC operations, with weight gradients",
+    "mlp_backward": "backward of the MLP or of the experts, with weight gradients",
+    "replay": "recomputation of one layer in front of its backward; 0 for none",
+    "all_to_all": "one dispatch or combine of experts, forward or backward; 0 for dense layers",
+    "stream": "transfer of one stream (C channels of all tokens) to the next rank",
+    "latency": "latency of any transfer",
+    "streams": "residual streams, n",
+    "shared_link": "all-to-alls take both directions of the link that messages go over",
+}
+COLUMNS = """Columns of the table, in milliseconds, of the rank that has most:
+  step         one training step, without the optimizer
+  bubble       of it, ranks that wait although communication takes no time
+  a2a, p2p     of it, exposed all-to-alls and exposed messages between stages
+  efficiency   compute of the busiest rank / step
+  in flight    chunks of micro-batches, run forward and not yet backward, that a rank holds at most
+               (a count)
+"""
 Chain = tuple[bool, int, int]  # a micro-batch's forward or backward of one stage
 
 
@@ -303,19 +330,40 @@ def table(results: dict[str, Result]) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Print the table, and draw the timeline of one schedule if a path is given."""
     parser = argparse.ArgumentParser(
-        prog="python -m megatron_mhc.pipeline.simulate", description=main.__doc__, allow_abbrev=False
+        prog="python -m megatron_mhc.pipeline.simulate",
+        description=__doc__,
+        epilog=COLUMNS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
-    for name, default in dict(pp=8, vpp=4, microbatches=32, layers=1).items():
-        parser.add_argument(f"--{name}", type=int, default=default)
+    layout = parser.add_argument_group("layout")
+    for name, (default, words) in LAYOUT.items():
+        layout.add_argument(
+            f"--{name}", type=int, default=default, metavar="N", help=f"{words}; default {default}"
+        )
+    costs = parser.add_argument_group(
+        "times, in milliseconds",
+        "of one micro-batch on one rank; the defaults are the paper's 27B at assumed rates "
+        "(400 TFLOP/s, 45 GB/s between ranks)",
+    )
     for f in fields(Times):
-        flag = "--" + f.name.replace("_", "-")
+        flag, words = "--" + f.name.replace("_", "-"), MEANINGS[f.name]
         if isinstance(f.default, bool):
-            parser.add_argument(flag, action="store_true")
+            costs.add_argument(flag, action="store_true", help=words)
         else:
-            parser.add_argument(flag, type=type(f.default), default=f.default)
-    parser.add_argument("--png", help="where to draw the timeline")
-    parser.add_argument(
-        "--draw", default="interleaved, split", help="schedule to draw, as the table names it"
+            kind, unit = (int, "N") if isinstance(f.default, int) else (float, "MS")
+            costs.add_argument(
+                flag, type=kind, default=f.default, metavar=unit, help=f"{words}; default {f.default}"
+            )
+    picture = parser.add_argument_group("picture")
+    picture.add_argument(
+        "--png", metavar="PATH", help="draw a timeline to this .png or .pdf; a missing folder is made"
+    )
+    picture.add_argument(
+        "--draw",
+        metavar="SCHEDULE",
+        default="interleaved, split",
+        help="schedule to draw, as the table names it; default %(default)r",
     )
     args = parser.parse_args(argv)
     times = Times(**{f.name: getattr(args, f.name) for f in fields(Times)})

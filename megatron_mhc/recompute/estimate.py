@@ -17,7 +17,8 @@ import io
 import os
 import shlex
 import sys
-from contextlib import redirect_stdout
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -174,11 +175,35 @@ def parse(words: list[str], world: int | None) -> tuple[Any, Any, MHCConfig]:
     smallest = sizes[0] * sizes[1] * sizes[2] * args.expert_model_parallel_size
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     args.rank, args.world_size = 0, world or smallest
-    with redirect_stdout(io.StringIO()):  # the list of all arguments
-        validate_args(args, {})
-    config, mhc = core_transformer_config_from_args(args), MHCConfig.from_args(args)
+    with _transformer_engine():
+        with redirect_stdout(io.StringIO()):  # the list of all arguments
+            validate_args(args, {})
+        config, mhc = core_transformer_config_from_args(args), MHCConfig.from_args(args)
     validate(config, mhc)
     return args, config, mhc
+
+
+@contextmanager
+def _transformer_engine() -> Iterator[None]:
+    """Let Megatron's checks find what a recipe asks of TransformerEngine; nothing is run with it."""
+    from unittest import mock
+
+    from megatron.core.extensions.transformer_engine import HAVE_TE
+    from megatron.core.models.common.embeddings import rope_utils
+    from megatron.core.transformer import transformer_config
+    from megatron.core.transformer.moe import moe_utils
+
+    if HAVE_TE:  # it answers for itself
+        yield
+        return
+    kernels = [(moe_utils, name) for name in vars(moe_utils) if name.startswith("fused_")]
+    kernels += [(rope_utils, name) for name in vars(rope_utils) if name.startswith("fused_apply_")]
+    with ExitStack() as stack:
+        for module, name in kernels:
+            if getattr(module, name) is None:
+                stack.enter_context(mock.patch.object(module, name, object()))
+        stack.enter_context(mock.patch.object(transformer_config, "is_te_min_version", lambda _: True))
+        yield
 
 
 def main() -> None:

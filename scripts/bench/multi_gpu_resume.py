@@ -42,7 +42,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 from multi_gpu_report import Report, Row  # noqa: E402
 from multi_gpu_supervise import stop  # noqa: E402
-from run_logs import LOSS, read_run, series  # noqa: E402
+
+from megatron_mhc.run_logs import LOSS, read_run, series  # noqa: E402
 
 STEPS, SAVED, KILLED, AGAIN = 10, 5, 7, 8  # AGAIN: the step after which `one` saves
 LIMIT = 150  # seconds of a job

@@ -121,25 +121,91 @@ def test_recipe_has_the_papers_settings(tmp_path, run_ranks, model):
     assert mhc.preset == "paper" and mhc.h_res == "sinkhorn"
 
 
+# What an H100 asks of a recipe, as Megatron's arguments hold it after its checks.
+TUNED = {
+    "cross_entropy_loss_fusion": True,
+    "cross_entropy_fusion_impl": "native",
+    "manual_gc": True,
+    "manual_gc_interval": 100,
+    "log_throughput": True,
+    "distributed_timeout_minutes": 30,
+}
+TUNED_MOE = {"moe_permute_fusion": True, "moe_router_fusion": True, "moe_grouped_gemm": True}
+WITH = {
+    "fp8": {"fp8": "e4m3", "fp8_recipe": "blockwise"},
+    "deepep": {"moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": "deepep"},
+}
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_megatron_accepts_every_combination_of_argument_files(tmp_path, run_ranks, model):
+    """All that examples/README.md offers, through Megatron's parser, its checks, its config and mHC's."""
+    extras = ["", "fp8"] if model == "llama-1b" else ["", "fp8", "deepep", "fp8 deepep"]
+    words = {(form, with_): dry_run(tmp_path, model, form, WITH=with_) for form in FORMS for with_ in extras}
+
+    def parsed():
+        from megatron_mhc.recompute import estimate
+
+        found = {}
+        for key, command in words.items():
+            args, config, mhc = estimate.parse(command, MODELS[model][2])
+            found[key] = (vars(args), vars(config), mhc.log_interval)
+        return found
+
+    for (form, with_), (args, config, log_interval) in run_ranks(1, parsed, timeout=240)[0].items():
+        wanted = TUNED | ({} if model == "llama-1b" else TUNED_MOE)
+        for name in with_.split():
+            wanted |= WITH[name]
+        settings = args | config
+        assert {name: settings[name] for name in wanted} == wanted, (form, with_)
+        assert settings["moe_router_padding_for_quantization"] == ("fp8" in with_ and model != "llama-1b")
+        assert (settings["fp8"] is not None) == ("fp8" in with_)
+        assert form == "vanilla" or log_interval == 100
+
+
+@pytest.mark.parametrize(
+    "model, with_, words",
+    [
+        ("27b", "fp9", "WITH has no 'fp9': give fp8, deepep or both"),
+        ("llama-1b", "fp8 deepep", "WITH=deepep: llama-1b has no experts"),
+    ],
+)
+def test_an_argument_file_that_does_not_fit_is_refused(tmp_path, model, with_, words):
+    command = ["bash", str(EXAMPLES / "train.sh"), model, "mhc"]
+    environment = {**os.environ, "DATA": "mock", "DRY_RUN": "1", "WITH": with_}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode != 0 and words in done.stderr
+
+
 def test_forms_differ_in_the_residual_connection_alone(tmp_path):
     words = {form: dry_run(tmp_path, "3b", form) for form in FORMS}
     mine = {form: [w for w in words[form] if w not in words["vanilla"]] for form in ("hc", "mhc")}
-    assert [w for w in mine["hc"] if w.startswith("-")] == ["--mhc-h-res", "--mhc-num-residual-streams"]
+    assert [w for w in mine["hc"] if w.startswith("-")] == [
+        "--mhc-h-res",
+        "--mhc-num-residual-streams",
+        "--mhc-log-interval",
+    ]
     assert all(w.startswith("--mhc-") for w in mine["mhc"] if w.startswith("-"))
     assert "--no-mhc" in words["vanilla"]
 
 
 def test_torchrun_gets_the_nodes(tmp_path):
     torchrun = tmp_path / "torchrun"
-    torchrun.write_text('#!/bin/bash\necho "$@"\n')
+    torchrun.write_text(
+        '#!/bin/bash\necho "$@"\necho "$PYTORCH_CUDA_ALLOC_CONF $CUDA_DEVICE_MAX_CONNECTIONS"\n'
+    )
     torchrun.chmod(0o755)
     environment = {**os.environ, "DATA": "mock", "OUT": str(tmp_path)}
     environment |= {"PATH": f"{tmp_path}:{os.environ['PATH']}", "NODES": "4", "NODE_RANK": "2"}
+    environment.pop("PYTORCH_CUDA_ALLOC_CONF", None)
+    environment["CUDA_DEVICE_MAX_CONNECTIONS"] = "32"  # what is set stays
     command = ["bash", str(EXAMPLES / "train.sh"), "3b", "mhc", "--seed", "7"]
     call = subprocess.run(
         command, env=environment, check=True, capture_output=True, text=True, timeout=60
     ).stdout
-    assert "--nnodes 4 --node-rank 2" in call and call.endswith("--seed 7\n")
+    words, variables = call.splitlines()
+    assert "--nnodes 4 --node-rank 2" in words and words.endswith("--seed 7")
+    assert variables == "expandable_segments:True 32"
 
 
 # What a CPU without TransformerEngine cannot do is taken out and the model made tiny; the rest is the recipe.
@@ -158,7 +224,7 @@ SMALL_MOE = shlex.split("""
 TORCHRUN = """#!/bin/bash
 words=()
 for word in "$@"; do
-    [ "$word" = --moe-grouped-gemm ] && continue
+    case $word in --moe-grouped-gemm | --moe-permute-fusion | --moe-router-fusion) continue ;; esac
     words+=("$word")
     [ "$word" = -m ] && words+=(megatron_mhc.testing.cpu -m)
 done
@@ -188,6 +254,7 @@ def test_recipe_trains_and_resumes(tmp_path, model, layout, form):
     variables = {"DATA": "mock", "OUT": str(tmp_path), "STEPS": "20", "GPUS_PER_NODE": "2"} | layout
     variables |= {"PATH": f"{tmp_path}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1", "MASTER_PORT": "29617"}
     small = SMALL + (["--num-query-groups", "2"] if model == "llama-1b" else SMALL_MOE)
+    small = small + ([] if form == "vanilla" else ["--mhc-log-interval", "5"])
     for end in ("10", "20"):
         done = subprocess.run(
             ["bash", str(EXAMPLES / "train.sh"), model, form, *small, "--exit-interval", end],
@@ -205,6 +272,9 @@ def test_recipe_trains_and_resumes(tmp_path, model, layout, form):
     assert sorted(rates) == list(range(1, 21))
     assert [rates[step] for step in (2, 16)] == pytest.approx([base, base], rel=1e-4)
     assert [rates[step] for step in (18, 20)] == pytest.approx([0.55 * base, 0.1 * base], rel=1e-4)
+    if form != "vanilla":
+        gains = [event.step for event in events.Scalars("mhc/composite_gain_forward")]
+        assert gains == [5, 10, 15, 20]
     losses = [event.value for event in events.Scalars("lm loss")]
     assert len(losses) == 20 and losses[-1] < losses[0]
 

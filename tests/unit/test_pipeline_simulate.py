@@ -4,10 +4,11 @@ import dataclasses
 
 import pytest
 
+from megatron_mhc.pipeline import picture
 from megatron_mhc.pipeline.check import Deadlock, check_programs
 from megatron_mhc.pipeline.megatron_order import megatron_programs
 from megatron_mhc.pipeline.program import FORWARD, SEND, SPLIT, WAIT, WHOLE, Message, Plan, build_program
-from megatron_mhc.pipeline.simulate import Times, main, measure, schedules, simulate
+from megatron_mhc.pipeline.simulate import MEANINGS, Times, main, measure, schedules, simulate
 
 # F = 2, B = 4, and no communication
 FLAT = Times(
@@ -135,6 +136,30 @@ def test_a_deadlock_is_reported():
         simulate(plan, FLAT, broken)
     with pytest.raises(ValueError):
         check_programs(plan, broken)
+
+
+def test_help_explains_every_option_and_column(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    words = " ".join(capsys.readouterr().out.split())
+    assert "times, in milliseconds" in words
+    for f in dataclasses.fields(Times):  # an option without its meaning is a KeyError
+        assert MEANINGS[f.name] in words
+    for column in ("step", "bubble", "a2a", "p2p", "efficiency", "in flight"):
+        assert column in words.partition("Columns of the table")[2]
+
+
+def test_picture_explains_its_colours_tints_and_numbers(tmp_path, monkeypatch):
+    kept = {}
+    monkeypatch.setattr(picture, "save", lambda figure, path: kept.update(legend=figure.legends[0]))
+    plan = Plan(2, 2, 4, replay=True)
+    picture.draw(simulate(plan, dataclasses.replace(FLAT, replay=1)), plan, "x.png", "title")
+    words = [text.get_text() for text in kept["legend"].get_texts()]
+    assert {"forward", "backward", "replay", "chunk 1 of 2", "chunk 2 of 2"} <= set(words)
+    assert "all-to-all" not in words  # unfused: no bar of it
+    assert "number is a micro-batch" in kept["legend"].get_title().get_text()
+    tints = [patch.get_alpha() for patch in kept["legend"].get_patches()][-2:]
+    assert tints == [picture.tint(0, 2), picture.tint(1, 2)] and tints[0] < tints[1]
 
 
 def test_command_line(tmp_path, capsys):

@@ -31,6 +31,7 @@ exit $status
 """
 PYTHON = """#!/bin/bash
 echo "$RANK $LOCAL_RANK $WORLD_SIZE $LOCAL_WORLD_SIZE $MASTER_ADDR $MASTER_PORT $VIRTUAL_ENV" >> "$OUT/ranks"
+echo "$CUDA_DEVICE_MAX_CONNECTIONS $PYTORCH_CUDA_ALLOC_CONF $NCCL_IB_TIMEOUT" >> "$OUT/environment"
 tracker=$OUT/checkpoint/latest_checkpointed_iteration.txt
 mkdir -p "$OUT/checkpoint"
 while [ $# -gt 0 ]; do [ "$1" = --train-iters ] && end=$2; shift; done
@@ -152,6 +153,27 @@ def test_a_failed_step_fails_the_job_and_is_not_requeued(start, tmp_path):
     returncode, _ = finish(start("slurm_3b.sbatch", BEHAVIOUR="fail"))
     assert returncode == 3
     assert len(calls(tmp_path)) == 1 and not (tmp_path / "out/requeued").exists()
+
+
+@pytest.mark.parametrize(
+    "given, seen",
+    [
+        ({}, "1 expandable_segments:True 22"),
+        (
+            {
+                "CUDA_DEVICE_MAX_CONNECTIONS": "32",
+                "PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:512",
+                "NCCL_IB_TIMEOUT": "20",
+            },
+            "32 max_split_size_mb:512 20",
+        ),
+    ],
+)
+def test_ranks_get_the_environment_and_what_is_set_stays(start, tmp_path, given, seen):
+    returncode, output = finish(start("slurm_27b.sbatch", WITH="fp8 deepep", **given))
+    assert returncode == 0, output
+    assert set((tmp_path / "out/environment").read_text().splitlines()) == {seen}
+    assert {"--fp8-format", "--moe-flex-dispatcher-backend"} <= set(calls(tmp_path)[0])
 
 
 def test_container_form_and_baseline(start, tmp_path):

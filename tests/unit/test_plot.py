@@ -1,4 +1,4 @@
-"""The plotting scripts on logs whose numbers are known: gaps, tables, seeds, resumed runs, figures."""
+"""Figures and comparisons of logs whose numbers are known: gaps, tables, seeds, resumed runs, figures."""
 
 import json
 import subprocess
@@ -12,8 +12,8 @@ from torch.utils.tensorboard import SummaryWriter
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 import loss_compare  # noqa: E402
-import plot_mhc  # noqa: E402
-import run_logs  # noqa: E402
+
+from megatron_mhc import plot, run_logs  # noqa: E402
 
 
 def write_run(folder: Path, losses: dict[int, float], gains: dict[int, list[float]] | None = None) -> Path:
@@ -140,11 +140,11 @@ def run_script(monkeypatch, module, *words: str) -> None:
 
 def test_every_figure_is_drawn(monkeypatch, runs, tmp_path, capsys):
     for suffix in ("png", "pdf"):
-        run_script(monkeypatch, plot_mhc, "gains", *runs, "--out", str(tmp_path / f"g.{suffix}"))
+        run_script(monkeypatch, plot, "gains", *runs, "--out", str(tmp_path / f"g.{suffix}"))
         assert "plain: no mHC diagnostics, left out" in capsys.readouterr().out
-        run_script(monkeypatch, plot_mhc, "heatmaps", runs[1], "--out", str(tmp_path / f"h.{suffix}"))
+        run_script(monkeypatch, plot, "heatmaps", runs[1], "--out", str(tmp_path / f"h.{suffix}"))
         curves = ["curves", *runs, "--reference", "plain", "--out", str(tmp_path / f"c.{suffix}")]
-        run_script(monkeypatch, plot_mhc, *curves)
+        run_script(monkeypatch, plot, *curves)
         run_script(monkeypatch, loss_compare, *runs, "--out", str(tmp_path / f"l.{suffix}"))
         for name in "ghcl":
             assert (tmp_path / f"{name}.{suffix}").stat().st_size > 5000
@@ -159,7 +159,7 @@ def test_a_measured_report_is_drawn_like_a_log(monkeypatch, tmp_path):
     report = tmp_path / "report.json"
     report.write_text(json.dumps({"statistics": gains, "h_res": matrices, "composite": matrices}))
     for kind in ("gains", "heatmaps"):
-        run_script(monkeypatch, plot_mhc, kind, f"x={report}", "--out", str(tmp_path / f"{kind}.png"))
+        run_script(monkeypatch, plot, kind, f"x={report}", "--out", str(tmp_path / f"{kind}.png"))
         assert (tmp_path / f"{kind}.png").stat().st_size > 5000
 
 
@@ -175,10 +175,42 @@ def test_a_measured_report_is_drawn_like_a_log(monkeypatch, tmp_path):
 def test_mistakes_are_named(monkeypatch, runs, words, message):
     words = [runs[1] if word == "RUN" else word for word in words]
     with pytest.raises(SystemExit, match=message):
-        run_script(monkeypatch, plot_mhc, *words)
+        run_script(monkeypatch, plot, *words)
 
 
 def test_loss_compare_needs_two_labels(runs):
     command = [sys.executable, str(SCRIPTS / "loss_compare.py"), runs[0]]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and "at least two labels" in done.stderr
+
+
+def test_plot_is_a_module_of_the_package(tmp_path):
+    command = [sys.executable, "-m", "megatron_mhc.plot", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0 and "python -m megatron_mhc.plot heatmaps" in done.stdout, done.stderr
+    imports = (
+        "import sys, megatron_mhc.plot; assert not {'torch', 'megatron', 'matplotlib'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", imports], check=True)
+
+
+def test_a_folder_that_is_made_is_named(monkeypatch, runs, tmp_path, capsys):
+    folder = tmp_path / "new" / "figures"
+    run_script(monkeypatch, plot, "heatmaps", runs[1], "--out", str(folder / "h.png"))
+    assert capsys.readouterr().out == f"made the folder {folder}\n{folder}/h.png\n"
+    run_script(monkeypatch, plot, "heatmaps", runs[1], "--out", str(folder / "h.png"))
+    assert capsys.readouterr().out == f"{folder}/h.png\n"
+
+
+def test_a_heatmap_names_its_streams_and_its_colours():
+    plt = run_logs.pyplot()
+    figure, axes = plt.subplots()
+    # Stream 1 reads 1 and 2; stream 2 reads -3 and 4: rows are written, columns are read.
+    plot.draw_matrix(axes, [[1.0, 2.0], [-3.0, 4.0]], "title")
+    assert "stream written" in axes.get_ylabel() and "row" in axes.get_ylabel()
+    assert "stream read" in axes.get_xlabel() and "column" in axes.get_xlabel()
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["1: Σ 3.00", "2: Σ 1.00"]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["1\nΣ -2.00", "2\nΣ 6.00"]
+    image, bar = axes.images[0], figure.axes[1]
+    assert bar.get_ylim() == (image.norm.vmin, image.norm.vmax) == (-4.0, 4.0)
+    plt.close(figure)

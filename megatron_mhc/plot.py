@@ -1,8 +1,8 @@
 """Figures of the stability of mHC models, as in the paper, from TensorBoard logs or from checkpoints.
 
-    python scripts/plot_mhc.py gains    HC=runs/hc/tensorboard mHC=runs/mhc/tensorboard --out gains.png
-    python scripts/plot_mhc.py heatmaps mHC=runs/mhc/tensorboard --out heatmaps.pdf
-    python scripts/plot_mhc.py curves   plain=... HC=... mHC=... --reference plain --out curves.png
+    python -m megatron_mhc.plot gains    HC=runs/hc/tensorboard mHC=runs/mhc/tensorboard --out gains.png
+    python -m megatron_mhc.plot heatmaps mHC=runs/mhc/tensorboard --out heatmaps.pdf
+    python -m megatron_mhc.plot curves   plain=... HC=... mHC=... --reference plain --out curves.png
 
 The logs need --mhc-log-interval (not for `curves`). From a checkpoint and a batch instead: give `gains`
 and `heatmaps` the file that this writes, in any parallel layout:
@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from run_logs import (
+from megatron_mhc.run_logs import (
     COLOURS,
     GRADIENT_NORM,
     GREY,
@@ -127,7 +127,7 @@ def plot_heatmaps(runs: list[Run], step: int | None, sublayers: list[int] | None
         raise SystemExit(f"--sublayers {bad[0]}: there are 1 to {count}")
     rows = 2 * len(runs)
     figure, axes = plt.subplots(
-        rows, len(chosen), figsize=(3.3 * len(chosen), 3.3 * rows), layout="constrained", squeeze=False
+        rows, len(chosen), figsize=(3.9 * len(chosen), 3.5 * rows), layout="constrained", squeeze=False
     )
     for r, (run, report) in enumerate(zip(runs, reports, strict=True)):
         for k, (name, title) in enumerate((("h_res", "$H_{%d}$"), ("composite", "$H_{%d} \\cdots H_1$"))):
@@ -138,7 +138,7 @@ def plot_heatmaps(runs: list[Run], step: int | None, sublayers: list[int] | None
 
 
 def draw_matrix(axes: Any, matrix: list[list[float]], title: str) -> None:
-    """One mapping, with its numbers; row i is what output stream i reads."""
+    """One mapping, with its numbers: row i says what the written stream i takes of each stream read."""
     import numpy as np
 
     m = np.asarray(matrix)
@@ -159,11 +159,16 @@ def draw_matrix(axes: Any, matrix: list[list[float]], title: str) -> None:
         axes.text(
             j, i, number(value), ha="center", va="center", fontsize=size, color="white" if dark else "black"
         )
-    n = range(m.shape[0])
-    axes.set_yticks(n, [f"Σ {number(s)}" for s in m.sum(axis=1)], fontsize=8)
-    axes.set_xticks(n, [f"Σ {number(s)}" for s in m.sum(axis=0)], fontsize=8 if largest < 100 else 7)
-    axes.set_xlabel("read stream; column sums (backward)", fontsize=8)
-    axes.set_ylabel("row sums (forward)", fontsize=8)
+    bar = axes.figure.colorbar(image, ax=axes, fraction=0.046, pad=0.03)
+    bar.ax.tick_params(labelsize=7)
+    bar.ax.grid(False)
+    small = 8 if largest < 100 and m.shape[0] <= 4 else 6
+    rows = [f"{i}: Σ {number(s)}" for i, s in enumerate(m.sum(axis=1), start=1)]
+    columns = [f"{j}\nΣ {number(s)}" for j, s in enumerate(m.sum(axis=0), start=1)]
+    axes.set_yticks(range(len(rows)), rows, fontsize=small)
+    axes.set_xticks(range(len(columns)), columns, fontsize=small)
+    axes.set_xlabel("stream read: Σ of its column (backward gain)", fontsize=8)
+    axes.set_ylabel("stream written: Σ of its row (forward gain)", fontsize=8)
     axes.set_title(title, fontsize=10)
     axes.grid(False)
 
@@ -201,14 +206,18 @@ def plot_curves(groups: dict[str, list[Run]], reference: str, window: int | None
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m megatron_mhc.plot",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     for name, words in (("gains", "against sub-layers"), ("heatmaps", "of H_res"), ("curves", "of losses")):
         command = commands.add_parser(name, help=words)
         command.add_argument(
             "runs", nargs="+", metavar="[LABEL=]RUN", help="TensorBoard folder, or report.json"
         )
-        command.add_argument("--out", type=Path, required=True, help=".png or .pdf")
+        command.add_argument("--out", type=Path, required=True, help=".png or .pdf; a missing folder is made")
         if name == "curves":
             command.add_argument("--reference", required=True, help="label of the runs to subtract")
             command.add_argument("--window", type=int, help="steps of the trailing mean (a 50th of the run)")

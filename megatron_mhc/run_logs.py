@@ -1,4 +1,4 @@
-"""Read training runs for the plotting scripts: TensorBoard folders, and reports measured from checkpoints.
+"""Read training runs to compare and to draw: TensorBoard folders, and reports measured from checkpoints.
 
 A run is given as PATH or LABEL=PATH; runs of one label are seeds of one model.
 """
@@ -66,8 +66,11 @@ def read_run(argument: str) -> Run:
 
 def read_events(run: Run) -> None:
     """Fill a run's scalars and reports from its TensorBoard folder."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    from tensorboard.util import tensor_util
+    try:
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+        from tensorboard.util import tensor_util
+    except ImportError:
+        raise SystemExit(f"{run.path}: reading it needs tensorboard: pip install tensorboard") from None
 
     events = EventAccumulator(str(run.path), size_guidance={"scalars": 0, "tensors": 0})
     events.Reload()
@@ -157,7 +160,10 @@ def draw(axes: Any, curves: Sequence[dict[int, float]], index: int, label: str, 
 
 def pyplot() -> Any:
     """matplotlib.pyplot without a display, in one style."""
-    import matplotlib
+    try:
+        import matplotlib
+    except ImportError:
+        raise SystemExit("figures need matplotlib: pip install matplotlib") from None
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -168,9 +174,11 @@ def pyplot() -> Any:
 
 
 def save(figure: Any, path: Path) -> None:
-    """Write a PNG or PDF, by the path's suffix."""
+    """Write a PNG or PDF, by the path's suffix, and print its path, and that of a folder made for it."""
     if path.suffix not in (".png", ".pdf"):
         raise SystemExit(f"{path}: give a name that ends in .png or .pdf")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.parent.is_dir():
+        path.parent.mkdir(parents=True)
+        print(f"made the folder {path.parent}")
     figure.savefig(path, dpi=140)
     print(path)
