@@ -116,7 +116,9 @@ def config(**settings):
 
 @pytest.mark.parametrize("value", ["0", "-1", "many", 0, "1.5", ""])
 def test_a_wrong_block_size_is_refused(value):
-    with pytest.raises(ValueError, match="--mhc-recompute-layer-num=.*: give auto, off, or the number"):
+    with pytest.raises(
+        ValueError, match="--mhc-recompute-layer-num=.*: give auto, off, or a whole number, at least 1"
+    ):
         MHCConfig(recompute_layer_num=value)
 
 
@@ -128,7 +130,7 @@ def test_options_are_read_from_text_and_leave_checkpoints_alone():
 
 
 def test_coefficients_alone_are_refused():
-    with pytest.raises(ValueError, match="add --mhc-recompute-layer-num auto"):
+    with pytest.raises(ValueError, match="add --mhc-recompute-layer-num=auto"):
         MHCConfig(recompute_coefficients=True)
 
 
