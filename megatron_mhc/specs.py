@@ -18,7 +18,8 @@ from megatron_mhc import hooks, ops, parallel
 from megatron_mhc.config import MHCConfig, refuse_environment
 from megatron_mhc.diagnostics.training import check_writers
 from megatron_mhc.layer import HyperConnectionTransformerLayer, Row, bias_dropout, unsupported_submodule
-from megatron_mhc.pipeline.options import OVERLAPPED, check_config
+from megatron_mhc.pipeline.options import check_config
+from megatron_mhc.pipeline.plans import OVERLAPPED
 from megatron_mhc.recompute.chunk import Chunks
 from megatron_mhc.streams import contract_norm_builder
 
