@@ -61,7 +61,7 @@ def _settings(what: str, instead: str, *rows: tuple[Any, ...]) -> tuple[Refusal,
     )
 
 
-# Megatron's parsed arguments, at the doors of its scripts; the first of these has no --spec of its own.
+# Megatron's parsed arguments: of our own pretrain_gpt, and of every script that takes --spec.
 ENTRY_POINT = tuple(
     _setting(
         name,
@@ -156,7 +156,7 @@ MODEL = (
 
 
 def _empty(stages: slice, when: Callable[[Any, MHCConfig], Any] = lambda config, mhc: True) -> Any:
-    """Find, of these stages of a pipeline, the first without a decoder layer."""
+    """A `found` that gives the first without a decoder layer of these stages of a pipeline."""
 
     def found(config: Any, mhc: MHCConfig) -> int | None:
         if config.pipeline_model_parallel_size == 1 or not when(config, mhc):
@@ -182,7 +182,6 @@ STAGES = (
         "drop --account-for-loss-in-pipeline-split, or give that stage a decoder layer",
     ),
 )
-
 
 # Under --delay-wgrad-compute: only a fused step asks the linears for what they have put off.
 DELAYED = (

@@ -53,6 +53,17 @@ def test_unsupported_setting_is_refused(name, value):
     assert f"--{name.replace('_', '-')} {value}: " in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "name", ["sft", "fim_data", "hybrid_context_parallel", "dataloader_inter_document_masking"]
+)
+def test_what_the_entry_point_lacks_is_refused(name):
+    with pytest.raises(
+        ValueError, match=f"--{name.replace('_', '-')} is not supported .* megatron_mhc.launch"
+    ):
+        refusals.refuse(refusals.ENTRY_POINT, types.SimpleNamespace(**{name: True}))
+    refusals.refuse(refusals.ENTRY_POINT, types.SimpleNamespace(**{name: False}))
+
+
 def test_a_refusal_that_names_flags_says_how_the_environment_writes_them():
     with pytest.raises(ValueError) as error:
         parallel.validate(config(overlap_moe_expert_parallel_comm=True), MHCConfig())
