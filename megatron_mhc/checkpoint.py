@@ -17,7 +17,7 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedTensor
 from torch import Tensor
 
-from megatron_mhc.config import MHCConfig, flag
+from megatron_mhc.config import MHCConfig, flag, in_options
 
 _MAPPING = "_hyper_connection."
 _HEAD = "final_layernorm.head."
@@ -26,6 +26,7 @@ _NORM, _PLAIN_NORM = "decoder.final_layernorm.norm.", "decoder.final_layernorm."
 _REMEDY = (
     f"the checkpoint holds no mHC parameters (a plain GPT): pass {flag('load_dense')} together with "
     "--finetune or --no-load-optim to start from its weights, or load an mHC checkpoint"
+    + in_options("load_dense", True)
 )
 
 

@@ -1,29 +1,24 @@
-"""What a user can choose about mHC, checked when it is said and not when it is used."""
+"""What a user can choose about mHC: one description of every option, checked when it is said."""
 
 from __future__ import annotations
 
+import math
+import operator
 import os
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+import re
+import reprlib
+from collections.abc import Iterable, Mapping
+from dataclasses import Field, asdict, dataclass, field, fields
 from typing import Any
 
 import yaml
 
 ENVIRONMENT = "MEGATRON_MHC"
 
-_CHOICES: dict[str, tuple[str, ...]] = {
-    "preset": ("paper", "deepseek_v4"),
-    "h_res": ("sinkhorn", "identity", "unconstrained"),
-    "h_pre": ("dynamic", "fixed"),
-    "h_post": ("dynamic", "fixed"),
-    "init": ("home_stream", "uniform"),
-    "contract": ("auto", "mean", "sum", "learned_head"),
-    "backend": ("auto", "hopper", "triton", "reference"),
-    "boundary": ("auto", "apart", "linked", "fused"),
-    "alarm": ("off", "warn", "stop"),
-    "pipeline_schedule": ("megatron", "interleaved", "fused"),
-    "pp_boundary": ("whole", "split"),
-}
+_MOST = 2**31 - 1  # of a whole number: what a kernel takes
+_SWITCH = {"true": True, "1": True, "yes": True, "on": True}
+_SWITCH |= {"false": False, "0": False, "no": False, "off": False}
+_short = reprlib.Repr(maxstring=80, maxother=80).repr
 
 
 def refuse_environment() -> None:
@@ -37,44 +32,84 @@ def flag(name: str) -> str:
     return "--mhc-" + name.replace("_", "-")
 
 
+def in_options(name: str, value: Any) -> str:
+    """The end of a message about a flag: how users of MEGATRON_MHC or a YAML file write it."""
+    return f" (in {ENVIRONMENT}: {name}={str(value).lower() if value is True else value})"
+
+
+def _option(
+    default: Any,
+    help: str,
+    *,
+    choices: tuple[str, ...] = (),
+    least: float | None = None,
+    above: float | None = None,
+    stored: bool = False,
+) -> Any:
+    """A field of MHCConfig with its description.
+
+    Args:
+        help: what it does, for --help and the README's table, which scripts/option_table.py writes.
+        choices: the words it takes; with `least` it takes whole numbers beside them.
+        least, above: the bound of a number, itself included or not.
+        stored: whether it changes the arithmetic, so that checkpoints keep it and compare it.
+    """
+    rules = dict(help=help, choices=choices, least=least, above=above, stored=stored)
+    return field(default=default, metadata=rules)
+
+
+def takes(option: Field[Any]) -> str:
+    """The values that an option takes, in words."""
+    rules = option.metadata
+    bound = f"at least {rules['least']}" if rules["above"] is None else f"above {rules['above']}"
+    words = {"bool": "true or false", "int": f"a whole number, {bound}", "float": f"a finite number, {bound}"}
+    if option.type != "str":
+        return words[str(option.type)]
+    choices = ", ".join(rules["choices"])
+    return f"one of {choices}" if rules["least"] is None else f"{choices}, or {words['int']}"
+
+
+def read(option: Field[Any], value: Any) -> Any:
+    """An option's value, from text or a Python value.
+
+    Raises:
+        ValueError: it is of another type or outside its range, naming the flag, the value and the remedy.
+    """
+    try:
+        return _read(option, value)
+    except (ValueError, TypeError, OverflowError, KeyError):
+        raise ValueError(
+            f"{flag(option.name)}={_short(value)}: give {takes(option)} (default {option.default})"
+        ) from None
+
+
+def _read(option: Field[Any], value: Any) -> Any:
+    rules = option.metadata
+    if option.type == "bool":
+        return _SWITCH[str(value).lower()]
+    if option.type == "str":
+        word = "off" if value is False else value  # as YAML's own reader has it
+        if isinstance(word, str) and word in rules["choices"]:
+            return word
+        if rules["least"] is None:
+            raise ValueError
+    if isinstance(value, bool):
+        raise ValueError
+    if option.type == "float":
+        number = float(value)
+    else:
+        number = int(value) if isinstance(value, str) else operator.index(value)
+    below = number < rules["least"] if rules["above"] is None else number <= rules["above"]
+    if below or not math.isfinite(number) or (isinstance(number, int) and number > _MOST):
+        raise ValueError
+    return str(number) if option.type == "str" else number
+
+
 @dataclass(frozen=True)
 class MHCConfig:
     """Options of the mHC residual connection; the defaults are the paper's.
 
-    Args:
-        num_residual_streams: n, the number of parallel residual streams.
-        preset: arithmetic of the mappings. `paper` is Eqs. (14)-(19). `deepseek_v4` is that model's
-            softmax, its eps 1e-6 after every step, its transposed comb and its learned output head.
-        h_res: `sinkhorn` (mHC), `identity` (H_res = I), or `unconstrained` (plain hyper-connections,
-            Eq. (5), the paper's baseline: tanh mappings, normalised per stream).
-        h_pre, h_post: `dynamic`, or `fixed` at 1/n and at 1 (the paper's ablation).
-        sinkhorn_iterations: pairs of column and row normalisations.
-        init: `home_stream` starts near the plain residual network; `uniform` is Megatron's own.
-        init_gating_factor: initial value of the three alphas.
-        contract: how n streams become one before the final norm. `auto` is `learned_head` under
-            `deepseek_v4` and `mean` otherwise.
-        norm_eps: added to mean(x^2) inside the root.
-        load_dense: allow a checkpoint without mHC parameters to fill everything else.
-        backend: `triton`; `hopper`, for n = 4 and bf16 on H100 and H200: CUDA kernels for reading the
-            streams and their gradient, Triton for the rest; `reference` (plain torch); or `auto`: hopper or
-            else triton on CUDA where they can serve, plain torch elsewhere.
-        boundary: what the kernels of two connections in a row do together. `linked`: the second
-            one's backward makes the first one's df (the same bits). `fused`: besides, the first one's
-            post_res reads for the second too (hopper, the same bits), or projects for it (triton, in bf16).
-            `apart`: nothing. `auto`: fused by hopper, linked by triton (docs/kernels.md).
-        log_interval: write diagnostics of the mappings every so many steps; 0 never.
-        log_tokens: how many tokens of the first micro-batch of each data-parallel rank they sample.
-        alarm: `warn` or `stop` when a gain leaves [1 / alarm_gain, alarm_gain] or a mapping logit
-            leaves [-alarm_logit, alarm_logit] at a logging step.
-        recompute_layer_num: sub-layers (attention and MLP count one each) of a block whose streams and
-            layer inputs are dropped and replayed in backward: a number, `auto` for the blocks of least
-            memory, or `off`.
-        recompute_coefficients: replay the coefficients too, instead of keeping them.
-        pipeline_schedule: `megatron`; `interleaved`, the same order of chunks with communication that
-            compute does not wait for; or `fused`, where the forward of one micro-batch and the backward of
-            another run node by node in turns (docs/pipeline.md).
-        pp_boundary: what leaves a pipeline stage under the last two: `whole` streams, or `split`, the
-            mixed streams before the last MLP and its output behind it.
+    A value may also be given as text. `contract="auto"` becomes what it stands for.
 
     Raises:
         ValueError: a value outside its range, naming the flag and the remedy.
@@ -82,78 +117,127 @@ class MHCConfig:
     Source: arXiv 2512.24880 Eqs. (5), (14)-(19).
     """
 
-    num_residual_streams: int = 4
-    preset: str = "paper"
-    h_res: str = "sinkhorn"
-    h_pre: str = "dynamic"
-    h_post: str = "dynamic"
-    sinkhorn_iterations: int = 20
-    init: str = "home_stream"
-    init_gating_factor: float = 0.01
-    contract: str = "auto"
-    norm_eps: float = 1e-6
-    load_dense: bool = False
-    backend: str = "auto"
-    boundary: str = "auto"
-    log_interval: int = 0
-    log_tokens: int = 256
-    alarm: str = "off"
-    alarm_gain: float = 10.0
-    alarm_logit: float = 50.0
-    recompute_layer_num: str = "off"
-    recompute_coefficients: bool = False
-    pipeline_schedule: str = "megatron"
-    pp_boundary: str = "whole"
+    num_residual_streams: int = _option(4, "n, the number of parallel residual streams", least=1, stored=True)
+    preset: str = _option(
+        "paper",
+        "arithmetic of the mappings: paper is Eqs. (14)-(19), deepseek_v4 that model's softmax, its eps 1e-6 "
+        "after every step, its transposed comb and its learned output head",
+        choices=("paper", "deepseek_v4"),
+        stored=True,
+    )
+    h_res: str = _option(
+        "sinkhorn",
+        "mixing of the streams: sinkhorn is mHC, identity leaves them unmixed, unconstrained is plain "
+        "hyper-connections (Eq. (5), the paper's baseline: tanh mappings, normalised per stream)",
+        choices=("sinkhorn", "identity", "unconstrained"),
+        stored=True,
+    )
+    h_pre: str = _option(
+        "dynamic",
+        "weights that a sub-layer reads the streams by; fixed is 1/n, the paper's ablation",
+        choices=("dynamic", "fixed"),
+        stored=True,
+    )
+    h_post: str = _option(
+        "dynamic",
+        "weights that a sub-layer writes the streams by; fixed is 1, the paper's ablation",
+        choices=("dynamic", "fixed"),
+        stored=True,
+    )
+    sinkhorn_iterations: int = _option(
+        20, "pairs of column and row normalisations of H_res", least=1, stored=True
+    )
+    init: str = _option(
+        "home_stream",
+        "mappings at step 0: home_stream is near the plain residual network, uniform is what Megatron's "
+        "branches do",
+        choices=("home_stream", "uniform"),
+    )
+    init_gating_factor: float = _option(0.01, "initial value of the three gating factors alpha", least=0)
+    contract: str = _option(
+        "auto",
+        "how n streams become one before the final norm; auto is learned_head under deepseek_v4, else mean",
+        choices=("auto", "mean", "sum", "learned_head"),
+        stored=True,
+    )
+    norm_eps: float = _option(
+        1e-6,
+        "added to mean(x^2) inside the root of the mappings' norm; the paper does not state it",
+        above=0,
+        stored=True,
+    )
+    load_dense: bool = _option(
+        False,
+        "let --load take a checkpoint without mHC parameters (a plain GPT); the mappings keep their "
+        "initial values",
+    )
+    backend: str = _option(
+        "auto",
+        "kernels: hopper is CUDA for n = 4, bf16 and up to 64 Sinkhorn iterations, on H100 and H200 with "
+        "cuda-bindings; reference is plain torch; auto is hopper, then triton, where they can serve on a "
+        "GPU, else reference, and start-up says which",
+        choices=("auto", "hopper", "triton", "reference"),
+    )
+    boundary: str = _option(
+        "auto",
+        "what the kernels of two connections in a row do together: apart is nothing; linked, the second's "
+        "backward makes the first's df (the same bits); fused, besides, the first's post_res reads for the "
+        "second (hopper, the same bits) or projects for it (triton, in bf16); auto is fused by hopper, "
+        "linked by triton: docs/kernels.md",
+        choices=("auto", "apart", "linked", "fused"),
+    )
+    log_interval: int = _option(
+        0,
+        "steps between two diagnostics of the mappings in TensorBoard and W&B (mhc/...); 0 is never: "
+        "docs/diagnostics.md",
+        least=0,
+    )
+    log_tokens: int = _option(
+        256, "tokens that they sample of the first micro-batch of each data-parallel rank", least=1
+    )
+    alarm: str = _option(
+        "off",
+        "what to do when a gain or a mapping logit leaves its range at a logging step",
+        choices=("off", "warn", "stop"),
+    )
+    alarm_gain: float = _option(10.0, "alarm beyond this gain, and below its inverse", above=1)
+    alarm_logit: float = _option(50.0, "alarm beyond this absolute value of a mapping logit", above=0)
+    recompute_layer_num: str = _option(
+        "off",
+        "sub-layers (attention and MLP count one each) of a block whose streams and layer inputs are "
+        "dropped, and replayed in backward by mHC alone, never F; auto is the blocks of least memory: "
+        "docs/recompute.md",
+        choices=("auto", "off"),
+        least=1,
+    )
+    recompute_coefficients: bool = _option(False, "replay the coefficients too, instead of keeping them")
+    pipeline_schedule: str = _option(
+        "megatron",
+        "interleaved is the same order of chunks with messages that compute does not wait for; fused runs "
+        "the forward of one micro-batch and the backward of another node by node in turns: docs/pipeline.md",
+        choices=("megatron", "interleaved", "fused"),
+    )
+    pp_boundary: str = _option(
+        "whole",
+        "what leaves a pipeline stage under the last two: whole streams, or, split, the mixed streams before "
+        "the last MLP and its output behind it",
+        choices=("whole", "split"),
+    )
 
     def __post_init__(self) -> None:
-        for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(
-                    f"{flag(name)}={getattr(self, name)!r} is unknown: choose one of {', '.join(choices)}"
-                )
-        if self.num_residual_streams < 1:
-            raise ValueError(
-                f"{flag('num_residual_streams')}={self.num_residual_streams}: give at least 1 (default 4)"
-            )
-        if self.sinkhorn_iterations < 1:
-            raise ValueError(
-                f"{flag('sinkhorn_iterations')}={self.sinkhorn_iterations}: give at least 1 (default 20), "
-                f"or {flag('h_res')} identity to leave the streams unmixed"
-            )
-        if not self.init_gating_factor >= 0:
-            raise ValueError(
-                f"{flag('init_gating_factor')}={self.init_gating_factor}: give 0 or more (default 0.01)"
-            )
-        if not self.norm_eps > 0:
-            raise ValueError(f"{flag('norm_eps')}={self.norm_eps}: give a positive number (default 1e-6)")
-        if self.log_interval < 0:
-            raise ValueError(
-                f"{flag('log_interval')}={self.log_interval}: give steps between two samples, or 0"
-            )
-        if self.log_tokens < 1:
-            raise ValueError(f"{flag('log_tokens')}={self.log_tokens}: give at least 1 (default 256)")
+        for option in fields(self):
+            object.__setattr__(self, option.name, read(option, getattr(self, option.name)))
         if self.alarm != "off" and not self.log_interval:
             raise ValueError(
-                f"{flag('alarm')}={self.alarm} looks at logging steps only: add {flag('log_interval')} 100"
+                f"{flag('alarm')}={self.alarm} looks at logging steps only: add {flag('log_interval')}=100"
             )
-        if not self.alarm_gain > 1:
-            raise ValueError(f"{flag('alarm_gain')}={self.alarm_gain}: give more than 1 (default 10)")
-        if not self.alarm_logit > 0:
-            raise ValueError(f"{flag('alarm_logit')}={self.alarm_logit}: give more than 0 (default 50)")
         if self.preset == "deepseek_v4" and self.h_res == "unconstrained":
             raise ValueError(
-                f"{flag('h_res')}=unconstrained has no deepseek_v4 form: use {flag('preset')} paper"
+                f"{flag('h_res')}=unconstrained has no deepseek_v4 form: use {flag('preset')}=paper"
             )
-        number = str(self.recompute_layer_num)
-        if number not in ("auto", "off") and not (number.isdecimal() and int(number) >= 1):
+        if self.recompute_coefficients and self.recompute_layer_num == "off":
             raise ValueError(
-                f"{flag('recompute_layer_num')}={self.recompute_layer_num!r}: give auto, off, or the number "
-                "of sub-layers in a block, 1 or more"
-            )
-        object.__setattr__(self, "recompute_layer_num", number)
-        if self.recompute_coefficients and number == "off":
-            raise ValueError(
-                f"{flag('recompute_coefficients')} without recompute: add {flag('recompute_layer_num')} auto"
+                f"{flag('recompute_coefficients')} without recompute: add {flag('recompute_layer_num')}=auto"
             )
         if self.contract == "auto":
             resolved = "learned_head" if self.preset == "deepseek_v4" else "mean"
@@ -166,42 +250,44 @@ class MHCConfig:
 
     def arithmetic(self) -> dict[str, Any]:
         """The options that a checkpoint's weights are only meaningful under."""
-        loose = {"init", "init_gating_factor", "load_dense", "backend", "boundary"}
-        loose |= {"recompute_layer_num", "recompute_coefficients", "pipeline_schedule", "pp_boundary"}
-        loose |= {"log_interval", "log_tokens", "alarm", "alarm_gain", "alarm_logit"}
-        return {k: v for k, v in asdict(self).items() if k not in loose}
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.metadata["stored"]}
 
     @classmethod
     def from_mapping(cls, options: Mapping[str, Any], source: str = "options") -> MHCConfig:
-        """Build from field names to values, which may be strings; `source` is named in errors."""
-        types = {f.name: f.type for f in fields(cls)}
-        values: dict[str, Any] = {}
-        for key, value in options.items():
-            name = key.replace("-", "_")
-            if name not in types:
-                raise ValueError(f"{source}: no mHC option {key!r}; there are {', '.join(types)}")
-            try:
-                values[name] = _parse(types[name], value)
-            except ValueError as error:
-                raise ValueError(f"{source}: {key}={value!r} is not a valid {types[name]}") from error
-        return cls(**values)
+        """Build from field names to values, which may be text; `source` is named in errors."""
+        if not isinstance(options, Mapping):
+            raise ValueError(f"{source}: {_short(options)} does not map options to values")
+        return cls._from_pairs(options.items(), source)
 
     @classmethod
     def from_options(cls, text: str) -> MHCConfig:
         """Build from `key=value,key=value` or from the path of a YAML file of such keys."""
         if text.endswith((".yaml", ".yml")):
-            if not os.path.exists(text):
-                raise ValueError(f"{ENVIRONMENT}={text}: no such file; give a YAML file or key=value,...")
-            with open(text) as file:
-                loaded = yaml.safe_load(file) or {}
-            if not isinstance(loaded, dict):
-                raise ValueError(f"{ENVIRONMENT}={text}: the file must hold `option: value` lines")
-            return cls.from_mapping(loaded, text)
+            return cls._from_pairs(_yaml_pairs(text), text)
         items = [item.strip() for item in text.split(",") if item.strip()]
         bad = [item for item in items if "=" not in item]
         if bad:
-            raise ValueError(f"{ENVIRONMENT}: {bad[0]!r} is not key=value (or a path ending in .yaml)")
-        return cls.from_mapping(dict(i.split("=", 1) for i in items), ENVIRONMENT)
+            raise ValueError(f"{ENVIRONMENT}: {_short(bad[0])} is not key=value (or a path ending in .yaml)")
+        return cls._from_pairs((item.split("=", 1) for item in items), ENVIRONMENT)
+
+    @classmethod
+    def _from_pairs(cls, pairs: Iterable[Iterable[Any]], source: str) -> MHCConfig:
+        names = [option.name for option in fields(cls)]
+        values: dict[str, Any] = {}
+        for key, value in pairs:
+            name = key.strip().replace("-", "_") if isinstance(key, str) else None
+            if name not in names:
+                raise ValueError(f"{source}: no mHC option {_short(key)}; there are {', '.join(names)}")
+            if name in values:
+                raise ValueError(
+                    f"{source}: {name} is given twice, {_short(values[name])} and {_short(value)}: drop one"
+                )
+            values[name] = value.strip() if isinstance(value, str) else value
+        try:
+            return cls(**values)
+        except ValueError as error:  # its flags are here written as option names
+            said = re.sub("--mhc-([a-z-]+)", lambda found: found[1].replace("-", "_"), str(error))
+            raise ValueError(f"{source}: {said}") from None
 
     @classmethod
     def from_environment(cls) -> MHCConfig:
@@ -219,12 +305,18 @@ class MHCConfig:
         return ",".join(f"{k}={v}" for k, v in asdict(self).items())
 
 
-def _parse(kind: Any, value: Any) -> Any:
-    if kind == "bool":
-        if isinstance(value, bool):
-            return value
-        words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-        if str(value).lower() not in words:
-            raise ValueError(value)
-        return words[str(value).lower()]
-    return {"int": int, "float": float, "str": str}[kind](value)
+def _yaml_pairs(path: str) -> list[tuple[str, str]]:
+    """The keys and values of a YAML file as they are written: all of them, and `off` is no boolean."""
+    try:
+        with open(path, "rb") as file:
+            root: Any = yaml.compose(file, yaml.BaseLoader)
+        pairs = root.value if isinstance(root, yaml.MappingNode) else [(root, root)] if root else []
+        for node in (node for pair in pairs for node in pair):
+            if node is root or not isinstance(node, yaml.ScalarNode):
+                raise yaml.MarkedYAMLError(None, None, "this is no option or value", node.start_mark)
+    except (OSError, yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
+        said = " ".join(str(error).split())
+        raise ValueError(
+            f"{ENVIRONMENT}={path}: {said}; give a YAML file of `option: value` lines, or key=value,..."
+        ) from error
+    return [(key.value, value.value) for key, value in pairs]

@@ -40,9 +40,9 @@ from torch import Tensor
 from megatron_mhc.arguments import add_mhc_args
 from megatron_mhc.config import MHCConfig
 from megatron_mhc.hooks import register
+from megatron_mhc.refusals import ENTRY_POINT, refuse
 
 BATCH_KEYS = ("tokens", "position_ids", "labels", "loss_mask", "attention_mask")
-_REFUSED = ("sft", "fim_data", "hybrid_context_parallel", "dataloader_inter_document_masking")
 
 
 def add_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -60,12 +60,7 @@ def check_args(args: Any) -> None:
     """
     if args.spec is not None:
         raise ValueError(f"--spec {' '.join(args.spec)}: drop it; mHC wraps the layers that Megatron chooses")
-    for name in _REFUSED:
-        if getattr(args, name, None):
-            raise ValueError(
-                f"--{name.replace('_', '-')} is not supported by this entry point: run Megatron-LM's own "
-                "script by `python -m megatron_mhc.launch pretrain_gpt.py ...`"
-            )
+    refuse(ENTRY_POINT, args)
     if args.no_mhc and MHCConfig.from_args(args) != MHCConfig():
         raise ValueError("--no-mhc together with --mhc-* options: drop one of them")
 

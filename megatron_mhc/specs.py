@@ -19,8 +19,10 @@ from megatron_mhc.chunk import ModelChunk, ModelChunks
 from megatron_mhc.config import MHCConfig, flag, refuse_environment
 from megatron_mhc.diagnostics.training import check_writers
 from megatron_mhc.layer import HyperConnectionTransformerLayer, unsupported_submodule
-from megatron_mhc.pipeline.options import OVERLAPPED, check_config
+from megatron_mhc.pipeline.options import check_config
+from megatron_mhc.pipeline.plans import OVERLAPPED
 from megatron_mhc.recompute.chunk import DroppingChunk
+from megatron_mhc.refusals import SPEC_DOOR, refuse
 from megatron_mhc.streams import contract_norm_builder
 from megatron_mhc.sublayer import bias_dropout
 
@@ -127,11 +129,7 @@ def mhc_options() -> MHCConfig:
     from megatron.training import get_args
 
     args = get_args()
-    for name in ("use_megatron_fsdp", "use_torch_fsdp2"):
-        if getattr(args, name, False):
-            raise ValueError(
-                f"mHC does not support --{name.replace('_', '-')}: use --use-distributed-optimizer instead"
-            )
+    refuse(SPEC_DOOR, args)
     if not hasattr(args, "mhc_num_residual_streams"):
         mhc = MHCConfig.from_environment()
     else:

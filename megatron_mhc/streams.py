@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from megatron_mhc import ops
 from megatron_mhc.checkpoint import json_tensor, take_or_refuse
-from megatron_mhc.config import MHCConfig, flag
+from megatron_mhc.config import MHCConfig, flag, in_options
 from megatron_mhc.hyper_connection import MappingParameters, MappingProjection, check_width
 from megatron_mhc.ops import reference
 from megatron_mhc.parallel import mark_replicated
@@ -83,7 +83,7 @@ class ContractNorm(nn.Module):
             if name in saved and saved[name] != value:
                 raise ValueError(
                     f"the checkpoint was trained with {flag(name)} {saved[name]}, this run has {value}: "
-                    f"pass {flag(name)} {saved[name]}"
+                    f"pass {flag(name)} {saved[name]}{in_options(name, saved[name])}"
                 )
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from megatron_mhc.pipeline.options import OVERLAPPED
+from megatron_mhc.pipeline.plans import OVERLAPPED
 
 
 def choose_schedule(get_forward_backward_func: Callable[..., Any]) -> Callable[..., Any]:

@@ -19,7 +19,8 @@ from megatron_mhc.pipeline.edges import backward, edge_of
 from megatron_mhc.pipeline.gradients import GradientSync
 from megatron_mhc.pipeline.loading import first_of_its_kind
 from megatron_mhc.pipeline.nodes import StageEntry, StageExit, packed_width, unpack
-from megatron_mhc.pipeline.options import check_call, plan_for
+from megatron_mhc.pipeline.options import check_call
+from megatron_mhc.pipeline.plans import plan_for
 from megatron_mhc.pipeline.program import (
     HEAD,
     SPLIT,
@@ -66,7 +67,7 @@ def forward_backward(
     groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
     check_queues(config.mhc.pipeline_schedule, groups.pp)
     rank = groups.pp.rank()
-    plan = plan_for(config, groups.pp.size(), len(chunks), num_microbatches, forward_only)
+    plan = plan_for(config, config.mhc, groups.pp.size(), len(chunks), num_microbatches, forward_only)
     last_rank = rank == plan.pp - 1
     finalize = None if forward_only else config.finalize_model_grads_func
     embedding = None

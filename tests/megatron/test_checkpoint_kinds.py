@@ -129,13 +129,14 @@ def test_torch_format_state_dict_follows_the_same_rules(run_ranks):
     def attempt():
         plain = scrambled(gpt.build())
         state = plain.state_dict()
-        with pytest.raises(ValueError, match="--mhc-load-dense"):
+        with pytest.raises(ValueError, match=r"--mhc-load-dense .* \(in MEGATRON_MHC: load_dense=true\)"):
             gpt.build(FOUR).load_state_dict(dict(state))
         model = gpt.build(DENSE)
         model.load_state_dict(dict(state))
         assert torch.equal(model.decoder.final_layernorm.norm.weight, plain.decoder.final_layernorm.weight)
         two = gpt.build(MHCConfig(sinkhorn_iterations=5)).state_dict()
-        with pytest.raises(ValueError, match="pass --mhc-sinkhorn-iterations 5"):
+        words = r"pass --mhc-sinkhorn-iterations 5 \(in MEGATRON_MHC: sinkhorn_iterations=5\)"
+        with pytest.raises(ValueError, match=words):
             gpt.build(FOUR).load_state_dict(two)
 
     run_ranks(1, attempt)

@@ -172,7 +172,7 @@ def test_nowhere_to_write_is_refused():
         (dict(log_interval=-1), "--mhc-log-interval=-1"),
         (dict(log_tokens=0), "--mhc-log-tokens=0"),
         (dict(alarm="warn"), "add --mhc-log-interval"),
-        (dict(alarm="shout"), "--mhc-alarm='shout' is unknown: choose one of off, warn, stop"),
+        (dict(alarm="shout"), "--mhc-alarm='shout': give one of off, warn, stop"),
         (dict(alarm_gain=1.0), "--mhc-alarm-gain=1.0"),
         (dict(alarm_gain=math.nan), "--mhc-alarm-gain=nan"),
         (dict(alarm_logit=0.0), "--mhc-alarm-logit=0.0"),

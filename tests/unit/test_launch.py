@@ -46,7 +46,7 @@ def test_script_runs_as_main(script, monkeypatch, capsys):
     [
         (["--mhc-streams", "4"], "--mhc-streams: no such flag"),
         (["--mhc-preset", "v4"], "invalid choice: 'v4'"),
-        (["--mhc-num-residual-streams", "0"], "give at least 1"),
+        (["--mhc-num-residual-streams", "0"], "give a whole number, at least 1"),
         (["--spec", "my.specs", "layer"], "--spec my.specs layer: drop it"),
     ],
 )

@@ -1,6 +1,9 @@
 """Unsupported combinations raise at build time and name the flag and the remedy."""
 
+import dataclasses
+import re
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +15,8 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
-from megatron_mhc import MHCConfig, parallel, specs
+from megatron_mhc import MHCConfig, parallel, refusals, specs
+from megatron_mhc.config import flag
 from megatron_mhc.hyper_connection import check_width
 from megatron_mhc.pipeline.message import widen_messages
 
@@ -47,6 +51,33 @@ def test_unsupported_setting_is_refused(name, value):
     with pytest.raises(ValueError) as error:
         parallel.validate(config(**{name: value}), MHCConfig())
     assert f"--{name.replace('_', '-')} {value}: " in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["sft", "fim_data", "hybrid_context_parallel", "dataloader_inter_document_masking"]
+)
+def test_what_the_entry_point_lacks_is_refused(name):
+    with pytest.raises(
+        ValueError, match=f"--{name.replace('_', '-')} is not supported .* megatron_mhc.launch"
+    ):
+        refusals.refuse(refusals.ENTRY_POINT, types.SimpleNamespace(**{name: True}))
+    refusals.refuse(refusals.ENTRY_POINT, types.SimpleNamespace(**{name: False}))
+
+
+def test_a_refusal_that_names_flags_says_how_the_environment_writes_them():
+    with pytest.raises(ValueError) as error:
+        parallel.validate(config(overlap_moe_expert_parallel_comm=True), MHCConfig())
+    assert "MEGATRON_MHC and YAML files write" in "".join(error.value.__notes__)
+    with pytest.raises(ValueError) as error:
+        parallel.validate(config(cpu_offloading=True), MHCConfig())
+    assert not hasattr(error.value, "__notes__")
+
+
+def test_every_flag_that_the_package_names_exists():
+    names = {flag(option.name) for option in dataclasses.fields(MHCConfig)}
+    for file in Path(refusals.__file__).parent.rglob("*.py"):
+        named = set(re.findall("--mhc-[a-z-]*[a-z]", file.read_text()))
+        assert named <= names, (file.name, named - names)
 
 
 def test_default_configuration_is_accepted():

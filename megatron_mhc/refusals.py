@@ -1,0 +1,258 @@
+"""What mHC refuses of Megatron's settings: every row says when, in which words, and what to do instead."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+from megatron_mhc.config import ENVIRONMENT, MHCConfig
+from megatron_mhc.stages import layer_counts
+
+
+class Refusal(NamedTuple):
+    """One combination of settings that is refused, and the two halves of the message."""
+
+    found: Callable[[Any, Any], Any]  # of settings and options: the value to name; None or False to let pass
+    what: str  # {value}: what was found; {mhc}: the options
+    remedy: str
+
+
+def refuse(rows: Iterable[Refusal], settings: Any, mhc: MHCConfig | None = None) -> None:
+    """Refuse the first row that is found.
+
+    Args:
+        settings: a TransformerConfig, or Megatron's parsed arguments.
+        mhc: for the rows that look at it.
+
+    Raises:
+        ValueError: naming the flag, its value and the remedy.
+    """
+    for row in rows:
+        value = row.found(settings, mhc)
+        if value is not None and value is not False:
+            error = ValueError(f"{row.what}: {row.remedy}".format(value=value, mhc=mhc))
+            if "--mhc-" in str(error):
+                error.add_note(
+                    f"{ENVIRONMENT} and YAML files write --mhc-pp-boundary split as pp_boundary=split"
+                )
+            raise error
+
+
+def _setting(
+    name: str,
+    remedy: str,
+    refused: Callable[[Any], Any] = bool,
+    what: str = "mHC does not support {flag} {value}",
+) -> Refusal:
+    """The row of one setting of Megatron's; {flag} in `what` is its spelling on the command line."""
+
+    def found(settings: Any, mhc: MHCConfig) -> Any:
+        value = getattr(settings, name, None)
+        return value if refused(value) else None
+
+    return Refusal(found, what.replace("{flag}", "--" + name.replace("_", "-")), remedy)
+
+
+def _settings(what: str, instead: str, *rows: tuple[Any, ...]) -> tuple[Refusal, ...]:
+    """Rows of (name, remedy[, refused]) that all have another way out."""
+    return tuple(
+        _setting(name, f"{remedy}, or use {instead}", refused[0] if refused else bool, what)
+        for name, remedy, *refused in rows
+    )
+
+
+# Megatron's parsed arguments: of our own pretrain_gpt, and of every script that takes --spec.
+ENTRY_POINT = tuple(
+    _setting(
+        name,
+        "run Megatron-LM's own script by `python -m megatron_mhc.launch pretrain_gpt.py ...`",
+        what="{flag} is not supported by this entry point",
+    )
+    for name in ("sft", "fim_data", "hybrid_context_parallel", "dataloader_inter_document_masking")
+)
+SPEC_DOOR = tuple(
+    _setting(name, "use --use-distributed-optimizer instead", what="mHC does not support {flag}")
+    for name in ("use_megatron_fsdp", "use_torch_fsdp2")
+)
+
+
+_NO_GRAPHS = "drop it: graphs capture one-stream inputs"
+_NO_OFFLOADING = "drop it, and use --recompute-granularity to save memory"
+
+
+def _taken_apart(config: Any, mhc: MHCConfig) -> bool:
+    # It asks for Megatron's combined 1F1B, in whose place `fused` runs; --delay-wgrad-compute asks for it.
+    fused = mhc.pipeline_schedule == "fused" and config.pipeline_model_parallel_size > 1
+    return bool(config.overlap_moe_expert_parallel_comm and not fused)
+
+
+def _swapped_messages(config: Any, mhc: MHCConfig) -> bool:
+    # Two messages between the same two ranks in one batch may be swapped; stock Megatron
+    # checks this on the command line alone, and otherwise trains on the wrong tensors.
+    two_with_chunks = config.pipeline_model_parallel_size == 2 and config.virtual_pipeline_model_parallel_size
+    apart = config.overlap_p2p_comm and not config.batch_p2p_comm
+    return bool(two_with_chunks and mhc.pipeline_schedule == "megatron" and not apart)
+
+
+def _recomputed_bias(config: Any, mhc: MHCConfig) -> bool:
+    # Stock Megatron: the recomputed MLP's output bias re-enters its own backward without end.
+    mlp = config.recompute_granularity == "selective" and "mlp" in (config.recompute_modules or [])
+    return bool(mlp and config.add_bias_linear)
+
+
+def _recomputed_twice(config: Any, mhc: MHCConfig) -> str | None:
+    twice = mhc.recompute_layer_num != "off" and config.recompute_granularity == "full"
+    return mhc.recompute_layer_num if twice else None
+
+
+def _other_options(config: Any, mhc: MHCConfig) -> str | None:
+    known = getattr(config, "mhc", mhc)
+    return f"{known.to_options()} and {mhc.to_options()}" if known != mhc else None
+
+
+# A model's configuration, at each of its layers.
+MODEL = (
+    _setting("fp32_residual_connection", "drop it: coefficients are applied in fp32 already"),
+    _setting("cuda_graph_impl", _NO_GRAPHS, lambda v: v not in (None, "none")),
+    _setting("enable_cuda_graph", _NO_GRAPHS),
+    _setting("external_cuda_graph", _NO_GRAPHS),
+    _setting("cpu_offloading", _NO_OFFLOADING),
+    _setting("fine_grained_activation_offloading", _NO_OFFLOADING),
+    _setting("inference_fuse_tp_communication", "drop it: it adds the residual inside a linear layer"),
+    _setting("transformer_impl", "use transformer_engine or local", lambda v: v == "inference_optimized"),
+    _setting("heterogeneous_block_specs", "use layers of one kind (MoE frequency lists are fine)"),
+    _setting("is_hybrid_model", "use a GPT model: Mamba layers are not wrapped"),
+    _setting("mtp_standalone", "put the MTP layer on the stage of the last decoder layer and the loss"),
+    Refusal(
+        _taken_apart,
+        "mHC does not support --overlap-moe-expert-parallel-comm {value}",
+        "Megatron's schedule takes the layer apart; use --mhc-pipeline-schedule fused on a pipeline, or drop "
+        "it",
+    ),
+    Refusal(
+        _swapped_messages,
+        "--pipeline-model-parallel-size 2 with virtual stages and without overlapped p2p exchanges the wrong "
+        "tensors",
+        "set overlap_p2p_comm=True and batch_p2p_comm=False (drop --no-overlap-p2p-communication), or use 1 "
+        "virtual stage",
+    ),
+    Refusal(
+        _recomputed_bias,
+        "--recompute-modules mlp with linear biases hangs in backward",
+        "add --disable-bias-linear, or recompute without mlp",
+    ),
+    Refusal(
+        _recomputed_twice,
+        "--mhc-recompute-layer-num {value} with --recompute-granularity full, which drops and replays the "
+        "streams already",
+        "drop --mhc-recompute-layer-num, or use --recompute-granularity selective",
+    ),
+    Refusal(
+        _other_options,
+        "two mHC configurations in one model",
+        "{value}; give all layers the same --mhc-num-residual-streams and options",
+    ),
+)
+
+
+def _empty(stages: slice, when: Callable[[Any, MHCConfig], Any] = lambda config, mhc: True) -> Any:
+    """A `found` that gives the first without a decoder layer of these stages of a pipeline."""
+
+    def found(config: Any, mhc: MHCConfig) -> int | None:
+        if config.pipeline_model_parallel_size == 1 or not when(config, mhc):
+            return None
+        counts = layer_counts(config)
+        return next((stage for stage in range(len(counts))[stages] if not counts[stage]), None)
+
+    return found
+
+
+# The layout of its pipeline: where the streams begin and end.
+STAGES = (
+    Refusal(
+        _empty(slice(1)),
+        "mHC expands the embedding in the first decoder layer, but pipeline stage 0 has none",
+        "drop --account-for-embedding-in-pipeline-split, or give stage 0 a layer in "
+        "--pipeline-model-parallel-layout",
+    ),
+    Refusal(
+        _empty(slice(-1, None), lambda config, mhc: config.mtp_num_layers),
+        "with --mtp-num-layers the streams end at the last decoder layer, which must be on the last pipeline "
+        "stage",
+        "drop --account-for-loss-in-pipeline-split, or give that stage a decoder layer",
+    ),
+)
+
+# Under --delay-wgrad-compute: only a fused step asks the linears for what they have put off.
+DELAYED = (
+    Refusal(
+        lambda config, mhc: mhc.pipeline_schedule != "fused",
+        "--mhc-pipeline-schedule {mhc.pipeline_schedule} does not support --delay-wgrad-compute True",
+        "it would never compute what the linears have put off; use --mhc-pipeline-schedule fused, or drop it",
+    ),
+    Refusal(
+        lambda config, mhc: config.pipeline_model_parallel_size == 1,
+        "--delay-wgrad-compute True needs a pipeline",
+        "without one, Megatron's own schedule runs instead of --mhc-pipeline-schedule fused and would never "
+        "compute what the linears have put off; give --pipeline-model-parallel-size 2 or more, or drop it",
+    ),
+    *_settings(
+        "--mhc-pipeline-schedule fused with --delay-wgrad-compute does not support {flag} {value}",
+        "--mhc-pipeline-schedule fused without --delay-wgrad-compute",
+        # Its linears are no modules of the model: their queues would not be found.
+        ("use_transformer_engine_op_fuser", "drop it"),
+        # Megatron's hook of a weight that one micro-batch uses twice asks for two gradients, and finds one.
+        ("mtp_use_repeated_layer", "drop it"),
+    ),
+)
+
+# The schedules: Megatron's, the two that overlap, and of these `fused`; then the `split` boundary.
+MEGATRONS_SCHEDULE = (
+    Refusal(
+        lambda config, mhc: mhc.pp_boundary == "split",
+        "--mhc-pp-boundary split needs --mhc-pipeline-schedule interleaved or fused",
+        "Megatron's schedule sends one message for each boundary",
+    ),
+)
+OVERLAPPED = _settings(
+    "--mhc-pipeline-schedule {mhc.pipeline_schedule} does not support {flag} {value}",
+    "--mhc-pipeline-schedule megatron",
+    ("variable_seq_lengths", "messages have one shape; pack sequences to one length"),
+    ("num_microbatches_with_partial_activation_checkpoints", "drop it", lambda v: v is not None),
+    ("moe_paged_stash", "drop it"),
+    ("hybrid_context_parallel", "drop it"),
+)
+FUSED = (
+    *_settings(
+        "--mhc-pipeline-schedule fused does not support {flag} {value}",
+        "--mhc-pipeline-schedule interleaved",
+        ("recompute_granularity", "use --mhc-recompute-layer-num auto", lambda v: v == "full"),
+        ("recompute_modules", "recompute moe_act or nothing of the experts", lambda v: "moe" in (v or [])),
+        ("moe_shared_expert_overlap", "drop it: the schedule hides the all-to-alls itself"),
+        ("moe_token_dispatcher_type", "use alltoall", lambda v: v == "flex"),
+        ("overlap_dispatch_backward_with_experts_wgrad", "drop it"),
+        ("mlp_chunks_for_training", "drop it", lambda v: (v or 1) > 1),
+        # Its second GEMM would run beside those of the compute stream, in the one workspace of a device.
+        ("moe_latent_size", "drop it"),
+    ),
+    Refusal(
+        _empty(slice(None)),
+        "--mhc-pipeline-schedule fused goes layer by layer, and stage {value} has none",
+        "give it one in --pipeline-model-parallel-layout, or use --mhc-pipeline-schedule interleaved",
+    ),
+)
+SPLIT = (
+    _setting(
+        "recompute_granularity",
+        "use --mhc-recompute-layer-num auto with --recompute-granularity selective, or --mhc-pp-boundary "
+        "whole",
+        lambda v: v == "full",
+        "--mhc-pp-boundary split does not support {flag} full, whose replay runs the last layer as a whole",
+    ),
+    Refusal(
+        _empty(slice(-1)),
+        "--mhc-pp-boundary split cuts the last MLP of every stage but the last, and stage {value} has no "
+        "layer",
+        "give it one in --pipeline-model-parallel-layout, or use --mhc-pp-boundary whole",
+    ),
+)
