@@ -107,7 +107,7 @@ def _step_class(plan: Plan) -> type[Step]:
 class Step:
     """All micro-batches of one step on one rank.
 
-    Nothing that outlives `run` refers to the step, nor does it to itself: it must let go of the data iterators
+    Nothing that outlives `run` refers to the step, nor does it to itself: it lets go of the data iterators
     when its caller does, since those may have processes that somebody waits for at exit.
 
     Args:

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import torch
 from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
 from torch.autograd.graph import GradientEdge

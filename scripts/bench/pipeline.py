@@ -166,6 +166,7 @@ class Bench:
             return LoopTransport(*made, copies=bench.copies, log=log, copy=copy, late=late)
 
         kind = fused.FusedStep if self.plan.fused else engine.Step
+
         def wait_sent(step: Any, op: Any) -> None:
             step.transport.wait_sent(op.message)
 
