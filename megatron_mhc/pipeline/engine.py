@@ -109,8 +109,8 @@ def _step_class(plan: Plan) -> type[Step]:
 class Step:
     """All micro-batches of one step on one rank.
 
-    Neither what outlives `run` nor the step itself refers to it: the data iterators go when its caller's
-    reference does, since they may have processes that somebody waits for at exit.
+    Nothing that outlives `run` refers to the step, nor does it to itself: it lets go of the data iterators
+    when its caller does, since those may have processes that somebody waits for at exit.
 
     Args:
         chunks: the rank's model chunks, wrapped as Megatron's training wraps them.
