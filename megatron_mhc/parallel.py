@@ -83,12 +83,6 @@ def validate(config: TransformerConfig, mhc: MHCConfig) -> None:
             f"which drops and replays the streams already: drop {flag('recompute_layer_num')}, or use "
             "--recompute-granularity selective"
         )
-    known = getattr(config, "mhc", mhc)
-    if known != mhc:
-        raise ValueError(
-            f"two mHC configurations in one model: {known.to_options()} and {mhc.to_options()}; "
-            f"give all layers the same {flag('num_residual_streams')} and options"
-        )
 
 
 def validate_stages(config: TransformerConfig) -> None:
