@@ -12,6 +12,7 @@ from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
 
 from megatron_mhc import ops, parallel
+from megatron_mhc.carried import remember
 from megatron_mhc.chunk import ModelChunks
 from megatron_mhc.config import MHCConfig
 from megatron_mhc.hyper_connection import HyperConnectionModule, check_width
@@ -47,6 +48,7 @@ class HyperConnectionTransformerLayer(TransformerLayer):
         **kwargs: Any,
     ):
         parallel.validate(config, mhc)
+        remember(config, mhc)
         super().__init__(config, submodules, layer_number, **kwargs)
         self.mhc = mhc
         first = 2 * (self.layer_number - 1)

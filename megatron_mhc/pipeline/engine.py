@@ -13,6 +13,7 @@ from megatron.core.utils import get_attr_wrapped_model, get_model_config
 from torch import Tensor
 
 from megatron_mhc import recompute
+from megatron_mhc.carried import options_of
 from megatron_mhc.chunk import Runner, chunk_of
 from megatron_mhc.pipeline.comm import HostTransport, Transport, channels_of
 from megatron_mhc.pipeline.edges import backward, edge_of
@@ -63,11 +64,13 @@ def forward_backward(
     chunks = model if isinstance(model, list) else [model]
     iterators = data_iterator if isinstance(data_iterator, list) else [data_iterator] * len(chunks)
     config = get_model_config(chunks[0])
+    if (mhc := options_of(chunks, config)) is None:
+        raise ValueError("the model has no mHC: run it by what Megatron's get_forward_backward_func returns")
     check_call(config, seq_length, decoder_seq_length, adjust_tensor_shapes_fn, p2p_communicator)
     groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
-    check_queues(config.mhc.pipeline_schedule, groups.pp)
+    check_queues(mhc.pipeline_schedule, groups.pp)
     rank = groups.pp.rank()
-    plan = plan_for(config, config.mhc, groups.pp.size(), len(chunks), num_microbatches, forward_only)
+    plan = plan_for(config, mhc, groups.pp.size(), len(chunks), num_microbatches, forward_only)
     last_rank = rank == plan.pp - 1
     finalize = None if forward_only else config.finalize_model_grads_func
     embedding = None

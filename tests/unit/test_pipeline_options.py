@@ -197,6 +197,12 @@ def test_only_the_flag_replaces_megatrons_schedule(registered):
     assert training.get_forward_backward_func is original
 
 
+def model(**settings):
+    out = torch.nn.Module()
+    out.config = config(**settings)
+    return out
+
+
 def test_a_model_that_did_not_ask_gets_megatrons_schedule_and_all_of_its_arguments(monkeypatch):
     calls = []
     monkeypatch.setattr(
@@ -205,11 +211,10 @@ def test_a_model_that_did_not_ask_gets_megatrons_schedule_and_all_of_its_argumen
     monkeypatch.setattr(engine, "forward_backward", lambda **k: calls.append("ours"))
     run = choose.choose_schedule(schedules.get_forward_backward_func)(pp_size=2, vp_size=None)
     for mhc in (None, MHCConfig()):
-        plain = types.SimpleNamespace(config=config(**({} if mhc is None else dict(mhc=mhc))))
-        given = dict(model=[plain], forward_only=True, seq_length=7)
+        given = dict(model=[model(**({} if mhc is None else dict(mhc=mhc)))], forward_only=True, seq_length=7)
         run(**given)
         assert calls.pop() == given
-    run(model=types.SimpleNamespace(config=config(mhc=WHOLE)), seq_length=7)
+    run(model=model(mhc=WHOLE), seq_length=7)
     assert calls == ["ours"]
 
 
