@@ -53,12 +53,12 @@ class ModelChunk:
             SubLayer(layer.mlp_hyper_connection, mlp, self, first + 1),
         )
 
-    def reader_behind(self, sublayer: SubLayer, f: Tensor) -> Reader | None:
-        """What the connection behind a sub-layer reads by, under `--mhc-boundary fused`; f: [s, b, C]."""
+    def reader_behind(self, sublayer: SubLayer, streams: Tensor) -> Reader | None:
+        """What the connection behind a sub-layer of streams: [s, b, n*C] reads by, where it works ahead."""
         behind = sublayer.position + 1
         if not self._works_ahead or behind == len(self.sublayers):
             return None
-        return self.sublayers[behind].connection.reader(f)
+        return self.sublayers[behind].connection.reader(streams)
 
     def is_last(self, sublayer: SubLayer) -> bool:
         return sublayer.position == len(self.sublayers) - 1

@@ -232,9 +232,10 @@ class HyperConnectionModule(MappingParameters):
             u, h_post = deferred.mix(mappings)
         return u.view(streams.shape), h_post
 
-    def reader(self, f: Tensor) -> Reader | None:
-        """What the `post_res` in front, of f: [s, b, C], needs to work ahead for this connection."""
-        if ops.choose_backend(self.mhc, f.shape[-1], f.dtype, f.device.type) != "hopper":
+    def reader(self, streams: Tensor) -> Reader | None:
+        """What the `post_res` in front, of streams: [s, b, n*C], needs to work ahead for this connection."""
+        width = streams.shape[-1] // self.mhc.num_residual_streams
+        if ops.choose_backend(self.mhc, width, streams.dtype, streams.device.type) != "hopper":
             return Reader(self.mapping_proj()) if self.mhc.boundary == "fused" else None
         # A data-parallel wrapper gathers parameters just before their module runs (--overlap-param-gather).
         for hook in self._forward_pre_hooks.values():

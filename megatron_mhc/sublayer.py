@@ -119,7 +119,9 @@ class SubLayer:
             work_ahead: the next sub-layer reads what this returns, as it is.
         """
         bias = None if visit.left is None else visit.left.bias
-        reader = self.chunk.reader_behind(self, f) if work_ahead and torch.is_grad_enabled() else None
+        reader = None
+        if work_ahead and torch.is_grad_enabled():
+            reader = self.chunk.reader_behind(self, visit.streams)
         return self.connection.post_res(visit.streams, f, visit.mappings, bias, reader)
 
     def leave(self, streams: Tensor) -> tuple[Visit, Tensor, Tensor]:

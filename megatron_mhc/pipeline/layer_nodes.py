@@ -182,7 +182,7 @@ class NodeByNode:
                 hidden = layer.mlp.combine(hidden)
             if h_post is not None:  # the next stage has the streams
                 self._reads(layer, visit, h_post)
-                f = _join(layer, hidden, shared) if moe else hidden
+                f = (_join(layer, hidden, shared) if moe else hidden).to(streams.dtype)
                 tape.end(edge_of(f))
                 return pack(f, h_post), call.context
         with self.node(at, "post", moe):

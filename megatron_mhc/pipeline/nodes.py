@@ -74,7 +74,8 @@ class StageExit(InOrder):
         layer_input = visit.layer_input
         if torch.is_grad_enabled():
             visit.layer_input = layer_input.detach().requires_grad_(layer_input.requires_grad)
-        f = sublayer.run(layer, visit, call)
+        # The message's dtype, whatever autocast made of f.
+        f = sublayer.run(layer, visit, call).to(streams.dtype)
         if torch.is_grad_enabled():
             self._f, self._leaf = edge_of(f), visit.layer_input
             self._rest = [edge_of(tensor) for tensor in (u, h_post, layer_input)]

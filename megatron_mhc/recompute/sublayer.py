@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_mhc.config import flag
-from megatron_mhc.ops import reference
+from megatron_mhc.ops import autocast, reference
 from megatron_mhc.recompute.block import (
     Block,
     Emptied,
@@ -125,6 +125,7 @@ class Dropped(Left):
     def __init__(self, sublayer: DroppingSubLayer, block: Block, streams: Tensor):
         super().__init__()
         self.sublayer, self.block = sublayer, block
+        self.autocast = autocast.state(streams.device.type)
         self.norm: nn.Module | None = None
         self.norm_output: Tensor | None = None
         self.coefficients: reference.Coefficients | Tensor | None = None
@@ -227,7 +228,8 @@ class Dropped(Left):
     def _read_all(self, x: Tensor, target: Tensor | None) -> reference.Coefficients | Tensor:
         """Run `pre` as in the forward pass, and put what it saves where that pass had dropped it."""
         saved: list[Tensor] = []
-        with torch.enable_grad(), saving(lambda tensor: saved.append(tensor.detach())):
+        keep = saving(lambda tensor: saved.append(tensor.detach()))
+        with torch.enable_grad(), autocast.within(self.autocast, x.device.type), keep:
             x = x.detach().requires_grad_(self.needs_grad)
             layer_input, mappings = self.sublayer.connection.forward(x)  # without its hooks
         if len(saved) != len(self.slots.read):
@@ -246,7 +248,7 @@ class Dropped(Left):
     def _norm(self, layer_input: Tensor, output: Tensor) -> None:
         assert self.norm is not None
         # A norm may take another kernel where no gradient is asked for, with other bits.
-        with torch.enable_grad():
+        with torch.enable_grad(), autocast.within(self.autocast, layer_input.device.type):
             again = self.norm(layer_input.detach().requires_grad_())
         output.copy_(again[0] if isinstance(again, tuple) else again)
         self.refilled.append(output)
