@@ -7,6 +7,7 @@ from dataclasses import fields
 from typing import Any
 
 from megatron_mhc.config import _CHOICES, MHCConfig, flag, refuse_environment
+from megatron_mhc.version import check_version
 
 _HELP = {
     "num_residual_streams": "number of parallel residual streams",
@@ -37,7 +38,12 @@ _HELP = {
 
 
 def add_mhc_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add the --mhc-* flags; pass it to Megatron as `extra_args_provider`."""
+    """Add the --mhc-* flags; pass it to Megatron as `extra_args_provider`.
+
+    Raises:
+        ValueError: an unsupported Megatron; one that has hyper-connections has flags of these names too.
+    """
+    check_version()
     group = parser.add_argument_group("mhc")
     kinds = {"int": int, "float": float, "str": str}
     for f in fields(MHCConfig):

@@ -17,9 +17,6 @@ from megatron_mhc.optimizer import number_all_parameters, number_float32_first, 
 from megatron_mhc.pipeline.choose import choose_schedule
 from megatron_mhc.pipeline.message import widen_messages
 
-SUPPORTED = ">=0.19.0,<0.20"  # the wheel is 0.19.2; a checkout of tag core_v0.19.0 works too
-
-
 _DISTRIBUTED = "megatron.core.optimizer.distrib_optimizer"
 _OPTIMIZER = "megatron.core.optimizer.optimizer"
 

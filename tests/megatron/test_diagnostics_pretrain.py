@@ -121,7 +121,7 @@ def training_step_with(mhc):
     assert len(found) == 4
     hooked = [m for c in found for m in c.modules() if m._forward_hooks or m._forward_pre_hooks]
     own = training.train_step is original
-    hooks._handle.revert()
+    hooks.revert_all()
     assert training.train_step is original
     return own, len(hooked)
 

@@ -175,14 +175,14 @@ def test_two_virtual_stages_need_no_overlapped_p2p_of_megatrons():
 
 @pytest.fixture
 def registered():
-    hooks._handle.revert()
+    hooks.revert_all()
     yield hooks.register
-    hooks._handle.revert()
+    hooks.revert_all()
 
 
 def test_only_the_flag_replaces_megatrons_schedule(registered):
     original = training.get_forward_backward_func
-    registered()
+    registered().revert()
     assert training.get_forward_backward_func is original
     handle = registered(schedule=True)
     assert training.get_forward_backward_func is not original
