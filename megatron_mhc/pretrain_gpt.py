@@ -44,6 +44,7 @@ from torch import Tensor
 from megatron_mhc import hooks
 from megatron_mhc.arguments import add_mhc_args
 from megatron_mhc.config import MHCConfig
+from megatron_mhc.hooks.uses import PRETRAIN_USES, SPEC_USES
 
 BATCH_KEYS = ("tokens", "position_ids", "labels", "loss_mask", "attention_mask")
 _REFUSED = ("sft", "fim_data", "hybrid_context_parallel", "dataloader_inter_document_masking")
@@ -232,6 +233,7 @@ def main(step: Callable[..., Any] = forward_step, at_end: Callable[[], None] | N
     from megatron_mhc.specs import gpt_mhc_spec
 
     use_shipped_helpers()
+    hooks.check_uses(PRETRAIN_USES + SPEC_USES)
     hooks.require()  # also for --no-mhc, which should know an mHC checkpoint when it meets one
     args = parse_and_validate_args(extra_args_provider=add_args)
     check_args(args)

@@ -23,6 +23,7 @@ from megatron.core.utils import log_single_rank
 from megatron_mhc import hooks, ops, parallel
 from megatron_mhc.config import MHCConfig, refuse_environment
 from megatron_mhc.diagnostics.training import check_writers
+from megatron_mhc.hooks.uses import SPEC_USES
 from megatron_mhc.layer import HyperConnectionTransformerLayer, Row, bias_dropout, unsupported_submodule
 from megatron_mhc.pipeline.options import OVERLAPPED, check_config
 from megatron_mhc.recompute.chunk import Chunks
@@ -123,6 +124,7 @@ class GPTScriptsCallThis:
         Raises:
             ValueError: unsupported settings, or options given both as flags and as MEGATRON_MHC.
         """
+        hooks.check_uses(SPEC_USES)
         from megatron.training.argument_utils import gpt_config_from_args
         from megatron.training.models.gpt import default_layer_spec
 

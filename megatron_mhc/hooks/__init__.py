@@ -1,13 +1,13 @@
-"""Register, revert and report the replaced Megatron symbols of `targets`; fails closed."""
+"""Register, revert and report the replaced Megatron symbols of `targets`, and check those of `uses`."""
 
 from __future__ import annotations
 
 import functools
 import inspect
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import import_module
-from types import TracebackType
+from types import CodeType, TracebackType
 from typing import Any
 
 from megatron_mhc.version import SUPPORTED, check_version
@@ -15,6 +15,7 @@ from megatron_mhc.version import SUPPORTED, check_version
 check_version()  # another Megatron may lack what is imported below
 
 from megatron_mhc.hooks.targets import HOOKS, SCHEDULE_HOOKS, TRAINING_HOOKS, Hook
+from megatron_mhc.hooks.uses import SCHEDULE_USES, TRAINING_USES, USES, Use
 from megatron_mhc.hyper_connection import operations
 
 _lock = threading.RLock()
@@ -72,6 +73,7 @@ def register(training: bool = False, schedule: bool = False) -> Handle:
     """
     with _lock:
         check_version()
+        check_uses(USES + TRAINING_USES * training + SCHEDULE_USES * schedule)
         _install(HOOKS + TRAINING_HOOKS * training + SCHEDULE_HOOKS * schedule)
         handle = Handle()
         _registrations.append(handle)
@@ -155,23 +157,58 @@ def _restore() -> None:
             del _replaced[target]
 
 
+def check_uses(uses: tuple[Use, ...]) -> None:
+    """Raise ValueError unless Megatron's symbols are what the rows of `uses.py` say."""
+    for use in uses:
+        _, _, found = _find(use.target)
+        if use.parameters is not None:
+            _check_parameters(use.target, found, tuple(use.parameters.split(", ")) if use.parameters else ())
+        if use.names and (gone := set(use.names) - set(_names(inspect.unwrap(found).__code__))):
+            raise ValueError(f"{use.target} knows no {', '.join(sorted(gone))}: {_remedy(use.target)}")
+
+
+def _names(code: CodeType) -> Iterator[str]:
+    """The attributes and strings in a function's code and in that of the functions inside it."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, str):
+            yield constant
+        elif isinstance(constant, CodeType):
+            yield from _names(constant)
+
+
 def _resolve(hook: Hook) -> tuple[Any, str, Callable[..., Any]]:
-    module_name, path = hook.target.split(":")
-    owner: Any = import_module(module_name)
-    *parents, name = path.split(".")
-    for parent in parents:
-        owner = getattr(owner, parent)
-    original = getattr(owner, name, None)
-    if original is None:
-        raise ValueError(f"{hook.target} does not exist: install megatron-core {SUPPORTED}")
+    owner, name, original = _find(hook.target)
     if original.__module__ != hook.defined_in or hasattr(original, "__wrapped__"):
         raise ValueError(
             f"{hook.target} was replaced by {original.__module__}: start without that patch, "
             "or call megatron_mhc.register() before it is applied"
         )
-    parameters = tuple(inspect.signature(original).parameters)
-    if parameters != hook.parameters:
-        raise ValueError(
-            f"{hook.target} takes {parameters}, expected {hook.parameters}: install megatron-core {SUPPORTED}"
-        )
+    _check_parameters(hook.target, original, hook.parameters)
     return owner, name, original
+
+
+def _find(target: str) -> tuple[Any, str, Any]:
+    """The owner of a symbol, its name in it, and the symbol."""
+    module, path = target.split(":")
+    owner: Any = import_module(module)
+    *parents, name = path.split(".")
+    for parent in parents:
+        owner = getattr(owner, parent, None)
+    found = getattr(owner, name, None)
+    if found is None:
+        raise ValueError(f"{target} does not exist: {_remedy(target)}")
+    return owner, name, found
+
+
+def _check_parameters(target: str, found: Callable[..., Any], expected: tuple[str, ...]) -> None:
+    parameters = tuple(inspect.signature(found).parameters)
+    if parameters != expected:
+        raise ValueError(
+            f"{target}, of {getattr(found, '__module__', None)}, takes {parameters}, expected {expected}: "
+            f"{_remedy(target)}"
+        )
+
+
+def _remedy(target: str) -> str:
+    return "install another torch" if target.startswith("torch") else f"install megatron-core {SUPPORTED}"

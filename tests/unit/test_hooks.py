@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import gc
-import importlib
 import inspect
 import sys
 import threading
@@ -16,7 +15,7 @@ from megatron.core.transformer import TransformerConfig
 
 import megatron_mhc
 from megatron_mhc import hooks, ops, version
-from megatron_mhc.hooks import targets
+from megatron_mhc.hooks import targets, uses
 from megatron_mhc.hyper_connection import HyperConnectionModule
 
 
@@ -33,12 +32,7 @@ def current():
 
 
 def owner_and_name(hook):
-    module, path = hook.target.split(":")
-    *parents, name = path.split(".")
-    owner = importlib.import_module(module)
-    for parent in parents:
-        owner = getattr(owner, parent)
-    return owner, name
+    return hooks._find(hook.target)[:2]
 
 
 def test_symbols_are_replaced_until_every_registration_is_reverted():
@@ -308,3 +302,57 @@ def test_changed_megatron_is_refused_before_anything_is_replaced(monkeypatch, ch
     with pytest.raises(ValueError, match=words):
         megatron_mhc.register()
     assert current() == before
+
+
+def check_all():
+    megatron_mhc.register(training=True, schedule=True)
+    hooks.check_uses(uses.SPEC_USES + uses.PRETRAIN_USES)
+
+
+ROWS = uses.USES + uses.TRAINING_USES + uses.SCHEDULE_USES + uses.SPEC_USES + uses.PRETRAIN_USES
+
+
+@pytest.mark.parametrize("use", ROWS, ids=lambda use: use.target)
+def test_changed_symbol_that_is_used_is_refused_before_anything_is_replaced(monkeypatch, use):
+    check_all()
+    hooks.revert_all()
+    before = current()
+    owner, name, found = hooks._find(use.target)
+
+    def changed(): ...
+
+    if use.parameters is not None:
+        with monkeypatch.context() as patched:
+            changed.__signature__ = inspect.Signature(
+                [inspect.Parameter("changed", inspect.Parameter.POSITIONAL_OR_KEYWORD)]
+            )
+            patched.setattr(owner, name, changed)
+            with pytest.raises(
+                ValueError, match=rf"{use.target}, of .*'changed'.*: install (megatron-core|another torch)"
+            ):
+                check_all()
+    for gone in use.names:
+        with monkeypatch.context() as patched:
+            plain = inspect.unwrap(found)
+            other = types.FunctionType(without(plain.__code__, gone), {}, closure=plain.__closure__)
+            other.__signature__ = inspect.signature(found)
+            patched.setattr(owner, name, other)
+            with pytest.raises(ValueError, match=f"{use.target} knows no {gone}: install"):
+                check_all()
+    if name != "__init__":
+        with monkeypatch.context() as patched:
+            patched.delattr(owner, name)
+            with pytest.raises(ValueError, match=f"{use.target} does not exist: install"):
+                check_all()
+    assert use in uses.SPEC_USES + uses.PRETRAIN_USES or current() == before
+
+
+def without(code, name):
+    """Code that reads and sets another attribute in the place of `name`."""
+    constants = (
+        without(c, name) if isinstance(c, types.CodeType) else None if c == name else c
+        for c in code.co_consts
+    )
+    return code.replace(
+        co_names=tuple("other" if n == name else n for n in code.co_names), co_consts=tuple(constants)
+    )
