@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from dataclasses import fields
 from typing import Any
 
@@ -43,7 +44,8 @@ def add_mhc_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     Raises:
         ValueError: an unsupported Megatron; one that has hyper-connections has flags of these names too.
     """
-    check_version()
+    if "megatron.core" in sys.modules:  # else the parser is not Megatron's
+        check_version()
     group = parser.add_argument_group("mhc")
     kinds = {"int": int, "float": float, "str": str}
     for f in fields(MHCConfig):

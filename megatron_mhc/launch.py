@@ -15,6 +15,7 @@ import sys
 
 from megatron_mhc.arguments import add_mhc_args
 from megatron_mhc.config import ENVIRONMENT, MHCConfig
+from megatron_mhc.version import check_version
 
 SPEC = ("megatron_mhc.specs", "gpt_mhc_spec")
 OTHER_MODELS = {"pretrain_hybrid.py", "pretrain_mamba.py", "pretrain_vlm.py"}
@@ -39,6 +40,7 @@ def prepare(argv: list[str]) -> tuple[list[str], MHCConfig]:
     if not argv or argv[0] in ("-h", "--help"):
         parser.print_help()
         raise SystemExit(0 if argv else 2)
+    check_version()
     script, *rest = argv
     if not os.path.isfile(script):
         raise ValueError(f"{script}: no such script; give the path of pretrain_gpt.py before its arguments")

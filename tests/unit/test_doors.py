@@ -1,6 +1,7 @@
 """The doors ask for Megatron's version first, and the spec door knows who calls it and who does not."""
 
 import copy
+import inspect
 import os
 import pickle
 import subprocess
@@ -29,7 +30,7 @@ DOORS = {
     "library, one layer": "from megatron_mhc import wrap_layer_spec",
     "hooks": "from megatron_mhc import register",
     "wheel": "import megatron_mhc.pretrain_gpt",
-    "patch": "import megatron_mhc, argparse; megatron_mhc.add_mhc_args(argparse.ArgumentParser())",
+    "patch": "import megatron.core, argparse, megatron_mhc as m; m.add_mhc_args(argparse.ArgumentParser())",
     "launch": "from megatron_mhc.launch import prepare; prepare(['no_script.py', '--mhc-no-such-flag', '1'])",
 }
 
@@ -133,9 +134,13 @@ def test_gpt_scripts_call_the_target_with_two_arguments_or_three(monkeypatch, ho
     args, model = types.SimpleNamespace(), GPTModelConfig(transformer=config, vocab_size=64)
     if how == "slime":
         monkeypatch.setattr("megatron.training.get_args", lambda: pytest.fail("the arguments are given"))
-        monkeypatch.setattr(
-            argument_utils, "gpt_config_from_args", lambda a, c: {(id(args), id(config)): model}[id(a), id(c)]
-        )
+
+        def from_args(args_given, config=None, model_config_cls=None):
+            assert args_given is args and config is model.transformer
+            return model
+
+        from_args.__signature__ = inspect.signature(argument_utils.gpt_config_from_args)
+        monkeypatch.setattr(argument_utils, "gpt_config_from_args", from_args)
         spec = specs.gpt_mhc_spec(args, config, None)
     else:
         monkeypatch.setattr("megatron.training.get_args", lambda: args)
