@@ -19,20 +19,32 @@ from __future__ import annotations
 
 import argparse
 import re
-import shlex
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import chain
 from typing import Any
 
 import torch
 
 from megatron_mhc.recompute import estimate
+from megatron_mhc.stages import layers_of_rank
 
 GIB = 2**30
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
+# Flags that a single rank refuses, and how many words each is.
+_PARALLEL = {
+    "--sequence-parallel": 1,
+    "--moe-grouped-gemm": 1,
+    "--num-virtual-stages-per-pipeline-rank": 2,
+    "--num-layers-per-virtual-pipeline-stage": 2,
+    "--pipeline-model-parallel-layout": 2,
+    "--decoder-first-pipeline-num-layers": 2,
+    "--decoder-last-pipeline-num-layers": 2,
+    "--account-for-embedding-in-pipeline-split": 1,
+    "--account-for-loss-in-pipeline-split": 1,
+}
 
 
 @dataclass(frozen=True)
@@ -77,8 +89,8 @@ class RankPlan:
 
 def single(words: list[str]) -> list[str]:
     """A recipe's arguments for one rank and for Megatron's local modules, which a CPU can build."""
-    words, drop = list(words), {"--num-virtual-stages-per-pipeline-rank": 2, "--moe-grouped-gemm": 1}
-    for flag, count in (drop | {"--sequence-parallel": 1}).items():
+    words = list(words)
+    for flag, count in _PARALLEL.items():
         while flag in words:
             at = words.index(flag)
             del words[at : at + count]
@@ -189,7 +201,8 @@ def plan(words: list[str], world: int | None) -> list[RankPlan]:
     out = []
     found = estimate.ranks(config, mhc, args.seq_length, args.micro_batch_size, micro_batches)
     for number, rank in enumerate(found):
-        keys = [*layers_of(config, number), *["first"] * (number == 0), *["last"] * (number == last)]
+        ends = [*["first"] * (number == 0), *["last"] * (number == last)]
+        keys = [*chain(*layers_of_rank(config, number)), *ends]
         dense = sum(parameters.bf16[key] for key in keys) / tp
         mappings = sum(parameters.fp32[key] for key in keys)
         experts = sum(parameters.experts[key] for key in keys) / args.expert_model_parallel_size
@@ -212,30 +225,15 @@ def plan(words: list[str], world: int | None) -> list[RankPlan]:
     return out
 
 
-def layers_of(config: Any, rank: int) -> list[int]:
-    """The 0-based layers of a pipeline rank, over all of its chunks."""
-    from megatron.core.transformer.transformer_block import get_num_layers_to_build
-    from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
-
-    chunks = config.virtual_pipeline_model_parallel_size
-    stages = [None] if chunks is None else range(chunks)
-    found: list[int] = []
-    for stage in stages:
-        held = get_num_layers_to_build(config, stage, rank)
-        first = get_transformer_layer_offset(config, stage, rank) if held else 0
-        found += range(first, first + held)
-    return found
-
-
 def main() -> None:
     """Print the plan of a recipe."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("recipe", type=Path, help="a file with the command that DRY_RUN=1 prints")
+    parser.add_argument("recipe", type=estimate.recipe, help="a file with the command that DRY_RUN=1 prints")
     parser.add_argument("--world-size", type=int, help="ranks; default: torchrun's")
     given = parser.parse_args()
-    words, world = estimate.megatron_arguments(shlex.split(given.recipe.read_text()))
+    words, world = estimate.megatron_arguments(given.recipe)
     ranks = plan(words, given.world_size or world)
     names = ("weights", "gradients", "optimizer", "activations", "loss", "total")
     print("GiB".ljust(14) + "".join(f"rank {i}".rjust(10) for i in range(len(ranks))))

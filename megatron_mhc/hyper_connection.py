@@ -246,6 +246,12 @@ class HyperConnectionModule(MappingParameters):
 _built: WeakSet[HyperConnectionModule] = WeakSet()
 
 
+def stream_widths() -> set[int]:
+    """The widths n*C of the streams of this process's models, where they are not C."""
+    sizes = {(m.mhc.num_residual_streams, m.config.hidden_size) for m in _built}
+    return {n * width for n, width in sizes if n > 1}
+
+
 def operations() -> list[str]:
     """Which operations the connections of this process run; a line for each kind of streams."""
     kinds: Counter[tuple[MHCConfig, int, torch.dtype, str]] = Counter()

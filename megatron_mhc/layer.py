@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megatron_mhc import ops, parallel
+from megatron_mhc.carried import remember
 from megatron_mhc.config import MHCConfig
 from megatron_mhc.hyper_connection import HyperConnectionModule, check_width
 from megatron_mhc.pipeline.layer_nodes import FusedPass
@@ -79,6 +80,7 @@ class HyperConnectionTransformerLayer(TransformerLayer):
         **kwargs: Any,
     ):
         parallel.validate(config, mhc)
+        remember(config, mhc)
         check_recompute(mhc, chunks)
         super().__init__(config, submodules, layer_number, **kwargs)
         self.mhc = mhc

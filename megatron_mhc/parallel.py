@@ -18,6 +18,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
 from megatron_mhc.config import MHCConfig, flag
+from megatron_mhc.stages import layer_counts
 
 
 def mark_replicated(module: nn.Module, config: TransformerConfig) -> None:
@@ -82,12 +83,6 @@ def validate(config: TransformerConfig, mhc: MHCConfig) -> None:
             f"which drops and replays the streams already: drop {flag('recompute_layer_num')}, or use "
             "--recompute-granularity selective"
         )
-    known = getattr(config, "mhc", mhc)
-    if known != mhc:
-        raise ValueError(
-            f"two mHC configurations in one model: {known.to_options()} and {mhc.to_options()}; "
-            f"give all layers the same {flag('num_residual_streams')} and options"
-        )
 
 
 def validate_stages(config: TransformerConfig) -> None:
@@ -98,18 +93,14 @@ def validate_stages(config: TransformerConfig) -> None:
     """
     if config.pipeline_model_parallel_size == 1:
         return
-    from megatron.core.transformer.transformer_block import get_num_layers_to_build
-
-    chunks = config.virtual_pipeline_model_parallel_size
-    first, last = (None, None) if chunks is None else (0, chunks - 1)
-    if get_num_layers_to_build(config, first, 0) == 0:
+    counts = layer_counts(config)
+    if counts[0] == 0:
         raise ValueError(
             "mHC expands the embedding in the first decoder layer, but pipeline stage 0 has none: drop "
             "--account-for-embedding-in-pipeline-split, or give stage 0 a layer in "
             "--pipeline-model-parallel-layout"
         )
-    last_rank = config.pipeline_model_parallel_size - 1
-    if config.mtp_num_layers and get_num_layers_to_build(config, last, last_rank) == 0:
+    if config.mtp_num_layers and counts[-1] == 0:
         raise ValueError(
             "with --mtp-num-layers the streams end at the last decoder layer, which must be on the last "
             "pipeline stage: drop --account-for-loss-in-pipeline-split, or give that stage a decoder layer"

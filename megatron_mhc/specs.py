@@ -21,11 +21,13 @@ from megatron.core.transformer.transformer_layer import MoETransformerLayer, Tra
 from megatron.core.utils import log_single_rank
 
 from megatron_mhc import hooks, ops, parallel
+from megatron_mhc.carried import StreamsBlockSubmodules, remember
 from megatron_mhc.config import MHCConfig, refuse_environment
-from megatron_mhc.diagnostics.training import check_writers
+from megatron_mhc.diagnostics.training import check_loop, check_writers
 from megatron_mhc.hooks.uses import SPEC_USES
 from megatron_mhc.layer import HyperConnectionTransformerLayer, Row, bias_dropout, unsupported_submodule
-from megatron_mhc.pipeline.options import OVERLAPPED, check_config
+from megatron_mhc.pipeline.options import check_config
+from megatron_mhc.pipeline.plans import OVERLAPPED
 from megatron_mhc.recompute.chunk import Chunks
 from megatron_mhc.streams import contract_norm_builder
 
@@ -71,8 +73,8 @@ def wrap_block_spec(
 ) -> TransformerBlockSubmodules:
     """Turn what Megatron would build on this pipeline stage into its mHC form.
 
-    Checks the configuration, remembers `mhc` as `config.mhc` (the pipeline's message width depends on
-    it) and registers the hooks that mHC needs.
+    Checks the configuration, remembers `mhc` (the pipeline's message width depends on it, see `carried`)
+    and registers the hooks that mHC needs.
 
     Args:
         spec: a layer's spec, or a block's submodules with one spec per local layer.
@@ -81,11 +83,13 @@ def wrap_block_spec(
         vp_stage: virtual pipeline stage, None without them.
 
     Raises:
-        ValueError: an unsupported configuration, layer or Megatron version.
+        ValueError: an unsupported configuration, layer or Megatron version; `log_interval` outside of
+            megatron.training.
     """
     parallel.validate(config, mhc)
     parallel.validate_stages(config)
     check_config(config, mhc)
+    check_loop(mhc)
     if isinstance(spec, TransformerBlockSubmodules):
         layers, norm = list(spec.layer_specs or []), spec.layer_norm
     else:
@@ -94,12 +98,13 @@ def wrap_block_spec(
     if norm is None:
         raise ValueError("the block spec has no layer_norm: mHC contracts its streams at the final norm")
     hooks.require(training=mhc.log_interval > 0)
-    config.mhc = mhc  # type: ignore[attr-defined]
+    remember(config, mhc)
     chunks = None if mhc.recompute_layer_num == "off" else Chunks(config, mhc, len(layers))
     row = Row()
-    return TransformerBlockSubmodules(
+    return StreamsBlockSubmodules(
         layer_specs=[wrap_layer_spec(layer, mhc, chunks, row) for layer in layers],
         layer_norm=contract_norm_builder(norm, mhc),  # type: ignore[arg-type]
+        mhc=mhc,
     )
 
 

@@ -11,7 +11,7 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from megatron_mhc.config import MHCConfig
+from megatron_mhc.carried import options_of
 from megatron_mhc.diagnostics.report import Report, reduce_samples
 from megatron_mhc.hyper_connection import HyperConnectionModule
 from megatron_mhc.ops import reference
@@ -46,18 +46,18 @@ class Sampler:
     Args:
         model: a model, or the list of model chunks that Megatron returns; may be wrapped. A pipeline
             stage without decoder layers has no connections and samples nothing.
-        config: the model's transformer config, which `wrap_block_spec` gave its mHC options.
+        config: the model's transformer config.
         tokens: how many tokens of a micro-batch to sample, over all its sequence and context shards;
             evenly spaced. None is `--mhc-log-tokens`.
 
     Raises:
-        ValueError: a config without mHC, or no tokens.
+        ValueError: a model without mHC, or no tokens.
     """
 
     def __init__(
         self, model: nn.Module | Sequence[nn.Module], config: TransformerConfig, tokens: int | None = None
     ):
-        mhc: MHCConfig | None = getattr(config, "mhc", None)
+        mhc = options_of(model, config)
         if mhc is None:
             raise ValueError("the model has no mHC: build it with --spec megatron_mhc.specs gpt_mhc_spec")
         tokens = mhc.log_tokens if tokens is None else tokens

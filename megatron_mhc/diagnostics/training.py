@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from megatron.core.utils import log_single_rank
 
+from megatron_mhc.carried import options_of
 from megatron_mhc.config import MHCConfig, flag
 from megatron_mhc.diagnostics.report import PARTS, Report, sublayer_name
 from megatron_mhc.diagnostics.sampler import Sampler
@@ -47,6 +48,31 @@ def check_writers(args: Any, mhc: MHCConfig) -> None:
         )
 
 
+def check_loop(mhc: MHCConfig) -> None:
+    """Refuse diagnostics that would never be taken.
+
+    Raises:
+        ValueError: `log_interval` where no run of megatron.training is under way, whose `train_step`, the
+            one that is sampled, needs its parsed arguments.
+    """
+    if mhc.log_interval and not _in_megatrons_run():
+        raise ValueError(
+            f"log_interval={mhc.log_interval} samples steps of megatron.training's own loop, and none is "
+            "being set up: drop log_interval and alarm; in a loop of your own run a step inside "
+            "`with megatron_mhc.diagnostics.Sampler(model, config) as sampler`, then read sampler.report()"
+        )
+
+
+def _in_megatrons_run() -> bool:
+    from megatron.training import get_args
+
+    try:
+        get_args()
+    except AssertionError:
+        return False
+    return True
+
+
 def sample_steps(train_step: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap `megatron.training.training.train_step` so that every `--mhc-log-interval`-th step is sampled.
 
@@ -79,7 +105,7 @@ def sample_steps(train_step: Callable[..., Any]) -> Callable[..., Any]:
                 **groups,
             )
 
-        mhc: MHCConfig | None = getattr(config, "mhc", None)
+        mhc = options_of(model, config)
         # Megatron counts the step that begins here from 0, and logs it from 1.
         if mhc is None or not mhc.log_interval or iteration is None or (iteration + 1) % mhc.log_interval:
             return step()

@@ -11,13 +11,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_mhc.carried import remember_when_built
 from megatron_mhc.checkpoint import guard_load
 from megatron_mhc.diagnostics.training import sample_steps
+from megatron_mhc.inference import widen_receive_buffer
 from megatron_mhc.optimizer import number_all_parameters, number_float32_first, set_without_grad
 from megatron_mhc.pipeline.choose import choose_schedule
 from megatron_mhc.pipeline.message import widen_messages
 
 _DISTRIBUTED = "megatron.core.optimizer.distrib_optimizer"
+_INFERENCE = "megatron.core.inference.model_inference_wrappers.abstract_model_inference_wrapper"
 _OPTIMIZER = "megatron.core.optimizer.optimizer"
 
 
@@ -55,6 +58,20 @@ HOOKS: tuple[Hook, ...] = (
         ),
         replacement=widen_messages,
         reason="both schedules size pipeline messages by config.hidden_size; streams are n times wider",
+    ),
+    Hook(
+        target=f"{_INFERENCE}:AbstractModelInferenceWrapper._allocate_recv_buffer",
+        defined_in=_INFERENCE,
+        parameters=("self", "batch_size", "seq_len"),
+        replacement=widen_receive_buffer,
+        reason="inference on a pipeline sizes its messages by config.hidden_size too, and sends by itself",
+    ),
+    Hook(
+        target="megatron.core.transformer.transformer_block:_get_block_submodules",
+        defined_in="megatron.core.transformer.transformer_block",
+        parameters=("config", "spec", "vp_stage", "pp_rank"),
+        replacement=remember_when_built,
+        reason="the config that a model is built with may be a copy, which has lost the mHC options",
     ),
     Hook(
         target="megatron.core.dist_checkpointing:load",

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from megatron_mhc.pipeline.options import OVERLAPPED
+from megatron_mhc.carried import options_of
+from megatron_mhc.pipeline.plans import OVERLAPPED
 
 
 def choose_schedule(get_forward_backward_func: Callable[..., Any]) -> Callable[..., Any]:
@@ -32,7 +33,7 @@ def by_model(stock: Callable[..., Any]) -> Callable[..., Any]:
         from megatron.core.utils import get_model_config
 
         model = kwargs["model"]
-        mhc = getattr(get_model_config(model[0] if isinstance(model, list) else model), "mhc", None)
+        mhc = options_of(model, get_model_config(model[0] if isinstance(model, list) else model))
         if mhc is None or mhc.pipeline_schedule not in OVERLAPPED:
             return stock(**kwargs)
         from megatron_mhc.pipeline.engine import forward_backward

@@ -14,11 +14,13 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from megatron_mhc import recompute
+from megatron_mhc.carried import options_of
 from megatron_mhc.pipeline.comm import HostTransport, Transport, channels_of
 from megatron_mhc.pipeline.gradients import GradientSync
 from megatron_mhc.pipeline.loading import first_of_its_kind
 from megatron_mhc.pipeline.nodes import StageEntry, StageExit, packed_width, unpack
-from megatron_mhc.pipeline.options import check_call, plan_for
+from megatron_mhc.pipeline.options import check_call
+from megatron_mhc.pipeline.plans import plan_for
 from megatron_mhc.pipeline.program import (
     BACKWARD,
     FORWARD,
@@ -67,11 +69,13 @@ def forward_backward(
     chunks = model if isinstance(model, list) else [model]
     iterators = data_iterator if isinstance(data_iterator, list) else [data_iterator] * len(chunks)
     config = get_model_config(chunks[0])
+    if (mhc := options_of(chunks, config)) is None:
+        raise ValueError("the model has no mHC: run it by what Megatron's get_forward_backward_func returns")
     check_call(config, seq_length, decoder_seq_length, adjust_tensor_shapes_fn, p2p_communicator)
     groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
-    check_queues(config.mhc.pipeline_schedule, groups.pp)
+    check_queues(mhc.pipeline_schedule, groups.pp)
     rank = groups.pp.rank()
-    plan = plan_for(config, groups.pp.size(), len(chunks), num_microbatches, forward_only)
+    plan = plan_for(config, mhc, groups.pp.size(), len(chunks), num_microbatches, forward_only)
     last_rank = rank == plan.pp - 1
     finalize = None if forward_only else config.finalize_model_grads_func
     embedding = None

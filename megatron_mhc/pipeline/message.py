@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
+from megatron_mhc.hyper_connection import stream_widths
+
 
 def widen_messages(communicate: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap `P2PCommunicator._communicate` so that mHC models exchange [s, b, n*C] instead of [s, b, C].
@@ -34,11 +36,15 @@ def widen_messages(communicate: Callable[..., Any]) -> Callable[..., Any]:
                     "get_forward_backward_func returns, or use --mhc-pipeline-schedule megatron"
                 )
             width = mhc.num_residual_streams * self.config.hidden_size
-            # An empty shape means that the two sides tell each other (--variable-seq-lengths).
-            shape = (*tensor_shape[:-1], width) if tensor_shape else tensor_shape
+            tensor_shape = (*tensor_shape[:-1], width) if tensor_shape else tensor_shape
+            # Neighbours that tell each other their shapes receive what is sent, whatever is asked for.
+            told = self.config.variable_seq_lengths or getattr(self.config, "mtp_standalone", False)
+            shape = None if told else tensor_shape
             for sent in (tensor_send_next, tensor_send_prev):
                 _check(sent, shape, width, "sent")
-            tensor_shape = shape
+        else:
+            for sent in (tensor_send_next, tensor_send_prev):
+                _check_plain(sent, self.config)
         received = communicate(
             self,
             tensor_send_next=tensor_send_next,
@@ -50,10 +56,20 @@ def widen_messages(communicate: Callable[..., Any]) -> Callable[..., Any]:
         )
         if mhc is not None:
             for got in received[:2]:
-                _check(got, tensor_shape, width, "received")
+                _check(got, shape, width, "received")
         return received
 
     return communicate_streams
+
+
+def _check_plain(tensor: Tensor | None, config: Any) -> None:
+    """Refuse streams in a pipeline whose config knows of none: its neighbour's receive would be too small."""
+    hidden = getattr(config, "hidden_size", None)
+    if tensor is not None and tensor.shape[-1] != hidden and tensor.shape[-1] in stream_widths():
+        raise ValueError(
+            f"pipeline message with shape {tuple(tensor.shape)} of an mHC model, under a copy of its config "
+            "that lost the mHC options: give DistributedDataParallel and the schedule the model's own config"
+        )
 
 
 def _check(tensor: Tensor | None, shape: Any, width: int, what: str) -> None:
@@ -61,7 +77,7 @@ def _check(tensor: Tensor | None, shape: Any, width: int, what: str) -> None:
         return
     wrong = tuple(tensor.shape) != tuple(shape) if shape else tensor.shape[-1] != width
     if wrong:
-        expected = tuple(shape) or ("...", width)
+        expected = tuple(shape) if shape else ("...", width)
         raise ValueError(
             f"pipeline message {what} with shape {tuple(tensor.shape)}, expected {expected}: every stage "
             "needs the same sequence length, micro-batch size and --mhc-num-residual-streams"

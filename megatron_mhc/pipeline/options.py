@@ -6,10 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 from megatron_mhc.config import MHCConfig, flag
-from megatron_mhc.pipeline.program import SPLIT, Plan
+from megatron_mhc.pipeline.plans import FUSED, INTERLEAVED, OVERLAPPED
+from megatron_mhc.pipeline.program import SPLIT
 from megatron_mhc.pipeline.queues import check_queues
-
-INTERLEAVED, FUSED = OVERLAPPED = ("interleaved", "fused")
+from megatron_mhc.stages import layer_counts
 
 # (Megatron setting, when it is refused, what to do instead)
 _REFUSED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
@@ -114,19 +114,8 @@ def _refuse(
             )
 
 
-def layers_of_stages(config: Any) -> tuple[int, ...]:
-    """Number of transformer layers of each stage, in the order of the model."""
-    from megatron.core.transformer.transformer_block import get_num_layers_to_build
-
-    pp, vpp = config.pipeline_model_parallel_size, config.virtual_pipeline_model_parallel_size
-    return tuple(
-        get_num_layers_to_build(config, stage // pp if vpp else None, stage % pp)
-        for stage in range(pp * (vpp or 1))
-    )
-
-
 def _stage_without_layer(config: Any, beyond_last: int) -> int | None:
-    counts = layers_of_stages(config)
+    counts = layer_counts(config)
     return next((i for i, count in enumerate(counts[: len(counts) - beyond_last]) if not count), None)
 
 
@@ -147,32 +136,3 @@ def check_call(
         raise ValueError(f"a p2p_communicator of the caller's own would not be used: {instead}")
     if config.pipeline_dtype is None:
         raise ValueError("config.pipeline_dtype is None: set it to the dtype of the streams, as --bf16 does")
-
-
-def plan_for(config: Any, pp: int, chunks: int, microbatches: int, forward_only: bool) -> Plan:
-    """The plan of one step; more chunks than one run in groups of microbatch_group_size_per_vp_stage.
-
-    Raises:
-        ValueError: a group larger than the step.
-    """
-    mhc, group = config.mhc, None
-    if chunks > 1:
-        group = config.microbatch_group_size_per_vp_stage
-        group = None if group is None or group <= pp else group
-        if group is not None and group > microbatches:
-            raise ValueError(
-                f"--microbatch-group-size-per-virtual-pipeline-stage {group}: a step has {microbatches} "
-                f"micro-batches; give {pp} to {microbatches}"
-            )
-    fused = mhc.pipeline_schedule == FUSED and not forward_only
-    return Plan(
-        pp,
-        chunks,
-        microbatches,
-        group=group,
-        boundary=mhc.pp_boundary,
-        forward_only=forward_only,
-        fused=fused,
-        layers=layers_of_stages(config) if fused else 1,
-        replay=not forward_only and mhc.recompute_layer_num != "off",
-    )

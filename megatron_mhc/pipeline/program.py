@@ -93,6 +93,8 @@ class Plan:
         fused: run a forward chunk and a backward chunk of two microbatches node by node in turns.
         replay: chunks recompute, and do so before they wait for the gradient.
         layers: layers of each stage (fused programs alone depend on them); one number for all of them.
+        hops: forward chunks of warm-up for each rank that follows; 1 is Megatron's 1F1B without virtual
+            stages, which leaves no time for a message.
         ahead: compute steps between posting a receive and using it. None: 2, but 1 where the message may
             follow from what the rank does in between: a fused step is two chunks, and of 2 ranks each is
             the other's neighbour on both sides. See loading.py.
@@ -110,10 +112,11 @@ class Plan:
     fused: bool = False
     replay: bool = False
     layers: int | tuple[int, ...] = 1
+    hops: int = 2
     ahead: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("pp", "vpp", "microbatches", "ahead"):
+        for name in ("pp", "vpp", "microbatches", "hops", "ahead"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value}: give at least 1")
@@ -168,15 +171,11 @@ class Plan:
         return [(mb, self.vpp - 1 - chunk) for mb, chunk in self.forward_order()]
 
     def warmup(self, rank: int) -> int:
-        """Forward chunks that a rank runs before its first backward.
-
-        Also for vpp = 1, where 1F1B warms up by half as many hops: those leave no time for a message.
-        """
+        """Forward chunks that a rank runs before its first backward."""
         if self.forward_only:
             return self.chunks
-        hops = self.pp - 1 - rank
         # Fused, one more: the backward of a step must not need the forward beside it.
-        warm = 2 * hops + (self.vpp - 1) * max(self.groups()) + self.fused
+        warm = self.hops * (self.pp - 1 - rank) + (self.vpp - 1) * max(self.groups()) + self.fused
         return min(self.chunks, warm)
 
     def in_flight(self, rank: int) -> int:

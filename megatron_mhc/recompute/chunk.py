@@ -15,6 +15,7 @@ from megatron.core.utils import log_single_rank
 from torch import Tensor
 
 from megatron_mhc.config import MHCConfig, flag
+from megatron_mhc.pipeline.plans import passes_in_flight
 from megatron_mhc.recompute import inventory, plan
 from megatron_mhc.recompute.block import Block
 
@@ -112,7 +113,7 @@ class Chunk:
                 f"{flag('recompute_layer_num')}: {len(self.connections)} sub-layers of {self.size} were built"
             )
         bytes_ = self.sublayer_bytes(streams)
-        held = passes_in_flight(self.config)
+        held = held_on_this_rank(self.config, self.mhc)
         self.use(plan.choose(self.mhc.recompute_layer_num, bytes_, held))
         whole = plan.without_replay(self.sublayer_bytes(streams, replayed=False), held)
         most = plan.peak(bytes_, self.blocks, held)
@@ -174,7 +175,7 @@ def check_recompute(mhc: MHCConfig, chunks: Chunks | None) -> None:
         )
 
 
-def passes_in_flight(config: TransformerConfig) -> int:
+def held_on_this_rank(config: TransformerConfig, mhc: MHCConfig) -> int:
     """Passes of model chunks whose activations this rank holds at once."""
     if not parallel_state.model_parallel_is_initialized():
         return 1
@@ -182,12 +183,8 @@ def passes_in_flight(config: TransformerConfig) -> int:
         micro_batches = get_num_microbatches()
     except AttributeError:  # a training loop without Megatron's calculator
         micro_batches = None
-    return plan.in_flight(
-        config.pipeline_model_parallel_size,
-        parallel_state.get_pipeline_model_parallel_rank(),
-        config.virtual_pipeline_model_parallel_size or 1,
-        micro_batches,
-    )
+    rank = parallel_state.get_pipeline_model_parallel_rank()
+    return passes_in_flight(config, mhc, rank, micro_batches)
 
 
 def chunk_of(model: Any) -> Chunk | None:

@@ -5,9 +5,10 @@
 
 The file holds Megatron's arguments, or a whole command line that ends in them, as
 `DATA=mock DRY_RUN=1 bash examples/train.sh 27b mhc` prints it; `#` starts a comment. Printed are the
-activations of the decoder layers, in GiB: what they keep for the backward passes in flight under 1F1B, plus
-the one block that is replayed. Not counted: weights, gradients, optimizer, embedding, loss, and what a
-backward pass needs while it runs. See `inventory` for the layers that are assumed.
+activations of the decoder layers, in GiB: what they keep for the backward passes in flight under the
+schedule (vanilla: under Megatron's), plus the one block that is replayed. Not counted: weights, gradients,
+optimizer, embedding, loss, and what a backward pass needs while it runs. See `inventory` for the layers that
+are assumed.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mhc.config import MHCConfig
+from megatron_mhc.pipeline.plans import passes_in_flight
 from megatron_mhc.recompute import inventory, plan
+from megatron_mhc.stages import layers_of_rank
 
 
 @dataclass(frozen=True)
@@ -32,8 +35,8 @@ class Rank:
 
     Args:
         layers: of each model chunk.
-        in_flight: passes of chunks held at once.
-        vanilla: bytes without mHC, at the peak.
+        in_flight: passes of chunks held at once under mHC's schedule.
+        vanilla: bytes without mHC, at the peak, under Megatron's schedule.
         stored: the largest chunk's sub-layers under mHC without replay; replayed: with.
     """
 
@@ -63,30 +66,22 @@ def ranks(config: Any, mhc: MHCConfig, sequence: int, micro_batch: int, micro_ba
         sequence, micro_batch: tokens of a sequence, and sequences of a micro-batch.
         micro_batches: of one step on one data-parallel rank.
     """
-    from megatron.core.transformer.transformer_block import get_num_layers_to_build
-    from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
-
     n = mhc.num_residual_streams
     tokens = sequence * micro_batch // config.context_parallel_size
     if config.sequence_parallel:
         tokens //= config.tensor_model_parallel_size
     one = tokens * config.hidden_size * inventory.itemsize(config)
-    virtual = config.virtual_pipeline_model_parallel_size
     found = []
     for rank in range(config.pipeline_model_parallel_size):
-        chunks = []
-        for stage in range(virtual or 1):
-            vp_stage = None if virtual is None else stage
-            count = get_num_layers_to_build(config, vp_stage, rank)
-            first = get_transformer_layer_offset(config, vp_stage, rank) if count else 0
-            chunks.append(range(first, first + count))
-        held = plan.in_flight(config.pipeline_model_parallel_size, rank, len(chunks), micro_batches)
+        chunks = layers_of_rank(config, rank)
+        held = passes_in_flight(config, mhc, rank, micro_batches)
+        plain = passes_in_flight(config, MHCConfig(), rank, micro_batches)
         facts = [f for layer in max(chunks, key=len) for f in _sublayers(config, layer)]
         inside = dict(one=one, tokens=tokens, n=n)
         stored = [inventory.sublayer(**inside, norm=m, inside=i, replayed=False) for m, i in facts]
         again = dict(replayed=True, coefficients=mhc.recompute_coefficients)
         replayed = [inventory.sublayer(**inside, norm=m, inside=i, **again) for m, i in facts]
-        vanilla = held * sum(one * (1 + norm) + tokens * saved for norm, saved in facts)
+        vanilla = plain * sum(one * (1 + norm) + tokens * saved for norm, saved in facts)
         found.append(Rank([len(c) for c in chunks], held, vanilla, stored, replayed))
     return found
 
@@ -141,6 +136,14 @@ def table(found: list[Rank], sizes: list[int], n: int) -> str:
     return "\n".join(lines)
 
 
+def recipe(path: str) -> list[str]:
+    """The words of a recipe's file, for argparse, which prints what an ArgumentTypeError says."""
+    try:
+        return shlex.split(Path(path).read_text(), comments=True)
+    except (OSError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"{path} cannot be read: {error}") from None
+
+
 def megatron_arguments(words: list[str]) -> tuple[list[str], int | None]:
     """Split a command line: what follows the script or module, and torchrun's number of processes."""
     start, world = 0, None
@@ -186,14 +189,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m megatron_mhc.recompute", description=__doc__.split("\n\n")[0]
     )
-    parser.add_argument("--config", type=Path, help="file with Megatron's arguments, or a command line")
+    parser.add_argument("--config", type=recipe, help="file with Megatron's arguments, or a command line")
     parser.add_argument("--world-size", type=int, help="ranks; default: torchrun's, or the fewest possible")
     parser.add_argument("--sizes", default="1,2,3,4,6,8,12,16", help="block sizes to print")
     own = sys.argv[1:]
     extra = own[own.index("--") + 1 :] if "--" in own else []
     options = parser.parse_args(own[: len(own) - len(extra) - 1] if "--" in own else own)
-    words = shlex.split(options.config.read_text(), comments=True) if options.config else []
-    words, world = megatron_arguments(words)
+    words, world = megatron_arguments(options.config or [])
     if not words + extra:
         parser.error("give --config FILE, or Megatron's arguments behind --")
     args, config, mhc = parse(words + extra, options.world_size or world)

@@ -123,19 +123,12 @@ def best(sublayers: Sequence[SubLayerBytes], in_flight: int = 1) -> list[int]:
 
 
 def choose(setting: str, sublayers: Sequence[SubLayerBytes], in_flight: int = 1) -> list[int]:
-    """The blocks that `--mhc-recompute-layer-num` asks for: `auto` or a number, as text."""
+    """The blocks that `--mhc-recompute-layer-num` asks for: `auto` or a number, as text.
+
+    None for a stage without layers.
+    """
+    if not sublayers:
+        return []
     if setting == "auto":
         return best(sublayers, in_flight)
     return uniform(len(sublayers), int(setting))
-
-
-def in_flight(pipeline: int, rank: int, chunks: int, micro_batches: int | None = None) -> int:
-    """Passes of model chunks whose activations a pipeline rank holds at once under 1F1B.
-
-    Args:
-        pipeline, rank: size of the pipeline and this rank in it.
-        chunks: model chunks of each rank; with several, the interleaved schedule.
-        micro_batches: of one step; None if unknown.
-    """
-    held = pipeline - rank if chunks == 1 else 2 * (pipeline - rank - 1) + (chunks - 1) * pipeline + 1
-    return held if micro_batches is None else min(held, micro_batches * chunks)

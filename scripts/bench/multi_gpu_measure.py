@@ -32,7 +32,7 @@ from megatron_mhc.pipeline import engine
 from megatron_mhc.pipeline.comm import channels_of
 from megatron_mhc.pipeline.megatron_order import megatron_program
 from megatron_mhc.pipeline.nodes import packed_width
-from megatron_mhc.pipeline.options import plan_for
+from megatron_mhc.pipeline.plans import plan_for
 from megatron_mhc.pipeline.program import ALL_TO_ALL, COMPUTE, Op, Plan, build_program
 from megatron_mhc.pipeline.simulate import simulate
 from megatron_mhc.pipeline.streams import HostStreams
@@ -141,7 +141,7 @@ class Bench:
         layout = self.case.layout
         if self.case.schedule == MEGATRON:
             return Plan(layout.pp, layout.vpp or 1, self.count)
-        return plan_for(self.config, layout.pp, layout.vpp or 1, self.count, forward_only=False)
+        return plan_for(self.config, self.config.mhc, layout.pp, layout.vpp or 1, self.count)
 
     def costs(self, plan: Plan) -> Measured:
         """Medians of operations and messages on this machine; all ranks get the same."""

@@ -139,6 +139,11 @@ SETTINGS = {
     "allgather_dispatcher_ep2": (Layout(ep=2), "moe", dict(moe_token_dispatcher_type="allgather")),
     "shared_expert_overlap_ep2": (Layout(ep=2), "moe_shared", dict(moe_shared_expert_overlap=True)),
     "variable_lengths_pp2": (Layout(pp=2), "dense", dict(variable_seq_lengths=True) | ALLTOALL),
+    "variable_lengths_pp2_vpp2": (
+        Layout(pp=2, vpp=2),
+        "dense",
+        dict(variable_seq_lengths=True) | ALLTOALL,
+    ),
     "unbatched_messages_pp2": (Layout(pp=2), "dense", dict(batch_p2p_comm=False)),
     "uneven_stages_pp2": (Layout(pp=2), "dense", dict(num_layers_in_first_pipeline_stage=1)),
     "loss_alone_pp2_vpp2": (

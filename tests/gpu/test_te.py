@@ -22,6 +22,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_block import TransformerBlock
+from megatron.training import global_vars
 
 from megatron_mhc import MHCConfig
 from megatron_mhc.diagnostics import sampler as sampler_module
@@ -196,6 +197,7 @@ def test_model_loss_matches_plain_model_at_step_0():
 
 
 def test_sampling_does_not_wait_for_the_gpu(monkeypatch):
+    monkeypatch.setattr(global_vars, "_GLOBAL_ARGS", object())  # as in Megatron's own run
     mhc = MHCConfig(log_interval=1, alarm="warn")
     config = make_config()
     tensor_parallel.model_parallel_cuda_manual_seed(5, force_reset_rng=True)

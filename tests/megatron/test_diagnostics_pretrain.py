@@ -1,5 +1,6 @@
 """Diagnostics in Megatron's own pretrain(), on gloo processes that torchrun starts, and from a checkpoint."""
 
+import argparse
 import json
 import math
 import subprocess
@@ -7,7 +8,8 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from gpt import build, forward_backward
+import torch
+from gpt import batch, build, forward_backward
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.util import tensor_util
 from test_pretrain import ARGUMENTS, MHC, ROOT
@@ -113,9 +115,10 @@ def test_a_checkpoint_measures_the_same_in_every_layout(trained, tmp_path):
 def training_step_with(mhc):
     """Whether Megatron's own train_step is there once a model is built, and how many of its modules are
     hooked; on a rank of its own, which ends with it."""
-    from megatron.training import training
+    from megatron.training import global_vars, training
 
     original = training.train_step
+    global_vars.set_args(argparse.Namespace())
     model = build(mhc)
     found = connections(model)
     assert len(found) == 4
@@ -131,6 +134,22 @@ def test_off_leaves_megatrons_training_step_and_the_model_alone(run_ranks):
     assert run_ranks(1, training_step_with, MHCConfig(log_interval=5)) == [(False, 0)]
 
 
+def build_in_a_loop_of_ones_own():
+    with pytest.raises(ValueError) as error:
+        build(MHCConfig(log_interval=2, alarm="stop"))
+    model = build(MHCConfig())
+    with Sampler(model, model.config) as sampler, torch.no_grad():
+        model(*batch(0)[0])
+    return str(error.value), sampler.report().statistics["gain_forward"]
+
+
+def test_an_interval_in_a_loop_of_ones_own_is_refused_and_the_sampler_offered(run_ranks):
+    said, gains = run_ranks(1, build_in_a_loop_of_ones_own)[0]
+    assert said.startswith("log_interval=2 samples steps of megatron.training's own loop")
+    assert "with megatron_mhc.diagnostics.Sampler(model, config) as sampler" in said
+    assert gains == pytest.approx([1.0] * 4, abs=0.01)
+
+
 def reports():
     return hooks.register().report(), hooks.register(training=True).report()
 
@@ -141,8 +160,9 @@ def test_report_lists_the_training_hook_only_where_it_is_registered(run_ranks):
 
 
 def build_on_a_foreign_step():
-    from megatron.training import training
+    from megatron.training import global_vars, training
 
+    global_vars.set_args(argparse.Namespace())
     training.train_step = lambda *args: None
     build(MHCConfig(log_interval=1))
 

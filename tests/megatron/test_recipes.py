@@ -91,6 +91,24 @@ def test_recipe_has_the_papers_size_and_fits_its_gpus(tmp_path, run_ranks, model
     assert used["mhc"] < 1.05 * used["vanilla"] < used["hc"]
 
 
+def test_memory_of_a_custom_layout_is_planned(tmp_path, run_ranks):
+    words = dry_run(tmp_path, "3b", "mhc", "--pipeline-model-parallel-size", "4")
+    while "--num-virtual-stages-per-pipeline-rank" in words:
+        at = words.index("--num-virtual-stages-per-pipeline-rank")
+        del words[at : at + 2]
+    even, uneven = words, [*words, "--pipeline-model-parallel-layout", "E,t*5|t*4||t*3,L"]
+
+    def planned():
+        plan_memory = planner()
+        plans = [plan_memory.plan(words, 32) for words in (even, uneven)]
+        return [[(rank.layers, rank.weights, rank.total) for rank in ranks] for ranks in plans]
+
+    even, uneven = run_ranks(1, planned)[0]
+    assert [layers for layers, *_ in uneven] == [[5], [4], [0], [3]]
+    assert uneven[2][2] == 0 and uneven[0][1] > even[0][1]
+    assert sum(w for _, w, _ in uneven) == pytest.approx(sum(w for _, w, _ in even))
+
+
 @pytest.mark.parametrize("model", PAPER)
 def test_recipe_has_the_papers_settings(tmp_path, run_ranks, model):
     words = dry_run(tmp_path, model, "mhc")

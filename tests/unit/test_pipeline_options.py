@@ -12,6 +12,7 @@ from megatron_mhc import MHCConfig, hooks, parallel
 from megatron_mhc.hooks import targets
 from megatron_mhc.pipeline import choose, engine, options
 from megatron_mhc.pipeline.message import widen_messages
+from megatron_mhc.pipeline.plans import plan_for
 
 SPLIT = MHCConfig(pipeline_schedule="interleaved", pp_boundary="split")
 WHOLE = MHCConfig(pipeline_schedule="interleaved")
@@ -113,10 +114,10 @@ def test_fused_needs_a_layer_on_every_stage_and_trains_alone():
     options.check_config(empty, WHOLE)
     with pytest.raises(ValueError, match="stage 1 has none: .* or use --mhc-pipeline-schedule interleaved"):
         options.check_config(empty, FUSED)
-    uneven = config(mhc=FUSED, num_layers_in_first_pipeline_stage=3, num_layers_in_last_pipeline_stage=1)
-    plan = options.plan_for(uneven, 2, 1, 4, forward_only=False)
+    uneven = config(num_layers_in_first_pipeline_stage=3, num_layers_in_last_pipeline_stage=1)
+    plan = plan_for(uneven, FUSED, 2, 1, 4)
     assert plan.fused and plan.layers == (3, 1)
-    assert not options.plan_for(uneven, 2, 1, 4, forward_only=True).fused
+    assert not plan_for(uneven, FUSED, 2, 1, 4, forward_only=True).fused
 
 
 def test_split_boundary_needs_its_schedule_and_a_layer_on_every_stage_that_sends():
@@ -153,8 +154,7 @@ def test_arguments_that_would_be_ignored_are_refused(call, words):
 
 def test_plan_follows_the_configuration():
     def plan(mhc=SPLIT, chunks=2, count=8, forward_only=False, **settings):
-        settings["mhc"] = mhc
-        return options.plan_for(config(**settings), 2, chunks, count, forward_only)
+        return plan_for(config(**settings), mhc, 2, chunks, count, forward_only)
 
     assert plan(microbatch_group_size_per_vp_stage=2).groups() == [2] * 4
     assert plan(microbatch_group_size_per_vp_stage=4).groups() == [4, 4]
@@ -196,6 +196,12 @@ def test_only_the_flag_replaces_megatrons_schedule(registered):
     assert training.get_forward_backward_func is original
 
 
+def model(**settings):
+    out = torch.nn.Module()
+    out.config = config(**settings)
+    return out
+
+
 def test_a_model_that_did_not_ask_gets_megatrons_schedule_and_all_of_its_arguments(monkeypatch):
     calls = []
     monkeypatch.setattr(
@@ -204,11 +210,10 @@ def test_a_model_that_did_not_ask_gets_megatrons_schedule_and_all_of_its_argumen
     monkeypatch.setattr(engine, "forward_backward", lambda **k: calls.append("ours"))
     run = choose.choose_schedule(schedules.get_forward_backward_func)(pp_size=2, vp_size=None)
     for mhc in (None, MHCConfig()):
-        plain = types.SimpleNamespace(config=config(**({} if mhc is None else dict(mhc=mhc))))
-        given = dict(model=[plain], forward_only=True, seq_length=7)
+        given = dict(model=[model(**({} if mhc is None else dict(mhc=mhc)))], forward_only=True, seq_length=7)
         run(**given)
         assert calls.pop() == given
-    run(model=types.SimpleNamespace(config=config(mhc=WHOLE)), seq_length=7)
+    run(model=model(mhc=WHOLE), seq_length=7)
     assert calls == ["ours"]
 
 

@@ -1,7 +1,9 @@
 """The printed estimate of a recipe, and the inventory that it counts with."""
 
 import re
+import subprocess
 import sys
+from pathlib import Path
 
 import gpt
 import pytest
@@ -30,7 +32,6 @@ def printed(recipe, *arguments):
     import contextlib
     import io
     import tempfile
-    from pathlib import Path
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "recipe.txt")
@@ -76,6 +77,32 @@ def test_table_of_a_recipe_that_cannot_train(run_ranks):
             printed(RECIPE, "--", *arguments, "--mhc-recompute-layer-num", "auto")
 
     run_ranks(1, fails)
+
+
+def test_table_of_a_recipe_with_a_custom_layout(run_ranks):
+    """A stage's layers, however uneven, and the passes that the schedule of the recipe holds."""
+    arguments = ["--pipeline-model-parallel-layout", "Ett|t*9||tL", "--mhc-pipeline-schedule", "interleaved"]
+    rows = run_ranks(1, printed, RECIPE, "--", *arguments)[0]
+    assert rows["pipeline rank"] == ["0", "1", "3"]  # of stage 2 there is nothing to say
+    assert rows["layers"] == ["2", "9", "1"]
+    assert rows["passes in flight"] == ["7", "5", "1"]  # of 8 micro-batches
+    megatron = run_ranks(1, printed, RECIPE, "--", *arguments[:2])[0]
+    assert megatron["passes in flight"] == ["4", "3", "1"]
+    assert megatron["vanilla"] == rows["vanilla"] and megatron["mHC"][1] < rows["mHC"][1]
+
+
+@pytest.mark.parametrize("command", ["-m megatron_mhc.recompute --config", "examples/plan_memory.py"])
+@pytest.mark.parametrize("text, words", [(None, "No such file"), ("--lr 'x", "No closing quotation")])
+def test_a_recipe_that_cannot_be_read_is_named(tmp_path, command, text, words):
+    path = tmp_path / "recipe.txt"
+    if text:
+        path.write_text(text)
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run(
+        [sys.executable, *command.split(), str(path)], cwd=root, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2 and f"{path} cannot be read: " in done.stderr and words in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_command_lines_are_cut_behind_the_script():

@@ -95,21 +95,6 @@ def test_settings():
         plan.peak(sublayers, [4, 4])
 
 
-@pytest.mark.parametrize(
-    "pipeline, rank, chunks, micro_batches, expected",
-    [
-        (1, 0, 1, None, 1),
-        (4, 0, 1, None, 4),
-        (4, 3, 1, 8, 1),
-        (4, 0, 1, 2, 2),
-        (4, 0, 2, None, 11),
-        (2, 1, 2, 8, 3),
-    ],
-)
-def test_passes_in_flight(pipeline, rank, chunks, micro_batches, expected):
-    assert plan.in_flight(pipeline, rank, chunks, micro_batches) == expected
-
-
 def config(**settings):
     return TransformerConfig(num_layers=4, hidden_size=16, num_attention_heads=2, **settings)
 

@@ -1,5 +1,6 @@
 """Unsupported combinations raise at build time and name the flag and the remedy."""
 
+import functools
 import types
 
 import pytest
@@ -12,7 +13,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
-from megatron_mhc import MHCConfig, parallel, specs
+from megatron_mhc import MHCConfig, carried, parallel, specs
 from megatron_mhc.hyper_connection import check_width
 from megatron_mhc.pipeline.message import widen_messages
 
@@ -105,7 +106,7 @@ def test_two_configurations_in_one_model_are_refused():
     settings = config()
     settings.mhc = MHCConfig(num_residual_streams=2)
     with pytest.raises(ValueError, match="two mHC configurations in one model"):
-        parallel.validate(settings, MHCConfig())
+        carried.remember(settings, MHCConfig())
 
 
 def test_layer_of_another_class_is_refused():
@@ -168,6 +169,25 @@ def test_pipeline_message_of_another_width_is_refused(sent, received, what):
             recv_next=False,
             tensor_shape=(8, 1, 16),
         )
+
+
+def test_of_messages_of_any_length_the_width_alone_is_checked():
+    def stock(self, **_):
+        return torch.zeros(5, 1, 64), None, None
+
+    settings = config(variable_seq_lengths=True)
+    settings.mhc = MHCConfig()
+    send = functools.partial(
+        widen_messages(stock),
+        types.SimpleNamespace(config=settings),
+        tensor_send_prev=None,
+        recv_prev=True,
+        recv_next=False,
+    )
+    for shape in ((), (8, 1, 16)):  # without and with virtual stages
+        send(tensor_send_next=torch.zeros(3, 1, 64), tensor_shape=shape)
+        with pytest.raises(ValueError, match=r"message sent with shape \(3, 1, 16\), expected \('...', 64\)"):
+            send(tensor_send_next=torch.zeros(3, 1, 16), tensor_shape=shape)
 
 
 def test_pipeline_message_of_a_plain_model_is_left_alone():

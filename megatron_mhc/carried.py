@@ -1,0 +1,66 @@
+"""How a built model carries its mHC options, so that no copy of a config makes it look like a plain one.
+
+Megatron's pipeline sees a config and no model, so `config.mhc` holds the options at run time. A copy made by
+`dataclasses.replace`, or field by field, has lost them; the block's submodules have not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from torch import nn
+
+from megatron_mhc.config import MHCConfig, flag
+
+
+@dataclass
+class StreamsBlockSubmodules(TransformerBlockSubmodules):
+    """The submodules of a block, maybe of no layer at all, whose model has these mHC options."""
+
+    mhc: MHCConfig | None = None
+
+
+def remember(config: Any, mhc: MHCConfig) -> None:
+    """Put the options on a config.
+
+    Raises:
+        ValueError: it has others.
+    """
+    known = getattr(config, "mhc", mhc)
+    if known != mhc:
+        raise ValueError(
+            f"two mHC configurations in one model: {known.to_options()} and {mhc.to_options()}; "
+            f"give all layers the same {flag('num_residual_streams')} and options"
+        )
+    config.mhc = mhc
+
+
+def remember_when_built(get_submodules: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `_get_block_submodules`, which a block calls with its own config and the spec it is built from."""
+
+    def get_and_remember(config: Any, spec: Any, *args: Any, **kwargs: Any) -> Any:
+        submodules = get_submodules(config, spec, *args, **kwargs)
+        if isinstance(submodules, StreamsBlockSubmodules) and submodules.mhc is not None:
+            remember(config, submodules.mhc)
+        return submodules
+
+    return get_and_remember
+
+
+def options_of(model: Any, config: Any) -> MHCConfig | None:
+    """The mHC options of a model, or of the list of its chunks; None of a plain one.
+
+    Args:
+        config: the model's, or a copy, which gets what it has lost.
+    """
+    if (mhc := getattr(config, "mhc", None)) is not None:
+        return mhc
+    for chunk in [model] if isinstance(model, nn.Module) else model:
+        for module in chunk.modules():
+            if isinstance(submodules := getattr(module, "submodules", None), StreamsBlockSubmodules):
+                config.mhc = submodules.mhc
+                return submodules.mhc
+    return None

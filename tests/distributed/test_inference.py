@@ -1,0 +1,41 @@
+"""Generation on a pipeline, by Megatron's own wrapper: the logits of one process."""
+
+import pytest
+import torch
+from harness import Layout, build, ps, tokens
+from megatron.core.inference.contexts import StaticInferenceContext
+from megatron.core.inference.model_inference_wrappers.gpt.gpt_inference_wrapper import GPTInferenceWrapper
+
+from megatron_mhc import MHCConfig
+
+PROMPT, NEW = 5, 4
+MHC = MHCConfig()
+
+
+def generate(layout, mhc, stages=None):
+    """A prompt, then tokens with a KV cache: logits [b, PROMPT + NEW, vocabulary] of the last stage."""
+    layout.initialize()
+    config = layout.config("dense", params_dtype=torch.float32, pipeline_model_parallel_layout=stages)
+    model = build(layout, config, "dense", mhc)[0].module
+    context = StaticInferenceContext(max_batch_size=2, max_sequence_length=PROMPT + NEW)
+    wrapper = GPTInferenceWrapper(model, context)
+    wrapper.prep_model_for_inference()
+    words = tokens(1)[0, :, : PROMPT + NEW].cuda()
+    given = wrapper.prep_inference_input(words)
+    logits = []
+    for start, end in [(0, PROMPT), *((at, at + 1) for at in range(PROMPT, PROMPT + NEW))]:
+        window = wrapper.get_batch_for_context_window(given, start, end)
+        logits.append(wrapper.run_one_forward_step(window))
+        context.decode_mode = end >= PROMPT
+    last = ps.is_pipeline_last_stage(ignore_virtual=True)
+    return torch.cat(logits, 1) if last else None
+
+
+@pytest.mark.parametrize("mhc", [None, MHC, MHCConfig(contract="learned_head")], ids=["stock", "mhc", "head"])
+@pytest.mark.parametrize("pp, stages", [(2, None), (2, "Etttt|L"), (4, "Ett|t||tL")])
+def test_tokens_on_a_pipeline_have_the_logits_of_one_process(run_ranks, pp, stages, mhc):
+    expected = run_ranks(1, generate, Layout(), mhc)[0]
+    *others, found = run_ranks(pp, generate, Layout(pp=pp), mhc, stages)
+    assert others == [None] * (pp - 1)
+    assert found.shape == (2, PROMPT + NEW, 64)
+    assert (found - expected).abs().max() <= 1e-5
