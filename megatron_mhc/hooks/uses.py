@@ -62,10 +62,33 @@ USES: tuple[Use, ...] = (
         "cross_attn_bda, pre_mlp_layernorm, mlp, mlp_bda, sharded_state_dict_keys_map",
     ),
     Use("megatron.core.utils:make_viewless_tensor", "inp, requires_grad, keep_graph"),
-    # specs.py, streams.py
+    # hooks/messages.py
+    Use(
+        "megatron.core.pipeline_parallel.p2p_communication:P2PCommunicator.__init__",
+        "self, pp_group, config",
+        ("config",),
+    ),
+    Use(
+        "megatron.core.inference.model_inference_wrappers.abstract_model_inference_wrapper:"
+        "AbstractModelInferenceWrapper.__init__",
+        "self, model, inference_context",
+        ("model", "config"),
+    ),
+    # specs.py, streams.py, carried.py, stages.py
     Use("megatron.core.transformer.spec_utils:ModuleSpec", "module, params, submodules, metainfo"),
     Use(f"{_BLOCK}:TransformerBlockSubmodules", "layer_specs, layer_norm"),
     Use(f"{_BLOCK}:TransformerBlock._build_layers", "self", ("layers", "layer_norm", "final_layernorm")),
+    Use(
+        f"{_BLOCK}:TransformerBlock.__init__",
+        "self, config, spec, post_layer_norm, pre_process, post_process, pg_collection, vp_stage",
+        ("submodules",),
+    ),
+    Use(
+        "megatron.core.transformer.pipeline_parallel_layer_layout:PipelineParallelLayerLayout.__init__",
+        "self, layout, pipeline_model_parallel_size",
+        ("layout",),
+    ),
+    Use("megatron.core.models.gpt.gpt_model:GPTModel.__init__", None, ("decoder",)),
     Use(f"{_BLOCK}:get_num_layers_to_build", "config, vp_stage, pp_rank"),
     Use(f"{_BLOCK}:LayerNormImpl", None),
     # hyper_connection.py, parallel.py

@@ -17,7 +17,7 @@ from test_pretrain import ARGUMENTS, MHC, ROOT
 from megatron_mhc import MHCConfig, hooks
 from megatron_mhc.diagnostics import Sampler
 from megatron_mhc.diagnostics.sampler import connections
-from megatron_mhc.diagnostics.training import sample_steps
+from megatron_mhc.hooks.train_step import sample_steps
 from megatron_mhc.testing.ranks import RankError
 
 LOGGED = ["--mhc-log-interval", "2", "--mhc-log-tokens", "16", "--train-iters", "4"]

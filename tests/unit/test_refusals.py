@@ -14,8 +14,8 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from megatron_mhc import MHCConfig, carried, parallel, specs
+from megatron_mhc.hooks.messages import widen_messages
 from megatron_mhc.hyper_connection import check_width
-from megatron_mhc.pipeline.message import widen_messages
 
 
 def config(**settings):
