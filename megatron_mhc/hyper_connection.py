@@ -214,17 +214,17 @@ class HyperConnectionModule(MappingParameters):
 
             # A replayed `saved` must not be held by the graph as well.
             linked = self.mhc.boundary != "apart" and not self.mhc.recompute_coefficients
-            mixed = deferred.post_res(f, mappings, linked, self.reader(f) if linked else None)
+            mixed = deferred.post_res(f, mappings, linked, self.reader(f, streams.dtype) if linked else None)
         return mixed.view(s, b, -1)
 
-    def reader(self, f: Tensor) -> Reader | None:
-        """The connection that `post_res` of f: [T, C] is to work ahead for, under `--mhc-boundary fused`."""
+    def reader(self, f: Tensor, dtype: torch.dtype) -> Reader | None:
+        """The connection that `post_res` of f: [T, C] into streams of `dtype` works ahead for, if any."""
         if self.mhc.boundary not in ("auto", "fused") or not self.following or not torch.is_grad_enabled():
             return None
         if self.config.recompute_granularity == "full" or self.mhc.pipeline_schedule == "fused":
             return None  # no graph, or one that is cut, between the two: nothing would hand it on
         following = self.following[0]
-        if ops.choose_backend(self.mhc, f.shape[-1], f.dtype, f.device.type) != "hopper":
+        if ops.choose_backend(self.mhc, f.shape[-1], dtype, f.device.type) != "hopper":
             return Reader(following.mapping_proj()) if self.mhc.boundary == "fused" else None
         # A data-parallel wrapper gathers parameters just before their module runs (--overlap-param-gather).
         for gather in following._forward_pre_hooks.values():

@@ -9,6 +9,7 @@ mapping_backward.py    the gradients of the coefficients, per token
 pre_backward.py        the gradients of the streams and of the mapping parameters
 hopper/                pre.py and pre_backward.py again, in CUDA for H100 and H200
 sinkhorn.py            H_res in registers
+autocast.py            products in their own dtype, whatever torch.autocast says
 deferred.py, link.py   autograd over all of them, and what connections in a row share
 library.py             both again as ops of torch.library, which torch.compile traces
 """

@@ -6,6 +6,9 @@ Shapes: T tokens, n streams, C channels of one stream, m mapping rows.
     weight  [m, n*C]   phi transposed; m = n (pre) + n (post) + n*n (res, row-major), absent parts left out
 All names and equation numbers are those of arXiv 2512.24880. H_res multiplies a column of streams, so
 row i of h_res says what output stream i reads.
+
+torch.autocast changes nothing here: coefficients are computed and applied in their own dtype, and the
+streams keep theirs, in which x' leaves whatever dtype F gave f.
 """
 
 from __future__ import annotations
@@ -15,6 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from megatron_mhc.ops.autocast import LINEAR, product
 
 DEEPSEEK_EPS = 1e-6
 
@@ -84,7 +89,7 @@ def normalised_projection(x: Tensor, weight: Tensor, norm_eps: float) -> Tensor:
     """
     flat = x.flatten(1).to(coefficient_dtype(x))
     inverse_rms = torch.rsqrt(flat.square().mean(dim=-1, keepdim=True) + norm_eps)
-    return F.linear(flat, weight.to(flat.dtype)) * inverse_rms
+    return product(LINEAR, flat, weight.to(flat.dtype)) * inverse_rms
 
 
 def mapping_logits(
@@ -172,7 +177,7 @@ def hc_mappings(
     values = x.to(coefficient_dtype(x))
     values = values * torch.rsqrt(values.square().mean(dim=-1, keepdim=True) + norm_eps)
     # [T, m, n]: theta of row m applied to stream n
-    raw = torch.tanh(torch.einsum("mc,tnc->tmn", weight.to(values.dtype), values))
+    raw = torch.tanh(product("mc,tnc->tmn", weight.to(values.dtype), values))
     bias = bias.to(values.dtype)
     rows = [int(alpha_pre is not None), int(alpha_post is not None), n]
     raw_pre, raw_post, raw_res = raw.split(rows, dim=1)
@@ -194,7 +199,7 @@ def pre(x: Tensor, h_pre: Tensor) -> Tensor:
 
     Source: arXiv 2512.24880 Eq. (3).
     """
-    return torch.einsum("tn,tnc->tc", h_pre, x.to(h_pre.dtype)).to(x.dtype)
+    return product("tn,tnc->tc", h_pre, x.to(h_pre.dtype)).to(x.dtype)
 
 
 def post_res(x: Tensor, f: Tensor, h_post: Tensor, h_res: Tensor) -> Tensor:
@@ -208,7 +213,7 @@ def post_res(x: Tensor, f: Tensor, h_post: Tensor, h_res: Tensor) -> Tensor:
 
     Source: arXiv 2512.24880 Eq. (3).
     """
-    mixed = torch.einsum("tij,tjc->tic", h_res, x.to(h_res.dtype))
+    mixed = product("tij,tjc->tic", h_res, x.to(h_res.dtype))
     return (mixed + h_post.unsqueeze(-1) * f.to(h_post.dtype).unsqueeze(-2)).to(x.dtype)
 
 
@@ -217,7 +222,7 @@ def mix(x: Tensor, h_res: Tensor) -> Tensor:
 
     Source: arXiv 2512.24880 Eq. (3), the first of its two terms.
     """
-    return torch.einsum("tij,tjc->tic", h_res, x.to(h_res.dtype)).to(x.dtype)
+    return product("tij,tjc->tic", h_res, x.to(h_res.dtype)).to(x.dtype)
 
 
 def write(u: Tensor, f: Tensor, h_post: Tensor) -> Tensor:
@@ -232,8 +237,8 @@ def write(u: Tensor, f: Tensor, h_post: Tensor) -> Tensor:
 def write_backward(g: Tensor, f: Tensor, h_post: Tensor) -> tuple[Tensor, Tensor]:
     """df: [T, C] in f's dtype and dh_post: [T, n] in h_post's, of g: [T, n, C], that of `write`'s x'."""
     wide = g.to(h_post.dtype)
-    df = torch.einsum("tn,tnc->tc", h_post, wide).to(f.dtype)
-    return df, torch.einsum("tnc,tc->tn", wide, f.to(h_post.dtype))
+    df = product("tn,tnc->tc", h_post, wide).to(f.dtype)
+    return df, product("tnc,tc->tn", wide, f.to(h_post.dtype))
 
 
 def expand(hidden_states: Tensor, n: int) -> Tensor:
@@ -243,7 +248,7 @@ def expand(hidden_states: Tensor, n: int) -> Tensor:
 
 def contract(x: Tensor, how: str) -> Tensor:
     """Reduce the streams [T, n, C] to [T, C] by their `mean` or `sum`; torch accumulates in fp32 or fp64."""
-    return x.mean(dim=1) if how == "mean" else x.sum(dim=1)
+    return x.mean(dim=1) if how == "mean" else x.sum(dim=1, dtype=x.dtype)
 
 
 def learned_head(

@@ -15,6 +15,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from megatron_mhc import recompute
 from megatron_mhc.carried import options_of
+from megatron_mhc.ops.autocast import outside
 from megatron_mhc.pipeline.comm import HostTransport, Transport, channels_of
 from megatron_mhc.pipeline.gradients import GradientSync
 from megatron_mhc.pipeline.loading import first_of_its_kind
@@ -264,8 +265,9 @@ class Step:
     def _early(self, head: Op, u: Tensor) -> None:
         """Called by the last layer in the midst of a forward step: run what stands before its MLP."""
         self.to_send[Message("mixed", head.microbatch, head.stage)] = u
-        while self._advance() != head._replace(what=TAIL):
-            pass
+        with outside(self.transport.device.type):  # of the forward's torch.autocast
+            while self._advance() != head._replace(what=TAIL):
+                pass
 
     def _enter(self, key: tuple[int, int]) -> Tensor | None:
         """The streams that a chunk starts from, a leaf whose gradient is wanted; None on the first stage."""

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from megatron_mhc import recompute
+from megatron_mhc.ops.autocast import outside
 from megatron_mhc.pipeline.delayed_weights import DelayedWeights
 from megatron_mhc.pipeline.engine import Step, layers_of
 from megatron_mhc.pipeline.layer_nodes import FusedPass, Tape
@@ -103,12 +104,10 @@ class FusedStep(Step):
         until = Op(FORWARD, node, *key, layer)
         if layer == 0 and node == "attention":
             return  # it started the forward step
-        while True:
-            op = self._advance()
-            if op == until:
-                return
-            if op.kind == FORWARD:
-                raise RuntimeError(f"the model reached {until} where the program has {op}")
+        with outside(self.transport.device.type):  # of the forward's torch.autocast
+            while (op := self._advance()) != until:
+                if op.kind == FORWARD:
+                    raise RuntimeError(f"the model reached {until} where the program has {op}")
 
     def _backward(self, op: Op) -> None:
         key, node = op[2:4], (op.layer, op.what)

@@ -190,7 +190,7 @@ class FusedPass:
                 hidden = layer.mlp.combine(hidden)
             if h_post is not None:  # the next stage has the streams
                 self._reads(layer, mappings, h_post)
-                f = _join(layer, hidden, shared) if moe else hidden
+                f = (_join(layer, hidden, shared) if moe else hidden).to(streams.dtype)
                 tape.end(get_gradient_edge(f))
                 return pack(f, h_post), context
         with self.node(at, "post", moe):

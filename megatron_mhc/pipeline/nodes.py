@@ -98,7 +98,7 @@ class StageExit:
         leaf = layer_input
         if torch.is_grad_enabled():
             leaf = layer_input.detach().requires_grad_(layer_input.requires_grad)
-        f = layer.forward_mlp(leaf, kwargs)
+        f = layer.forward_mlp(leaf, kwargs).to(streams.dtype)  # the message's, whatever autocast made of f
         if torch.is_grad_enabled():
             self._f, self._leaf = get_gradient_edge(f), leaf
             rest = (u, h_post, layer_input)

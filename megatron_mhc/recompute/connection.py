@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from megatron_mhc.config import flag
 from megatron_mhc.hyper_connection import HyperConnectionModule
-from megatron_mhc.ops import reference
+from megatron_mhc.ops import autocast, reference
 from megatron_mhc.recompute.block import (
     Block,
     Emptied,
@@ -110,6 +110,7 @@ class _Pass:
 
     def __init__(self, connection: ReplayedConnection, block: Block, streams: Tensor):
         self.connection, self.block = connection, block
+        self.autocast = autocast.state(streams.device.type)
         self.layer_input: Tensor | None = None
         self.mappings: Any = None
         self.norm: nn.Module | None = None
@@ -214,7 +215,8 @@ class _Pass:
     def _read_all(self, x: Tensor, target: Tensor | None) -> reference.Coefficients | Tensor:
         """Run `pre` as in the forward pass, and put what it saves where that pass had dropped it."""
         saved: list[Tensor] = []
-        with torch.enable_grad(), saving(lambda tensor: saved.append(tensor.detach())):
+        keep = saving(lambda tensor: saved.append(tensor.detach()))
+        with torch.enable_grad(), autocast.within(self.autocast, x.device.type), keep:
             x = x.detach().requires_grad_(self.needs_grad)
             layer_input, mappings = HyperConnectionModule.forward(self.connection, x)
         if len(saved) != len(self.slots.read):
@@ -233,7 +235,7 @@ class _Pass:
     def _norm(self, layer_input: Tensor, output: Tensor) -> None:
         assert self.norm is not None
         # A norm may take another kernel where no gradient is asked for, with other bits.
-        with torch.enable_grad():
+        with torch.enable_grad(), autocast.within(self.autocast, layer_input.device.type):
             again = self.norm(layer_input.detach().requires_grad_())
         output.copy_(again)
         self.refilled.append(output)

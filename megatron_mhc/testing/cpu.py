@@ -57,6 +57,7 @@ def install(pretend_cuda: bool = False) -> None:
     _patch_cuda(torch.cuda, pretend_cuda)
     _patch_factories()
     _patch_tensor_methods()
+    _patch_autocast()
     _patch_gloo()
     _installed = True
 
@@ -220,6 +221,24 @@ def _patch_tensor_methods() -> None:
         return original(self, dtype, *args, **kwargs)
 
     Tensor.type = type_
+
+
+def _patch_autocast() -> None:
+    """Megatron's enable_autocast, and its linear layers, which go backward in the state of their forward."""
+    init = torch.autocast.__init__
+
+    @functools.wraps(init)
+    def init_on_cpu(self: Any, device_type: str, *args: Any, **kwargs: Any) -> None:
+        init(self, _cpu_for_cuda(device_type), *args, **kwargs)
+
+    torch.autocast.__init__ = init_on_cpu  # type: ignore[method-assign]
+    for name in ("custom_fwd", "custom_bwd"):
+        original = getattr(torch.amp, name)
+        setattr(torch.amp, name, functools.partial(_on_cpu_type, original))
+
+
+def _on_cpu_type(original: Callable[..., Any], fn: Any = None, *, device_type: str, **options: Any) -> Any:
+    return original(fn, device_type=_cpu_for_cuda(device_type), **options)
 
 
 def _patch_gloo() -> None:

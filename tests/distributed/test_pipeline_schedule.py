@@ -1,5 +1,6 @@
 """The overlapping schedule on gloo: loss and every gradient against a single process, in float64."""
 
+import dataclasses
 import functools
 
 import pytest
@@ -227,3 +228,39 @@ def test_evaluation(run_ranks, boundary):
         loss, touched = run_ranks(2, evaluate, layout, mhc, count)[0]
         assert abs(loss - reference_of("dense", MHCConfig(), count, 6).loss) <= ERROR
         assert touched == []
+
+
+def under_autocast(layout, layers, count, options):
+    """Loss and gradients of an iteration whose forward passes run under autocast, for each mHC options."""
+    layout.initialize()
+    results = []
+    for mhc in options:
+        autocast = dict(enable_autocast=True, autocast_dtype=torch.bfloat16, params_dtype=torch.float32)
+        config = layout.config("dense", num_layers=layers, **autocast)
+        chunks = build(layout, config, "dense", mhc)
+        schedule = engine.forward_backward if mhc.pipeline_schedule != "megatron" else None
+        results.append((iterate(chunks, config, count=count, schedule=schedule), gradients(chunks)))
+    return results
+
+
+ALL = [(schedule, boundary) for schedule in SCHEDULES for boundary in BOUNDARIES]
+INTERPRETED = dict(backend="triton", sinkhorn_iterations=1)
+
+
+@pytest.mark.parametrize(
+    "options, layers, count, kinds",
+    [({}, 4, 3, ALL), pytest.param(INTERPRETED, 2, 2, [("fused", "split")], marks=pytest.mark.slow)],
+)
+def test_autocast_gives_what_megatrons_schedule_gives(run_ranks, options, layers, count, kinds):
+    """F's output is bf16, messages and streams fp32; a fused step goes backward amid forward passes.
+
+    Not MoE: Megatron's router does not go backward under autocast.
+    """
+    megatron = MHCConfig(init="uniform", init_gating_factor=0.5, **options)
+    ours = [dataclasses.replace(megatron, pipeline_schedule=s, pp_boundary=b) for s, b in kinds]
+    for rank in run_ranks(2, under_autocast, Layout(pp=2), layers, count, [megatron, *ours]):
+        (loss, want), *others = rank
+        for mhc, (other, got) in zip(ours, others, strict=True):
+            assert other == loss, mhc.to_options()
+            for name, gradient in want.items():
+                torch.testing.assert_close(got[name], gradient, rtol=1e-5, atol=1e-6)

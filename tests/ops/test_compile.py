@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_triton import ON_GPU, inputs
 
-from megatron_mhc.ops import deferred, library
+from megatron_mhc.ops import deferred, library, reference
 from megatron_mhc.testing import ranks
 
 CASES = [
@@ -183,3 +183,24 @@ def test_inductor_gives_the_same(tokens, n, channels, dtype, v4, branch):
     tensors = inputs(tokens, n, channels, dtype)
     compiled = optimize(connections, "inductor", fullgraph=branch is sublayer)
     same(results(compiled, tensors, v4, branch), results(connections, tensors, v4))
+
+
+def by_reference(x, weight, bias, a_pre, a_post, a_res, f, v4):
+    logits = reference.mapping_logits(x, weight, (a_pre, a_post, a_res), bias, 1e-6)
+    h = reference.mhc_mappings(logits, x.shape[1], deepseek_v4=v4)
+    layer_input = reference.pre(x, h.h_pre)
+    return layer_input, reference.post_res(x, sublayer(layer_input, f), h.h_post, h.h_res)
+
+
+@pytest.mark.parametrize("run", [by_reference, connections])
+@apart
+def test_autocast_leaves_one_graph_and_its_bits(run):
+    tensors = inputs(*CASES[0][:4])
+    device = tensors[0].device.type
+
+    def under_autocast(*args):
+        with torch.autocast(device, torch.bfloat16):
+            return run(*args)
+
+    same(results(optimize(under_autocast), tensors, False), results(under_autocast, tensors, False))
+    assert graphs() == 1

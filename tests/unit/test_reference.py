@@ -308,3 +308,47 @@ def test_learned_head_matches_deepseek_v4s_formula():
         logits = (weight @ flat) / math.sqrt(flat.square().mean().item() + 1e-6)
         weights = torch.sigmoid(logits * 0.4 + bias) + 1e-6
         torch.testing.assert_close(got[t], weights @ x[t])
+
+
+@pytest.mark.parametrize("around", ["forward", "forward and backward"])
+@pytest.mark.parametrize("streams", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["mhc", "hc", "head", "sum", "mean", "split"])
+def test_autocast_changes_neither_results_nor_gradients(name, streams, around):
+    n, width = 4, 6
+    wide = torch.float64 if streams == torch.float64 else torch.float32
+    x, f = rand(7, n, width, dtype=streams), rand(7, width, seed=1, dtype=streams)
+    phi, bias = rand(24, n * width, seed=2, dtype=wide), rand(24, seed=3, dtype=wide)
+    alphas = tuple(rand(3, seed=4, dtype=wide).split(1))
+
+    def run(x, f, phi, bias, *alphas):
+        if name in ("sum", "mean"):
+            return [reference.contract(x, name)]
+        if name == "head":
+            head = dict(norm_eps=1e-6, deepseek_v4=False)
+            return [reference.learned_head(x, phi[:n], alphas[0], bias[:n], **head)]
+        if name == "hc":
+            h = reference.hc_mappings(x, phi[: n + 2, :width], alphas, bias, 1e-6)
+        else:
+            h = reference.mhc_mappings(reference.mapping_logits(x, phi, alphas, bias, 1e-6), n)
+        if name == "split":
+            u = reference.mix(x, h.h_res)
+            return [u, reference.write(u, f, h.h_post), *reference.write_backward(x, f, h.h_post)]
+        return [*h, reference.pre(x, h.h_pre), reference.post_res(x, f, h.h_post, h.h_res)]
+
+    def results(forward, backward):
+        leaves = [t.clone().requires_grad_() for t in (x, f, phi, bias, *alphas)]
+        with torch.autocast("cpu", torch.bfloat16, enabled=forward):
+            outputs = run(*leaves)
+        grads = [rand(*o.shape, seed=5, dtype=o.dtype) for o in outputs]
+        with torch.autocast("cpu", torch.bfloat16, enabled=backward):
+            return outputs + list(torch.autograd.grad(outputs, leaves, grads, allow_unused=True))
+
+    for got, want in zip(results(True, around != "forward"), results(False, False), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_streams_keep_their_dtype_whatever_that_of_f():
+    h = reference.mhc_mappings(rand(7, 24, dtype=torch.float32), 4)
+    x, f = rand(7, 4, 6, dtype=torch.float32), rand(7, 6, dtype=torch.bfloat16)
+    assert reference.post_res(x, f, h.h_post, h.h_res).dtype == torch.float32
+    assert reference.post_res(x.bfloat16(), f.float(), h.h_post, h.h_res).dtype == torch.bfloat16
