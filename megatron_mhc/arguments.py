@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from dataclasses import Field, fields
 from functools import partial
 from typing import Any
 
 from megatron_mhc.config import MHCConfig, flag, read, refuse_environment
+from megatron_mhc.version import check_version
 
 
 def add_mhc_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add the --mhc-* flags; pass it to Megatron as `extra_args_provider`."""
+    """Add the --mhc-* flags; pass it to Megatron as `extra_args_provider`.
+
+    Raises:
+        ValueError: an unsupported Megatron; one that has hyper-connections has flags of these names too.
+    """
+    if "megatron.core" in sys.modules:  # else the parser is not Megatron's
+        check_version()
     group = parser.add_argument_group("mhc")
     for option in fields(MHCConfig):
         rules = option.metadata

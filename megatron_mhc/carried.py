@@ -6,7 +6,6 @@ Megatron's pipeline sees a config and no model, so `config.mhc` holds the option
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,18 +35,6 @@ def remember(config: Any, mhc: MHCConfig) -> None:
             f"give all layers the same {flag('num_residual_streams')} and options"
         )
     config.mhc = mhc
-
-
-def remember_when_built(get_submodules: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap `_get_block_submodules`, which a block calls with its own config and the spec it is built from."""
-
-    def get_and_remember(config: Any, spec: Any, *args: Any, **kwargs: Any) -> Any:
-        submodules = get_submodules(config, spec, *args, **kwargs)
-        if isinstance(submodules, StreamsBlockSubmodules) and submodules.mhc is not None:
-            remember(config, submodules.mhc)
-        return submodules
-
-    return get_and_remember
 
 
 def options_of(model: Any, config: Any) -> MHCConfig | None:

@@ -4,13 +4,13 @@ An mHC checkpoint differs from a plain one in two ways: it has mapping parameter
 lies at `final_layernorm.norm.`. So even stock Megatron refuses an mHC checkpoint (missing key), and here
 an mHC model is kept from half-loading a plain one:
 
-    torch_dist   `guard_load` compares the request with the checkpoint's metadata before reading
+    torch_dist   `adapt_request` compares the request with the checkpoint's metadata before reading
     any format   `take_or_refuse` is called by the modules when load_state_dict reaches them
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -50,15 +50,6 @@ def take_or_refuse(
     if not mhc.load_dense:
         raise ValueError(f"{prefix}*: {_REMEDY}")
     state_dict.update({prefix + name: value.detach() for name, value in entries.items()})
-
-
-def guard_load(load: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap `dist_checkpointing.load` with `adapt_request`."""
-
-    def load_checked(sharded_state_dict: Any, checkpoint_dir: str, *args: Any, **kwargs: Any) -> Any:
-        return load(adapt_request(sharded_state_dict, checkpoint_dir), checkpoint_dir, *args, **kwargs)
-
-    return load_checked
 
 
 def adapt_request(request: dict[str, Any], checkpoint_dir: str) -> dict[str, Any]:

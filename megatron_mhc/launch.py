@@ -15,8 +15,10 @@ import sys
 
 from megatron_mhc.arguments import add_mhc_args
 from megatron_mhc.config import ENVIRONMENT, MHCConfig
+from megatron_mhc.version import check_version
 
 SPEC = ("megatron_mhc.specs", "gpt_mhc_spec")
+OTHER_MODELS = {"pretrain_hybrid.py", "pretrain_mamba.py", "pretrain_vlm.py"}
 
 
 def prepare(argv: list[str]) -> tuple[list[str], MHCConfig]:
@@ -26,7 +28,8 @@ def prepare(argv: list[str]) -> tuple[list[str], MHCConfig]:
         argv: the script's path and its arguments, --mhc-* flags among them.
 
     Raises:
-        ValueError: no script, a wrong flag or value, or options given twice.
+        ValueError: an unsupported Megatron, no script or one of another model, a wrong flag or value, or
+            options given twice.
     """
     parser = argparse.ArgumentParser(
         prog="python -m megatron_mhc.launch",
@@ -37,9 +40,12 @@ def prepare(argv: list[str]) -> tuple[list[str], MHCConfig]:
     if not argv or argv[0] in ("-h", "--help"):
         parser.print_help()
         raise SystemExit(0 if argv else 2)
+    check_version()
     script, *rest = argv
     if not os.path.isfile(script):
         raise ValueError(f"{script}: no such script; give the path of pretrain_gpt.py before its arguments")
+    if os.path.basename(script) in OTHER_MODELS:
+        raise ValueError(f"{script}: mHC wraps the layers of a GPTModel alone; use pretrain_gpt.py")
     try:
         given, others = parser.parse_known_args(rest)
     except argparse.ArgumentError as error:
@@ -66,10 +72,12 @@ def prepare(argv: list[str]) -> tuple[list[str], MHCConfig]:
 
 def main() -> None:
     """Run the script named by the command line."""
+    for script in sys.argv[1:2]:
+        # As `python script.py` would, and first: beside a checkout's script lies its own megatron.
+        sys.path.insert(0, os.path.dirname(os.path.abspath(script)))
     argv, mhc = prepare(sys.argv[1:])
     os.environ[ENVIRONMENT] = mhc.to_options()
     sys.argv = argv
-    sys.path.insert(0, os.path.dirname(os.path.abspath(argv[0])))  # as `python script.py` would
     runpy.run_path(argv[0], run_name="__main__")
 
 

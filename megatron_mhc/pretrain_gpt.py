@@ -16,6 +16,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from megatron_mhc.version import check_version
+
+check_version()  # another Megatron may lack what is imported below
+
 import torch
 from megatron.core import mpu
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
@@ -37,9 +41,10 @@ from megatron.training.arguments import core_transformer_config_from_args, parse
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 from torch import Tensor
 
+from megatron_mhc import hooks
 from megatron_mhc.arguments import add_mhc_args
 from megatron_mhc.config import MHCConfig
-from megatron_mhc.hooks import register
+from megatron_mhc.hooks.uses import PRETRAIN_USES, SPEC_USES
 from megatron_mhc.refusals import ENTRY_POINT, refuse
 
 BATCH_KEYS = ("tokens", "position_ids", "labels", "loss_mask", "attention_mask")
@@ -223,7 +228,8 @@ def main(step: Callable[..., Any] = forward_step, at_end: Callable[[], None] | N
     from megatron_mhc.specs import gpt_mhc_spec
 
     use_shipped_helpers()
-    register()  # also for --no-mhc, which should know an mHC checkpoint when it meets one
+    hooks.check_uses(PRETRAIN_USES + SPEC_USES)
+    hooks.require()  # also for --no-mhc, which should know an mHC checkpoint when it meets one
     args = parse_and_validate_args(extra_args_provider=add_args)
     check_args(args)
     model = gpt_config_from_args(args)

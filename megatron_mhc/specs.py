@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
+import sys
 from typing import Any
+
+from megatron_mhc.version import check_version
+
+check_version()  # another Megatron may lack what is imported below
 
 import torch
 from megatron.core.transformer import transformer_block
@@ -19,6 +25,7 @@ from megatron_mhc.carried import StreamsBlockSubmodules, remember
 from megatron_mhc.chunk import ModelChunk, ModelChunks
 from megatron_mhc.config import MHCConfig, flag, refuse_environment
 from megatron_mhc.diagnostics.training import check_loop, check_writers
+from megatron_mhc.hooks.uses import SPEC_USES
 from megatron_mhc.layer import HyperConnectionTransformerLayer, unsupported_submodule
 from megatron_mhc.pipeline.options import check_config
 from megatron_mhc.pipeline.plans import OVERLAPPED
@@ -96,7 +103,7 @@ def wrap_block_spec(
         norm = transformer_block.LayerNormImpl
     if norm is None:
         raise ValueError("the block spec has no layer_norm: mHC contracts its streams at the final norm")
-    hooks.register(training=mhc.log_interval > 0)
+    hooks.require(training=mhc.log_interval > 0)
     remember(config, mhc)
     kind = ModelChunk if mhc.recompute_layer_num == "off" else DroppingChunk
     chunks = ModelChunks(config, mhc, len(layers), kind)
@@ -107,32 +114,64 @@ def wrap_block_spec(
     )
 
 
-def gpt_mhc_spec(model_config: Any, vp_stage: int | None = None) -> TransformerBlockSubmodules:
+class GPTScriptsCallThis:
     """The target of `--spec megatron_mhc.specs gpt_mhc_spec`: the spec Megatron would choose, with mHC.
 
-    Args:
-        model_config: Megatron's GPTModelConfig.
-        vp_stage: virtual pipeline stage, None without them.
-
-    Raises:
-        ValueError: unsupported settings, or options given both as flags and as MEGATRON_MHC.
+    Megatron's GPT scripts call it. Scripts that build other models take what --spec names for the spec
+    itself; it then says so, where a function would become the model's decoder. (The class has the name
+    that Megatron's "specialize for ..." prints.)
     """
-    from megatron.training.models.gpt import default_layer_spec
 
-    mhc, config = mhc_options(), model_config.transformer
-    hooks.register(schedule=mhc.pipeline_schedule in OVERLAPPED)
-    spec = wrap_block_spec(default_layer_spec(model_config, vp_stage), mhc, config, vp_stage)
-    device = torch.empty(0, device=torch.cuda.current_device()).device.type
-    backend = ops.choose_backend(mhc, config.hidden_size, config.params_dtype, device)
-    log_single_rank(logger, logging.INFO, f"mHC: {mhc.to_options()}; operations: {backend}")
-    return spec
+    def __call__(
+        self, model_config: Any, config: Any = None, vp_stage: int | None = None
+    ) -> TransformerBlockSubmodules:
+        """Choose and wrap, for Megatron's `(model_config, vp_stage)` or for `(args, config, vp_stage)`.
+
+        Args:
+            model_config: Megatron's GPTModelConfig, or its parsed arguments where `config` is given.
+            config: the TransformerConfig, as frameworks like slime hand it over; or vp_stage.
+            vp_stage: virtual pipeline stage, None without them.
+
+        Raises:
+            ValueError: unsupported settings, or options given both as flags and as MEGATRON_MHC.
+        """
+        hooks.check_uses(SPEC_USES)
+        from megatron.training.argument_utils import gpt_config_from_args
+        from megatron.training.models.gpt import default_layer_spec
+
+        if isinstance(config, TransformerConfig):
+            mhc, model_config = mhc_options(model_config), gpt_config_from_args(model_config, config)
+        else:
+            mhc, vp_stage = mhc_options(), config if vp_stage is None else vp_stage
+        transformer = model_config.transformer
+        hooks.require(schedule=mhc.pipeline_schedule in OVERLAPPED)
+        spec = wrap_block_spec(default_layer_spec(model_config, vp_stage), mhc, transformer, vp_stage)
+        device = torch.empty(0, device=torch.cuda.current_device()).device.type
+        backend = ops.choose_backend(mhc, transformer.hidden_size, transformer.params_dtype, device)
+        log_single_rank(logger, logging.INFO, f"mHC: {mhc.to_options()}; operations: {backend}")
+        return spec
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("layer_specs", "layers", "metainfo", "module", "params", "submodules"):
+            raise ValueError(
+                "--spec megatron_mhc.specs gpt_mhc_spec is for scripts that build a GPTModel: "
+                f"{os.path.basename(sys.argv[0])} takes it for the spec of another model, such as "
+                "HybridModel: use pretrain_gpt.py, or drop --spec"
+            )
+        raise AttributeError(name)
+
+    def __reduce__(self) -> str:
+        return "gpt_mhc_spec"
 
 
-def mhc_options() -> MHCConfig:
-    """Options from the --mhc-* flags of Megatron's parsed arguments, or from MEGATRON_MHC."""
+gpt_mhc_spec = GPTScriptsCallThis()
+
+
+def mhc_options(args: Any = None) -> MHCConfig:
+    """Options from the --mhc-* flags of parsed arguments, by default Megatron's own, or from MEGATRON_MHC."""
     from megatron.training import get_args
 
-    args = get_args()
+    args = args or get_args()
     refuse(SPEC_DOOR, args)
     if not hasattr(args, "mhc_num_residual_streams"):
         mhc = MHCConfig.from_environment()

@@ -1,56 +1,51 @@
-"""Register, revert and report the replaced Megatron symbols of `targets`; fails closed."""
+"""Register, revert and report the replaced Megatron symbols of `targets`, and check those of `uses`."""
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from importlib import import_module
-from importlib.util import find_spec
-from types import TracebackType
+from types import CodeType, TracebackType
 from typing import Any
 
-from packaging.specifiers import SpecifierSet
+from megatron_mhc.version import SUPPORTED, check_version
 
-from megatron_mhc.hooks.targets import HOOKS, SCHEDULE_HOOKS, SUPPORTED, TRAINING_HOOKS, Hook
+check_version()  # another Megatron may lack what is imported below
+
+from megatron_mhc.hooks.targets import HOOKS, SCHEDULE_HOOKS, TRAINING_HOOKS, Hook
+from megatron_mhc.hooks.uses import SCHEDULE_USES, TRAINING_USES, USES, Use
 from megatron_mhc.hyper_connection import operations
+
+_lock = threading.RLock()
+_registrations: list[Handle] = []
+_replaced: dict[str, _Replaced] = {}  # by target
 
 
 class Handle:
-    """The registered hooks; `revert` (or leaving a `with` block) restores Megatron's own symbols."""
-
-    def __init__(self) -> None:
-        self._installed: list[tuple[Any, str, Any]] = []
-        self.hooks: list[Hook] = []  # those that are registered
+    """One registration; the symbols are Megatron's own again when every registration is reverted."""
 
     @property
     def active(self) -> bool:
-        return bool(self._installed)
-
-    def install(self, hooks: tuple[Hook, ...]) -> None:
-        """Replace the symbols of `hooks` that are not replaced yet."""
-        # Everything is checked before anything is replaced.
-        found = [(hook, *_resolve(hook)) for hook in hooks if hook not in self.hooks]
-        for hook, owner, name, original in found:
-            # As it is stored, since a lookup would bind a class method.
-            stored = inspect.getattr_static(owner, name)
-            setattr(owner, name, hook.replacement(original))
-            self._installed.append((owner, name, stored))
-            self.hooks.append(hook)
+        return self in _registrations
 
     def revert(self) -> None:
-        """Put the original symbols back; a second call does nothing."""
-        while self._installed:
-            owner, name, stored = self._installed.pop()
-            setattr(owner, name, stored)
-        self.hooks.clear()
+        """End this registration, or leave its `with` block; a second call does nothing."""
+        with _lock:
+            if self.active:
+                _registrations.remove(self)
+                if not _registrations:
+                    _restore()
 
     def report(self) -> str:
         """A table of the replaced symbols and why each is replaced, and what the models alive now run."""
         from megatron.core import __version__ as version
 
-        state = "registered" if self.active else "not registered"
+        state = "registered" if _registrations else "not registered"
         lines = [f"megatron_mhc hooks on megatron-core {version} ({SUPPORTED} supported): {state}"]
-        lines += [f"  {hook.target}\n      {hook.reason}" for hook in self.hooks or HOOKS]
+        hooks = [one.hook for one in _replaced.values() if one.on] or HOOKS
+        lines += [f"  {hook.target}\n      {hook.reason}" for hook in hooks]
         lines += [f"  {line}" for line in operations() or ["no connection is built yet"]]
         return "\n".join(lines)
 
@@ -63,13 +58,10 @@ class Handle:
         self.revert()
 
 
-_handle = Handle()
-
-
 def register(training: bool = False, schedule: bool = False) -> Handle:
-    """Replace the symbols of `targets.HOOKS`; registering twice is registering once.
+    """Replace the symbols of `targets.HOOKS` until this registration, and every other, is reverted.
 
-    The spec doors call it. Models without mHC run the original code either way.
+    Models without mHC run the original code either way.
 
     Args:
         training: also those of `targets.TRAINING_HOOKS`, which import megatron.training.
@@ -79,42 +71,144 @@ def register(training: bool = False, schedule: bool = False) -> Handle:
         ValueError: an unsupported Megatron version, a changed signature, a symbol that somebody else
             replaced, or a Megatron that has hyper-connections of its own.
     """
-    if not _handle.active:
+    with _lock:
         check_version()
-    _handle.install(HOOKS + TRAINING_HOOKS * training + SCHEDULE_HOOKS * schedule)
-    return _handle
+        check_uses(USES + TRAINING_USES * training + SCHEDULE_USES * schedule)
+        _install(HOOKS + TRAINING_HOOKS * training + SCHEDULE_HOOKS * schedule)
+        handle = Handle()
+        _registrations.append(handle)
+        return handle
 
 
-def check_version() -> None:
-    """Raise ValueError unless the installed megatron-core is one that the hooks were written for."""
-    from megatron.core import __version__ as version
+def require(training: bool = False, schedule: bool = False) -> None:
+    """`register` for the doors: they join the program's own registration, and stay where there is none."""
+    with _lock:
+        handle = register(training, schedule)
+        if len(_registrations) > 1:
+            handle.revert()
 
-    if find_spec("megatron.core.transformer.hyper_connection") is not None:
-        raise ValueError(
-            f"megatron-core {version} has hyper-connections of its own: use those, or install {SUPPORTED}"
-        )
-    # A git checkout appends +<commit> to the version.
-    if not SpecifierSet(SUPPORTED, prereleases=True).contains(version.split("+")[0]):
-        raise ValueError(f"megatron-core {version} is not supported: install megatron-core {SUPPORTED}")
+
+def revert_all() -> None:
+    """End every registration, those of the doors too."""
+    with _lock:
+        _registrations.clear()
+        _restore()
+
+
+class _Replaced:
+    """A symbol, and the function in its place, which runs Megatron's code while it is off.
+
+    Somebody may have patched that function in turn. What they keep of it cannot be taken back, so it is
+    switched off where it is, and on again by the next `register`.
+    """
+
+    def __init__(self, hook: Hook, owner: Any, name: str, original: Callable[..., Any]):
+        replacement = hook.replacement(original)
+
+        @functools.wraps(replacement)
+        def switch(*args: Any, **kwargs: Any) -> Any:
+            return (replacement if self.on else original)(*args, **kwargs)
+
+        self.hook, self.owner, self.name, self.switch, self.on = hook, owner, name, switch, False
+        self._stored = self._current()
+        self._above: Any = None  # somebody else's patch that stood there when it was switched off
+
+    def _current(self) -> Any:
+        return inspect.getattr_static(self.owner, self.name)  # as it is stored: a lookup would bind it
+
+    def is_in_place(self) -> bool:
+        """Whether the symbol is this one, or a patch that was put on it."""
+        current = self._current()
+        return current is not self._stored if self.on else current in (self.switch, self._above)
+
+    def turn_on(self) -> None:
+        if self._current() is self._stored:
+            setattr(self.owner, self.name, self.switch)
+        self.on = True
+
+    def turn_off(self) -> bool:
+        """Put the original back; returns False where somebody else's patch, which is left alone, is on it."""
+        self.on = False
+        current = self._current()
+        if current is self.switch:
+            setattr(self.owner, self.name, self._stored)
+            return True
+        self._above = current
+        return False
+
+
+def _install(hooks: tuple[Hook, ...]) -> None:
+    # Everything is checked before anything is replaced.
+    found = []
+    for hook in hooks:
+        one = _replaced.get(hook.target)
+        if one is None or not one.is_in_place():
+            one = _Replaced(hook, *_resolve(hook))
+        found.append(one)
+    for one in found:
+        if not one.on:
+            one.turn_on()
+        _replaced[one.hook.target] = one
+
+
+def _restore() -> None:
+    for target, one in list(_replaced.items()):
+        if one.turn_off():
+            del _replaced[target]
+
+
+def check_uses(uses: tuple[Use, ...]) -> None:
+    """Raise ValueError unless Megatron's symbols are what the rows of `uses.py` say."""
+    for use in uses:
+        _, _, found = _find(use.target)
+        if use.parameters is not None:
+            _check_parameters(use.target, found, tuple(use.parameters.split(", ")) if use.parameters else ())
+        if use.names and (gone := set(use.names) - set(_names(inspect.unwrap(found).__code__))):
+            raise ValueError(f"{use.target} knows no {', '.join(sorted(gone))}: {_remedy(use.target)}")
+
+
+def _names(code: CodeType) -> Iterator[str]:
+    """The attributes and strings in a function's code and in that of the functions inside it."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, str):
+            yield constant
+        elif isinstance(constant, CodeType):
+            yield from _names(constant)
 
 
 def _resolve(hook: Hook) -> tuple[Any, str, Callable[..., Any]]:
-    module_name, path = hook.target.split(":")
-    owner: Any = import_module(module_name)
-    *parents, name = path.split(".")
-    for parent in parents:
-        owner = getattr(owner, parent)
-    original = getattr(owner, name, None)
-    if original is None:
-        raise ValueError(f"{hook.target} does not exist: install megatron-core {SUPPORTED}")
+    owner, name, original = _find(hook.target)
     if original.__module__ != hook.defined_in or hasattr(original, "__wrapped__"):
         raise ValueError(
             f"{hook.target} was replaced by {original.__module__}: start without that patch, "
             "or call megatron_mhc.register() before it is applied"
         )
-    parameters = tuple(inspect.signature(original).parameters)
-    if parameters != hook.parameters:
-        raise ValueError(
-            f"{hook.target} takes {parameters}, expected {hook.parameters}: install megatron-core {SUPPORTED}"
-        )
+    _check_parameters(hook.target, original, hook.parameters)
     return owner, name, original
+
+
+def _find(target: str) -> tuple[Any, str, Any]:
+    """The owner of a symbol, its name in it, and the symbol."""
+    module, path = target.split(":")
+    owner: Any = import_module(module)
+    *parents, name = path.split(".")
+    for parent in parents:
+        owner = getattr(owner, parent, None)
+    found = getattr(owner, name, None)
+    if found is None:
+        raise ValueError(f"{target} does not exist: {_remedy(target)}")
+    return owner, name, found
+
+
+def _check_parameters(target: str, found: Callable[..., Any], expected: tuple[str, ...]) -> None:
+    parameters = tuple(inspect.signature(found).parameters)
+    if parameters != expected:
+        raise ValueError(
+            f"{target}, of {getattr(found, '__module__', None)}, takes {parameters}, expected {expected}: "
+            f"{_remedy(target)}"
+        )
+
+
+def _remedy(target: str) -> str:
+    return "install another torch" if target.startswith("torch") else f"install megatron-core {SUPPORTED}"

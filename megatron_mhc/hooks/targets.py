@@ -11,16 +11,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_mhc.carried import remember_when_built
-from megatron_mhc.checkpoint import guard_load
-from megatron_mhc.diagnostics.training import sample_steps
-from megatron_mhc.inference import widen_receive_buffer
-from megatron_mhc.optimizer import number_all_parameters, number_float32_first, set_without_grad
-from megatron_mhc.pipeline.choose import choose_schedule
-from megatron_mhc.pipeline.message import widen_messages
-
-SUPPORTED = ">=0.19.0,<0.20"  # the wheel is 0.19.2; a checkout of tag core_v0.19.0 works too
-
+from megatron_mhc.hooks.block import remember_when_built
+from megatron_mhc.hooks.load import guard_load
+from megatron_mhc.hooks.messages import widen_messages, widen_receive_buffer
+from megatron_mhc.hooks.optimizer import number_all_parameters, number_float32_first, set_without_grad
+from megatron_mhc.hooks.schedule import choose_schedule
+from megatron_mhc.hooks.train_step import sample_steps
 
 _DISTRIBUTED = "megatron.core.optimizer.distrib_optimizer"
 _INFERENCE = "megatron.core.inference.model_inference_wrappers.abstract_model_inference_wrapper"

@@ -87,7 +87,8 @@ def measure(options: argparse.Namespace, gpu: bool) -> dict[str, Any]:
     from torch.utils.tensorboard import SummaryWriter
 
     from megatron_mhc.diagnostics import Sampler
-    from megatron_mhc.diagnostics.training import sample_steps, write
+    from megatron_mhc.diagnostics.training import write
+    from megatron_mhc.hooks.train_step import sample_steps
 
     model, config = build(options, gpu)
     device = torch.device("cuda" if gpu else "cpu")

@@ -12,8 +12,8 @@ from megatron_mhc import MHCConfig
 from megatron_mhc.carried import options_of
 from megatron_mhc.diagnostics import Sampler
 from megatron_mhc.diagnostics import training as diagnostics
+from megatron_mhc.hooks.schedule import by_model
 from megatron_mhc.pipeline import engine
-from megatron_mhc.pipeline.choose import by_model
 from megatron_mhc.testing import gpt
 from megatron_mhc.testing.ranks import RankError
 

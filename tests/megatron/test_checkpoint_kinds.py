@@ -80,7 +80,7 @@ def test_mhc_checkpoint_is_refused_by_a_plain_model(run_ranks, tmp_path):
         from megatron_mhc import hooks
 
         save(gpt.build(FOUR), tmp_path / "mhc")
-        hooks._handle.revert()
+        hooks.revert_all()
         with pytest.raises(CheckpointException, match="decoder.final_layernorm.weight"):
             load(gpt.build(), tmp_path / "mhc")
 

@@ -17,7 +17,7 @@ from test_pretrain import ARGUMENTS, MHC, ROOT
 from megatron_mhc import MHCConfig, hooks
 from megatron_mhc.diagnostics import Sampler
 from megatron_mhc.diagnostics.sampler import connections
-from megatron_mhc.diagnostics.training import sample_steps
+from megatron_mhc.hooks.train_step import sample_steps
 from megatron_mhc.testing.ranks import RankError
 
 LOGGED = ["--mhc-log-interval", "2", "--mhc-log-tokens", "16", "--train-iters", "4"]
@@ -124,7 +124,7 @@ def training_step_with(mhc):
     assert len(found) == 4
     hooked = [m for c in found for m in c.modules() if m._forward_hooks or m._forward_pre_hooks]
     own = training.train_step is original
-    hooks._handle.revert()
+    hooks.revert_all()
     assert training.train_step is original
     return own, len(hooked)
 

@@ -11,7 +11,8 @@ from test_diagnostics import C, N, T, config_of, connections, random_samples
 
 from megatron_mhc import MHCConfig
 from megatron_mhc.diagnostics.report import Report, reduce_samples, sublayer_name
-from megatron_mhc.diagnostics.training import check_writers, out_of_range, sample_steps, scalars, write
+from megatron_mhc.diagnostics.training import check_writers, out_of_range, scalars, write
+from megatron_mhc.hooks.train_step import sample_steps
 
 
 def fake_report(**changes: list[float]) -> Report:

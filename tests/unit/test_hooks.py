@@ -3,9 +3,11 @@
 import dataclasses
 import functools
 import gc
-import importlib
 import inspect
+import sys
+import threading
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,16 +15,16 @@ from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.transformer import TransformerConfig
 
 import megatron_mhc
-from megatron_mhc import hooks, ops
-from megatron_mhc.hooks import targets
+from megatron_mhc import hooks, ops, version
+from megatron_mhc.hooks import targets, uses
 from megatron_mhc.hyper_connection import HyperConnectionModule
 
 
 @pytest.fixture(autouse=True)
 def reverted():
-    hooks._handle.revert()
+    hooks.revert_all()
     yield
-    hooks._handle.revert()
+    hooks.revert_all()
 
 
 def current():
@@ -31,38 +33,174 @@ def current():
 
 
 def owner_and_name(hook):
-    module, path = hook.target.split(":")
-    *parents, name = path.split(".")
-    owner = importlib.import_module(module)
-    for parent in parents:
-        owner = getattr(owner, parent)
-    return owner, name
+    return hooks._find(hook.target)[:2]
 
 
-def test_register_twice_is_once_and_revert_restores():
+def test_symbols_are_replaced_until_every_registration_is_reverted():
     before = current()
-    handle = megatron_mhc.register()
+    first = megatron_mhc.register()
     replaced = current()
     assert all(new is not old for new, old in zip(replaced, before, strict=True))
-    assert megatron_mhc.register() is handle and current() == replaced
-    assert "not registered" not in handle.report()
-    handle.revert()
-    handle.revert()
+    second = megatron_mhc.register()
+    assert current() == replaced
+    second.revert()
+    second.revert()
+    assert current() == replaced and first.active and not second.active
+    assert "not registered" not in first.report()
+    first.revert()
     assert current() == before
-    assert "not registered" in handle.report()
+    assert "not registered" in first.report()
 
 
-def test_with_block_reverts():
+def test_with_block_in_a_registered_program_leaves_the_outer_registration():
     before = current()
+    outer = megatron_mhc.register()
     with megatron_mhc.register():
-        assert current() != before
+        pass
+    assert all(new is not old for new, old in zip(current(), before, strict=True))
+    outer.revert()
     assert current() == before
+
+
+@pytest.mark.parametrize("doors_first", [False, True])
+def test_doors_join_a_with_block_and_stay_without_one(doors_first):
+    before = current()
+    if doors_first:
+        hooks.require()
+    with megatron_mhc.register():
+        hooks.require()
+        hooks.require(schedule=True)
+        assert current() != before
+    assert (current() != before) == doors_first
+
+
+def patch(monkeypatch):
+    """Somebody else's patch of P2PCommunicator._communicate, which calls what it found."""
+    found = P2PCommunicator._communicate
+
+    @functools.wraps(found)
+    def foreign(*args, **kwargs):
+        return found(*args, **kwargs)
+
+    monkeypatch.setattr(P2PCommunicator, "_communicate", foreign)
+    return foreign
+
+
+def message():
+    """Ask for a message that mHC refuses, of a communicator whose model asks for another schedule."""
+    config = types.SimpleNamespace(
+        mhc=megatron_mhc.MHCConfig(pipeline_schedule="fused"),
+        hidden_size=8,
+        pipeline_dtype=torch.float32,
+        variable_seq_lengths=False,
+        use_ring_exchange_p2p=False,
+        batch_p2p_comm=False,
+        timers=None,
+    )
+    communicator = types.SimpleNamespace(config=config)
+    nothing = dict.fromkeys(("tensor_send_next", "tensor_send_prev"))
+    P2PCommunicator._communicate(
+        communicator, **nothing, recv_prev=False, recv_next=False, tensor_shape=(1, 1, 8)
+    )
+
+
+def is_ours():
+    """Whether a pipeline message goes through the hook; Megatron's own code fails on the stand-in."""
+    try:
+        message()
+    except ValueError:
+        return True
+    except AttributeError:
+        return False
+    raise AssertionError("neither refused it")
+
+
+def test_revert_under_a_foreign_patch_keeps_the_patch_and_ends_what_is_ours(monkeypatch):
+    before = current()
+    handle = megatron_mhc.register()
+    with monkeypatch.context() as foreign:
+        on_top = patch(foreign)
+        assert is_ours()
+        handle.revert()
+        assert P2PCommunicator._communicate is on_top and not is_ours()
+        assert current()[1:] == before[1:]
+    assert not is_ours()  # what the patch put back is switched off
+
+
+@pytest.mark.parametrize("taken_off", [False, True])
+def test_register_after_a_revert_under_a_foreign_patch(monkeypatch, taken_off):
+    before = current()
+    handle = megatron_mhc.register()
+    with monkeypatch.context() as foreign:
+        on_top = patch(foreign)
+        handle.revert()
+        if not taken_off:
+            with megatron_mhc.register():
+                assert P2PCommunicator._communicate is on_top and is_ours()
+            assert not is_ours()
+    with megatron_mhc.register():
+        assert is_ours()
+    assert current() == before
+
+
+def test_another_patch_after_a_revert_under_a_foreign_one_is_refused(monkeypatch):
+    handle = megatron_mhc.register()
+    patch(monkeypatch)
+    handle.revert()
+    on_top = patch(monkeypatch)
+    with pytest.raises(ValueError, match="_communicate was replaced by"):
+        megatron_mhc.register()
+    assert P2PCommunicator._communicate is on_top and not is_ours()
+
+
+def test_a_symbol_that_somebody_put_back_is_replaced_again():
+    before = P2PCommunicator._communicate
+    megatron_mhc.register()
+    P2PCommunicator._communicate = before
+    megatron_mhc.register()
+    assert is_ours()
+    hooks.revert_all()
+    assert P2PCommunicator._communicate is before
+
+
+def test_threads_that_register_at_once_leave_megatron_as_it_is():
+    before, threads, rounds = current(), 8, 25
+    together = threading.Barrier(threads, timeout=60)
+    failed = []
+
+    def work():
+        for _ in range(rounds):
+            together.wait()
+            with megatron_mhc.register():
+                if any(new is old for new, old in zip(current(), before, strict=True)):
+                    failed.append("not replaced")
+            together.wait()
+            if current() != before:
+                failed.append("not restored")
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        running = [threading.Thread(target=work) for _ in range(threads)]
+        for thread in running:
+            thread.start()
+        for thread in running:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not failed and current() == before
 
 
 def test_report_names_every_symbol_and_its_reason():
     report = megatron_mhc.register().report()
     for hook in targets.HOOKS:
         assert hook.target in report and hook.reason in report
+
+
+def test_readme_lists_every_replaced_symbol():
+    table = (Path(__file__).resolve().parents[2] / "README.md").read_text()
+    for hook in targets.HOOKS + targets.TRAINING_HOOKS + targets.SCHEDULE_HOOKS:
+        assert hook.target.rpartition(":")[2].rpartition(".")[2] + "`" in table, hook.target
 
 
 @pytest.mark.parametrize(
@@ -126,35 +264,29 @@ def test_report_says_that_triton_cannot_serve(monkeypatch):
     del connection
 
 
-@pytest.mark.parametrize("version", ["0.18.2", "0.20.0", "0.20.0rc0", "1.0"])
-def test_unsupported_version_is_refused(monkeypatch, version):
+@pytest.mark.parametrize("number", ["0.18.2", "0.20.0", "0.20.0rc0", "1.0"])
+def test_unsupported_version_is_refused(monkeypatch, number):
     before = current()
-    monkeypatch.setattr("megatron.core.__version__", version)
-    with pytest.raises(ValueError, match=f"megatron-core {version} is not supported: install"):
+    monkeypatch.setattr("megatron.core.__version__", number)
+    with pytest.raises(ValueError, match=f"megatron-core {number} is not supported: install"):
         megatron_mhc.register()
     assert current() == before
 
 
-@pytest.mark.parametrize("version", ["0.19.0", "0.19.2", "0.19.0+0123abc"])
-def test_supported_version_is_accepted(monkeypatch, version):
-    monkeypatch.setattr("megatron.core.__version__", version)
+@pytest.mark.parametrize("number", ["0.19.0", "0.19.2", "0.19.0+0123abc"])
+def test_supported_version_is_accepted(monkeypatch, number):
+    monkeypatch.setattr("megatron.core.__version__", number)
     assert megatron_mhc.register().active
 
 
 def test_core_with_its_own_hyper_connections_is_refused(monkeypatch):
-    monkeypatch.setattr(hooks, "find_spec", lambda name: object())
+    monkeypatch.setattr(version, "find_spec", lambda name: object())
     with pytest.raises(ValueError, match="has hyper-connections of its own"):
         megatron_mhc.register()
 
 
 def test_foreign_patch_is_refused_and_left_alone(monkeypatch):
-    original = P2PCommunicator._communicate
-
-    @functools.wraps(original)
-    def foreign(*args, **kwargs):
-        return original(*args, **kwargs)
-
-    monkeypatch.setattr(P2PCommunicator, "_communicate", foreign)
+    foreign = patch(monkeypatch)
     with pytest.raises(ValueError, match="_communicate was replaced by"):
         megatron_mhc.register()
     assert P2PCommunicator._communicate is foreign
@@ -177,3 +309,57 @@ def test_changed_megatron_is_refused_before_anything_is_replaced(monkeypatch, ch
     with pytest.raises(ValueError, match=words):
         megatron_mhc.register()
     assert current() == before
+
+
+def check_all():
+    megatron_mhc.register(training=True, schedule=True)
+    hooks.check_uses(uses.SPEC_USES + uses.PRETRAIN_USES)
+
+
+ROWS = uses.USES + uses.TRAINING_USES + uses.SCHEDULE_USES + uses.SPEC_USES + uses.PRETRAIN_USES
+
+
+@pytest.mark.parametrize("use", ROWS, ids=lambda use: use.target)
+def test_changed_symbol_that_is_used_is_refused_before_anything_is_replaced(monkeypatch, use):
+    check_all()
+    hooks.revert_all()
+    before = current()
+    owner, name, found = hooks._find(use.target)
+
+    def changed(): ...
+
+    if use.parameters is not None:
+        with monkeypatch.context() as patched:
+            changed.__signature__ = inspect.Signature(
+                [inspect.Parameter("changed", inspect.Parameter.POSITIONAL_OR_KEYWORD)]
+            )
+            patched.setattr(owner, name, changed)
+            with pytest.raises(
+                ValueError, match=rf"{use.target}, of .*'changed'.*: install (megatron-core|another torch)"
+            ):
+                check_all()
+    for gone in use.names:
+        with monkeypatch.context() as patched:
+            plain = inspect.unwrap(found)
+            other = types.FunctionType(without(plain.__code__, gone), {}, closure=plain.__closure__)
+            other.__signature__ = inspect.signature(found)
+            patched.setattr(owner, name, other)
+            with pytest.raises(ValueError, match=f"{use.target} knows no {gone}: install"):
+                check_all()
+    if name != "__init__":
+        with monkeypatch.context() as patched:
+            patched.delattr(owner, name)
+            with pytest.raises(ValueError, match=f"{use.target} does not exist: install"):
+                check_all()
+    assert use in uses.SPEC_USES + uses.PRETRAIN_USES or current() == before
+
+
+def without(code, name):
+    """Code that reads and sets another attribute in the place of `name`."""
+    constants = (
+        without(c, name) if isinstance(c, types.CodeType) else None if c == name else c
+        for c in code.co_consts
+    )
+    return code.replace(
+        co_names=tuple("other" if n == name else n for n in code.co_names), co_consts=tuple(constants)
+    )

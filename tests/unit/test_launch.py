@@ -65,3 +65,11 @@ def test_options_in_two_places_are_refused(script, monkeypatch):
     monkeypatch.setenv("MEGATRON_MHC", "num_residual_streams=8")
     with pytest.raises(ValueError, match="unset MEGATRON_MHC"):
         launch.prepare([script, "--mhc-num-residual-streams", "2"])
+
+
+@pytest.mark.parametrize("name", ["pretrain_hybrid.py", "pretrain_mamba.py", "pretrain_vlm.py"])
+def test_script_of_another_model_is_refused(script, name):
+    other = os.path.join(os.path.dirname(script), name)
+    os.rename(script, other)
+    with pytest.raises(ValueError, match=f"{name}: .* GPTModel alone; use pretrain_gpt.py"):
+        launch.prepare([other])

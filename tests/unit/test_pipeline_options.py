@@ -10,8 +10,9 @@ from megatron.core.transformer import TransformerConfig
 
 from megatron_mhc import MHCConfig, hooks, parallel
 from megatron_mhc.hooks import targets
-from megatron_mhc.pipeline import choose, engine, options
-from megatron_mhc.pipeline.message import widen_messages
+from megatron_mhc.hooks.messages import widen_messages
+from megatron_mhc.hooks.schedule import choose_schedule
+from megatron_mhc.pipeline import engine, options
 from megatron_mhc.pipeline.plans import plan_for
 
 SPLIT = MHCConfig(pipeline_schedule="interleaved", pp_boundary="split")
@@ -176,14 +177,14 @@ def test_two_virtual_stages_need_no_overlapped_p2p_of_megatrons():
 
 @pytest.fixture
 def registered():
-    hooks._handle.revert()
+    hooks.revert_all()
     yield hooks.register
-    hooks._handle.revert()
+    hooks.revert_all()
 
 
 def test_only_the_flag_replaces_megatrons_schedule(registered):
     original = training.get_forward_backward_func
-    registered()
+    registered().revert()
     assert training.get_forward_backward_func is original
     handle = registered(schedule=True)
     assert training.get_forward_backward_func is not original
@@ -209,7 +210,7 @@ def test_a_model_that_did_not_ask_gets_megatrons_schedule_and_all_of_its_argumen
         schedules, "forward_backward_pipelining_without_interleaving", lambda **k: calls.append(k)
     )
     monkeypatch.setattr(engine, "forward_backward", lambda **k: calls.append("ours"))
-    run = choose.choose_schedule(schedules.get_forward_backward_func)(pp_size=2, vp_size=None)
+    run = choose_schedule(schedules.get_forward_backward_func)(pp_size=2, vp_size=None)
     for mhc in (None, MHCConfig()):
         given = dict(model=[model(**({} if mhc is None else dict(mhc=mhc)))], forward_only=True, seq_length=7)
         run(**given)

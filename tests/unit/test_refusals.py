@@ -18,8 +18,8 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from megatron_mhc import MHCConfig, carried, parallel, refusals, specs
 from megatron_mhc.config import flag
+from megatron_mhc.hooks.messages import widen_messages
 from megatron_mhc.hyper_connection import check_width
-from megatron_mhc.pipeline.message import widen_messages
 
 
 def config(**settings):

@@ -1,4 +1,4 @@
-"""Pipeline messages that are n streams wide."""
+"""Pipeline messages that are n streams wide, of training and of inference."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from megatron_mhc.carried import options_of
 from megatron_mhc.hyper_connection import stream_widths
 
 
@@ -60,6 +61,23 @@ def widen_messages(communicate: Callable[..., Any]) -> Callable[..., Any]:
         return received
 
     return communicate_streams
+
+
+def widen_receive_buffer(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Wrap `AbstractModelInferenceWrapper._allocate_recv_buffer`: [s, b, n*C] for a model with n streams.
+
+    Inference on a pipeline sends past the communicator of training.
+    """
+
+    def allocate_streams(self: Any, batch_size: int, seq_len: int) -> Tensor:
+        buffer = allocate(self, batch_size, seq_len)
+        mhc = options_of(self.model, self.config)
+        if mhc is None:
+            return buffer
+        *tokens, width = buffer.shape
+        return buffer.new_empty(*tokens, mhc.num_residual_streams * width)
+
+    return allocate_streams
 
 
 def _check_plain(tensor: Tensor | None, config: Any) -> None:

@@ -1,0 +1,203 @@
+"""Every private or undocumented symbol of Megatron, and of torch, that megatron_mhc calls or reads.
+
+`targets.py` has those that it replaces. `check_uses` compares both with what is installed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+_LAYER = "megatron.core.transformer.transformer_layer:TransformerLayer"
+_BLOCK = "megatron.core.transformer.transformer_block"
+_MOE = "megatron.core.transformer.moe.moe_layer:MoELayer"
+_SHARDED = "megatron.core.dist_checkpointing.optimizer"
+_OPTIMIZER = "megatron.core.optimizer.optimizer"
+_SCHEDULES = "megatron.core.pipeline_parallel.schedules"
+_TRAINING = "megatron.training"
+
+
+@dataclass(frozen=True)
+class Use:
+    """One symbol that is used as it is.
+
+    Args:
+        target: "module:attribute", or "module:Class.attribute".
+        parameters: its parameter names in order; None for what has no signature.
+        names: attributes that its code sets or reads, on which we rely.
+    """
+
+    target: str
+    parameters: str | None
+    names: tuple[str, ...] = ()
+
+
+USES: tuple[Use, ...] = (
+    # layer.py, recompute/chunk.py
+    Use(
+        f"{_LAYER}.__init__",
+        "self, config, submodules, layer_number, hidden_dropout, pg_collection, vp_stage, is_mtp_layer, "
+        "add_layer_offset, pp_layer_offset, name",
+        (
+            "input_layernorm",
+            "pre_mlp_layernorm",
+            "recompute_input_layernorm",
+            "recompute_pre_mlp_layernorm",
+            "mlp",
+            "is_moe_layer",
+            "layer_number",
+        ),
+    ),
+    Use(
+        f"{_LAYER}._forward_attention",
+        "self, hidden_states, attention_mask, context, context_mask, rotary_pos_emb, rotary_pos_cos, "
+        "rotary_pos_sin, rotary_pos_cos_sin, attention_bias, inference_context, packed_seq_params, "
+        "sequence_len_offset, padding_mask, inference_params",
+        ("self_attn_bda",),
+    ),
+    Use(f"{_LAYER}._forward_mlp", "self, hidden_states, inference_context, padding_mask, packed_seq_params"),
+    Use(f"{_LAYER}._forward_post_mlp", "self, mlp_output_with_bias, residual", ("mlp_bda",)),
+    Use(
+        f"{_LAYER}Submodules",
+        "input_layernorm, self_attention, self_attn_bda, pre_cross_attn_layernorm, cross_attention, "
+        "cross_attn_bda, pre_mlp_layernorm, mlp, mlp_bda, sharded_state_dict_keys_map",
+    ),
+    Use("megatron.core.utils:make_viewless_tensor", "inp, requires_grad, keep_graph"),
+    # hooks/messages.py
+    Use(
+        "megatron.core.pipeline_parallel.p2p_communication:P2PCommunicator.__init__",
+        "self, pp_group, config",
+        ("config",),
+    ),
+    Use(
+        "megatron.core.inference.model_inference_wrappers.abstract_model_inference_wrapper:"
+        "AbstractModelInferenceWrapper.__init__",
+        "self, model, inference_context",
+        ("model", "config"),
+    ),
+    # specs.py, streams.py, carried.py, stages.py
+    Use("megatron.core.transformer.spec_utils:ModuleSpec", "module, params, submodules, metainfo"),
+    Use(f"{_BLOCK}:TransformerBlockSubmodules", "layer_specs, layer_norm"),
+    Use(f"{_BLOCK}:TransformerBlock._build_layers", "self", ("layers", "layer_norm", "final_layernorm")),
+    Use(
+        f"{_BLOCK}:TransformerBlock.__init__",
+        "self, config, spec, post_layer_norm, pre_process, post_process, pg_collection, vp_stage",
+        ("submodules",),
+    ),
+    Use(
+        "megatron.core.transformer.pipeline_parallel_layer_layout:PipelineParallelLayerLayout.__init__",
+        "self, layout, pipeline_model_parallel_size",
+        ("layout",),
+    ),
+    Use("megatron.core.models.gpt.gpt_model:GPTModel.__init__", None, ("decoder",)),
+    Use(f"{_BLOCK}:get_num_layers_to_build", "config, vp_stage, pp_rank"),
+    Use(f"{_BLOCK}:LayerNormImpl", None),
+    # hyper_connection.py, parallel.py
+    Use("torch.nn:Module._apply", "self, fn, recurse"),
+    Use("torch.nn:Module.__init__", None, ("_forward_pre_hooks",)),
+    Use(
+        "torch.nn:Module._load_from_state_dict",
+        "self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs",
+    ),
+    Use(
+        "megatron.core.distributed.finalize_model_grads:_allreduce_non_tensor_model_parallel_grads",
+        "model, config, tp_group",
+        ("sequence_parallel",),
+    ),
+    # checkpoint.py, hooks/optimizer.py
+    Use("megatron.core.dist_checkpointing:load_tensors_metadata", "checkpoint_dir, sharded_strategy"),
+    Use(f"{_SHARDED}:get_param_id_to_sharded_param_map", "model_sharded_state_dict, optim_params_iter"),
+    Use(f"{_SHARDED}:make_sharded_optimizer_tensor", "model_param, optim_param, prefix"),
+    Use(
+        f"{_SHARDED}:optim_state_to_sharding_state", "optim_state_dict, id_to_sharded_param_map, exclude_keys"
+    ),
+    Use(
+        f"{_OPTIMIZER}:Float16OptimizerWithFloat16Params.__init__",
+        "self, optimizer, config, grad_scaler, init_state_fn",
+        ("float16_groups", "fp32_from_float16_groups", "fp32_from_fp32_groups"),
+    ),
+    Use(
+        f"{_OPTIMIZER}:MegatronOptimizer.__init__",
+        "self, optimizer, config, init_state_fn",
+        ("optimizer", "config", "init_state_fn"),
+    ),
+    Use(f"{_OPTIMIZER}:MegatronOptimizer._extract_common_per_param_step", "state_dict"),
+)
+
+# Beside targets.TRAINING_HOOKS.
+TRAINING_USES: tuple[Use, ...] = (
+    Use(f"{_TRAINING}:get_tensorboard_writer", ""),
+    Use(f"{_TRAINING}:get_wandb_writer", ""),
+)
+
+# Beside targets.SCHEDULE_HOOKS: pipeline/.
+SCHEDULE_USES: tuple[Use, ...] = (
+    Use(
+        f"{_SCHEDULES}:forward_step",
+        "forward_step_func, data_iterator, model, num_microbatches, input_tensor, forward_data_store, "
+        "config, cp_group_size, collect_non_loss_data, checkpoint_activations_microbatch, "
+        "is_first_microbatch, current_microbatch, vp_stage, is_last_stage",
+    ),
+    Use(f"{_SCHEDULES}:check_first_val_step", "first_val_step, forward_only, cond"),
+    Use(f"{_SCHEDULES}:clear_embedding_activation_buffer", "config, model, is_last_stage"),
+    Use(f"{_SCHEDULES}:finish_embedding_wgrad_compute", "config, embedding_module, is_last_stage, tp_group"),
+    Use(f"{_SCHEDULES}:forward_backward_no_pipelining", None),
+    Use("megatron.core.utils:get_model_config", "model"),
+    Use("megatron.core.utils:get_attr_wrapped_model", "model, attr, allow_none, return_model_obj"),
+    Use("megatron.core.process_groups_config:ProcessGroupCollection.use_mpu_process_groups", "required_pgs"),
+    Use("torch.distributed:ProcessGroup._get_backend", None),
+    # layer_nodes.py
+    Use(f"{_LAYER}._forward_pre_mlp_layernorm", "self, hidden_states"),
+    Use(
+        f"{_MOE}.__init__",
+        "self, config, submodules, layer_number, pg_collection, is_mtp_layer, name",
+        ("token_dispatcher",),
+    ),
+    Use(f"{_MOE}.route", "self, hidden_states, padding_mask"),
+    Use(f"{_MOE}.shared_experts_compute", "self, hidden_states"),
+    Use(f"{_MOE}.preprocess", "self, hidden_states, probs, routing_map"),
+    Use(f"{_MOE}.dispatch", "self, hidden_states, probs"),
+    Use(f"{_MOE}.routed_experts_compute", "self, hidden_states, probs"),
+    Use(f"{_MOE}.combine", "self, output"),
+    Use(f"{_MOE}.postprocess", "self, output, shared_expert_output"),
+)
+
+# Of the spec door.
+SPEC_USES: tuple[Use, ...] = (
+    Use(f"{_TRAINING}:get_args", ""),
+    Use(f"{_TRAINING}.models.gpt:default_layer_spec", "config, vp_stage"),
+    Use(f"{_TRAINING}.argument_utils:gpt_config_from_args", "args, config, model_config_cls"),
+)
+
+# Of pretrain_gpt.py.
+PRETRAIN_USES: tuple[Use, ...] = (
+    Use(
+        f"{_TRAINING}:pretrain",
+        "cfg_container, train_valid_test_dataset_provider, model_type, forward_step_func, model_provider, "
+        "process_non_loss_data_func, get_embedding_ranks, get_position_embedding_ranks, non_loss_data_func, "
+        "store, inprocess_call_wrapper, p2p_communicator, pg_collection, skip_model_parallel_init",
+    ),
+    Use(f"{_TRAINING}.argument_utils:pretrain_cfg_container_from_args", "args, model_cfg"),
+    Use(f"{_TRAINING}.arguments:core_transformer_config_from_args", "args, config_class"),
+    Use(
+        f"{_TRAINING}.arguments:parse_and_validate_args",
+        "extra_args_provider, ignore_unknown_args, args_defaults",
+    ),
+    Use(f"{_TRAINING}.utils:get_blend_and_blend_per_split", "args"),
+    Use(f"{_TRAINING}.utils:is_first_or_last_pipeline_stage", "vp_stage"),
+    Use("megatron.core.transformer.multi_token_prediction:get_mtp_ranks", "pp_ranks, config"),
+    Use(
+        "megatron.core.transformer.multi_token_prediction:mtp_on_this_rank",
+        "layout, mtp_num_layers, ignore_virtual, vp_stage",
+    ),
+    Use(
+        "megatron.core.utils:get_batch_on_this_tp_rank",
+        "batch, has_cu_seqlens, is_hybrid_cp, create_attention_mask_in_dataloader, broadcast_src_rank, "
+        "broadcast_group, cp_size, tp_rank, micro_batch_size, seq_length, mtp_on_this_rank, "
+        "pipeline_model_parallel_size, is_pipeline_first_stage, is_pipeline_last_stage",
+    ),
+    Use(
+        "megatron.core.utils:get_batch_on_this_cp_rank",
+        "batch, is_hybrid_cp, cp_group, hybrid_cp_group_func, use_per_sequence_balancing",
+    ),
+    Use("megatron.core.datasets.utils:compile_helpers", ""),
+)
