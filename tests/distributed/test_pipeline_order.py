@@ -233,3 +233,31 @@ def test_a_silent_peer_is_named_within_the_timeout(run_ranks, how):
     assert "pipeline rank 0: message d_" in error or "pipeline rank 0: message mixed" in error
     assert "pipeline rank 1 (global rank 1) has failed or was silent for 1 s" in error
     assert "--distributed-timeout-minutes" in error
+
+
+def refuse(name):
+    """On rank 0, what gloo says of a peer whose process is gone; returns the step's error."""
+    comm.timeout_of = lambda group: timedelta(seconds=1)
+    layout = Layout(pp=2)
+    layout.initialize()
+    config = layout.config("dense")
+    chunks = build(layout, config, "dense", interleaved())
+    if pipeline_rank() == 0:
+
+        def gone(*args, **kwargs):
+            raise RuntimeError("Connection closed by peer")
+
+        setattr(comm.dist, name, gone)
+    try:
+        iterate(chunks, config, count=6, schedule=engine.forward_backward)
+    except comm.PipelineError as error:
+        return str(error)
+    except RuntimeError:
+        return "the other rank's"
+
+
+@pytest.mark.parametrize("name", ["recv", "irecv", "isend"])
+def test_a_peer_that_is_gone_is_named_wherever_it_is_asked_for(run_ranks, name):
+    """While groups are connected, when a receive is posted, when something is sent."""
+    error, _ = run_ranks(2, refuse, name)
+    assert "pipeline rank 1 (global rank 1) has failed or was silent for 1 s" in error

@@ -8,7 +8,7 @@ import torch
 from harness import Layout, build, iterate
 from pipeline import LAYERS, compare_all, gradients, interleaved, reference_of
 
-from megatron_mhc import MHCConfig
+from megatron_mhc import MHCConfig, parallel
 from megatron_mhc.pipeline import engine
 
 ERROR = 1e-10
@@ -151,6 +151,41 @@ def test_loss_alone_on_a_stage(run_ranks):
         3,
         overrides=overrides | dict(num_layers=3),
     )
+
+
+BARE = {
+    "a_rank": (4, Layout(pp=4), [["embedding", "decoder", "decoder"], ["decoder"], [], ["decoder", "loss"]]),
+    "a_first_chunk": (
+        2,
+        Layout(pp=2, vpp=2),
+        [["embedding", "decoder", "decoder"], [], ["decoder"] * 2, ["loss"]],
+    ),
+}
+
+
+@pytest.mark.parametrize("stage", BARE)
+def test_a_stage_without_parameters(run_ranks, stage, monkeypatch):
+    monkeypatch.setattr(parallel, "validate_stages", lambda config: None)
+    world, layout, stages = BARE[stage]
+    whole = cases((5,), boundaries=("whole",), schedules=("interleaved",))
+    settings = dict(num_layers=4, pipeline_model_parallel_layout=stages)
+    check(run_ranks, world, layout, "dense", whole, 4, overrides=settings)
+
+
+def returns_a_pair(config, chunks):
+    """As Transformer Engine's norm does under --fused-residual-rmsnorm: its output, and what it has read."""
+    for chunk in chunks:
+        for layer in engine.layers_of(chunk):
+            for norm in (layer.input_layernorm, layer.pre_mlp_layernorm):
+                alone = norm.forward
+                norm.forward = lambda x, alone=alone: (alone(x), x)
+
+
+@pytest.mark.parametrize("kind", ["dense", "moe_shared"])
+@pytest.mark.parametrize("replayed", ["off", "2"])
+def test_a_norm_that_returns_its_residual_too(run_ranks, kind, replayed):
+    several, settings = cases((4,), recompute_layer_num=replayed), dict(num_layers=4)
+    check(run_ranks, 2, Layout(pp=2), kind, several, 4, overrides=settings, prepare=returns_a_pair)
 
 
 def overlap(align, config, chunks):
