@@ -36,12 +36,16 @@ COPIES = {
 
 
 def copy_between(make):
-    """Let `gpt.build` copy the config between `wrap_block_spec` and `GPTModel`."""
-    model = gpt.GPTModel
+    """Let `gpt.build` copy the config between `wrap_block_spec` and `GPTModel`, and go on with the copy."""
+    model, ddp = gpt.GPTModel, gpt.DistributedDataParallel
     gpt.GPTModel = lambda config, *args, **kwargs: model(make(config), *args, **kwargs)
+    gpt.DistributedDataParallel = lambda _, ddp_config, chunk, **kwargs: ddp(
+        chunk.config, ddp_config, chunk, **kwargs
+    )
 
 
 def copy_for_ddp(make):
+    """Give the wrapper alone a copy."""
     ddp = gpt.DistributedDataParallel
     gpt.DistributedDataParallel = lambda config, *args, **kwargs: ddp(make(config), *args, **kwargs)
 
@@ -53,7 +57,6 @@ def train(layout, mhc, expected, make, place=copy_between, schedule=None, stages
     chunks = build(layout, config, "dense", mhc)
     for chunk in chunks:
         chunk.config.finalize_model_grads_func = config.finalize_model_grads_func
-        chunk.module.config.finalize_model_grads_func = config.finalize_model_grads_func
     return differences(iterate(chunks, config, schedule=schedule), chunks, expected, config.params_dtype)
 
 
