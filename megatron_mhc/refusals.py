@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from megatron_mhc.config import ENVIRONMENT, MHCConfig
-from megatron_mhc.stages import layer_counts
+from megatron_mhc.schedule.stages import layer_counts
 
 
 class Refusal(NamedTuple):

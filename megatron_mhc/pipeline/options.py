@@ -6,10 +6,10 @@ from typing import Any
 
 from megatron_mhc import refusals
 from megatron_mhc.config import MHCConfig, flag
-from megatron_mhc.pipeline.plans import FUSED, OVERLAPPED
-from megatron_mhc.pipeline.program import SPLIT
 from megatron_mhc.pipeline.queues import check_queues
 from megatron_mhc.refusals import refuse
+from megatron_mhc.schedule.plans import FUSED, OVERLAPPED
+from megatron_mhc.schedule.program import SPLIT
 
 
 def check_config(config: Any, mhc: MHCConfig) -> None:
