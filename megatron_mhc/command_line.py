@@ -79,8 +79,8 @@ def parse(words: list[str], world: int | None) -> tuple[Any, Any, MHCConfig]:
     return args, config, mhc
 
 
-def read(words: list[str], world: int | None) -> tuple[Any, Any, MHCConfig]:
-    """`parse`, but for what mHC refuses."""
+def read(words: list[str], world: int | None, ignore_unknown: bool = False) -> tuple[Any, Any, MHCConfig]:
+    """`parse`, but for what mHC refuses; `ignore_unknown` lets flags of a script of its own pass."""
     import torch
 
     if not torch.cuda.is_available():
@@ -92,7 +92,7 @@ def read(words: list[str], world: int | None) -> tuple[Any, Any, MHCConfig]:
     from megatron_mhc.pretrain_gpt import add_args
 
     sys.argv = [sys.argv[0], *words]
-    args = parse_args(add_args)  # exits on a word that it does not know, with its own message
+    args = parse_args(add_args, ignore_unknown)  # exits on a word that it does not know, with its own message
     sizes = (args.tensor_model_parallel_size, args.pipeline_model_parallel_size, args.context_parallel_size)
     smallest = sizes[0] * sizes[1] * sizes[2] * args.expert_model_parallel_size
     args.rank, args.world_size = 0, world or smallest
