@@ -14,11 +14,17 @@ from typing import Any
 from megatron_mhc.hooks.block import remember_when_built
 from megatron_mhc.hooks.load import guard_load
 from megatron_mhc.hooks.messages import widen_messages, widen_receive_buffer
-from megatron_mhc.hooks.optimizer import number_all_parameters, number_float32_first, set_without_grad
+from megatron_mhc.hooks.optimizer import (
+    detach_float32_shards,
+    master_every_parameter,
+    number_all_parameters,
+    number_float32_first,
+)
 from megatron_mhc.hooks.schedule import choose_schedule
 from megatron_mhc.hooks.train_step import sample_steps
 
 _DISTRIBUTED = "megatron.core.optimizer.distrib_optimizer"
+_HYBRID = "megatron.core.optimizer.cpu_offloading.hybrid_optimizer"
 _INFERENCE = "megatron.core.inference.model_inference_wrappers.abstract_model_inference_wrapper"
 _OPTIMIZER = "megatron.core.optimizer.optimizer"
 
@@ -96,11 +102,18 @@ HOOKS: tuple[Hook, ...] = (
         "hold them, and saving fails",
     ),
     Hook(
-        target=f"{_DISTRIBUTED}:DistributedOptimizer._set_main_param_and_optimizer_states",
+        target=f"{_DISTRIBUTED}:DistributedOptimizer._build_model_and_main_param_groups",
         defined_in=_DISTRIBUTED,
-        parameters=("self", "model_param", "tensors"),
-        replacement=set_without_grad,
-        reason="fp32 parameters are loaded in place, which autograd refuses",
+        parameters=("gbuf_ranges", "param_gbuf_map", "opt_group_ranges", "config"),
+        replacement=detach_float32_shards,
+        reason="shards of fp32 parameters stay under autograd: optimizers and loading refuse them",
+    ),
+    Hook(
+        target=f"{_HYBRID}:HybridDeviceOptimizer._get_sub_optimizer_param_groups",
+        defined_in=_HYBRID,
+        parameters=("self", "offload_fraction"),
+        replacement=master_every_parameter,
+        reason="--optimizer-cpu-offload: fp32 parameters left on the GPU do not train, none can be resumed",
     ),
     Hook(
         target=f"{_OPTIMIZER}:Float16OptimizerWithFloat16Params.sharded_state_dict",
