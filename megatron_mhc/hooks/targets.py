@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_mhc.checkpoint import guard_load
+from megatron_mhc.checkpoint import guard_load, guard_load_state_dict
 from megatron_mhc.diagnostics.training import sample_steps
 from megatron_mhc.optimizer import number_all_parameters, number_float32_first, set_without_grad
 from megatron_mhc.pipeline.choose import choose_schedule
@@ -73,6 +73,14 @@ HOOKS: tuple[Hook, ...] = (
         ),
         replacement=guard_load,
         reason="a checkpoint of the other kind must be refused, or taken by --mhc-load-dense, before loading",
+    ),
+    Hook(
+        target="megatron.core.transformer.module:MegatronModule.load_state_dict",
+        defined_in="torch.nn.modules.module",
+        parameters=("self", "state_dict", "strict", "assign"),
+        replacement=guard_load_state_dict,
+        reason="--ckpt-format torch: after a failed strict load megatron.training loads without `strict`, "
+        "and a plain model would drop the mappings of an mHC checkpoint",
     ),
     Hook(
         target=f"{_DISTRIBUTED}:DistributedOptimizer._build_optimizer_group_ranges",
