@@ -1,7 +1,7 @@
 """Checkpoints of the other kind: a plain one is taken only under --mhc-load-dense, never by accident.
 
-An mHC checkpoint differs from a plain one in two ways: it has mapping parameters, and its final norm
-lies at `final_layernorm.norm.` (`checkpoint_keys`). A model of either kind is kept from half-loading the other:
+An mHC checkpoint differs from a plain one by its keys (`checkpoint_keys`). A model of either kind is kept
+from half-loading the other:
 
     torch_dist   `guard_load` compares the request with the checkpoint's metadata before reading
     any format   `guard_load_state_dict` compares the kinds and the options first, and `take_or_refuse`, which
@@ -141,7 +141,7 @@ def _compare_options(items: list[ShardedBase], there: dict[str, Any], checkpoint
                 shape = "absent" if found is None else f"of shape {tuple(found.global_shape)}"
                 trained = " ".join(f"{flag(name)} {value}" for name, value in saved.items())
                 raise ValueError(
-                    f"{item.key} is {shape} in {checkpoint_dir} and of shape {tuple(item.global_shape)} here: "
+                    f"{item.key} is {shape} in {checkpoint_dir}, of shape {tuple(item.global_shape)} here: "
                     f"pass the options that it was trained with, {trained}, and the same model sizes"
                 )
 
