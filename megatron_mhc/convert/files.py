@@ -13,7 +13,7 @@ from torch import Tensor
 from megatron_mhc.checkpoint_keys import ARITHMETIC
 from megatron_mhc.config import MHCConfig
 from megatron_mhc.convert.check import count_layers
-from megatron_mhc.convert.names import PUBLISHED, check, differences, read_arithmetic, rename
+from megatron_mhc.convert.names import PUBLISHED, check, check_state, differences, read_arithmetic, rename
 from megatron_mhc.convert.plain import from_plain
 from megatron_mhc.convert.published import check_left_over, from_published, to_published
 from megatron_mhc.convert.read import (
@@ -85,7 +85,9 @@ def convert_files(
         if source == "plain":
             return from_plain(state, mhc, first_layer)
         if source in PUBLISHED:
-            return from_published(published, source, mhc, state, first_layer)
+            check_state(state, "plugin", mhc)  # here, so that its errors name its file and not --load
+            with naming(str(load)):
+                return from_published(published, source, mhc, state, first_layer)
         if target not in PUBLISHED:
             return rename(state, source, target, mhc)
         for key, value in to_published(state, target, mhc, first_layer).items():

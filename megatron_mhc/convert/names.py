@@ -84,6 +84,12 @@ def check(mhc: MHCConfig, source: str, target: str) -> None:
             raise ValueError(f"megatron-main averages the streams: {flag('contract')} learned_head is lost")
 
 
+def check_state(state: dict[str, Any], convention: str, mhc: MHCConfig) -> None:
+    """Raise ValueError for the first entry of a Megatron state dict that is not as `mhc` has it."""
+    check_streams(state, mhc)
+    check_entries(state, HEADS.get(convention, ()), mhc)
+
+
 def differences(mhc: MHCConfig, other: str) -> list[str]:
     """What to set on the other side, and what its arithmetic does that the plugin's does not."""
     if other in ("plugin", "plain"):
@@ -146,8 +152,7 @@ def rename(state: dict[str, Any], source: str, target: str, mhc: MHCConfig) -> d
         ValueError: entries that are not those of `mhc`, or a part of mHC that has no counterpart.
     """
     heads = dict(zip(HEADS.get(source, ()), HEADS.get(target, ()), strict=False))
-    check_streams(state, mhc)
-    check_entries(state, tuple(heads), mhc)
+    check_state(state, source, mhc)
     n = mhc.num_residual_streams
     swap = is_comb(source, mhc) != is_comb(target, mhc)
     learned, has_head = mhc.contract == "learned_head", any(key in state for key in heads)

@@ -14,13 +14,11 @@ from megatron_mhc.config import MHCConfig
 from megatron_mhc.convert.check import (
     CONNECTION,
     SUBLAYERS,
-    check_entries,
-    check_streams,
     check_tensor,
     is_equal_head,
     width,
 )
-from megatron_mhc.convert.names import HEADS, is_comb, rename, turn
+from megatron_mhc.convert.names import HEADS, check_state, is_comb, rename, turn
 
 _OURS = re.compile(r"(^|[._])hc_")  # model.hc_head.hc_fn, hc_attn_fn
 _THEIRS = re.compile(r"\.(attn|ffn)_hc\.")
@@ -96,8 +94,7 @@ def from_published(
     Raises:
         ValueError: an entry of `into` or `published` is absent, of another shape or dtype, or not finite.
     """
-    check_streams(into, mhc)
-    check_entries(into, HEADS["plugin"], mhc)
+    check_state(into, "plugin", mhc)
     out = dict(into)
     n, swap = mhc.num_residual_streams, not is_comb("plugin", mhc)
     for key, value in into.items():

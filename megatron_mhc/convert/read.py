@@ -39,7 +39,8 @@ def naming(what: str) -> Iterator[None]:
     """Make of any error inside one ValueError that begins with `what`, a file and where known its key."""
     try:
         yield
-    except Exception as error:  # a broken file raises whatever its parser runs into
+    # A broken file raises whatever its parser runs into, and DCP what is no Exception.
+    except (Exception, CheckpointException) as error:
         cause: BaseException = error
         if isinstance(error, CheckpointException):  # of DCP, around the error of this one process
             cause = next(iter(error.failures.values()))[0]
@@ -94,13 +95,20 @@ def load_torch(file: Path, trust: bool) -> Any:
     import megatron.core  # noqa: F401 - registers the classes that its checkpoints hold
 
     with naming(str(file)):
-        try:
-            return torch.load(file, map_location="cpu", weights_only=not trust, mmap=is_zipfile(file))
-        except pickle.UnpicklingError as error:
-            foreign = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(file))
-            if not foreign:
-                raise
-            raise ValueError(_CODE.format(", ".join(foreign))) from error
+        return _load(file, trust, mmap=is_zipfile(file))
+
+
+def _load(file: Path | BytesIO, trust: bool, **how: Any) -> Any:
+    try:
+        return torch.load(file, map_location="cpu", weights_only=not trust, **how)
+    except pickle.UnpicklingError as error:
+        if not is_zipfile(file):
+            raise ValueError("it is damaged, or more than data and saved in torch's old format") from error
+        if isinstance(file, BytesIO):
+            file.seek(0)
+        foreign = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+        reason = _CODE.format(", ".join(sorted(foreign))) if foreign else "it is damaged"
+        raise ValueError(reason) from error
 
 
 class _MetadataUnpickler(pickle.Unpickler):
@@ -149,7 +157,7 @@ class _Planner(dcp.DefaultLoadPlanner):
     """DCP's planner with objects read as data."""
 
     def load_bytes(self, read_item: Any, value: BytesIO) -> None:
-        self.state_dict[read_item.dest_index.fqn] = torch.load(value, weights_only=True)
+        self.state_dict[read_item.dest_index.fqn] = _load(value, trust=False)
 
 
 def _check_metadata(metadata: Any) -> None:
@@ -319,7 +327,5 @@ def _safetensors() -> Any:
     try:
         import safetensors.torch
     except ImportError as error:
-        raise ValueError(
-            "*.safetensors: `pip install safetensors`, or use a .pt file"
-        ) from error
+        raise ValueError("*.safetensors: `pip install safetensors`, or use a .pt file") from error
     return safetensors
