@@ -13,12 +13,11 @@ load and tries again without `strict`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedTensor
 from torch import Tensor, nn
-from torch.distributed.checkpoint import CheckpointException
 
 from megatron_mhc.checkpoint_keys import (
     ARITHMETIC,
@@ -39,9 +38,8 @@ _REMEDY = (
     "or load an mHC checkpoint of the same options"
 )
 _FOREIGN = (
-    "is an mHC model's and this model has no such parameters: add --spec megatron_mhc.specs gpt_mhc_spec and "
-    "the --mhc-* options that it was trained with (with megatron_mhc.pretrain_gpt, drop --no-mhc), or load a "
-    "plain checkpoint"
+    "is an mHC model's: add --spec megatron_mhc.specs gpt_mhc_spec and the --mhc-* options of its training "
+    "(with megatron_mhc.pretrain_gpt, drop --no-mhc), or load a plain checkpoint"
 )
 
 
@@ -87,6 +85,7 @@ def check_state_dict(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
         return
     if not is_mhc(name for name, _ in model.named_parameters()):
         raise ValueError(f"the checkpoint {_FOREIGN}")
+    _refuse_branch(state_dict, "the checkpoint")
     if ARITHMETIC in state_dict:
         model.get_submodule(ARITHMETIC.removesuffix("._extra_state")).set_extra_state(state_dict[ARITHMETIC])
 
@@ -121,6 +120,7 @@ def adapt_request(request: dict[str, Any], checkpoint_dir: str) -> dict[str, Any
             raise ValueError(f"{checkpoint_dir} {_FOREIGN}")
         return request
     if is_mhc(there):
+        _refuse_branch(there, checkpoint_dir)
         _compare_options(items, there, checkpoint_dir)
         return request
     if any(key.startswith("optimizer") for key in request):
@@ -151,15 +151,18 @@ def _read_arithmetic(checkpoint_dir: str) -> dict[str, Any]:
     from megatron.core.dist_checkpointing.mapping import ShardedObject
     from megatron.core.dist_checkpointing.serialization import load
 
-    try:
-        entry = ShardedObject(ARITHMETIC, None, (1,), (0,))
-        loaded = load({ARITHMETIC: entry}, checkpoint_dir, validate_access_integrity=False)
-    except CheckpointException as error:
-        raise ValueError(
-            f"{checkpoint_dir} has mHC mappings and no {ARITHMETIC}: if it is of one of Megatron's own mHC "
-            "branches, convert it by `python -m megatron_mhc.convert`"
-        ) from error
+    entry = ShardedObject(ARITHMETIC, None, (1,), (0,))
+    loaded = load({ARITHMETIC: entry}, checkpoint_dir, validate_access_integrity=False)
     return decode_arithmetic(loaded[ARITHMETIC])
+
+
+def _refuse_branch(keys: Collection[str], checkpoint: str) -> None:
+    """Raise ValueError where mHC entries come with a plain model's final norm."""
+    if ends_decoder(keys) and not any(NORM in key for key in keys):
+        raise ValueError(
+            f"{checkpoint} has mHC mappings and no {NORM}weight: if it is of one of Megatron's own mHC "
+            "branches, convert it by `python -m megatron_mhc.convert`"
+        )
 
 
 def _is_ours(key: str) -> bool:

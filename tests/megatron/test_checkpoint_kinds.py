@@ -172,7 +172,7 @@ def test_a_stage_of_fixed_mappings_loads_its_part(run_ranks, tmp_path):
             name = "decoder.layers.1.mlp.linear_fc1.weight"
             assert torch.equal(fresh.state_dict()[name], saved.state_dict()[name])
         save(gpt.build(FOUR), tmp_path / "dynamic")
-        with pytest.raises(ValueError, match="has no such parameters"):
+        with pytest.raises(ValueError, match="is an mHC model's"):
             dist_checkpointing.load({"model": request}, str(tmp_path / "dynamic"))
 
     run_ranks(1, attempt)
@@ -188,6 +188,10 @@ def test_branch_checkpoint_is_sent_to_the_converter(run_ranks, tmp_path):
         dist_checkpointing.save({"model": state}, str(tmp_path / "branch"))
         with pytest.raises(ValueError, match="python -m megatron_mhc.convert"):
             load(gpt.build(FOUR), tmp_path / "branch")
+        state = gpt.build(FOUR).state_dict()
+        state["decoder.final_layernorm.weight"] = state.pop("decoder.final_layernorm.norm.weight")
+        with pytest.raises(ValueError, match="python -m megatron_mhc.convert"):
+            gpt.build(FOUR).load_state_dict(state)
 
     run_ranks(1, attempt)
 
