@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_mhc.hooks.block import remember_when_built
-from megatron_mhc.hooks.load import guard_load
+from megatron_mhc.hooks.load import guard_load, guard_load_state_dict
 from megatron_mhc.hooks.messages import widen_messages, widen_receive_buffer
 from megatron_mhc.hooks.optimizer import (
     detach_float32_shards,
@@ -92,6 +92,14 @@ HOOKS: tuple[Hook, ...] = (
         ),
         replacement=guard_load,
         reason="a checkpoint of the other kind must be refused, or taken by --mhc-load-dense, before loading",
+    ),
+    Hook(
+        target="megatron.core.transformer.module:MegatronModule.load_state_dict",
+        defined_in="torch.nn.modules.module",
+        parameters=("self", "state_dict", "strict", "assign"),
+        replacement=guard_load_state_dict,
+        reason="--ckpt-format torch: after a failed strict load megatron.training loads without `strict`, "
+        "and a plain model would drop the mappings of an mHC checkpoint",
     ),
     Hook(
         target=f"{_DISTRIBUTED}:DistributedOptimizer._build_optimizer_group_ranges",

@@ -164,6 +164,13 @@ def test_resharded_training_matches_unbroken_run(run_ranks, tmp_path, chain):
     check_chain(run_ranks, tmp_path, *CHAINS[chain])
 
 
+def test_fixed_mappings_are_resharded_too(run_ranks, tmp_path, monkeypatch):
+    """Nothing but the last stage's final norm tells such a model from a plain one."""
+    monkeypatch.setitem(globals(), "MHC", MHCConfig(h_res="identity", h_pre="fixed", h_post="fixed"))
+    monkeypatch.setitem(globals(), "unbroken", unbroken.__wrapped__)  # what is cached is of the other options
+    check_chain(run_ranks, tmp_path, "dense", [(2, PP2), (2, TP2)])
+
+
 BF16 = {
     "dp2": SINGLE,
     "dp2_distributed_optimizer": Layout(distributed_optimizer=True),
