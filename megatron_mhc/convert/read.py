@@ -277,7 +277,8 @@ def rank_files(folder: Path, trust: bool = False) -> tuple[list[tuple[Path, list
 
 def _check_ranks(folder: Path, ranks: set[tuple[int, ...]], stages: int) -> None:
     """mp_rank_T, mp_rank_T_P or mp_rank_T_P_E: every T, P and E with every other."""
-    axes = [range(max(axis) + 1) for axis in zip(*ranks, strict=True)]
+    with naming(f"{folder}/mp_rank_*, of several layouts"):
+        axes = [range(max(axis) + 1) for axis in zip(*ranks, strict=True)]
     if stages > 1:
         axes[1] = range(stages)
     for rank in itertools.product(*axes):
@@ -295,7 +296,7 @@ def read_published(path: Path, trust: bool = False) -> State:
     out: State = {}
     for file in _published_files(path):
         if file.suffix == ".safetensors":
-            with naming(str(file)), _safetensors().safe_open(file, "pt") as opened:
+            with naming(str(file)), import_safetensors().safe_open(file, "pt") as opened:
                 tensors = {key: opened.get_tensor(key) for key in opened.keys() if is_mapping(key)}
         else:
             loaded = load_torch(file, trust)
@@ -323,7 +324,7 @@ def _published_files(path: Path) -> list[Path]:
     raise ValueError(f"{path}: no file, and no folder of *.safetensors or *.bin")
 
 
-def _safetensors() -> Any:
+def import_safetensors() -> Any:
     try:
         import safetensors.torch
     except ImportError as error:

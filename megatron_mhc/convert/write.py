@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from megatron_mhc.checkpoint_keys import ARITHMETIC
-from megatron_mhc.convert.read import RUN_STATE, State, _safetensors
+from megatron_mhc.convert.read import RUN_STATE, State, import_safetensors
 
 
 @contextmanager
@@ -54,6 +54,6 @@ def write_torch(saved: State, file: Path) -> None:
 def write_published(tensors: dict[str, Any], path: Path) -> None:
     """Save a .safetensors file, or torch.save's under any other ending."""
     if path.suffix == ".safetensors":
-        _safetensors().torch.save_file(tensors, path)
+        import_safetensors().torch.save_file(tensors, path)
     else:
         torch.save(tensors, path)
