@@ -21,6 +21,7 @@ from megatron_mhc.optimizer import (
 )
 from megatron_mhc.pipeline.choose import choose_schedule
 from megatron_mhc.pipeline.message import widen_messages
+from megatron_mhc.recompute.full import ask_input_gradient
 
 SUPPORTED = ">=0.19.0,<0.20"  # the wheel is 0.19.2; a checkout of tag core_v0.19.0 works too
 
@@ -108,6 +109,26 @@ HOOKS: tuple[Hook, ...] = (
         parameters=("self", "model_sharded_state_dict", "is_loading", "metadata"),
         replacement=number_all_parameters,
         reason="it numbers the bf16 parameters alone, and saving the fp32 ones fails",
+    ),
+    Hook(
+        target="megatron.core.transformer.transformer_block:checkpointed_forward",
+        defined_in="megatron.core.recompute",
+        parameters=(
+            "self",
+            "hidden_states",
+            "attention_mask",
+            "context",
+            "context_mask",
+            "rotary_pos_emb",
+            "attention_bias",
+            "packed_seq_params",
+            "use_inner_quantization_context",
+            "padding_mask",
+            "extract_layer_indices",
+            "layer_offset",
+        ),
+        replacement=ask_input_gradient,
+        reason="full recompute behind a frozen embedding gives no layer a gradient",
     ),
 )
 
