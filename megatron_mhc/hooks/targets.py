@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_mhc.hooks.block import remember_when_built
+from megatron_mhc.hooks.full_recompute import ask_input_gradient
 from megatron_mhc.hooks.load import guard_load, guard_load_state_dict
 from megatron_mhc.hooks.messages import widen_messages, widen_receive_buffer
 from megatron_mhc.hooks.optimizer import (
@@ -129,6 +130,26 @@ HOOKS: tuple[Hook, ...] = (
         parameters=("self", "model_sharded_state_dict", "is_loading", "metadata"),
         replacement=number_all_parameters,
         reason="it numbers the bf16 parameters alone, and saving the fp32 ones fails",
+    ),
+    Hook(
+        target="megatron.core.transformer.transformer_block:checkpointed_forward",
+        defined_in="megatron.core.recompute",
+        parameters=(
+            "self",
+            "hidden_states",
+            "attention_mask",
+            "context",
+            "context_mask",
+            "rotary_pos_emb",
+            "attention_bias",
+            "packed_seq_params",
+            "use_inner_quantization_context",
+            "padding_mask",
+            "extract_layer_indices",
+            "layer_offset",
+        ),
+        replacement=ask_input_gradient,
+        reason="full recompute behind a frozen embedding gives no layer a gradient",
     ),
 )
 
