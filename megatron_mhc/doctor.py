@@ -160,7 +160,7 @@ class Machine(_Part):
             return
         place = Path(str(core.__file__)).parent
         self.say("megatron-core", f"{core.__version__} in {place}; {SUPPORTED} is supported")
-        training = find_spec("megatron.training") is not None
+        training = self.asks(lambda: find_spec("megatron.training")) is not None
         self.say("megatron.training", "there" if training else "not there; only the library door works")
         try:
             check_version()
@@ -196,14 +196,14 @@ class Launch(_Part):
         config = None
         if settings := self.settings():
             args, config = settings
-            self.model(args, config)
-            self.refused(args, config, mhc)
+            self.asks(lambda: self.model(args, config))
+            self.asks(lambda: self.refused(args, config, mhc))
         width = guess.hidden_size if config is None else config.hidden_size
         dtype = guess.dtype if config is None else str(config.params_dtype).removeprefix("torch.")
         if not self.plain:
             self.kernels(mhc, width, dtype, config)
         if config is not None and not self.plain:
-            self.pipeline(args, config, mhc)
+            self.asks(lambda: self.pipeline(args, config, mhc))
 
     def door(self) -> None:
         """Which of the README's doors the command goes through."""
@@ -242,7 +242,9 @@ class Launch(_Part):
                 self.in_the_way.append(f"options in flags and in {ENVIRONMENT}: unset {ENVIRONMENT}")
             else:
                 mhc = self.asks(MHCConfig.from_environment)
-        if mhc is not None and not self.plain:
+        if "--no-mhc" in self.command.arguments:
+            self.say("mHC options", "off, by --no-mhc")
+        elif mhc is not None and not self.plain:
             other = [f for f in fields(mhc) if getattr(mhc, f.name) != getattr(MHCConfig(), f.name)]
             said = ", ".join(f"{f.name}={getattr(mhc, f.name)}" for f in other)
             self.say("mHC options", said or "the defaults")
@@ -250,7 +252,7 @@ class Launch(_Part):
 
     def settings(self) -> tuple[Any, Any] | None:
         """Megatron's arguments and its transformer config; None where Megatron refuses them."""
-        words = list(self.command.arguments)
+        words = [word for word in self.command.arguments if word not in ("-h", "--help")]
         if not self.ours and "--spec" in words:
             at = words.index("--spec")
             del words[at : at + 3]

@@ -335,7 +335,7 @@ def find(emulate, shape, kernel, bug, orders):
     mix = kernel == "pre_mix"
     compute = mixed_and_read if mix else everything
     emulate(shape)
-    want = compute(shape)
+    want = (usual_mixed if mix else usual)(shape)
     for order in orders:
         emulate(shape, order, {kernel.removesuffix("_mix"): bug})
         try:
