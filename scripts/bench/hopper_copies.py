@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,8 @@ from ops import copy_bandwidth, time_us
 from megatron_mhc.ops.hopper import compile as building
 from megatron_mhc.ops.hopper import pre, pre_backward
 
-HERE = Path(__file__).resolve().parent
+SOURCE = Path(__file__).resolve().with_suffix(".cu")
+THREADS = 96
 # What a kernel reads, [T, 4, C] and [T, C] tensors; its tile and widest cut.
 KERNELS: dict[str, dict[str, Any]] = {
     "pre": dict(WIDE=1, SINGLES=0, tile=pre.TILE, widest=pre.WIDEST),
@@ -47,10 +47,9 @@ def time_copies(kernel: str, tokens: int, channels: int, stay: int) -> float:
     blocks = building.multiprocessors(device)
     cut = building.layout(tokens, channels, reads["widest"], blocks, reads["tile"])
     ring = stages(kernel, cut.width)
-    defines = dict(BT=reads["tile"], C=channels, CW=cut.width, STAGES=ring, ITERATIONS=20, V4=0)
-    defines |= dict(WIDE=reads["WIDE"], SINGLES=reads["SINGLES"])
     stage = (4 * reads["WIDE"] + reads["SINGLES"]) * reads["tile"] * cut.width * 2
-    compiled = building.kernel("hopper_copies", 0, 96, ring * stage, **defines)
+    defines = cut.defines(channels, reads["tile"], ring) | dict(WIDE=reads["WIDE"], SINGLES=reads["SINGLES"])
+    compiled = building.kernel(SOURCE, 0, THREADS, ring * stage, **defines)
 
     def maps(count: int, *shape: int) -> list[Any]:
         drawn = [torch.randn(*shape, device=device).bfloat16() for _ in range(count)]
@@ -79,20 +78,15 @@ def main() -> None:
     bandwidth = copy_bandwidth()
     report: dict[str, Any] = {"device": torch.cuda.get_device_name(), "copy_TB_per_s": bandwidth / 1e12}
     report["rows"] = []
-    with tempfile.TemporaryDirectory() as folder:
-        sources = [building.HERE / "device.cuh", building.HERE / "common.cuh", HERE / "hopper_copies.cu"]
-        for source in sources:
-            (Path(folder) / source.name).write_text(source.read_text())
-        building.HERE = Path(folder)
-        for shape in options.shapes.split(","):
-            tokens, channels = map(int, shape.split("x"))
-            for kernel in KERNELS:
-                for stay in map(int, options.stay.split(",")):
-                    us = time_copies(kernel, tokens, channels, stay)
-                    floor = UNITS[kernel] * tokens * channels * 2 / bandwidth * 1e6
-                    row = dict(kernel=kernel, tokens=tokens, width=channels, stay=stay, us=round(us, 1))
-                    report["rows"].append(row | {"x_floor": round(us / floor, 3)})
-                    print(json.dumps(report["rows"][-1]), flush=True)
+    for shape in options.shapes.split(","):
+        tokens, channels = map(int, shape.split("x"))
+        for kernel in KERNELS:
+            for stay in map(int, options.stay.split(",")):
+                us = time_copies(kernel, tokens, channels, stay)
+                floor = UNITS[kernel] * tokens * channels * 2 / bandwidth * 1e6
+                row = dict(kernel=kernel, tokens=tokens, width=channels, stay=stay, us=round(us, 1))
+                report["rows"].append(row | {"x_floor": round(us / floor, 3)})
+                print(json.dumps(report["rows"][-1]), flush=True)
     if options.out:
         options.out.write_text(json.dumps(report, indent=1))
 

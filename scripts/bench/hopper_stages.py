@@ -2,11 +2,11 @@
 
     python scripts/bench/hopper_stages.py [--shapes 8192x4096,4096x7168] [--out stages.json]
 
-Each kernel is built a second time with -DMARKS, which makes it a little slower. A tile's clocks are of one
-multiprocessor, the first and the last STAGES tiles of a group are left out; a span is given as 10 %, median
-and 90 %. `ring` is how many tiles of a block are on their way at once: residence / ring is the time that a
-tile takes at best, `memory_clocks_a_tile` what its bytes take at a copy's bandwidth, `us` the time of the
-usual build in a replayed graph. pre_mix is pre behind the post_res of the connection before.
+Each kernel is built a second time with -DMHC_MARKS, which makes it a little slower. A tile's clocks are of
+one multiprocessor, the first and the last STAGES tiles of a group are left out; a span is given as 10 %,
+median and 90 %. `ring` is how many tiles of a block are on their way at once: residence / ring is the time
+that a tile takes at best, `memory_clocks_a_tile` what its bytes take at a copy's bandwidth, `us` the time
+of the usual build in a replayed graph. pre_mix is pre behind the post_res of the connection before.
 """
 
 from __future__ import annotations
@@ -64,10 +64,10 @@ class Marked:
     def __init__(self) -> None:
         self.built: dict[str, tuple[Any, dict[str, int]]] = {}
 
-    def kernel(self, name: str, device: int, threads: int, shared: int, **defines: int) -> building.Kernel:
-        found = building.kernel(
-            name, device, threads, shared, MARKS=256, MARKED=MARKED, POINTS=POINTS[name], **defines
-        )
+    def kernel(self, source: Path, device: int, threads: int, shared: int, **defines: int) -> building.Kernel:
+        name = source.stem
+        marks = dict(MARKS=256, MARKED=MARKED, POINTS=POINTS[name])
+        found = building.kernel(source, device, threads, shared, **marks, **defines)
         self.built[name] = found, defines
         return found
 
@@ -125,14 +125,14 @@ def measure(tokens: int, width: int, bandwidth: float) -> list[dict]:
             module.kernel = building.kernel
         defines = marked.built[name][1]
         blocks = building.multiprocessors(torch.device("cuda", 0))
-        cut = building.layout(tokens, width, module.WIDEST, blocks, defines["BT"])
-        tiles = -(-tokens // defines["BT"]) // cut.groups
+        cut = building.layout(tokens, width, module.WIDEST, blocks, defines["TILE"])
+        tiles = -(-tokens // defines["TILE"]) // cut.groups
         clocks = clocks[: cut.groups * cut.slices, defines["STAGES"] : min(tiles, MARKED) - defines["STAGES"]]
         row: dict[str, Any] = {"kernel": call, "tokens": tokens, "width": width, "us": round(microseconds, 1)}
         floor = UNITS[call] * tokens * width * 2 / bandwidth * 1e6
         row |= {"x_floor": round(microseconds / floor, 3), "blocks": cut.groups * cut.slices}
-        row |= {"slices": cut.slices, "channels": cut.width, "tile": defines["BT"], "ring": defines["STAGES"]}
-        row["tiles"] = tiles
+        row |= {"slices": cut.slices, "channels": cut.width}
+        row |= {"tile": defines["TILE"], "ring": defines["STAGES"], "tiles": tiles}
         spans = {}
         for span, (a, b) in SPANS[name].items():
             there = (clocks[..., a] > 0) & (clocks[..., b] > 0)
