@@ -7,7 +7,8 @@ import pytest
 import torch
 from megatron.core.transformer import TransformerConfig
 
-from megatron_mhc import ops
+import megatron_mhc.backend as backends
+from megatron_mhc.backend import H100, choose
 from megatron_mhc.config import MHCConfig
 from megatron_mhc.hyper_connection import HyperConnectionModule
 
@@ -20,8 +21,8 @@ def machine(monkeypatch):
     """Sets the GPU and whether cuda-bindings is installed; at first, neither is there."""
 
     def pretend(gpu, installed=True):
-        monkeypatch.setattr(ops, "_gpu", lambda: gpu)
-        monkeypatch.setattr(ops, "_has_cuda_bindings", lambda: installed)
+        monkeypatch.setattr(backends, "_gpu", lambda: gpu)
+        monkeypatch.setattr(backends, "_has_cuda_bindings", lambda: installed)
 
     pretend(None, False)
     return pretend
@@ -45,7 +46,7 @@ def machine(monkeypatch):
     ],
 )
 def test_backend_follows_the_option_and_the_streams(options, width, dtype, device, backend):
-    assert ops.choose_backend(MHCConfig(**options), width, dtype, device) == backend
+    assert choose(MHCConfig(**options), width, dtype, device) == backend
 
 
 @pytest.mark.parametrize(
@@ -67,15 +68,15 @@ def test_backend_follows_the_option_and_the_streams(options, width, dtype, devic
     ],
 )
 def test_backend_of_an_h100(machine, options, width, dtype, backend):
-    machine(ops.HOPPER)
-    assert ops.choose_backend(MHCConfig(**options), width, dtype, "cuda") == backend
+    machine(H100)
+    assert choose(MHCConfig(**options), width, dtype, "cuda") == backend
 
 
 def test_streams_on_a_cpu_ask_for_no_gpu(monkeypatch):
-    monkeypatch.setattr(ops, "_gpu", lambda: pytest.fail("asked"))
-    assert ops.choose_backend(MHCConfig(), 4096, BF16, "cpu") == "reference"
+    monkeypatch.setattr(backends, "_gpu", lambda: pytest.fail("asked"))
+    assert choose(MHCConfig(), 4096, BF16, "cpu") == "reference"
     with pytest.raises(ValueError, match="--mhc-backend hopper: the streams are on cpu"):
-        ops.choose_backend(MHCConfig(backend="hopper"), 4096, BF16, "cpu")
+        choose(MHCConfig(backend="hopper"), 4096, BF16, "cpu")
 
 
 @pytest.mark.parametrize(
@@ -84,32 +85,32 @@ def test_streams_on_a_cpu_ask_for_no_gpu(monkeypatch):
         (None, True, {}, 4096, BF16, "there is no CUDA device"),
         (A100, True, {}, 4096, BF16, "the GPU's compute capability is 8.0, not 9.0 (H100, H200)"),
         (H20, True, {}, 5120, BF16, "--hidden-size 5120 is more than 78 multiprocessors can take"),
-        (ops.HOPPER, False, {}, 4096, BF16, "cuda-bindings is not installed"),
-        (ops.HOPPER, True, {}, 4096, torch.float32, "the streams are torch.float32, not torch.bfloat16"),
-        (ops.HOPPER, True, {}, 4100, BF16, "--hidden-size 4100 is no multiple of 16"),
+        (H100, False, {}, 4096, BF16, "cuda-bindings is not installed"),
+        (H100, True, {}, 4096, torch.float32, "the streams are torch.float32, not torch.bfloat16"),
+        (H100, True, {}, 4100, BF16, "--hidden-size 4100 is no multiple of 16"),
         (
-            ops.HOPPER,
+            H100,
             True,
             dict(num_residual_streams=2),
             4096,
             BF16,
             "--mhc-num-residual-streams 2 is not 4",
         ),
-        (ops.HOPPER, True, dict(h_res="identity"), 4096, BF16, "--mhc-h-res is identity"),
+        (H100, True, dict(h_res="identity"), 4096, BF16, "--mhc-h-res is identity"),
     ],
 )
 def test_hopper_where_it_cannot_serve_is_refused(machine, gpu, installed, options, width, dtype, words):
     machine(gpu, installed)
     with pytest.raises(ValueError) as error:
-        ops.choose_backend(MHCConfig(backend="hopper", **options), width, dtype, "cuda")
+        choose(MHCConfig(backend="hopper", **options), width, dtype, "cuda")
     assert f"--mhc-backend hopper: {words}; use --mhc-backend auto or change that" == str(error.value)
 
 
 def test_hopper_without_triton_is_refused(machine, monkeypatch):
-    machine(ops.HOPPER)
-    monkeypatch.setattr(ops, "_HAS_TRITON", False)
+    machine(H100)
+    monkeypatch.setattr(backends, "_HAS_TRITON", False)
     with pytest.raises(ValueError, match="hopper: triton is not installed"):
-        ops.choose_backend(MHCConfig(backend="hopper"), 4096, BF16, "cuda")
+        choose(MHCConfig(backend="hopper"), 4096, BF16, "cuda")
 
 
 @pytest.mark.parametrize(
@@ -123,14 +124,14 @@ def test_hopper_without_triton_is_refused(machine, monkeypatch):
 )
 def test_triton_where_it_cannot_serve_is_refused(options, width, dtype, words):
     with pytest.raises(ValueError) as error:
-        ops.choose_backend(MHCConfig(backend="triton", **options), width, dtype, "cuda")
+        choose(MHCConfig(backend="triton", **options), width, dtype, "cuda")
     assert words in str(error.value) and "--mhc-backend auto" in str(error.value)
 
 
 def test_triton_without_a_gpu_is_refused(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ValueError, match="the streams are on cpu"):
-        ops.choose_backend(MHCConfig(backend="triton"), 64, BF16, "cpu")
+        choose(MHCConfig(backend="triton"), 64, BF16, "cpu")
 
 
 @pytest.mark.parametrize("backend", ["triton", "hopper"])
@@ -155,17 +156,17 @@ def test_a_layer_for_hopper_is_built_where_none_is(machine):
 def test_the_machine_is_asked_once_and_by_no_import():
     code = """
 import sys, torch
-from megatron_mhc import ops
+from megatron_mhc.backend import choose
 from megatron_mhc.config import MHCConfig
 assert not torch.cuda.is_initialized() and "megatron_mhc.ops.hopper" not in sys.modules
-assert ops.choose_backend(MHCConfig(), 64, torch.bfloat16, "cpu") == "reference"
+assert choose(MHCConfig(), 64, torch.bfloat16, "cpu") == "reference"
 assert not torch.cuda.is_initialized() and "megatron_mhc.ops.hopper" not in sys.modules
 times = []
 torch.cuda.is_available = lambda: bool(times.append(0))
-assert ops.choose_backend(MHCConfig(), 64, torch.bfloat16, "cuda") == "triton"
+assert choose(MHCConfig(), 64, torch.bfloat16, "cuda") == "triton"
 for _ in range(2):
     try:
-        ops.choose_backend(MHCConfig(backend="hopper"), 64, torch.bfloat16, "cuda")
+        choose(MHCConfig(backend="hopper"), 64, torch.bfloat16, "cuda")
         raise SystemExit("not refused")
     except ValueError as error:
         assert "there is no CUDA device" in str(error)

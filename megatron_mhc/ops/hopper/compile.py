@@ -165,29 +165,21 @@ class Layout(NamedTuple):
         )  # fmt: skip
 
 
-_held = 0
-
-
-def hold(count: int) -> None:
-    """Reserve `count` SMs of every GPU for long-running kernels, such as posted NCCL receives.
+def layout(tokens: int, channels: int, widest: int, blocks: int, tile: int, reserved: int = 0) -> Layout:
+    """The cut of `channels` (a multiple of 16) that leaves the fewest of `blocks` idle but for the reserved.
 
     A launch divides its tiles among groups of blocks beforehand. A group that finds no free SMs starts after
     the others have ended, and the kernel takes twice as long; with one group fewer all run at once.
-    """
-    global _held
-    _held = count
 
-
-def layout(tokens: int, channels: int, widest: int, blocks: int, tile: int) -> Layout:
-    """The cut of `channels` (a multiple of 16) that leaves the fewest of `blocks` idle but for those held.
-
-    A width is a multiple of BOX up to `widest`; of equals the widest is taken.
+    Args:
+        widest: a width is a multiple of BOX up to this; of equals the widest is taken.
+        reserved: blocks to leave out, as long as a row of channels has enough.
 
     Raises:
         ValueError: a row of channels needs more than `blocks`.
     """
     least = min(blocks, -(-channels // widest))
-    return _layout(tokens, channels, widest, max(least, blocks - _held), tile)
+    return _layout(tokens, channels, widest, max(least, blocks - reserved), tile)
 
 
 @functools.cache

@@ -16,7 +16,7 @@ from megatron_mhc.ops.hopper.compile import (
     multiprocessors,
     tensor_map,
 )
-from megatron_mhc.ops.link import Written
+from megatron_mhc.ops.options import Options
 
 SOURCE = Path(__file__).with_suffix(".cu")  # has the names below as MHC_*
 WIDEST = 128
@@ -43,28 +43,24 @@ def pre_backward(
     bias: Tensor,
     alphas: tuple[Tensor, Tensor, Tensor],
     saved: Tensor,
+    options: Options,
     *,
-    iterations: int,
-    deepseek_v4: bool,
-    written: Written | None = None,
+    writer: tuple[Tensor, Tensor, Tensor] | None = None,
     f_bias: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`megatron_mhc.ops.pre_backward.pre_backward` of x, g: [T, 4, C] and f, dl: [T, C] bf16."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """`megatron_mhc.ops.triton.pre_backward.pre_backward` of x, g: [T, 4, C] and f, dl: [T, C] bf16."""
     T, n, C = x.shape
     f32: dict[str, Any] = dict(device=x.device, dtype=torch.float32)
     dx, d_weight = torch.empty_like(x), torch.empty(24, n * C, **f32)
     d_bias, d_alphas = torch.empty(24, **f32), torch.empty(3, **f32)
     if T == 0:
-        return dx, d_weight.zero_(), d_bias.zero_(), d_alphas.zero_()
-    if written is None:
-        writer, df = (saved, bias, alphas[1]), dl  # neither read nor written
-    else:
-        writer, df = written.saved, torch.empty_like(dl)
-        written.fill(dx, df)
-    cut = layout(T, C, WIDEST, multiprocessors(x.device), TILE)
-    shared, stages = memory(cut.width, iterations)
+        return dx, d_weight.zero_(), d_bias.zero_(), d_alphas.zero_(), None
+    df = None if writer is None else torch.empty_like(dl)
+    unused = (saved, bias, alphas[1])  # neither read nor, as dl, written
+    cut = layout(T, C, WIDEST, multiprocessors(x.device), TILE, options.reserved_sms)
+    shared, stages = memory(cut.width, options.iterations)
     defines = cut.defines(C, TILE, stages) | WARPS
-    defines |= dict(ITERATIONS=iterations, V4=int(deepseek_v4), DF=int(written is not None))
+    defines |= dict(ITERATIONS=options.iterations, V4=int(options.deepseek_v4), DF=int(df is not None))
     defines |= dict(F_SLOTS=F_SLOTS, ATOMS=ATOMS, PART=PART, COEFFICIENT_ATOMS=COEFFICIENT_ATOMS)
     defines |= dict(FETCHED=FETCHED, TOKEN_FLOATS=TOKEN_FLOATS, LOADS=loads(cut.slices, 4, MOST_LOADS))
     defines |= dict(TOGETHER=2 if cut.slices <= FEW else 1)
@@ -76,12 +72,12 @@ def pre_backward(
     partial = torch.empty(WARPS["MIDDLE"] * blocks, 48, **f32)
     compiled.launch(
         blocks, x.device,
-        *(tensor_map(t, cut.width, 1, TILE) for t in (x, g, f, dl, dx, df)),
-        f_bias, weight, bias, *alphas, saved, *writer,
+        *(tensor_map(t, cut.width, 1, TILE) for t in (x, g, f, dl, dx, dl if df is None else df)),
+        f_bias, weight, bias, *alphas, saved, *(writer or unused),
         d_weight, d_bias, d_alphas,
         parts, coefficients, partial, counts, T, cut.groups,
     )  # fmt: skip
-    return dx, d_weight, d_bias, d_alphas
+    return dx, d_weight, d_bias, d_alphas, df
 
 
 def memory(width: int, iterations: int) -> tuple[int, int]:
