@@ -65,9 +65,9 @@ class Marked:
         self.built: dict[str, tuple[Any, dict[str, int]]] = {}
 
     def kernel(self, source: Path, device: int, threads: int, shared: int, **defines: int) -> building.Kernel:
-        name = source.stem
+        name = source.path.stem
         marks = dict(MARKS=256, MARKED=MARKED, POINTS=POINTS[name])
-        found = building.kernel(source, device, threads, shared, **marks, **defines)
+        found = building.kernel(source, device, shared, **marks, **defines)
         self.built[name] = found, defines
         return found
 
