@@ -64,10 +64,10 @@ class Marked:
     def __init__(self) -> None:
         self.built: dict[str, tuple[Any, dict[str, int]]] = {}
 
-    def kernel(self, source: Path, device: int, threads: int, shared: int, **defines: int) -> building.Kernel:
-        name = source.stem
+    def kernel(self, source: building.Source, device: int, shared: int, **defines: int) -> building.Kernel:
+        name = source.path.stem
         marks = dict(MARKS=256, MARKED=MARKED, POINTS=POINTS[name])
-        found = building.kernel(source, device, threads, shared, **marks, **defines)
+        found = building.kernel(source, device, shared, **marks, **defines)
         self.built[name] = found, defines
         return found
 

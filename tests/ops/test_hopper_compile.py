@@ -35,8 +35,8 @@ def asked(monkeypatch):
             def launch(self, *args):
                 pass
 
-        def kernel(source, device, threads, shared, **defines):
-            found.append((source, dict(THREADS=threads, SHARED=shared, **defines)))
+        def kernel(source, device, shared, **defines):
+            found.append((source.path, dict(SHARED=shared, **source.constants, **defines)))
             return Found()
 
         for module in (pre, pre_backward):
@@ -102,7 +102,7 @@ def test_an_error_names_the_file_and_its_line(asked, monkeypatch, tmp_path):
 
 
 def test_nothing_is_compiled_twice(asked, monkeypatch):
-    """Neither for a second call nor for a second GPU."""
+    """Neither for a second call nor for a second GPU, of which `cubin` does not know."""
     made, original = [], nvrtc.nvrtcCreateProgram
     monkeypatch.setattr(nvrtc, "nvrtcCreateProgram", lambda *args: (made.append(0), original(*args))[1])
     compile.cubin.cache_clear()

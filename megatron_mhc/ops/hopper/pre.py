@@ -10,6 +10,7 @@ from megatron_mhc.ops.hopper.compile import (
     AHEAD,
     SHARED,
     Layout,
+    Source,
     kernel,
     layout,
     loads,
@@ -18,7 +19,6 @@ from megatron_mhc.ops.hopper.compile import (
 )
 from megatron_mhc.ops.options import Options
 
-SOURCE = Path(__file__).with_suffix(".cu")  # has the names below as MHC_*
 WIDEST = 256
 WARPS = dict(PROJECTING=8, AGGREGATING=3, FINISHING=4)  # and one that loads
 THREADS = 32 * (sum(WARPS.values()) + 1)
@@ -28,6 +28,9 @@ PART = TILE * ATOMS * 4  # floats of a tile
 MOST_STAGES = 10  # tiles of a block's ring
 MOST_LOADS = 8  # of a lane at once; more cost registers
 F_SLOTS = 3  # tiles of f on their way; at least as many of x fit beside them at any width
+SOURCE = Source(
+    Path(__file__).with_suffix(".cu"), THREADS=THREADS, ATOMS=ATOMS, PART=PART, F_SLOTS=F_SLOTS, **WARPS
+)
 
 
 def pre_forward(
@@ -112,10 +115,10 @@ def _launch(
 ) -> None:
     device = weight.device
     shared, stages = memory(cut.width, mix=bool(MIX))
-    defines = dict(ITERATIONS=options.iterations, V4=int(options.deepseek_v4), MIX=MIX)
-    defines |= cut.defines(results[0].shape[1], TILE, stages) | WARPS
-    defines |= dict(F_SLOTS=F_SLOTS, ATOMS=ATOMS, PART=PART, LOADS=loads(cut.slices, 2, MOST_LOADS))
-    compiled = kernel(SOURCE, device.index, THREADS, shared, **defines)
+    defines = cut.defines(results[0].shape[1], TILE, stages)
+    defines |= dict(ITERATIONS=options.iterations, V4=int(options.deepseek_v4), MIX=MIX)
+    defines["LOADS"] = loads(cut.slices, 2, MOST_LOADS)
+    compiled = kernel(SOURCE, device.index, shared, **defines)
     blocks = cut.groups * cut.slices
     floats = (blocks * defines["EXCHANGE"] + AHEAD) * PART
     parts, ticket = torch.zeros(floats + 4, device=device, dtype=torch.float32).split([floats, 4])

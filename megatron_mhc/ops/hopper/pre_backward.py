@@ -10,6 +10,7 @@ from megatron_mhc.ops.hopper.compile import (
     AHEAD,
     BOX,
     SHARED,
+    Source,
     kernel,
     layout,
     loads,
@@ -18,7 +19,6 @@ from megatron_mhc.ops.hopper.compile import (
 )
 from megatron_mhc.ops.options import Options
 
-SOURCE = Path(__file__).with_suffix(".cu")  # has the names below as MHC_*
 WIDEST = 128
 WARPS = dict(DX=8, DOTS=2, MIDDLE=3)  # and three: fetch, load, store
 THREADS = 32 * (sum(WARPS.values()) + 3)
@@ -32,6 +32,10 @@ PART = TILE * ATOMS * 4  # floats of a tile
 COEFFICIENT_ATOMS = 17  # that hold what the group knows of a token then
 FETCHED = 4  # tiles whose coefficients are in shared memory
 TOKEN_FLOATS = 52  # there, from one token to the next
+SOURCE = Source(
+    Path(__file__).with_suffix(".cu"), THREADS=THREADS, ATOMS=ATOMS, PART=PART, F_SLOTS=F_SLOTS,
+    COEFFICIENT_ATOMS=COEFFICIENT_ATOMS, FETCHED=FETCHED, TOKEN_FLOATS=TOKEN_FLOATS, **WARPS,
+)  # fmt: skip
 
 
 def pre_backward(
@@ -59,12 +63,12 @@ def pre_backward(
     unused = (saved, bias, alphas[1])  # neither read nor, as dl, written
     cut = layout(T, C, WIDEST, multiprocessors(x.device), TILE, options.reserved_sms)
     shared, stages = memory(cut.width, options.iterations)
-    defines = cut.defines(C, TILE, stages) | WARPS
-    defines |= dict(ITERATIONS=options.iterations, V4=int(options.deepseek_v4), DF=int(df is not None))
-    defines |= dict(F_SLOTS=F_SLOTS, ATOMS=ATOMS, PART=PART, COEFFICIENT_ATOMS=COEFFICIENT_ATOMS)
-    defines |= dict(FETCHED=FETCHED, TOKEN_FLOATS=TOKEN_FLOATS, LOADS=loads(cut.slices, 4, MOST_LOADS))
-    defines |= dict(TOGETHER=2 if cut.slices <= FEW else 1)
-    compiled = kernel(SOURCE, x.device.index, THREADS, shared, **defines)
+    defines = cut.defines(C, TILE, stages)
+    compiled = kernel(
+        SOURCE, x.device.index, shared, **defines,
+        ITERATIONS=options.iterations, V4=int(options.deepseek_v4), DF=int(df is not None),
+        LOADS=loads(cut.slices, 4, MOST_LOADS), TOGETHER=2 if cut.slices <= FEW else 1,
+    )  # fmt: skip
     blocks, slots = cut.groups * cut.slices, cut.groups * defines["EXCHANGE"]
     sizes = [(slots * cut.slices + AHEAD) * PART, slots * TILE * COEFFICIENT_ATOMS * 4]
     sizes += [2 + WARPS["DX"] * cut.slices]
