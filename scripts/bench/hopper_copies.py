@@ -24,8 +24,7 @@ from ops import copy_bandwidth, time_us
 from megatron_mhc.ops.hopper import compile as building
 from megatron_mhc.ops.hopper import pre, pre_backward
 
-SOURCE = Path(__file__).resolve().with_suffix(".cu")
-THREADS = 96
+SOURCE = building.Source(Path(__file__).resolve().with_suffix(".cu"), THREADS=96)
 # What a kernel reads, [T, 4, C] and [T, C] tensors; its tile and widest cut.
 KERNELS: dict[str, dict[str, Any]] = {
     "pre": dict(WIDE=1, SINGLES=0, tile=pre.TILE, widest=pre.WIDEST),
@@ -49,7 +48,7 @@ def time_copies(kernel: str, tokens: int, channels: int, stay: int) -> float:
     ring = stages(kernel, cut.width)
     stage = (4 * reads["WIDE"] + reads["SINGLES"]) * reads["tile"] * cut.width * 2
     defines = cut.defines(channels, reads["tile"], ring) | dict(WIDE=reads["WIDE"], SINGLES=reads["SINGLES"])
-    compiled = building.kernel(SOURCE, 0, THREADS, ring * stage, **defines)
+    compiled = building.kernel(SOURCE, 0, ring * stage, **defines)
 
     def maps(count: int, *shape: int) -> list[Any]:
         drawn = [torch.randn(*shape, device=device).bfloat16() for _ in range(count)]

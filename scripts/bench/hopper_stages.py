@@ -24,7 +24,7 @@ from ops import copy_bandwidth, time_us
 
 from megatron_mhc.ops.hopper import compile as building
 from megatron_mhc.ops.hopper import pre, pre_backward
-from megatron_mhc.ops.link import Written
+from megatron_mhc.ops.options import Options
 
 MARKED = 128  # tiles of a group
 POINTS = {"pre": 9, "pre_backward": 11}  # noted by MARK(tile, point) in the sources
@@ -64,10 +64,10 @@ class Marked:
     def __init__(self) -> None:
         self.built: dict[str, tuple[Any, dict[str, int]]] = {}
 
-    def kernel(self, source: Path, device: int, threads: int, shared: int, **defines: int) -> building.Kernel:
-        name = source.stem
+    def kernel(self, source: building.Source, device: int, shared: int, **defines: int) -> building.Kernel:
+        name = source.path.stem
         marks = dict(MARKS=256, MARKED=MARKED, POINTS=POINTS[name])
-        found = building.kernel(source, device, threads, shared, **marks, **defines)
+        found = building.kernel(source, device, shared, **marks, **defines)
         self.built[name] = found, defines
         return found
 
@@ -93,18 +93,17 @@ def calls(tokens: int, width: int) -> dict[str, Any]:
     x, g, f, dl = rand(tokens, 4, width), rand(tokens, 4, width), rand(tokens, width), rand(tokens, width)
     weight, bias = rand(24, 4 * width, dtype=torch.float32) * 0.02, rand(24, dtype=torch.float32)
     alphas = tuple(torch.full((1,), 0.5, device="cuda") for _ in range(3))
-    options: dict[str, Any] = dict(iterations=20, deepseek_v4=False)
-    _, saved, _ = pre.pre_forward(x, weight, bias, alphas, norm_eps=1e-6, **options)
+    options = Options(1e-6, 20, False)
+    _, saved, _ = pre.pre_forward(x, weight, bias, alphas, options)
 
     def backward() -> None:
-        written = Written(saved, bias, alphas[1])
-        pre_backward.pre_backward(x, g, f, dl, weight, bias, alphas, saved, written=written, **options)
+        writer = saved, bias, alphas[1]
+        pre_backward.pre_backward(x, g, f, dl, weight, bias, alphas, saved, options, writer=writer)
 
-    _, _, before = pre.pre_forward(x, weight, bias, alphas, norm_eps=1e-6, **options)
-    reading: dict[str, Any] = dict(norm_eps=1e-6, **options)
+    _, _, before = pre.pre_forward(x, weight, bias, alphas, options)
     return {
-        "pre": lambda: pre.pre_forward(x, weight, bias, alphas, **reading),
-        "pre_mix": lambda: pre.post_res_pre(x, f, before, None, weight, bias, alphas, **reading),
+        "pre": lambda: pre.pre_forward(x, weight, bias, alphas, options),
+        "pre_mix": lambda: pre.post_res_pre(x, f, before, None, weight, bias, alphas, options),
         "pre_backward": backward,
     }
 

@@ -26,12 +26,15 @@ from typing import NamedTuple
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from megatron_mhc.ops import HOPPER, deferred, reference
+from megatron_mhc.backend import H100
+from megatron_mhc.ops import autograd, reference
+from megatron_mhc.ops.autograd import NextPre
 from megatron_mhc.ops.hopper.pre import post_res_pre
-from megatron_mhc.ops.link import Reader
+from megatron_mhc.ops.kernels import HOPPER, TRITON
+from megatron_mhc.ops.options import Options
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-OPTIONS = dict(norm_eps=1e-6, iterations=20, deepseek_v4=False)
+OPTIONS = Options(1e-6, 20, False)
 SEEDS = 64  # draws that errors are of
 BETWEEN = "float64 between tensors"
 COLUMNS = ["chain, us", "x floor", "from Python, us", "pre x floor", "post x floor", "peak MiB"]
@@ -63,20 +66,20 @@ def exact_post(f, state):
 
 
 def ours(x, weight, bias, *alphas):
-    return deferred.pre(x, weight, bias, alphas, **OPTIONS)
+    return autograd.pre(x, weight, bias, alphas, OPTIONS)
 
 
 def by_hopper(x, weight, bias, *alphas):
-    return deferred.pre(x, weight, bias, alphas, **OPTIONS, hopper=True)
+    return autograd.pre(x, weight, bias, alphas, OPTIONS, HOPPER)
 
 
-def reads_weight(weight, *rest):
-    """What Triton's post_res is told of the connection that it works ahead for."""
-    return Reader(weight)
+def next_by_triton(weight, bias, *alphas):
+    """What post_res is told of the connection that it works ahead for."""
+    return NextPre(TRITON, weight, bias, alphas, OPTIONS)
 
 
-def reads_all(weight, bias, *alphas):
-    return Reader(weight, (bias, alphas, OPTIONS))
+def next_by_hopper(weight, bias, *alphas):
+    return NextPre(HOPPER, weight, bias, alphas, OPTIONS)
 
 
 class Provider(NamedTuple):
@@ -107,15 +110,15 @@ def transformer_engine(split_k: bool) -> Provider:
 
 def providers(n: int, dtype: torch.dtype) -> dict[str, Provider]:
     found = {
-        "megatron_mhc": Provider(ours, deferred.post_res),
-        "megatron_mhc, Hopper": Provider(by_hopper, deferred.post_res),
-        "megatron_mhc, Hopper, fused": Provider(by_hopper, deferred.post_res, reads_all),
-        "megatron_mhc, fused": Provider(ours, deferred.post_res, reads_weight),
+        "megatron_mhc": Provider(ours, autograd.post_res),
+        "megatron_mhc, Hopper": Provider(by_hopper, autograd.post_res),
+        "megatron_mhc, Hopper, fused": Provider(by_hopper, autograd.post_res, next_by_hopper),
+        "megatron_mhc, fused": Provider(ours, autograd.post_res, next_by_triton),
         BETWEEN: Provider(exact, exact_post),
         "torch eager": Provider(plain, plain_post),
         "torch.compile": Provider(torch.compile(plain), torch.compile(plain_post)),
     }
-    if torch.cuda.get_device_capability() != HOPPER[:2] or n != 4 or dtype != torch.bfloat16:
+    if torch.cuda.get_device_capability() != H100[:2] or n != 4 or dtype != torch.bfloat16:
         del found["megatron_mhc, Hopper"], found["megatron_mhc, Hopper, fused"]
     if n == 4:
         try:
@@ -259,7 +262,7 @@ def timed(
         x = leaves[0]
         for parameters, following in zip(own, [*own[1:], None], strict=True):
             layer_input, state = pre(x, *parameters)
-            ahead = {"reader": reads(*following)} if reads and following else {}
+            ahead = {"next_pre": reads(*following)} if reads and following else {}
             x = post(layer_input, state, **ahead).view_as(leaves[0])
         return x
 
@@ -286,12 +289,13 @@ def timed(
         def post_only():
             if not hasattr(state, "take_tunnel"):
                 return post(layer_input, state)
-            x, values = leaves[0], state.values  # a benchmark may call it again: no gradient is at stake
+            # A benchmark may call it again: no gradient is at stake.
+            x, values = leaves[0], state.coefficients
             if reads is None:
-                return deferred.post_res_forward(x, layer_input, values)
-            if reads is reads_weight:
-                return deferred.post_res_project(x, layer_input, values, own[0][0])
-            return post_res_pre(x, layer_input, values, None, *own[0][:2], own[0][2:], **OPTIONS)
+                return autograd.post_res_forward(x, layer_input, values)
+            if reads is next_by_triton:
+                return autograd.post_res_project(x, layer_input, values, own[0][0])
+            return post_res_pre(x, layer_input, values, None, *own[0][:2], own[0][2:], OPTIONS)
 
         row["post_us"] = time_us(post_only, graph=True)
     row["chain_over_floor"] = row["chain_us"] / ((7 * n + 5) * unit_us)

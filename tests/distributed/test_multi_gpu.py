@@ -4,6 +4,7 @@ import itertools
 import json
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from harness import MICRO_BATCH, MICRO_BATCHES, SEQUENCE, Layout, build, iterate, ps
 
 from megatron_mhc import MHCConfig
-from megatron_mhc.ops.hopper import compile as hopper
+from megatron_mhc.hyper_connection import HyperConnectionModule
 from megatron_mhc.pipeline import comm
 from megatron_mhc.pipeline.program import POST, SEND, Plan, build_program, channel
 from megatron_mhc.testing import gpt
@@ -216,19 +217,40 @@ def test_channels_are_connected_in_one_order_by_all_ranks(run_ranks, pp):
     assert meet(orders)
 
 
-@pytest.mark.parametrize("backend, limit, held", [("nccl", None, 8), ("nccl", "16", 32), ("gloo", None, 0)])
-def test_kernels_leave_multiprocessors_to_the_receives_that_wait(monkeypatch, backend, limit, held):
+@pytest.mark.parametrize(
+    "options, pp, backend, limit, sms",
+    [
+        (dict(pipeline_schedule="interleaved"), 4, "nccl", None, 8),
+        (dict(pipeline_schedule="fused"), 2, "nccl", "16", 32),
+        (dict(pipeline_schedule="interleaved"), 4, "gloo", None, 0),
+        (dict(pipeline_schedule="interleaved"), 1, "nccl", None, 0),
+        ({}, 4, "nccl", None, 0),
+    ],
+)
+def test_a_models_kernels_leave_sms_to_the_receives_of_its_own_schedule(
+    monkeypatch, options, pp, backend, limit, sms
+):
     """Without process groups: a GPU that would show it has another test, multi_gpu.py --only profile."""
-    channels = comm.Channels((0,), {}, comm.DEFAULT_TIMEOUT, backend)
-    for name, value in (("get_backend", backend), ("get_world_size", 1), ("get_process_group_ranks", [0])):
-        monkeypatch.setattr(comm.dist, name, lambda *_, value=value: value)
-    monkeypatch.setattr(comm.dist, "all_gather_object", lambda *_: None)
-    for name, value in (("timeout_of", comm.DEFAULT_TIMEOUT), ("_make", channels), ("_connect", None)):
-        monkeypatch.setattr(comm, name, lambda *_, value=value: value)
-    monkeypatch.setattr(comm, "_channels", [])
-    monkeypatch.setattr(hopper, "_held", 0)
+    monkeypatch.setattr(comm.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(comm.dist, "get_backend", lambda group: backend)
     monkeypatch.delenv("NCCL_MAX_CTAS", raising=False)
     if limit:
         monkeypatch.setenv("NCCL_MAX_CTAS", limit)
-    comm.channels_of(object())
-    assert hopper._held == held
+    config = types.SimpleNamespace(pipeline_model_parallel_size=pp)
+    assert comm.sms_of_receives(config, MHCConfig(**options)) == sms
+
+
+def reserved(layout):
+    """The SMs that each of two models leaves, built one after the other."""
+    layout.initialize()
+    comm.dist = types.SimpleNamespace(is_initialized=lambda: True, get_backend=lambda group: "nccl")
+    found = []
+    for schedule in ("interleaved", "megatron"):
+        chunks = build(layout, layout.config("dense"), "dense", MHCConfig(pipeline_schedule=schedule))
+        modules = [m for chunk in chunks for m in chunk.modules() if isinstance(m, HyperConnectionModule)]
+        found.append({module.options.reserved_sms for module in modules})
+    return found
+
+
+def test_a_model_beside_one_whose_receives_wait_leaves_no_sms(run_ranks):
+    assert run_ranks(2, reserved, Layout(pp=2)) == [[{8}, {0}]] * 2

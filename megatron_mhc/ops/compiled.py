@@ -1,6 +1,6 @@
-"""The operations of `deferred` as ops of `torch.library`, with their autograd: what torch.compile traces.
+"""The operations of `autograd` as ops of `torch.library`, with their autograd: what torch.compile traces.
 
-The scheme is that of `deferred`, with nothing but tensors between forward and backward. `pre` returns two
+The scheme is that of `autograd`, with nothing but tensors between forward and backward. `pre` returns two
 tensors that no one reads: the tunnels. `post_res` takes them, and its backward returns g as the "gradient"
 of the first and f as that of the second, so autograd hands both to the backward of `pre`.
 
@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 from torch.library import custom_op, register_autograd, register_fake
 
-from megatron_mhc.ops import pre_kernels
-from megatron_mhc.ops.launch import mapping_rows
-from megatron_mhc.ops.post_res import post_backward, post_res_forward
+from megatron_mhc.ops.kernels import BY_NAME
+from megatron_mhc.ops.options import Options
+from megatron_mhc.ops.triton.common import mapping_rows
+from megatron_mhc.ops.triton.post_res import post_backward, post_res_forward
 
 # Inductor may hand an op other strides than it traced; contiguous() of what is contiguous does nothing.
 
@@ -41,20 +42,18 @@ def pre(
     norm_eps: float,
     iterations: int,
     deepseek_v4: bool,
-    hopper: bool,
+    reserved_sms: int,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`pre_forward`: layer input, tunnels of g [T, n, C] and of f [T, C], saved, coefficients."""
-    pre_forward = pre_kernels(hopper)[0]
-    layer_input, saved, values = pre_forward(
+    layer_input, saved, coefficients = BY_NAME[backend].pre_forward(
         x.contiguous(),
         weight.contiguous(),
         bias,
         (alpha_pre, alpha_post, alpha_res),
-        norm_eps=norm_eps,
-        iterations=iterations,
-        deepseek_v4=deepseek_v4,
+        Options(norm_eps, iterations, deepseek_v4, reserved_sms),
     )
-    return layer_input, *_tunnels(x), saved, values
+    return layer_input, *_tunnels(x), saved, coefficients
 
 
 @custom_op("megatron_mhc::pre_backward", mutates_args=())
@@ -69,23 +68,28 @@ def _pre_backward(
     alpha_post: Tensor,
     alpha_res: Tensor,
     saved: Tensor,
+    norm_eps: float,
     iterations: int,
     deepseek_v4: bool,
-    hopper: bool,
+    reserved_sms: int,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    pre_backward = pre_kernels(hopper and f.dtype == x.dtype)[1]
-    return pre_backward(
-        x.contiguous(),
-        g.contiguous(),
-        f.contiguous(),
-        dl.contiguous(),
-        weight.contiguous(),
-        bias,
-        (alpha_pre, alpha_post, alpha_res),
-        saved.contiguous(),
-        iterations=iterations,
-        deepseek_v4=deepseek_v4,
+    dx, d_weight, d_bias, d_alphas, _ = (
+        BY_NAME[backend]
+        .backward_of(x, f)
+        .pre_backward(
+            x.contiguous(),
+            g.contiguous(),
+            f.contiguous(),
+            dl.contiguous(),
+            weight.contiguous(),
+            bias,
+            (alpha_pre, alpha_post, alpha_res),
+            saved.contiguous(),
+            Options(norm_eps, iterations, deepseek_v4, reserved_sms),
+        )
     )
+    return dx, d_weight, d_bias, d_alphas
 
 
 @custom_op("megatron_mhc::post_res", mutates_args=())
@@ -94,13 +98,13 @@ def post_res(
     f_tunnel: Tensor,
     x: Tensor,
     f: Tensor,
-    values: Tensor,
+    coefficients: Tensor,
     saved: Tensor,
     bias: Tensor,
     alpha_post: Tensor,
 ) -> Tensor:
-    """`post_res_forward`; tunnels, values and saved are those of `pre`, which alone gives x a gradient."""
-    return post_res_forward(x.contiguous(), f.contiguous(), values.contiguous())
+    """`post_res_forward`, given what `pre` returned; `pre` alone gives x a gradient."""
+    return post_res_forward(x.contiguous(), f.contiguous(), coefficients.contiguous())
 
 
 @custom_op("megatron_mhc::post_res_backward", mutates_args=())
@@ -133,10 +137,10 @@ def _(g: Tensor, *_: Any) -> Tensor:
 
 
 def _keep_for_pre(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *_, saved, values = output
+    *_, saved, coefficients = output
     ctx.save_for_backward(*inputs[:6], saved)
-    ctx.options = inputs[7:]
-    ctx.mark_non_differentiable(saved, values)
+    ctx.options = inputs[6:]
+    ctx.mark_non_differentiable(saved, coefficients)
     ctx.set_materialize_grads(False)
 
 
@@ -146,11 +150,11 @@ def _gradients_of_pre(ctx: Any, dl: Tensor | None, g: Tensor | None, f: Tensor |
     if g is None or f is None:  # no post_res downstream, so f counts for nothing
         g, f = torch.zeros_like(x), torch.zeros_like(dl)
     dx, d_weight, d_bias, d_alphas = _pre_backward(x, g, f, dl, weight, *small, saved, *ctx.options)
-    return dx, d_weight, d_bias, d_alphas[:1], d_alphas[1:2], d_alphas[2:], *[None] * 4
+    return dx, d_weight, d_bias, d_alphas[:1], d_alphas[1:2], d_alphas[2:], *[None] * 5
 
 
 def _keep_for_post_res(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    *_, f, _values, saved, bias, alpha_post = inputs
+    *_, f, _coefficients, saved, bias, alpha_post = inputs
     ctx.save_for_backward(f, saved, bias, alpha_post)
 
 

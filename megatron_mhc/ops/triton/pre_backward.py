@@ -3,7 +3,7 @@
 `mapping_backward` reads x, g, f, dl once and leaves the gradients per token. Then one launch reads x, g and
 dl, last tokens first since those are still in L2, and writes dx, complete, while dphi gathers in registers.
 Where x came straight from another connection's post_res, dx is that connection's g: its df, which is made
-of g alone, is written from the same registers (`Written`), and nobody reads g for it again.
+of g alone, is written from the same registers, and nobody reads g for it again.
 No float atomics: programs that own the same columns of phi add their sums one after the other, in the order
 of their tickets, so results repeat bit for bit. A program waits for an earlier ticket alone, which
 runs already: no deadlock, whatever else the GPU runs and however few programs are resident.
@@ -16,7 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_mhc.ops.launch import (
+from megatron_mhc.ops.options import Options
+from megatron_mhc.ops.triton.common import (
     INTERPRETED,
     add_product,
     await_turn,
@@ -25,9 +26,8 @@ from megatron_mhc.ops.launch import (
     mapping_rows,
     split,
 )
-from megatron_mhc.ops.link import Written
-from megatron_mhc.ops.mapping_backward import mapping_backward
-from megatron_mhc.ops.post_res import write_weight
+from megatron_mhc.ops.triton.mapping_backward import mapping_backward
+from megatron_mhc.ops.triton.post_res import write_weight
 
 
 @triton.jit
@@ -178,19 +178,18 @@ def pre_backward(
     bias: Tensor,
     alphas: tuple[Tensor, Tensor, Tensor],
     saved: Tensor,
+    options: Options,
     *,
-    iterations: int,
-    deepseek_v4: bool,
-    written: Written | None = None,
+    writer: tuple[Tensor, Tensor, Tensor] | None = None,
     f_bias: Tensor | None = None,
     dh_post: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x [T, n, C] in x's dtype, weight [M, n*C], bias [M] and alphas [3] in fp32.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of x [T, n, C] in x's dtype, weight [M, n*C], bias [M], alphas [3] in fp32; df or None.
 
     Args:
         x, weight, bias, alphas: as given to `pre_forward`; saved: as it returned.
         g: [T, n, C], gradient of x'; f: [T, C], the sub-layer's output; dl: [T, C], gradient of its input.
-        written: of the connection whose x' this x is, which gets its df.
+        writer: saved, bias and alpha_post of the connection that wrote x, whose df [T, C] is made too.
         f_bias: [C], what post_res added to f, if anything.
         dh_post: [T, n] fp32, where another pipeline stage has made it of f; f is then not read.
     """
@@ -200,7 +199,7 @@ def pre_backward(
     dx, d_weight = torch.empty_like(x), torch.empty(M, K, **f32)
     d_bias, d_alphas = torch.empty(M, **f32), torch.empty(3, **f32)
     if T == 0:
-        return dx, d_weight.zero_(), d_bias.zero_(), d_alphas.zero_()
+        return dx, d_weight.zero_(), d_bias.zero_(), d_alphas.zero_(), None
     is_pair = x.dtype == torch.bfloat16
     with_dphi = is_pair and n < 8  # elsewhere the sums of dphi do not fit beside the rest
     BT, BC = 16, 64 if n < 8 else 32
@@ -212,19 +211,16 @@ def pre_backward(
     BK = 64 if INTERPRETED else 128
     turns = torch.empty(1 + max(slices, triton.cdiv(K, BK)), device=x.device, dtype=torch.int32)
     d, mappings, partial = mapping_backward(
-        x, g, f, dl, bias, alphas, saved, turns,
-        iterations=iterations, deepseek_v4=deepseek_v4, f_bias=f_bias, dh_post=dh_post,
-    )  # fmt: skip
-    if written is None:
-        writer, df = (saved, bias, alphas[1]), dl  # neither read nor written
-    else:
-        writer, df = written.saved, torch.empty_like(dl)
-        written.fill(dx, df)
+        x, g, f, dl, bias, alphas, saved, turns, options, f_bias=f_bias, dh_post=dh_post
+    )
+    df = None if writer is None else torch.empty_like(dl)
+    unused = (saved, bias, alphas[1])  # neither read nor, as dl, written
     sums = (turns, partial, d_bias, d_alphas)
     P, BP = partial.shape[0], 256 if n < 8 else 64
     _dx_kernel[(slices * ranges + 3 * with_dphi,)](
-        x, g, dl, weight, d, mappings, *writer, dx, df, d_weight, *sums, T, C, slices, ranges, P,
-        n, MP, BT, BC, BP, 3 if n < 8 else 1, is_pair, with_dphi, written is not None, INTERPRETED,
+        x, g, dl, weight, d, mappings, *(writer or unused), dx, dl if df is None else df, d_weight, *sums,
+        T, C, slices, ranges, P,
+        n, MP, BT, BC, BP, 3 if n < 8 else 1, is_pair, with_dphi, df is not None, INTERPRETED,
         num_warps=4,
     )  # fmt: skip
     if not with_dphi:
@@ -235,4 +231,4 @@ def pre_backward(
             x, d, d_weight, *sums, T, K, TS, slices, ranges, P,
             n, MP, BT, BK, BP, 3 if n < 8 else 2, is_pair, INTERPRETED, num_warps=4 if n < 8 else 8,
         )  # fmt: skip
-    return dx, d_weight, d_bias, d_alphas
+    return dx, d_weight, d_bias, d_alphas, df

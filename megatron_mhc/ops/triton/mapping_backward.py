@@ -13,8 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_mhc.ops.launch import INTERPRETED, load_output, mapping_block, mapping_rows, power_of_two
-from megatron_mhc.ops.sinkhorn import sinkhorn_bwd, unfused_product
+from megatron_mhc.ops.options import Options
+from megatron_mhc.ops.triton.common import INTERPRETED, load_output, mapping_block, mapping_rows, power_of_two
+from megatron_mhc.ops.triton.sinkhorn import sinkhorn_bwd, unfused_product
 
 VECTOR = tl.constexpr(8)  # channels a thread sums before anything is exchanged
 
@@ -137,9 +138,8 @@ def mapping_backward(
     alphas: tuple[Tensor, Tensor, Tensor],
     saved: Tensor,
     turns: Tensor,
+    options: Options,
     *,
-    iterations: int,
-    deepseek_v4: bool,
     f_bias: Tensor | None = None,
     dh_post: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -160,6 +160,6 @@ def mapping_backward(
     partial = torch.empty(programs, 2, M, **f32)
     _dots_kernel[(programs,)](
         x, g, f, f_bias, dh_post, dl, saved, bias, *alphas, d, mappings, partial, turns, T, C, turns.numel(),
-        n, MP, iterations, deepseek_v4, BT, G, num_warps=2 if n < 8 else 4,
+        n, MP, options.iterations, options.deepseek_v4, BT, G, num_warps=2 if n < 8 else 4,
     )  # fmt: skip
     return d, mappings, partial

@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_mhc.ops.launch import INTERPRETED, power_of_two
-from megatron_mhc.ops.mapping_backward import VECTOR
-from megatron_mhc.ops.post_res import programs, tile
+from megatron_mhc.ops.triton.common import INTERPRETED, power_of_two
+from megatron_mhc.ops.triton.mapping_backward import VECTOR
+from megatron_mhc.ops.triton.post_res import programs, tile
 
 
 @triton.jit

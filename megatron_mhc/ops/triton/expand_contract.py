@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_mhc.ops.post_res import programs, tile
+from megatron_mhc.ops.triton.post_res import programs, tile
 
 
 @triton.jit

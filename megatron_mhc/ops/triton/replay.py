@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_mhc.ops.launch import load_output
-from megatron_mhc.ops.post_res import mixed, programs, tile
+from megatron_mhc.ops.triton.common import load_output
+from megatron_mhc.ops.triton.post_res import mixed, programs, tile
 
 
 def at_once(n: int) -> int:

@@ -11,7 +11,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_mhc.ops.launch import INTERPRETED, add_product, load_output, mapping_block, mapping_rows, split
+from megatron_mhc.ops.triton.common import (
+    INTERPRETED,
+    add_product,
+    load_output,
+    mapping_block,
+    mapping_rows,
+    split,
+)
 
 
 @triton.jit

@@ -10,8 +10,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_mhc.ops.launch import INTERPRETED, add_product, mapping_block, mapping_rows, power_of_two, split
-from megatron_mhc.ops.sinkhorn import sinkhorn_fwd
+from megatron_mhc.ops.options import Options
+from megatron_mhc.ops.triton.common import (
+    INTERPRETED,
+    add_product,
+    mapping_block,
+    mapping_rows,
+    power_of_two,
+    split,
+)
+from megatron_mhc.ops.triton.sinkhorn import sinkhorn_fwd
 
 
 @triton.jit
@@ -118,10 +126,7 @@ def pre_forward(
     weight: Tensor,
     bias: Tensor,
     alphas: tuple[Tensor, Tensor, Tensor],
-    *,
-    norm_eps: float,
-    iterations: int,
-    deepseek_v4: bool,
+    options: Options,
     parts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute coefficients and layer input.
@@ -148,7 +153,7 @@ def pre_forward(
         parts = _project(x, weight)
     BT, BC = (8, power_of_two(C)) if INTERPRETED else (2, min(512, power_of_two(C)))
     _aggregate_kernel[(triton.cdiv(T, BT),)](
-        x, parts, bias, *alphas, out, saved, mappings, T, C, parts.shape[0], norm_eps,
-        n, iterations, deepseek_v4, BT, BC, num_warps=2, num_stages=2,
+        x, parts, bias, *alphas, out, saved, mappings, T, C, parts.shape[0], options.norm_eps,
+        n, options.iterations, options.deepseek_v4, BT, BC, num_warps=2, num_stages=2,
     )  # fmt: skip
     return out, saved, mappings

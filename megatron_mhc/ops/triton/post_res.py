@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_mhc.ops.launch import INTERPRETED, load_output, power_of_two
+from megatron_mhc.ops.triton.common import INTERPRETED, load_output, power_of_two
 
 
 @triton.jit
