@@ -6,7 +6,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from megatron_mhc.pipeline.program import (
+from megatron_mhc.schedule.program import (
     ALL,
     ALL_TO_ALL,
     BACKWARD,

@@ -16,11 +16,11 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
-from megatron_mhc.pipeline.check import Deadlock, peak_in_flight
 from megatron_mhc.pipeline.costs import AWAIT, KERNEL, LINKS, REPORT, STREAM, Costs, Phase, Times
 from megatron_mhc.pipeline.events import Node, run
 from megatron_mhc.pipeline.megatron_order import WAIT_SENT, megatron_programs
-from megatron_mhc.pipeline.program import (
+from megatron_mhc.schedule.check import Deadlock, peak_in_flight
+from megatron_mhc.schedule.program import (
     ALL_TO_ALL,
     COMPUTE,
     FORWARD,

@@ -29,13 +29,15 @@ from timeline import Log, Mark, Measured, medians, synchronize
 from torch.profiler import ProfilerActivity, profile
 
 from megatron_mhc.pipeline import engine
+from megatron_mhc.pipeline import step as pipeline_step
 from megatron_mhc.pipeline.comm import channels_of
 from megatron_mhc.pipeline.megatron_order import megatron_program
 from megatron_mhc.pipeline.nodes import packed_width
-from megatron_mhc.pipeline.plans import plan_for
-from megatron_mhc.pipeline.program import ALL_TO_ALL, COMPUTE, Op, Plan, build_program
 from megatron_mhc.pipeline.simulate import simulate
+from megatron_mhc.pipeline.step import observers
 from megatron_mhc.pipeline.streams import HostStreams
+from megatron_mhc.schedule.plans import plan_for
+from megatron_mhc.schedule.program import ALL_TO_ALL, COMPUTE, Op, Plan, build_program
 from megatron_mhc.testing import gpt
 from megatron_mhc.testing.gpt import Layout, Sizes
 
@@ -160,13 +162,13 @@ class Bench:
                 self.first_step(engine.forward_backward)
                 for _ in range(2):
                     log = Log()
-                    engine.observers[:] = [log.observe]
+                    observers[:] = [log.observe]
                     self.step(engine.forward_backward)
                     synchronize()
                     logs.append(log)
         finally:
             self.config.mhc = mhc
-            engine.observers.clear()
+            observers.clear()
         ops: dict[Any, float] = {}
         for part in everywhere(medians(logs[1:], _operation)):
             ops |= part  # data-parallel ranks have measured the same operations
@@ -266,12 +268,12 @@ def _operation(op: Op) -> tuple[str, str, int, int]:
 @contextlib.contextmanager
 def on_one_stream() -> Iterator[None]:
     """Have the plugin's schedules run everything in the order of the host."""
-    usual = engine.streams_for
-    engine.streams_for = lambda *_: HostStreams()
+    usual = pipeline_step.streams_for
+    pipeline_step.streams_for = lambda *_: HostStreams()
     try:
         yield
     finally:
-        engine.streams_for = usual
+        pipeline_step.streams_for = usual
 
 
 def everywhere(value: Any) -> list[Any]:

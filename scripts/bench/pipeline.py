@@ -107,8 +107,10 @@ from timeline import DEVICE, Log, Mark, TimedStreams, synchronize  # noqa: E402
 from timeline_picture import draw, draw_trace  # noqa: E402
 
 from megatron_mhc import MHCConfig  # noqa: E402
-from megatron_mhc.pipeline import engine, fused  # noqa: E402
+from megatron_mhc.pipeline import fused  # noqa: E402
 from megatron_mhc.pipeline.megatron_order import WAIT_SENT  # noqa: E402
+from megatron_mhc.pipeline.nodes import packed_width  # noqa: E402
+from megatron_mhc.pipeline.step import Step, observers  # noqa: E402
 from megatron_mhc.pipeline.streams import HostStreams  # noqa: E402
 
 DTYPE = torch.float32 if ARGS.cpu else torch.bfloat16
@@ -117,7 +119,7 @@ DTYPE = torch.float32 if ARGS.cpu else torch.bfloat16
 def message_shapes() -> dict[str, tuple[int, ...]]:
     tokens = ARGS.sequence, ARGS.micro_batch
     wide = (*tokens, ARGS.streams * ARGS.hidden)
-    narrow = (*tokens, engine.packed_width(ARGS.hidden, ARGS.streams, DTYPE))
+    narrow = (*tokens, packed_width(ARGS.hidden, ARGS.streams, DTYPE))
     return {"streams": wide, "mixed": wide, "d_streams": wide, "write": narrow, "d_write": narrow}
 
 
@@ -165,7 +167,7 @@ class Bench:
             made = (bench.plan, ARGS.rank, None, message_shapes(), DTYPE, DEVICE, streams)
             return LoopTransport(*made, copies=bench.copies, log=log, copy=copy, late=late)
 
-        kind = fused.FusedStep if self.plan.fused else engine.Step
+        kind = fused.FusedStep if self.plan.fused else Step
 
         def wait_sent(step: Any, op: Any) -> None:
             step.transport.wait_sent(op.message)
@@ -187,7 +189,7 @@ class Bench:
         for chunk in self.chunks:
             chunk.zero_grad(set_to_none=True)
         Exchange.active, Exchange.log = exchange, log
-        engine.observers[:] = [log.observe]
+        observers[:] = [log.observe]
         synchronize()
         begin = log.origin = Mark()
         run.run()
@@ -340,7 +342,7 @@ def measure_link() -> dict[str, Any]:
 
 def clean() -> None:
     """Give back the memory of the last run."""
-    engine.observers.clear()
+    observers.clear()
     gc.collect()
     torch.cuda.empty_cache()
 

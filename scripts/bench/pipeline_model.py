@@ -37,8 +37,8 @@ from megatron_mhc.pipeline.costs import (  # noqa: E402
     Phase,
 )
 from megatron_mhc.pipeline.megatron_order import megatron_program  # noqa: E402
-from megatron_mhc.pipeline.program import COMPUTE, POST, SEND, Message, Op, Plan, build_program  # noqa: E402
 from megatron_mhc.pipeline.simulate import simulate  # noqa: E402
+from megatron_mhc.schedule.program import COMPUTE, POST, SEND, Message, Op, Plan, build_program  # noqa: E402
 
 Row = dict[str, Any]
 Noted = dict[str, list[list[Any]]]  # of one step, as timeline.raw writes it

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 
 from megatron_mhc.pipeline.costs import AWAIT, KERNEL, REPORT, Costs
-from megatron_mhc.pipeline.program import COMPUTE, FORWARD, Message, Op, Plan
 from megatron_mhc.pipeline.streams import CudaStreams
+from megatron_mhc.schedule.program import COMPUTE, FORWARD, Message, Op, Plan
 
 DEVICE = torch.empty(0, device="cuda").device  # testing.cpu redirects "cuda"
 

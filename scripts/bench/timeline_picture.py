@@ -9,7 +9,7 @@ from typing import Any
 import matplotlib
 from timeline import Log
 
-from megatron_mhc.pipeline import program
+from megatron_mhc.schedule import program
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402

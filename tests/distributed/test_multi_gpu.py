@@ -14,7 +14,7 @@ from harness import MICRO_BATCH, MICRO_BATCHES, SEQUENCE, Layout, build, iterate
 from megatron_mhc import MHCConfig
 from megatron_mhc.hyper_connection import HyperConnectionModule
 from megatron_mhc.pipeline import comm
-from megatron_mhc.pipeline.program import POST, SEND, Plan, build_program, channel
+from megatron_mhc.schedule.program import POST, SEND, Plan, build_program, channel
 from megatron_mhc.testing import gpt
 from megatron_mhc.testing.parity import Iteration, Routing, compare_routing, differences
 

@@ -20,7 +20,8 @@ from megatron_mhc.pipeline.costs import (
     Phase,
 )
 from megatron_mhc.pipeline.events import Node, run
-from megatron_mhc.pipeline.program import (
+from megatron_mhc.pipeline.simulate import simulate
+from megatron_mhc.schedule.program import (
     BACKWARD,
     FORWARD,
     POST,
@@ -31,7 +32,6 @@ from megatron_mhc.pipeline.program import (
     Plan,
     build_program,
 )
-from megatron_mhc.pipeline.simulate import simulate
 
 PLAN, RANK = Plan(4, 2, 8), 1
 

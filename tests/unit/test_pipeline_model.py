@@ -12,7 +12,7 @@ import standins  # noqa: E402
 import timeline  # noqa: E402
 
 from megatron_mhc.pipeline.costs import AWAIT, COPY, FAIR, IN, KERNEL, OUT, REPORT, STREAM, Phase  # noqa: E402
-from megatron_mhc.pipeline.program import FORWARD, POST, Message, Op, Plan  # noqa: E402
+from megatron_mhc.schedule.program import FORWARD, POST, Message, Op, Plan  # noqa: E402
 
 FORWARDS = [Op(FORWARD, "all", at, 1) for at in range(2)]
 POSTED = Op(POST, "streams", 1, 0)

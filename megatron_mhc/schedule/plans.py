@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_mhc.config import MHCConfig
-from megatron_mhc.pipeline.program import Plan
-from megatron_mhc.stages import layer_counts
+from megatron_mhc.schedule.program import Plan
+from megatron_mhc.schedule.stages import layer_counts
 
 INTERLEAVED, FUSED = OVERLAPPED = ("interleaved", "fused")
 

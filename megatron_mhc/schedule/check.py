@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megatron_mhc.pipeline.program import (
+from megatron_mhc.schedule.program import (
     BACKWARD,
     COMPUTE,
     FORWARD,
