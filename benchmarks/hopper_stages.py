@@ -1,27 +1,23 @@
 """Where a tile of the kernels for Hopper spends its time: clocks noted at points of its way, of all tiles.
 
-    python scripts/bench/hopper_stages.py [--shapes 8192x4096,4096x7168] [--out stages.json]
-
 Each kernel is built a second time with -DMARKS, which makes it a little slower. A tile's clocks are of one
-multiprocessor, the first and the last STAGES tiles of a group are left out; a span is given as 10 %, median
-and 90 %. `ring` is how many tiles of a block are on their way at once: residence / ring is the time that a
-tile takes at best, `memory_clocks_a_tile` what its bytes take at a copy's bandwidth, `us` the time of the
-usual build in a replayed graph. pre_mix is pre behind the post_res of the connection before.
+SM, the first and the last STAGES tiles of a group are left out; a span is given as 10 %, median and 90 %.
+`ring` is how many tiles of a block are on their way at once: residence / ring is the time that a tile takes
+at best, `memory clocks a tile` what its bytes take at a copy's bandwidth, `us` the time of the usual build in
+a replayed graph. pre_mix is pre behind the post_res of the connection before. No other benchmark knows the
+kernels' insides.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
-from pathlib import Path
+import functools
+import statistics
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from ops import copy_bandwidth, time_us
-
+from benchmarks.harness import Report, Row, bandwidth, captured, intervals
 from megatron_mhc.ops.hopper import compile as building
 from megatron_mhc.ops.hopper import pre, pre_backward
 from megatron_mhc.ops.link import Written
@@ -109,58 +105,42 @@ def calls(tokens: int, width: int) -> dict[str, Any]:
     }
 
 
-def measure(tokens: int, width: int, bandwidth: float) -> list[dict]:
-    rows = []
+def measure(report: Report, tokens: int, width: int) -> None:
+    """A row of each kernel at this shape."""
+    stream_us = 2 * tokens * width / bandwidth() * 1e6
     for call, run in calls(tokens, width).items():
-        name = call.removesuffix("_mix")
-        module = pre if name == "pre" else pre_backward
-        microseconds = time_us(run, graph=True)
-        marked = Marked()
-        module.kernel = marked.kernel
-        try:
-            run()  # once: a block's slice, and with it which tokens it notes, is another in each launch
-            torch.cuda.synchronize()
-            clocks = marked.clocks(name)
-        finally:
-            module.kernel = building.kernel
-        defines = marked.built[name][1]
-        blocks = building.multiprocessors(torch.device("cuda", 0))
-        cut = building.layout(tokens, width, module.WIDEST, blocks, defines["BT"])
-        tiles = -(-tokens // defines["BT"]) // cut.groups
-        clocks = clocks[: cut.groups * cut.slices, defines["STAGES"] : min(tiles, MARKED) - defines["STAGES"]]
-        row: dict[str, Any] = {"kernel": call, "tokens": tokens, "width": width, "us": round(microseconds, 1)}
-        floor = UNITS[call] * tokens * width * 2 / bandwidth * 1e6
-        row |= {"x_floor": round(microseconds / floor, 3), "blocks": cut.groups * cut.slices}
-        row |= {"slices": cut.slices, "channels": cut.width, "tile": defines["BT"], "ring": defines["STAGES"]}
-        row["tiles"] = tiles
-        spans = {}
-        for span, (a, b) in SPANS[name].items():
-            there = (clocks[..., a] > 0) & (clocks[..., b] > 0)
-            found = (clocks[..., b] - clocks[..., a])[there].double()
-            if found.numel():
-                spans[span] = [round(found.quantile(q).item()) for q in (0.1, 0.5, 0.9)]
-        begun = clocks[..., 0].double()
-        a_tile = ((begun[:, -1] - begun[:, 0]) / (begun.shape[1] - 1)).median().item()
-        row |= {"clocks": spans, "clocks_a_tile": round(a_tile)}
-        row["memory_clocks_a_tile"] = round(a_tile * floor / microseconds)
-        rows.append(row)
-    return rows
+        name = f"{call}, {tokens}x{width}"
+        report.run("stages", name, functools.partial(stages, call, run, tokens, width, stream_us))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shapes", default="8192x4096,4096x7168,4096x2560", help="tokens x channels, ...")
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
-    bandwidth = copy_bandwidth()
-    report = {"device": torch.cuda.get_device_name(), "copy_TB_per_s": bandwidth / 1e12, "rows": []}
-    for shape in options.shapes.split(","):
-        for row in measure(*map(int, shape.split("x")), bandwidth):
-            print(json.dumps(row), flush=True)
-            report["rows"].append(row)
-            if options.out:
-                options.out.write_text(json.dumps(report, indent=1))
-
-
-if __name__ == "__main__":
-    main()
+def stages(call: str, run: Callable[[], Any], tokens: int, width: int, stream_us: float) -> Row:
+    """Times of a call, and the clocks of its tiles' spans."""
+    name = call.removesuffix("_mix")
+    module = pre if name == "pre" else pre_backward
+    microseconds = statistics.median(intervals(captured(run, 4), 20)[1:]) * 1e3 / 4
+    marked = Marked()
+    module.kernel = marked.kernel
+    try:
+        run()  # once: a block's slice, and with it which tokens it notes, is another in each launch
+        torch.cuda.synchronize()
+        clocks = marked.clocks(name)
+    finally:
+        module.kernel = building.kernel
+    defines = marked.built[name][1]
+    blocks = building.multiprocessors(torch.device("cuda", 0))
+    cut = building.layout(tokens, width, module.WIDEST, blocks, defines["BT"])
+    tiles = -(-tokens // defines["BT"]) // cut.groups
+    clocks = clocks[: cut.groups * cut.slices, defines["STAGES"] : min(tiles, MARKED) - defines["STAGES"]]
+    floor = UNITS[call] * stream_us
+    row: Row = {"us": microseconds, "x floor": microseconds / floor, "blocks": cut.groups * cut.slices}
+    row |= {"slices": cut.slices, "channels": cut.width, "tile": defines["BT"], "ring": defines["STAGES"]}
+    spans = {}
+    for span, (a, b) in SPANS[name].items():
+        there = (clocks[..., a] > 0) & (clocks[..., b] > 0)
+        found = (clocks[..., b] - clocks[..., a])[there].double()
+        if found.numel():
+            spans[span] = [round(found.quantile(q).item()) for q in (0.1, 0.5, 0.9)]
+    begun = clocks[..., 0].double()
+    a_tile = ((begun[:, -1] - begun[:, 0]) / (begun.shape[1] - 1)).median().item()
+    row |= {"tiles": tiles, "clocks": spans, "clocks a tile": round(a_tile)}
+    return row | {"memory clocks a tile": round(a_tile * floor / microseconds)}

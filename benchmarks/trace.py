@@ -7,15 +7,20 @@ A communication kernel also runs while it waits for the other rank, so what is `
 from __future__ import annotations
 
 import json
-from collections import defaultdict
+import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.harness import ON_GPU
+
 Spans = list[tuple[float, float]]
 COMPUTE, P2P, ALL_TO_ALL, COLLECTIVE = KINDS = ("compute", "p2p", "all-to-all", "collectives")
 _GPU_WORK = ("kernel", "gpu_memcpy", "gpu_memset")
-NAME = 100  # letters of a kernel's name: templates make the rest of it
 
 
 @dataclass(frozen=True)
@@ -124,13 +129,29 @@ def summary(kernels: list[Kernel]) -> dict[str, float]:
     return found
 
 
-def longest(ranks: list[list[Kernel]], most: int = 16) -> dict[str, tuple[float, float]]:
-    """The compute kernels that take most of a step: by name, how many and for how many ms a rank."""
-    found: dict[str, list[float]] = defaultdict(list)
-    for kernel in (kernel for kernels in ranks for kernel in kernels if kernel.kind == COMPUTE):
-        found[kernel.name[:NAME]].append(kernel.end - kernel.start)
-    counted = {name: (len(times) / len(ranks), sum(times) / len(ranks)) for name, times in found.items()}
-    return dict(sorted(counted.items(), key=lambda item: -item[1][1])[:most])
+def traced(run: Callable[[], Any], path: Path) -> dict[str, float]:
+    """Profile a call on this rank: `summary` of its kernels, which are written to `path` for `draw`."""
+    from megatron.core import parallel_state
+
+    pp = parallel_state.get_pipeline_model_parallel_world_size()
+    ep = parallel_state.get_expert_model_parallel_world_size()
+    kinds = [ProfilerActivity.CUDA] if ON_GPU else [ProfilerActivity.CPU]
+    if pp > 1 and ep > 1:
+        kinds.append(ProfilerActivity.CPU)  # slower, but messages and all-to-alls can be told apart
+    with tempfile.TemporaryDirectory() as folder:
+        with profile(activities=kinds) as recorded:
+            run()
+            torch.cuda.synchronize()
+        whole = Path(folder) / "trace.json"
+        recorded.export_chrome_trace(str(whole))
+        kernels = read_trace(whole, pp, ep)
+    path.write_text(json.dumps([(k.start, k.end, k.kind) for k in kernels]))
+    return summary(kernels)
+
+
+def kept(path: Path) -> list[Kernel]:
+    """What `traced` has written."""
+    return [Kernel(*found, name="") for found in json.loads(path.read_text())]
 
 
 def draw(ranks: list[list[Kernel]], path: Path, title: str) -> None:
