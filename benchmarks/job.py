@@ -25,7 +25,7 @@ class Turns:
 
     def __init__(self, step: Callable[..., Any], folder: Path, plan: list[int | str]):
         self.step, self.folder, self.rank = step, folder, int(os.environ["RANK"])
-        self.turns = list(enumerate(plan))
+        self.turns, self.parent = list(enumerate(plan)), os.getppid()
         self.left: int = 0
         self.kind: int | str = 0
         self.number = -1
@@ -67,6 +67,8 @@ class Turns:
         self.left = 1 if self.kind == PROFILE else int(self.kind)
         torch.cuda.synchronize()
         while not (self.folder / f"go_{self.number}").exists():
+            if os.getppid() != self.parent:
+                os._exit(1)  # torchrun is gone: nobody would end this process
             time.sleep(0.002)
         if torch.distributed.is_initialized():
             torch.distributed.barrier()

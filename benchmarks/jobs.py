@@ -12,6 +12,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import socket
 import statistics
 import subprocess
@@ -109,15 +110,27 @@ class _Running:
         return [json.loads(file.read_text()) for file in files]
 
     def stop(self) -> None:
-        """torchrun ends its ranks, which are no children of this process, and itself."""
+        """End torchrun and its ranks, which have process groups of their own."""
+        ranks = children(self.process.pid)
         if self.process.poll() is None:
             self.process.terminate()
             try:
-                self.process.wait(timeout=40)
+                self.process.wait(timeout=10)
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 self.process.wait()
+        for rank in ranks:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(rank, signal.SIGKILL)
         self.log.close()
+
+
+def children(pid: int) -> list[int]:
+    """The processes that a process has started and not yet waited for."""
+    files = Path(f"/proc/{pid}/task").glob("*/children")
+    with contextlib.suppress(OSError):
+        return [int(word) for file in files for word in file.read_text().split()]
+    return []
 
 
 def reason(log: Path) -> str:
