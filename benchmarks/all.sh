@@ -41,7 +41,8 @@ nvlink_2560_n1   2 6 -m benchmarks.multi_gpu --out {out} --logs {folder} --toget
 sockets_2560     2 8 -m benchmarks.multi_gpu --out {out} --logs {folder} --together 4 --sockets --micro-batches 4 --turns 2
 sockets_4096     2 9 -m benchmarks.multi_gpu --out {out} --logs {folder} --together 4 --sockets --micro-batches 4 --turns 2 --widths 4096 --micro-batch 1
 experts          2 3 -m benchmarks.multi_gpu --out {out} --logs {folder} --layout ep
-parity           2 6 -m pytest -q -p no:cacheprovider tests/multi_gpu/test_parity.py
+parity           2 6 -m pytest -q -p no:cacheprovider tests/multi_gpu/test_parity.py::test_two_ranks_compute_what_one_does
+parity_float64   2 5 -m pytest -q -p no:cacheprovider tests/multi_gpu/test_parity.py::test_two_ranks_compute_what_one_does_in_float64
 curves           2 8 -m pytest -q -p no:cacheprovider tests/multi_gpu/test_curves.py
 resume           2 8 -m pytest -q -p no:cacheprovider tests/multi_gpu/test_resume.py
 recompute_bits   1 3 -m pytest -q -p no:cacheprovider tests/gpu/test_recompute_bits.py

@@ -91,6 +91,7 @@ class Report:
         head = {"benchmark": benchmark} | machine() | {"settings": settings}
         self.head: Row = json.loads(json.dumps(head, default=str))
         self.path, self.limit, self.rows = path, limit, []
+        self.first = os.environ.get("RANK", "0") == "0"  # of several ranks, the one that writes
         if path is None or not path.exists():
             return
         old = json.loads(path.read_text())
@@ -127,7 +128,8 @@ class Report:
         row |= json.loads(json.dumps(result, default=str))
         row.pop("running", None)
         self.write()
-        print(f"{section}: {name}: {brief(result)}", flush=True)
+        if self.first:
+            print(f"{section}: {name}: {brief(result)}", flush=True)
 
     def run(self, section: str, name: str, measure: Callable[[], Row]) -> None:
         """Run and add a row, unless it is there; a failure is its result."""
@@ -135,7 +137,7 @@ class Report:
             self.add(section, name, attempt(measure))
 
     def write(self) -> None:
-        if self.path is None:
+        if self.path is None or not self.first:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         new = self.path.with_suffix(".new")
@@ -143,8 +145,9 @@ class Report:
         new.replace(self.path)  # a killed run leaves a whole file
 
     def bad(self) -> list[str]:
-        """The rows that failed."""
-        return [f"{r['section']}: {r['name']}" for r in self.rows if "failed" in r or r.get("running")]
+        """The rows that failed, or are beyond their tolerance."""
+        bad = (r for r in self.rows if "failed" in r or r.get("running") or not r.get("ok", True))
+        return [f"{row['section']}: {row['name']}" for row in bad]
 
     def end(self) -> None:
         """Print the tables; SystemExit if a row failed."""

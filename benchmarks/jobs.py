@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -133,13 +134,16 @@ def children(pid: int) -> list[int]:
     return []
 
 
+# The end of a traceback, or what argparse says.
+_ERROR = re.compile(r"(\[rank\d+\]:\s*)?(\w[\w.]*(Error|Exception): |.*: error: )")
+
+
 def reason(log: Path) -> str:
     """What a log says of why its job ended."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines()]
-    marks = ("Error:", "Error(", "Exception:", "error: ")
     # The first error names the cause; torchrun's own come after.
-    told = [line for line in lines if any(m in line for m in marks) and "ChildFailed" not in line]
-    return (told or [line for line in lines if line][-3:] or ["no word"])[0][-400:]
+    told = [line for line in lines if _ERROR.match(line)]
+    return (told or [line for line in lines if line][-3:] or ["no word"])[0][:400]
 
 
 def take_turns(jobs: list[Job], turns: Turns, keep: Path | None = None) -> dict[str, Row]:

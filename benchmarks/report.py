@@ -62,9 +62,7 @@ def page(reports: dict[str, Row]) -> str:
         lines += ["", f"## {TITLES.get(kind, kind)}", "", "Raw: " + ", ".join(f"`{name}`" for name in mine)]
         rows = [{k: v for k, v in row.items() if k not in HIDDEN} for r in mine.values() for row in r["rows"]]
         lines.append(tables(rows))
-    failed = [
-        f"{row['section']}: {row['name']}" for r in reports.values() for row in r["rows"] if "failed" in row
-    ]
+    bad = [row for report in reports.values() for row in report["rows"] if "failed" in row]
     if bad:
         lines += ["", "## Failed", "", *(f"- {row['section']}: {row['name']}" for row in bad)]
     return "\n".join(lines) + "\n"

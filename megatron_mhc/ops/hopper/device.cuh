@@ -11,7 +11,7 @@ typedef unsigned short bf16;
 
 __device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
-// The clock when a tile was at a point of its way, for scripts/bench/hopper_stages.py; nothing in a usual build.
+// The clock when a tile was at a point of its way, for benchmarks/hopper_stages.py; nothing in a usual build.
 #ifdef MARKS
 extern "C" __device__ long long marks[MARKS][MARKED][POINTS];  // [block, tile of the group, point]
 #define MARK(it, point) if ((it) < MARKED) marks[blockIdx.x][it][point] = clock64()

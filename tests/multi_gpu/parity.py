@@ -20,8 +20,8 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.transformer.moe.moe_utils import router_gating_linear
-from multi_gpu_report import Report, Row
 
+from benchmarks.harness import Report, Row
 from megatron_mhc import MHCConfig
 from megatron_mhc.pipeline.engine import forward_backward
 from megatron_mhc.testing import cpu, gpt
@@ -104,12 +104,12 @@ def fits(layout: Layout, world: int) -> bool:
     return world % (layout.tp * layout.pp * layout.ep) == 0
 
 
-def schedules_of(layout: Layout, options: argparse.Namespace) -> list[str]:
-    return options.schedules if layout.pp > 1 else [NONE]
+def schedules_of(layout: Layout) -> list[str]:
+    return list(SCHEDULES) if layout.pp > 1 else [NONE]
 
 
-def mhc_of(schedule: str, n: int, options: argparse.Namespace) -> MHCConfig:
-    return MHCConfig(num_residual_streams=n, backend=options.backend, **SCHEDULES.get(schedule, {}))
+def mhc_of(schedule: str, n: int) -> MHCConfig:
+    return MHCConfig(num_residual_streams=n, **SCHEDULES.get(schedule, {}))
 
 
 def schedule_of(schedule: str) -> Callable[..., Any] | None:
@@ -164,10 +164,10 @@ class Reference:
 def exact_cases(options: argparse.Namespace, world: int) -> list[Case]:
     cases = [
         Case(name, kind, schedule, n)
-        for name in options.layouts or LAYOUTS
+        for name in LAYOUTS
         for kind in LAYOUTS[name][1]
         for n in options.streams
-        for schedule in schedules_of(LAYOUTS[name][0], options)
+        for schedule in schedules_of(LAYOUTS[name][0])
         if fits(LAYOUTS[name][0], world)
     ]
     if HAVE_TE and options.dtype == torch.float32:
@@ -196,7 +196,7 @@ def iteration(
     settings = {k: v for k, v in scale.model.items() if case.kind != "dense" or "moe" not in k}
     config = layout.config(case.kind, **settings, params_dtype=options.dtype)
     how: dict[str, Any] = dict(sizes=scale.batch, weights=functools.partial(fill, std=scale.std))
-    chunks = gpt.build(layout, config, case.kind, mhc_of(case.schedule, case.n, options), **how)
+    chunks = gpt.build(layout, config, case.kind, mhc_of(case.schedule, case.n), **how)
     routing = Routing.record(chunks)
     batch = gpt.tokens(count, seed, scale.batch)
     batch = batch.flip(0) if backwards else batch

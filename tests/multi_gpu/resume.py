@@ -1,8 +1,5 @@
 """Checkpoints between several GPUs and one, and a rank killed in the midst of a step; through pretrain().
 
-    python scripts/bench/multi_gpu_resume.py --out resume.json [--stages reshard,kill,silent] [--scratch DIR]
-        [--backend reference] [--cpu]
-
 Jobs of `torchrun -m megatron_mhc.pretrain_gpt`, on mock data:
 
 reshard  unbroken   ten steps on two ranks, PP2 x VPP2, `fused` with the split boundary; saved after five
@@ -38,16 +35,13 @@ from pathlib import Path
 import psutil
 import torch
 
+from benchmarks.harness import Report, Row
+from megatron_mhc.run_logs import LOSS, read_run, series
+from multi_gpu.supervise import stop
+
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
-from multi_gpu_report import Report, Row  # noqa: E402
-from multi_gpu_supervise import stop  # noqa: E402
-
-from megatron_mhc.run_logs import LOSS, read_run, series  # noqa: E402
-
 STEPS, SAVED, KILLED, AGAIN = 10, 5, 7, 8  # AGAIN: the step after which `one` saves
 LIMIT = 150  # seconds of a job
-STAGES = ("reshard", "kill", "silent")
 UNBROKEN, ONE, TWO = "unbroken", "on one rank", "on two ranks again"
 DEAD, RESUMED, SILENT = "rank 1 killed", "resumed", "rank 1 silent"
 COMMON = f"""
@@ -104,11 +98,10 @@ class Driver:
 
     Args:
         pairs: GPUs as CUDA_VISIBLE_DEVICES names them; on a CPU one empty string.
-        more: arguments of all jobs.
     """
 
-    def __init__(self, folder: Path, cpu: bool, pairs: list[str], more: str = ""):
-        self.folder, self.cpu, self.more = folder, cpu, more
+    def __init__(self, folder: Path, cpu: bool, pairs: list[str]):
+        self.folder, self.cpu = folder, cpu
         self.free: queue.Queue[str] = queue.Queue()
         for pair in pairs:
             self.free.put(pair)
@@ -119,7 +112,7 @@ class Driver:
         run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
         run += ["-m", "megatron_mhc.testing.cpu"] if self.cpu else []
         run += ["-m", "megatron_mhc.pretrain_gpt"]
-        return run + shlex.split(f"{COMMON} {CPU if self.cpu else GPU} {self.more} {arguments}")
+        return run + shlex.split(f"{COMMON} {CPU if self.cpu else GPU} {arguments}")
 
     def environment(self, arguments: str, pair: str) -> dict[str, str]:
         """This process's, without what torchrun may have told it, for a job of these arguments."""
@@ -268,14 +261,9 @@ def worst(losses: dict[int, float], unbroken: dict[int, float], after: int, unti
     return max(error if error == error else float("inf") for error in errors)
 
 
-def run(report: Report, folder: Path, cpu: bool, stages: tuple[str, ...] = STAGES, more: str = "") -> None:
-    """All stages of which a row is missing; `kill` needs `reshard`, to compare with.
-
-    Args:
-        more: arguments of all jobs.
-    """
-    report.limit = 0  # every job has its own
-    missing = {stage: [row for row in ROWS[stage] if report.row("resume", row) is None] for stage in stages}
+def run(report: Report, folder: Path, cpu: bool) -> None:
+    """All stages of which a row is missing."""
+    missing = {stage: [row for row in ROWS[stage] if report.row("resume", row) is None] for stage in ROWS}
     missing = {stage: rows for stage, rows in missing.items() if rows}
     if not missing:
         return
@@ -287,7 +275,7 @@ def run(report: Report, folder: Path, cpu: bool, stages: tuple[str, ...] = STAGE
             if report.wanted("resume", name):
                 report.add("resume", name, row)
 
-    chains = Chains(Driver(folder, cpu, pairs, more), add)
+    chains = Chains(Driver(folder, cpu, pairs), add)
     if "reshard" not in missing:  # a run that was cut is gone on with
         losses = (report.row("resume", UNBROKEN) or {}).get("losses", {})
         chains.unbroken.set_result(Job(0, {int(step): loss for step, loss in losses.items()}, "", 0.0))
@@ -312,27 +300,12 @@ def pairs_of_gpus() -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--scratch", type=Path, help="for checkpoints and logs; default beside --out")
-    parser.add_argument("--stages", default=",".join(STAGES), help="default: all")
-    parser.add_argument("--backend", choices=("auto", "reference"), default="auto", help="--mhc-backend")
-    parser.add_argument("--cpu", action="store_true")
+    parser.add_argument("--scratch", type=Path, required=True, help="for checkpoints and logs")
+    parser.add_argument("--tiny", action="store_true", help="on the CPU")
     options = parser.parse_args()
-    stages = tuple(options.stages.split(","))
-    if unknown := [stage for stage in stages if stage not in STAGES]:
-        parser.error(f"--stages: no {unknown[0]}; there are {', '.join(STAGES)}")
-    if "kill" in stages and "reshard" not in stages:
-        parser.error("--stages kill: needs reshard, whose losses it compares with")
-    os.environ |= dict(RANK="0", WORLD_SIZE="2")
-    if options.cpu:
-        from megatron_mhc.testing import cpu
-
-        cpu.install()
-    report = Report(options.out, {"cpu": str(options.cpu), "backend": options.backend})
-    scratch = options.scratch or options.out.with_suffix(".scratch")
-    run(report, scratch, options.cpu, stages, f"--mhc-backend {options.backend}")
-    print(report.tables())
-    if bad := report.bad():
-        raise SystemExit("failed or beyond its tolerance: " + "; ".join(bad))
+    report = Report(options.out, "resume", {"tiny": options.tiny})
+    run(report, options.scratch, options.tiny)
+    report.end()
 
 
 if __name__ == "__main__":

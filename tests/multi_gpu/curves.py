@@ -20,7 +20,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-from multi_gpu_parity import (
+from torch import Tensor
+
+from benchmarks.harness import Report, Row
+from megatron_mhc.testing import gpt
+from megatron_mhc.testing.gpt import Layout, Sizes
+from megatron_mhc.testing.parameters import fill
+from multi_gpu.parity import (
     HAVE_TE,
     LAYOUTS,
     MEGATRON,
@@ -32,12 +38,6 @@ from multi_gpu_parity import (
     schedules_of,
     switch,
 )
-from multi_gpu_report import Report, Row
-from torch import Tensor
-
-from megatron_mhc.testing import gpt
-from megatron_mhc.testing.gpt import Layout, Sizes
-from megatron_mhc.testing.parameters import fill
 
 FACTOR, MOST = 3.0, 0.02  # MOST in nats: mean over the steps of |loss - one GPU's loss|
 LEAST = 1e-3  # a tolerance is no smaller: on a CPU, runs may be equal to the last bit
@@ -176,7 +176,7 @@ def curve(
     config = layout.config(kind, **settings)
     how: dict[str, Any] = dict(sizes=scale.batch, te=HAVE_TE)
     how |= dict(weights=functools.partial(fill, std=scale.std))
-    chunks = gpt.build(layout, config, kind, mhc_of(schedule, max(options.streams), options), **how)
+    chunks = gpt.build(layout, config, kind, mhc_of(schedule, max(options.streams)), **how)
     if way == ROUNDED:
         round_once_more(chunks)
     adam = OptimizerConfig(
@@ -202,13 +202,11 @@ def curve(
     return losses
 
 
-def cases(options: argparse.Namespace, world: int) -> list[tuple[str, str, str]]:
+def cases(world: int) -> list[tuple[str, str, str]]:
     return [
         (name, kind, schedule)
         for name, kind, schedule in CURVES
-        if (not options.layouts or name in options.layouts)
-        and schedule in schedules_of(LAYOUTS[name][0], options)
-        and fits(LAYOUTS[name][0], world)
+        if schedule in schedules_of(LAYOUTS[name][0]) and fits(LAYOUTS[name][0], world)
     ]
 
 
@@ -218,7 +216,7 @@ def title(name: str, kind: str, schedule: str, options: argparse.Namespace) -> s
 
 def references(options: argparse.Namespace, world: int) -> dict[Any, Callable[[], list[float]]]:
     """What one GPU is to train, by `key`."""
-    kinds = dict.fromkeys(kind for _, kind, _ in cases(options, world))
+    kinds = dict.fromkeys(kind for _, kind, _ in cases(world))
     run = functools.partial(curve, Layout(), schedule=NONE, count=micro_batches(world), options=options)
     return {
         key(kind, way, options): functools.partial(run, kind=kind, way=way) for kind in kinds for way in WAYS
@@ -232,7 +230,7 @@ def key(kind: str, way: str, options: argparse.Namespace) -> tuple[Any, ...]:
 def run(report: Report, expected: dict[Any, Any], options: argparse.Namespace) -> None:
     """Train in every layout, and compare with one GPU."""
     world = dist.get_world_size()
-    wanted = cases(options, world)
+    wanted = cases(world)
     alone = {kind: {way: expected[key(kind, way, options)] for way in WAYS} for _, kind, _ in wanted}
     for kind, runs in alone.items():
         name = title("one GPU", kind, NONE, options)

@@ -1,16 +1,15 @@
-"""Starts scripts/bench/multi_gpu.py on all ranks, and again behind a row at which they failed."""
+"""Starts a program that writes a report, and again behind a row at which it failed."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
-import sys
 import time
 from pathlib import Path
+from typing import Any
 
 
-def supervise(command: list[str], out: Path, limit: float) -> int:
+def supervise(command: list[str], out: Path, limit: float, **how: Any) -> int:
     """Run a command until all rows of its report are there; returns its exit status.
 
     A row that fails or hangs ends the command, which then goes on behind it. One that ends outside of its
@@ -18,10 +17,11 @@ def supervise(command: list[str], out: Path, limit: float) -> int:
 
     Args:
         limit: seconds for everything.
+        how: of subprocess.Popen.
     """
     deadline, tried = time.monotonic() + limit, set()
     while True:
-        process = subprocess.Popen(command)
+        process = subprocess.Popen(command, **how)
         try:
             status = process.wait(timeout=max(1.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
@@ -47,15 +47,3 @@ def stop(process: subprocess.Popen[bytes]) -> None:
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
-
-
-def main(script: str) -> int:
-    """The command line without torchrun: --ranks and --limit are taken, the rest is the script's."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--ranks", type=int, required=True)
-    parser.add_argument("--limit", type=float, default=540)
-    parser.add_argument("--out", type=Path, required=True)
-    options, rest = parser.parse_known_args()
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(options.ranks), script, "--out", str(options.out), *rest]
-    return supervise(command, options.out, options.limit)
