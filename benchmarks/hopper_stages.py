@@ -1,7 +1,7 @@
 """Where a tile of the kernels for Hopper spends its time: clocks noted at points of its way, of all tiles.
 
-Each kernel is built a second time with -DMARKS, which makes it a little slower. A tile's clocks are of one
-SM, the first and the last STAGES tiles of a group are left out; a span is given as 10 %, median and 90 %.
+Each kernel is built a second time with -DMHC_MARKS, which makes it a little slower. A tile's clocks are of
+one SM, the first and the last STAGES tiles of a group are left out; a span is given as 10 %, median and 90 %.
 `ring` is how many tiles of a block are on their way at once: residence / ring is the time that a tile takes
 at best, `memory clocks a tile` what its bytes take at a copy's bandwidth, `us` the time of the usual build in
 a replayed graph. pre_mix is pre behind the post_res of the connection before. No other benchmark knows the
@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import statistics
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -60,10 +61,10 @@ class Marked:
     def __init__(self) -> None:
         self.built: dict[str, tuple[Any, dict[str, int]]] = {}
 
-    def kernel(self, name: str, device: int, threads: int, shared: int, **defines: int) -> building.Kernel:
-        found = building.kernel(
-            name, device, threads, shared, MARKS=256, MARKED=MARKED, POINTS=POINTS[name], **defines
-        )
+    def kernel(self, source: Path, device: int, threads: int, shared: int, **defines: int) -> building.Kernel:
+        name = source.stem
+        marks = dict(MARKS=256, MARKED=MARKED, POINTS=POINTS[name])
+        found = building.kernel(source, device, threads, shared, **marks, **defines)
         self.built[name] = found, defines
         return found
 
@@ -128,12 +129,12 @@ def stages(call: str, run: Callable[[], Any], tokens: int, width: int, stream_us
         module.kernel = building.kernel
     defines = marked.built[name][1]
     blocks = building.multiprocessors(torch.device("cuda", 0))
-    cut = building.layout(tokens, width, module.WIDEST, blocks, defines["BT"])
-    tiles = -(-tokens // defines["BT"]) // cut.groups
+    cut = building.layout(tokens, width, module.WIDEST, blocks, defines["TILE"])
+    tiles = -(-tokens // defines["TILE"]) // cut.groups
     clocks = clocks[: cut.groups * cut.slices, defines["STAGES"] : min(tiles, MARKED) - defines["STAGES"]]
     floor = UNITS[call] * stream_us
     row: Row = {"us": microseconds, "x floor": microseconds / floor, "blocks": cut.groups * cut.slices}
-    row |= {"slices": cut.slices, "channels": cut.width, "tile": defines["BT"], "ring": defines["STAGES"]}
+    row |= {"slices": cut.slices, "channels": cut.width, "tile": defines["TILE"], "ring": defines["STAGES"]}
     spans = {}
     for span, (a, b) in SPANS[name].items():
         there = (clocks[..., a] > 0) & (clocks[..., b] > 0)

@@ -11,6 +11,9 @@ export CUDA_VISIBLE_DEVICES= # and run on a CPU also where a GPU is; tests/gpu s
 step "ruff"
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
+step "clang-format"
+git ls-files -z '*.cu' '*.cuh' '*.h' '*.cpp' |
+    PATH="$(dirname "$(command -v "$PYTHON")"):$PATH" xargs -0 clang-format --dry-run -Werror
 step "mypy"
 "$PYTHON" -m mypy
 step "pytest"

@@ -27,8 +27,8 @@ from megatron_mhc.config import MHCConfig, flag
 from megatron_mhc.ops import reference
 
 HOPPER = (9, 0, 132)  # an H100: compute capability, multiprocessors
-# That a multiprocessor takes at most is twice this: so two launches at a time, each of which waits until all
-# blocks of a row of tokens run, cannot keep each other from starting.
+# Channels per SM that `hopper` accepts, half of what an SM can hold. A launch ends only if all blocks of a
+# row of tokens run at once. So two concurrent launches both fit, and neither waits for the other's SMs.
 _HOPPER_CHANNELS = 64
 _HOPPER_ITERATIONS = 64  # a block keeps a few numbers of each in shared memory, beside its ring of tiles
 _HAS_TRITON = find_spec("triton") is not None

@@ -289,7 +289,7 @@ INTERPRETED = dict(backend="triton", sinkhorn_iterations=1)
 def test_autocast_gives_what_megatrons_schedule_gives(run_ranks, options, layers, count, kinds):
     """F's output is bf16, messages and streams fp32; a fused step goes backward amid forward passes.
 
-    Not MoE: Megatron's router does not go backward under autocast.
+    Not MoE: without TE Megatron's router does not go backward under autocast.
     """
     megatron = MHCConfig(init="uniform", init_gating_factor=0.5, **options)
     ours = [dataclasses.replace(megatron, pipeline_schedule=s, pp_boundary=b) for s, b in kinds]

@@ -145,12 +145,3 @@ def test_sums_take_the_fewest_rounds_and_stay_within_what_is_there(step, most):
         assert at_once <= most and -(-each // at_once) == -(-each // most)
         looked_at = -(-each // at_once) * at_once * step
         assert slices <= looked_at < slices + compile.AHEAD
-
-
-def test_a_kernel_elsewhere_is_built_of_the_common_part_and_its_own_file(monkeypatch, tmp_path):
-    """pre_backward has a file for one of its roles besides."""
-    assert "middle(at, " in compile.logic("pre_backward") and "void middle(" in compile.logic("pre_backward")
-    for name in ("common.cuh", "other.cu"):
-        (tmp_path / name).write_text(f"// {name}\n")
-    monkeypatch.setattr(compile, "HERE", tmp_path)
-    assert compile.logic("other") == "// common.cuh\n// other.cu\n"

@@ -4,6 +4,7 @@ Every case has few channels a block and few stages, so that groups, slices and r
 """
 
 import functools
+import re
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from test_triton import COEFFICIENT, ON_GPU, STREAM, compare, error, inputs
 from test_triton import poisoned as poisoned  # buffers start as NaN here too
 
 from megatron_mhc.ops import deferred
-from megatron_mhc.ops.hopper import pre, pre_backward
+from megatron_mhc.ops.hopper import compile, pre, pre_backward
 from megatron_mhc.ops.link import Written
 
 pytestmark = [
@@ -49,9 +50,9 @@ def folder(tmp_path_factory):
 def emulate(monkeypatch, folder):
     """`emulate(shape, ...)` puts the emulator in the GPU's place, and returns it."""
 
-    def emulate(shape, schedule=USUAL, mutate=None, stages=(3, 6)):
+    def emulate(shape, schedule=USUAL, bugs=None, stages=(3, 6)):
         *_, blocks, widest = shape
-        emulator = Emulator(folder, schedule, mutate)
+        emulator = Emulator(folder, schedule, bugs or {})
         for module, number in zip((pre, pre_backward), stages, strict=True):
             monkeypatch.setattr(module, "MOST_STAGES", number)
             monkeypatch.setattr(module, "WIDEST", min(widest, module_widest[module]))
@@ -292,88 +293,51 @@ def test_as_many_blocks_as_a_gpu_has(emulate, logits):
     )
 
 
-# What the emulator has to find: (kernel, {text: its replacement}).
-LOAD = "(it / STAGES - 1) & 1"
-LEADER = "if (lane == 0) {  // another"
-BUGS = {
-    "an arrival is missing": ("pre", {"barrier_arrive(empties + 8 * stage);  // every lane": "//"}),
-    "one arrival too few is counted": ("pre", {"TURNS * 32 + 2 + MIX);": "TURNS * 32 + 1);"}),
-    "the other parity": ("pre", {f"{LOAD});\n#if MIX": "it / STAGES & 1);\n#if MIX"}),
-    "a ring of one slot": ("pre", {"(2 * STAGES)": "1"}),
-    "project does not wait": (
-        "pre",
-        {"barrier_wait(fulls + 8 * stage, it / STAGES & 1);\n      if (threadIdx.x == 0) MARK(it, 1);": ""},
-    ),
-    "the tag of another tile": ("pre", {"total[2], it + 1);": "total[2], it);"}),
-    "a warp's sums are taken too early": ("pre", {"sync_threads<PROJECTING * 32>(1);": ""}),
-    "sums overwrite the last tile's": ("pre", {"(it & 1) * (PROJECTING * SUMS)": "0"}),
-    "another lane loads too": ("pre", {LEADER: "if (lane < 2) {  // another"}),
-    "all lanes of load wait": (
-        "pre",
-        {
-            LEADER: "{  // another",
-            "barrier_expect(": "if (lane == 0) barrier_expect(",
-            "MIX * (STAGE / N) + bytes);\n": "MIX * (STAGE / N) + bytes);\n if (lane == 0)\n",
-        },
-    ),
-    "the swizzle is forgotten": ("pre", {"(chunk % 8 ^ row >> 7 & 7) << 4": "(chunk % 8) << 4"}),
-    "aggregate does not wait for h_pre": ("pre", {"barrier_wait(knows + 8 * stage, it / STAGES & 1);": ""}),
-    "nor for all of it": ("pre", {"(knows + 8 * s, 64)": "(knows + 8 * s, 63)"}),
-    "what other warps mix is not awaited": ("mix", {"sync_threads<PROJECTING * 32>(2);": ""}),
-    "f overwrites what is in use": ("mix", {"past / STAGES & 1);": "past / STAGES & 1 ^ 1);"}),
-    "coefficients are not awaited": ("mix", {"(STAGE / N) + bytes);": "(STAGE / N) + bytes / 2);"}),
-    "copies overwrite streams that leave": ("mix", {"await_stored();  // long since": ""}),
-    "a middle warp is left out": (
-        "pre_backward",
-        {"+= TOGETHER * MIDDLE * G": "+= TOGETHER * (MIDDLE + 1) * G"},
-    ),
-    "stores are not awaited": ("pre_backward", {"      await_stored();\n": ""}),
-    "coefficients overwrite those in use": (
-        "pre_backward",
-        {"if (it >= FETCHED) barrier_wait(uses + 8 * slot, (it / FETCHED - 1) & 1);": ""},
-    ),
-    "dx does not wait for them": (
-        "pre_backward",
-        {"barrier_wait(fetches + 8 * slot, it / FETCHED & 1);": ""},
-    ),
-    "copies overwrite a tile in use": ("pre_backward", {f"barrier_wait(empties + 8 * stage, {LOAD});": ";"}),
-    "tiles leave before they are made": (
-        "pre_backward",
-        {"barrier_wait(finishes + 8 * stage, it / STAGES & 1);": ""},
-    ),
-    "f overwrites what is in use, backward": (
-        "pre_backward",
-        {"if (it >= F_SLOTS) barrier_wait(dots + 8 * (it % F_SLOTS), (it / F_SLOTS - 1) & 1);": ""},
-    ),
-    "every stage is read as if it were even": ("pre_backward", {"(stage % 2 * 64)": "0"}),
-    "one half's sums are forgotten": ("pre_backward", {"if (TOGETHER == 2) {": "if (false) {"}),
-    "turns are not kept": ("pre_backward", {"await(turn, at.group, lane);": ""}),
-    "a ring of one slot, backward": ("pre_backward", {"(2 * STAGES)": "1"}),
-    "writes are out of bounds": ("pre_backward", {"if (lane < 2 * N) sums[lane]": "sums[lane + 64]"}),
-}
-SOME = list(BUGS)[::2] + ["all lanes of load wait"]  # the rest takes longer, with -m slow
+# The faults that the emulator has to find: BUG(name)s of the sources, planted in one kernel. pre_mix is
+# pre behind a post_res.
+BUGS = [
+    ("pre", "arrival_missing"),
+    ("pre", "other_parity"),
+    ("pre", "project_hastens"),
+    ("pre", "sums_unawaited"),
+    ("pre", "two_lanes_load"),
+    ("pre", "all_lanes_wait"),
+    ("pre", "unswizzled"),
+    ("pre", "half_of_h_pre"),
+    ("pre_mix", "mixed_f_overwritten"),
+    ("pre_mix", "streams_overwritten"),
+    ("pre_backward", "stores_unawaited"),
+    ("pre_backward", "coefficients_unawaited"),
+    ("pre_backward", "dx_unawaited"),
+    ("pre_backward", "stages_even"),
+    ("pre_backward", "out_of_turn"),
+    ("pre_backward", "out_of_bounds"),
+]
+MORE_BUGS = [  # with -m slow
+    ("pre", "arrival_uncounted"),
+    ("pre", "one_slot"),
+    ("pre", "wrong_tag"),
+    ("pre", "sums_overwritten"),
+    ("pre", "h_pre_unawaited"),
+    ("pre_mix", "mixing_unawaited"),
+    ("pre_mix", "before_unawaited"),
+    ("pre_backward", "one_slot"),
+    ("pre_backward", "warp_left_out"),
+    ("pre_backward", "coefficients_overwritten"),
+    ("pre_backward", "tile_overwritten"),
+    ("pre_backward", "f_overwritten"),
+    ("pre_backward", "half_forgotten"),
+]
 
 
-def changed(kernel, texts):
-    def mutate(source):
-        if f"\n{kernel.replace('mix', 'pre')}(const" not in source:
-            return source
-        for old, new in texts.items():
-            assert source.count(old) == 1, old
-            source = source.replace(old, new)
-        return source
-
-    return mutate
-
-
-def find(emulate, shape, bug, orders):
+def find(emulate, shape, kernel, bug, orders):
     """The first order in which the bug shows."""
-    mix = bug[0] == "mix"
+    mix = kernel == "pre_mix"
     compute = mixed_and_read if mix else everything
     emulate(shape)
     want = compute(shape)
     for order in orders:
-        emulate(shape, order, changed(*bug))
+        emulate(shape, order, {kernel.removesuffix("_mix"): bug})
         try:
             got = compute(shape)
         except EmulatorError as found:
@@ -385,8 +349,16 @@ def find(emulate, shape, bug, orders):
     raise AssertionError("nothing shows")
 
 
-@pytest.mark.parametrize("bug", [b if b in SOME else pytest.param(b, marks=pytest.mark.slow) for b in BUGS])
-def test_a_planted_bug_is_found(emulate, bug):
+@pytest.mark.parametrize(
+    "kernel, bug", [*BUGS, *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE_BUGS)]
+)
+def test_a_planted_bug_is_found(emulate, kernel, bug):
     apart = (Schedule(seed=s, order=2, copies=s % 2) for s in range(2, 14))
-    orders = [USUAL, *reversed(ORDERS.values()), *apart]
-    find(emulate, RINGS, BUGS[bug], orders)
+    find(emulate, RINGS, kernel, bug, [USUAL, *reversed(ORDERS.values()), *apart])
+
+
+def test_every_bug_that_the_sources_name_is_planted_and_none_in_a_build_for_a_gpu():
+    texts = {path.name: path.read_text() for path in compile.HERE.glob("*.cu*")}
+    asked = {name for text in texts.values() for name in re.findall(r"\bBUG\((\w+)\)(?! false)", text)}
+    assert asked == {name for _, name in BUGS + MORE_BUGS}
+    assert "#define BUG(name) false" in texts["shape.cuh"]

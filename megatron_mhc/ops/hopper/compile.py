@@ -11,11 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-BOX = 64  # channels that a copy brings
+BOX = 64  # channels that a copy takes
 SHARED = 226 * 1024  # bytes that a block may have beside the barriers
-AHEAD = 16  # slices that a lane may look past the last one, in its last round
+AHEAD = 16  # slices that a lane may read past the last one, in its last round
 HERE = Path(__file__).parent
-ROLES = {"pre_backward": ("middle.cuh",)}  # warps that a file of their own is about
 
 
 def installed() -> bool:
@@ -103,33 +102,44 @@ def _tensor_map(address: int, tokens: int, n: int, channels: int, boxes: int, st
     return checked(result, "cuTensorMapEncodeTiled")
 
 
-def logic(name: str) -> str:
-    """The source of a kernel, but for device.cuh, which stands before it."""
-    return "".join((HERE / part).read_text() for part in ("common.cuh", *ROLES.get(name, ()), f"{name}.cu"))
-
-
 @functools.cache
-def kernel(name: str, device: int, threads: int, shared: int, **defines: int) -> Kernel:
-    """Compile `name`.cu for the device; once per set of `defines`, in about a second."""
-    from cuda.bindings import driver, nvrtc
+def cubin(source: Path, **defines: int) -> bytes:
+    """`source` compiled for Hopper, in about a second; this needs no GPU.
 
-    source = (HERE / "device.cuh").read_text() + logic(name)
-    program = checked(
-        nvrtc.nvrtcCreateProgram(source.encode(), f"{name}.cu".encode(), 0, [], []), "nvrtcCreateProgram"
-    )
+    Args:
+        defines: macros, without the MHC_ that their names begin with.
+
+    Raises:
+        RuntimeError: NVRTC cannot compile it; says why.
+    """
+    from cuda.bindings import nvrtc
+
+    headers = sorted(HERE.glob("*.cuh"))
+    texts, names = [h.read_bytes() for h in headers], [h.name.encode() for h in headers]
+    created = nvrtc.nvrtcCreateProgram(source.read_bytes(), source.name.encode(), len(headers), texts, names)
+    program = checked(created, "nvrtcCreateProgram")
     options = ["--gpu-architecture=sm_90a", "--std=c++17", "-default-device"]
-    options += [f"-D{key}={value}" for key, value in defines.items()]
+    options += [f"-DMHC_{key}={value}" for key, value in defines.items()]
     compiled = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
     if int(compiled[0]) != 0:
         log = b" " * checked(nvrtc.nvrtcGetProgramLogSize(program), "nvrtcGetProgramLogSize")
         nvrtc.nvrtcGetProgramLog(program, log)
-        raise RuntimeError(f"NVRTC cannot compile {name}.cu with {defines}:\n{log.decode()}")
+        raise RuntimeError(f"NVRTC cannot compile {source.name} with {defines}:\n{log.decode()}")
     binary = b" " * checked(nvrtc.nvrtcGetCUBINSize(program), "nvrtcGetCUBINSize")
     checked(nvrtc.nvrtcGetCUBIN(program, binary), "nvrtcGetCUBIN")
+    return binary
+
+
+@functools.cache
+def kernel(source: Path, device: int, threads: int, shared: int, **defines: int) -> Kernel:
+    """The kernel of `source`, which has its name, on the device; compiled once per set of `defines`."""
+    from cuda.bindings import driver
+
+    binary = cubin(source, THREADS=threads, SHARED=shared, **defines)
     with torch.cuda.device(device):
         torch.cuda.current_stream()  # makes the device's context current in this thread
         module = checked(driver.cuModuleLoadData(binary), "cuModuleLoadData")
-        function = checked(driver.cuModuleGetFunction(module, name.encode()), "cuModuleGetFunction")
+        function = checked(driver.cuModuleGetFunction(module, source.stem.encode()), "cuModuleGetFunction")
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         checked(driver.cuFuncSetAttribute(function, attribute, shared), "cuFuncSetAttribute")
     return Kernel(function, threads, shared)
@@ -142,15 +152,27 @@ class Layout(NamedTuple):
     slices: int
     groups: int
 
+    def defines(self, channels: int, tile: int, stages: int) -> dict[str, int]:
+        """What shape.cuh and exchange.cuh ask for.
+
+        Args:
+            tile: tokens.
+            stages: tiles in a block's shared memory.
+        """
+        return dict(
+            CHANNELS=channels, WIDTH=self.width, SLICES=self.slices, TILE=tile, BOX=BOX,
+            STAGES=stages, EXCHANGE=2 * stages,
+        )  # fmt: skip
+
 
 _held = 0
 
 
 def hold(count: int) -> None:
-    """Leave `count` multiprocessors of every GPU to kernels that stay there, as receives do that wait.
+    """Reserve `count` SMs of every GPU for long-running kernels, such as posted NCCL receives.
 
-    Tiles are dealt out before a kernel runs: a group of blocks that finds no place runs behind the others,
-    and the kernel takes twice as long. With a group fewer it does not.
+    A launch divides its tiles among groups of blocks beforehand. A group that finds no free SMs starts after
+    the others have ended, and the kernel takes twice as long; with one group fewer all run at once.
     """
     global _held
     _held = count

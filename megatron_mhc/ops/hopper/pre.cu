@@ -1,349 +1,397 @@
-// pre, forward: coefficients and layer input from one read of the streams. See common.cuh for the scheme.
+// pre, forward: coefficients and layer input from one read of the streams. exchange.cuh says how blocks share
+// the work.
 //
-// Per tile, four kinds of warps, each a few tiles behind the one before:
-//   load       x into shared memory, a ring of STAGES tiles
-//   project    x . phi^T and the sum of squares of this slice on the tensor cores, phi as bf16 high + low
-//              halves in registers for good; the sums go to global memory
-//   finish     two warps a tile: wait for the group's sums and form h_pre, eight tokens each, for `aggregate`; one of
-//              them saves the projection and writes the coefficients of this slice's share of tokens
-//   aggregate  l = h_pre . x from shared memory, two tokens at a time
+// Four kinds of warps work on a tile, each a few tiles behind the one before:
+//   load       brings x into shared memory, a ring of STAGES tiles
+//   project    computes this slice's share of x . phi^T and of the sum of squares on the tensor cores, with
+//   phi as bf16
+//              high + low halves in registers throughout; the shares go to global memory
+//   finish     two warps a tile: they await the group's sums and compute h_pre, eight tokens each, for
+//   `aggregate`; one
+//              of them saves the projection and writes the coefficients of this slice's tokens
+//   aggregate  computes l = h_pre . x from shared memory, two tokens at a time
 //
-// parts [group, slot, slice, token, 36]: a ring of EXCHANGE tiles, 25 numbers as nine atoms: pre 4, squares, post
-// 4, res 16. A block loads tile k when it is through with tile k - STAGES, for which it had the sums of the whole
-// group; the others had loaded that one when they were through with k - 2 STAGES, whose slot tile k takes.
+// parts [group, slot, slice, token, 36] is a ring of EXCHANGE tiles: 25 numbers as nine atoms, pre 4,
+// squares, post 4, res 16. A block loads tile k after it has finished tile k - STAGES, for which it had the
+// sums of the whole group. So every block of the group had loaded tile k - STAGES, hence finished k - 2
+// STAGES, whose slot tile k takes.
 //
-// With MIX, x are the streams in front of the connection before: its post_res makes of them those that are read.
-//   project    first mixes, in place, x'_i = sum_j h_res[i, j] x_j + h_post_i (f + f_bias), each warp 32 channels, and has
-//              x' copied out of shared memory
-// f has a ring of its own, F_SLOTS deep, and the coefficients come with a tile.
+// With MIX, x are the streams in front of the previous connection, whose post_res makes the streams that are
+// read here.
+//   project    first mixes in place, x'_i = sum_j h_res[i, j] x_j + h_post_i (f + f_bias), 32 channels a
+//   warp, and
+//              stores x' from shared memory
+// f has a ring of its own, F_SLOTS deep. A tile's coefficients (`before`) come with the tile.
 //
-// x, streams [T, 4, C], f, out [T, C], f_bias [C] bf16, before, mappings [T, 24] fp32, weight [24, 4 C] fp32, saved [T, 25]
-// fp32 (projection / r, 1 / r), parts and ticket zeros; without MIX, f, streams, f_bias and before are not looked at.
+// x, streams [T, 4, C], f, out [T, C], f_bias [C] bf16, before, mappings [T, 24] fp32, weight [24, 4 C] fp32,
+// saved [T, 25] fp32 (projection / r, 1 / r), parts and ticket zeros. Without MIX nobody looks at f, streams,
+// f_bias and before.
+#include "exchange.cuh"
+#include "sinkhorn.cuh"
 
-#define PROJECTING 8
-#define AGGREGATING 3
-#define FINISHING 4        // in pairs
-#define THREADS ((PROJECTING + AGGREGATING + FINISHING + 1) * 32)
-#define TURNS 8            // that `aggregate` takes a tile in; every one of its warps has one of each tile
-#define EACH (BT / TURNS)  // tokens of a turn
-static_assert(BT == 16, "a tile is the left factor of a product, and eight tokens for each of a pair of warps");
-#if MIX
-static_assert(STAGES >= F_SLOTS, "too few stages");
-#endif
-#define STAGE (N * BOXES * BOX_BYTES)
-#define STEPS_ALL (N * CW / 16)                                // of 16 columns
-#define STEPS_EACH (STEPS_ALL / PROJECTING)  // per warp; CW is a multiple of 64
-#define ATOMS 9                                                 // of three numbers that hold a token's 25
-#define SUMS (BT * ATOMS * 3)
-#define PART (BT * ATOMS * 4)
-#define READ 2  // atoms that h_pre is made of, of all tokens behind each other; the rest of every token follows
-#define AT(token, atom) (((atom) < READ ? (token) * READ + (atom) : BT * READ + (token) * (ATOMS - READ) + (atom) - READ) * 4)
+constexpr bool MIX = MHC_MIX;
+constexpr int F_SLOTS = MHC_F_SLOTS;
+constexpr int LOADS = MHC_LOADS;  // slices that a lane asks for at once
+constexpr int PROJECTING = MHC_PROJECTING, AGGREGATING = MHC_AGGREGATING;  // warps
+constexpr int FINISHING = MHC_FINISHING;                                   // warps, in pairs
+constexpr int THREADS = MHC_THREADS;
+static_assert((PROJECTING + AGGREGATING + FINISHING + 1) * 32 == THREADS, "every warp has a role");
+static_assert(TILE == 16,
+              "a tile is the left factor of a product, and eight tokens for each of a pair of warps");
+static_assert(!MIX || STAGES >= F_SLOTS, "f must not run ahead of x");
 
-// H_res of up to eight tokens, row lane % 4 of token t in lanes 4 k to 4 k + 3.
-__device__ __forceinline__ void finish_held(const float* logits, int tokens, int t, int lane, float* mappings) {
-  __syncwarp();
-  if (tokens == 0) return;
-  const float4 z = lane / 4 < tokens ? *(const float4*)(logits + lane * 4) : make_float4(0.f, 0.f, 0.f, 0.f);
-  float h[N] = {z.x, z.y, z.z, z.w};
-  sinkhorn_rows(h);
-  if (lane / 4 < tokens) {
-    float* to = mappings + (u64)t * M + 2 * N;
-    const int i = lane % 4;
-    if (V4)
-#pragma unroll
-      for (int j = 0; j < N; j++) to[j * N + i] = h[j];  // comb is H_res transposed
-    else *(float4*)(to + i * N) = make_float4(h[0], h[1], h[2], h[3]);
-  }
-  __syncwarp();
+constexpr int TURNS = 8;            // in which `aggregate` takes a tile; the warps of `aggregate` take turns
+constexpr int EACH = TILE / TURNS;  // tokens of a turn
+constexpr int STEPS_EACH = STREAMS * WIDTH / 16 / PROJECTING;  // of 16 columns, per warp of `project`
+constexpr int ATOMS = MHC_ATOMS;                               // that hold a token's 25 numbers
+constexpr int PART = MHC_PART;                                 // floats of a slice's share of a tile's sums
+constexpr int SUMS = TILE * ATOMS * 3;
+static_assert(PART == TILE * ATOMS * 4, "an atom has four words");
+
+// Shared memory, in bytes; pre.memory of pre.py has the same sum.
+constexpr int STAGE = STREAMS * REGION;
+constexpr int F_AT = STAGES * STAGE;
+constexpr int SUMS_AT = F_AT + MIX * F_SLOTS * REGION;                       // [2, PROJECTING, SUMS]
+constexpr int COEFFICIENTS_AT = SUMS_AT + 2 * PROJECTING * SUMS * 4;         // [STAGES, TILE, ROWS]
+constexpr int LOGITS_AT = COEFFICIENTS_AT + MIX * STAGES * TILE * ROWS * 4;  // [FINISHING, 8, 16]
+constexpr int H_PRE_AT = LOGITS_AT + FINISHING * 8 * 16 * 4;                 // [STAGES, TILE, STREAMS]
+constexpr int F_BIAS_AT = H_PRE_AT + STAGES * TILE * STREAMS * 4;            // [WIDTH] bf16
+static_assert(F_BIAS_AT + MIX * WIDTH * 2 == MHC_SHARED, "memory() of pre.py lays out otherwise");
+
+// Where an atom of a token is in a part: first the READ atoms that h_pre is made of, of all tokens; then
+// every token's rest.
+constexpr int READ = 2;
+__device__ __forceinline__ constexpr int atom_at(int token, int atom) {
+    return (atom < READ ? token * READ + atom : TILE * READ + token * (ATOMS - READ) + atom - READ) * 4;
 }
 
-#if MIX
-// x' of four channels of a token, in place. h: its h_post, then H_res; here: where the channels lie in every region.
-__device__ __forceinline__ void mix(unsigned char* tile, const unsigned char* f, const float* h, u32 here, uint2 added) {
-  const uint2 fv = *(const uint2*)(f + here);
-  const u32 f0 = pack(low_half(fv.x) + low_half(added.x), high_half(fv.x) + high_half(added.x));
-  const u32 f1 = pack(low_half(fv.y) + low_half(added.y), high_half(fv.y) + high_half(added.y));
-  uint2 v[N];
+// H_res of up to eight tokens: lane 4 k + i computes row i of token k, whose number in the sequence is t.
+__device__ __forceinline__ void finish_held(const float* logits, int tokens, int t, int lane,
+                                            float* mappings) {
+    __syncwarp();
+    if (tokens == 0) return;
+    const float4 z =
+        lane / 4 < tokens ? *(const float4*)(logits + lane * 4) : make_float4(0.f, 0.f, 0.f, 0.f);
+    float h[STREAMS] = {z.x, z.y, z.z, z.w};
+    sinkhorn_rows(h);
+    if (lane / 4 < tokens) {
+        float* to = mappings + (u64)t * ROWS + 2 * STREAMS;
+        const int i = lane % 4;
+        if (V4)
 #pragma unroll
-  for (int j = 0; j < N; j++) v[j] = *(const uint2*)(tile + j * (STAGE / N) + here);
-  const float4 write = *(const float4*)h;
-  const float writes[N] = {write.x, write.y, write.z, write.w};
-#pragma unroll
-  for (int i = 0; i < N; i++) {
-    const float4 row = *(const float4*)(h + N + i * N);
-    const float mixing[N] = {row.x, row.y, row.z, row.w};
-    // The order of post_res.mixed, whose bits these are.
-    float a0 = __fmul_rn(writes[i], low_half(f0)), a1 = __fmul_rn(writes[i], high_half(f0));
-    float a2 = __fmul_rn(writes[i], low_half(f1)), a3 = __fmul_rn(writes[i], high_half(f1));
-#pragma unroll
-    for (int j = 0; j < N; j++) {
-      a0 = __fmaf_rn(mixing[j], low_half(v[j].x), a0), a1 = __fmaf_rn(mixing[j], high_half(v[j].x), a1);
-      a2 = __fmaf_rn(mixing[j], low_half(v[j].y), a2), a3 = __fmaf_rn(mixing[j], high_half(v[j].y), a3);
+            for (int j = 0; j < STREAMS; j++) to[j * STREAMS + i] = h[j];  // comb is H_res transposed
+        else
+            *(float4*)(to + i * STREAMS) = make_float4(h[0], h[1], h[2], h[3]);
     }
-    *(uint2*)(tile + i * (STAGE / N) + here) = make_uint2(pack(a0, a1), pack(a2, a3));
-  }
+    __syncwarp();
 }
-#endif
+
+// Writes x' of four channels of a token over its x. h: the token's h_post, then H_res; here: where the
+// channels lie in every region.
+__device__ __forceinline__ void mix(unsigned char* tile, const unsigned char* f, const float* h, u32 here,
+                                    uint2 added) {
+    const uint2 fv = *(const uint2*)(f + here);
+    const u32 f0 = pack(low_half(fv.x) + low_half(added.x), high_half(fv.x) + high_half(added.x));
+    const u32 f1 = pack(low_half(fv.y) + low_half(added.y), high_half(fv.y) + high_half(added.y));
+    uint2 v[STREAMS];
+#pragma unroll
+    for (int j = 0; j < STREAMS; j++) v[j] = *(const uint2*)(tile + j * REGION + here);
+    const float4 write = *(const float4*)h;
+    const float writes[STREAMS] = {write.x, write.y, write.z, write.w};
+#pragma unroll
+    for (int i = 0; i < STREAMS; i++) {
+        const float4 row = *(const float4*)(h + STREAMS + i * STREAMS);
+        const float mixing[STREAMS] = {row.x, row.y, row.z, row.w};
+        // The order of post_res.mixed, whose bits these are.
+        float a0 = __fmul_rn(writes[i], low_half(f0)), a1 = __fmul_rn(writes[i], high_half(f0));
+        float a2 = __fmul_rn(writes[i], low_half(f1)), a3 = __fmul_rn(writes[i], high_half(f1));
+#pragma unroll
+        for (int j = 0; j < STREAMS; j++) {
+            a0 = __fmaf_rn(mixing[j], low_half(v[j].x), a0), a1 = __fmaf_rn(mixing[j], high_half(v[j].x), a1);
+            a2 = __fmaf_rn(mixing[j], low_half(v[j].y), a2), a3 = __fmaf_rn(mixing[j], high_half(v[j].y), a3);
+        }
+        *(uint2*)(tile + i * REGION + here) = make_uint2(pack(a0, a1), pack(a2, a3));
+    }
+}
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
-pre(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap f, const __grid_constant__ TensorMap streams,
-    const bf16* __restrict__ f_bias, const float* __restrict__ before,
-    const float* __restrict__ weight, const float* __restrict__ bias,
-    const float* __restrict__ alpha_pre, const float* __restrict__ alpha_post,
-    const float* __restrict__ alpha_res, bf16* __restrict__ out, float* __restrict__ saved,
-    float* __restrict__ mappings, float* parts, u32* ticket, int T, int groups, float eps) {
-  extern __shared__ __align__(1024) unsigned char memory[];
-  __shared__ __align__(8) u64 full[STAGES], known[STAGES], empty[STAGES];
-#if MIX
-  __shared__ __align__(8) u64 mixed[STAGES];
-  unsigned char* outputs = memory + STAGES * STAGE;  // f
-  float* sums = (float*)(outputs + F_SLOTS * (STAGE / N));
-  float* coefficients = sums + 2 * PROJECTING * SUMS;  // [STAGES, BT, M]
-  float* held = coefficients + STAGES * BT * M;
-#else
-  float* sums = (float*)(memory + STAGES * STAGE);  // [2, PROJECTING, SUMS]
-  float* held = sums + 2 * PROJECTING * SUMS;       // [FINISHING, 8, 16], logits
-#endif
-  float* reads = held + FINISHING * 8 * 16;  // [STAGES, BT, N], h_pre
-#if MIX
-  bf16* bias_row = (bf16*)(reads + STAGES * BT * N);
-  const u32 mixes = shared_address(mixed);
-#endif
-  const u32 tiles = shared_address(memory), fulls = shared_address(full), empties = shared_address(empty);
-  const u32 knows = shared_address(known);
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const Place at = take_place(ticket, T, groups);
-  parts += (u64)at.group * EXCHANGE * G * PART;
+    pre(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap f,
+        const __grid_constant__ TensorMap streams, const bf16* __restrict__ f_bias,
+        const float* __restrict__ before, const float* __restrict__ weight, const float* __restrict__ bias,
+        const float* __restrict__ alpha_pre, const float* __restrict__ alpha_post,
+        const float* __restrict__ alpha_res, bf16* __restrict__ out, float* __restrict__ saved,
+        float* __restrict__ mappings, float* parts, u32* ticket, int T, int groups, float eps) {
+    DYNAMIC_SHARED(memory);
+    SHARED_ARRAY(u64, full, STAGES);
+    SHARED_ARRAY(u64, known, STAGES);
+    SHARED_ARRAY(u64, empty, STAGES);
+    SHARED_ARRAY(u64, mixed, STAGES);  // with MIX
+    unsigned char* outputs = memory + F_AT;
+    float* sums = (float*)(memory + SUMS_AT);
+    float* coefficients = (float*)(memory + COEFFICIENTS_AT);
+    float* held = (float*)(memory + LOGITS_AT);
+    float* reads = (float*)(memory + H_PRE_AT);
+    bf16* bias_row = (bf16*)(memory + F_BIAS_AT);
+    const u32 tiles = shared_address(memory), fulls = shared_address(full), empties = shared_address(empty);
+    const u32 knows = shared_address(known), mixes = shared_address(mixed);
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const Place at = take_place(ticket, T, groups);
+    parts += (u64)at.group * EXCHANGE * SLICES * PART;
 
-  if (threadIdx.x == 0) {
-    for (int s = 0; s < STAGES; s++) {
-      barrier_init(fulls + 8 * s, 1);
-      barrier_init(knows + 8 * s, 64);
-      barrier_init(empties + 8 * s, TURNS * 32 + 2 + MIX);
-#if MIX
-      barrier_init(mixes + 8 * s, PROJECTING * 32);
-#endif
-    }
-  }
-#if MIX
-  for (int c = threadIdx.x; c < CW; c += THREADS)
-    bias_row[c] = f_bias && c < at.width ? f_bias[at.first_channel + c] : (bf16)0;
-#endif
-  fence_copies();
-  __syncthreads();
-
-  if (warp < PROJECTING) {
-    set_registers<168>();
-    u32 high[STEPS_EACH][3][2], low[STEPS_EACH][3][2];
-    const int row = lane / 4, pair = lane % 4 * 2;
-#pragma unroll
-    for (int s = 0; s < STEPS_EACH; s++) {
-      const int step = warp * STEPS_EACH + s, i = step / (CW / 16), c = step % (CW / 16) * 16;
-#pragma unroll
-      for (int n = 0; n < 3; n++)
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-          float2 w = make_float2(0.f, 0.f);
-          if (c < at.width)
-            w = *(const float2*)(weight + (u64)(n * 8 + row) * N * C + (u64)i * C + at.first_channel + c + pair + 8 * half);
-          high[s][n][half] = pack(w.x, w.y);
-          low[s][n][half] = pack_rest(w.x, w.y, high[s][n][half]);
+    if (threadIdx.x == 0) {
+        for (int s = 0; s < STAGES; s++) {
+            barrier_init(fulls + 8 * s, 1);
+            barrier_init(knows + 8 * s, BUG(half_of_h_pre) ? 63 : 64);
+            barrier_init(empties + 8 * s, BUG(arrival_uncounted) ? TURNS * 32 + 1 : TURNS * 32 + 2 + MIX);
+            if constexpr (MIX) barrier_init(mixes + 8 * s, PROJECTING * 32);
         }
     }
-    // Where this lane's row of the left factor lies. With all of a box a warp's, two chunks on are bits of it.
-    u32 offset[STEPS_EACH % 4 ? STEPS_EACH : 1];
+    if constexpr (MIX)
+        for (int c = threadIdx.x; c < WIDTH; c += THREADS)
+            bias_row[c] = f_bias && c < at.width ? f_bias[at.first_channel + c] : (bf16)0;
+    fence_copies();
+    __syncthreads();
+
+    if (warp < PROJECTING) {
+        set_registers<168>();
+        u32 high[STEPS_EACH][3][2], low[STEPS_EACH][3][2];
+        const int row = lane / 4, pair = lane % 4 * 2;
 #pragma unroll
-    for (int s = 0; s < (STEPS_EACH % 4 ? STEPS_EACH : 1); s++) {
-      const int step = warp * STEPS_EACH + s;
-      offset[s] = place(step / (CW / 16) * (STAGE / N) + lane % 16 * 128, step % (CW / 16) * 2 + lane / 16);
-    }
-#if MIX
-    // This lane's four channels, and its first token; the others' rows lie 2, 8 and 10 below. A half warp's two rows are
-    // four apart, which puts them into different banks.
-    const int channel = warp * 32 + lane % 8 * 4, first = lane / 8 % 2 * 4 + lane / 16;
-    const u32 own_x = place(first * 128, channel / 8) + channel % 8 * 2;
-    const uint2 added = channel < CW ? *(const uint2*)(bias_row + channel) : make_uint2(0, 0);
-#endif
-    for (int it = 0; it < at.tiles; it++) {
-      const int stage = it % STAGES;
-      barrier_wait(fulls + 8 * stage, it / STAGES & 1);
-      if (threadIdx.x == 0) MARK(it, 1);
-#if MIX
-      // Long since, or the copy would not have come; compute-sanitizer does not follow the copying thread's waits.
-      if (it >= STAGES) barrier_wait(empties + 8 * stage, (it / STAGES - 1) & 1);
-      if (warp * 32 < CW)
+        for (int s = 0; s < STEPS_EACH; s++) {
+            const int step = warp * STEPS_EACH + s, i = step / (WIDTH / 16), c = step % (WIDTH / 16) * 16;
+#pragma unroll
+            for (int n = 0; n < 3; n++)
+#pragma unroll
+                for (int half = 0; half < 2; half++) {
+                    float2 w = make_float2(0.f, 0.f);
+                    if (c < at.width)
+                        w = *(const float2*)(weight + (u64)(n * 8 + row) * STREAMS * CHANNELS +
+                                             (u64)i * CHANNELS + at.first_channel + c + pair + 8 * half);
+                    high[s][n][half] = pack(w.x, w.y);
+                    low[s][n][half] = pack_rest(w.x, w.y, high[s][n][half]);
+                }
+        }
+        // Where this lane's row of the left factor lies. Where a warp has whole boxes, the address two chunks
+        // on differs in fixed bits.
+        u32 offset[STEPS_EACH % 4 ? STEPS_EACH : 1];
+#pragma unroll
+        for (int s = 0; s < (STEPS_EACH % 4 ? STEPS_EACH : 1); s++) {
+            const int step = warp * STEPS_EACH + s;
+            offset[s] =
+                place(step / (WIDTH / 16) * REGION + lane % 16 * 128, step % (WIDTH / 16) * 2 + lane / 16);
+        }
+        // With MIX: this lane's four channels and its first token. Its other tokens lie 2, 8 and 10 rows
+        // below. A half warp's two rows are four apart, hence in different banks.
+        const int channel = warp * 32 + lane % 8 * 4, first = lane / 8 % 2 * 4 + lane / 16;
+        const u32 own_x = place(first * 128, channel / 8) + channel % 8 * 2;
+        const uint2 added = MIX && channel < WIDTH ? *(const uint2*)(bias_row + channel) : make_uint2(0, 0);
+        for (int it = 0; it < at.tiles; it++) {
+            const int stage = it % STAGES;
+            if (!BUG(project_hastens)) barrier_wait(fulls + 8 * stage, it / STAGES & 1);
+            if (threadIdx.x == 0) MARK(it, 1);
+            if constexpr (MIX) {
+                // This never waits: `load` waited for the same. compute-sanitizer does not follow the waits
+                // of `load`.
+                if (it >= STAGES) barrier_wait(empties + 8 * stage, (it / STAGES - 1) & 1);
+                if (warp * 32 < WIDTH)
 #pragma unroll 2
-        for (int q = 0; q < 4; q++)
-          mix(memory + stage * STAGE, outputs + it % F_SLOTS * (STAGE / N),
-              coefficients + (stage * BT + first + q % 2 * 2 + q / 2 * 8) * M + N,
-              (own_x ^ q % 2 * 32) + q % 2 * 256 + q / 2 * 1024, added);
-      fence_copies();
-      barrier_arrive(mixes + 8 * stage);
-      sync_threads<PROJECTING * 32>(2);
-      if (threadIdx.x == 0) {
-        if (it > 0) {
-          await_stored();  // long since
-          barrier_arrive(empties + 8 * ((it - 1) % STAGES));
-        }
-        store_boxes<N>(streams, at.first_channel, 0, (at.group + it * groups) * BT, tiles + stage * STAGE);
-      }
-#endif
-      float acc[3][4] = {}, rest[3][4] = {};  // with the high and the low halves of phi, in chains of their own
-      float square0 = 0.f, square1 = 0.f;
-#pragma unroll
-      for (int s = 0; s < STEPS_EACH; s++) {
-        u32 a[4];
-        load_matrices(a, tiles + stage * STAGE + (STEPS_EACH % 4 ? offset[s] : (offset[0] ^ s % 4 * 32) + s / 4 * BOX_BYTES));
-#pragma unroll
-        for (int n = 0; n < 3; n++) {
-          multiply16(rest[n], a[0], a[1], a[2], a[3], low[s][n][0], low[s][n][1]);
-          multiply16(acc[n], a[0], a[1], a[2], a[3], high[s][n][0], high[s][n][1]);
-        }
-#pragma unroll
-        for (int k = 0; k < 4; k++) {
-          const float square = __fmaf_rn(low_half(a[k]), low_half(a[k]), high_half(a[k]) * high_half(a[k]));
-          if (k % 2) square1 += square;
-          else square0 += square;
-        }
-      }
-      square0 = sum_axis<1>(square0);
-      square1 = sum_axis<1>(square1);
-      float* buffer = sums + (it & 1) * (PROJECTING * SUMS);
-      float* own = buffer + warp * SUMS + row * (ATOMS * 3);  // in the order of atoms: squares behind pre
-#pragma unroll
-      for (int n = 0; n < 3; n++) {
-        const int at_n = n * 8 + pair + (n > 0 || pair >= N);
-        own[at_n] = acc[n][0] + rest[n][0];
-        own[at_n + 1] = acc[n][1] + rest[n][1];
-        own[8 * (ATOMS * 3) + at_n] = acc[n][2] + rest[n][2];
-        own[8 * (ATOMS * 3) + at_n + 1] = acc[n][3] + rest[n][3];
-      }
-      if (pair == 0) own[N] = square0, own[8 * (ATOMS * 3) + N] = square1;
-      sync_threads<PROJECTING * 32>(1);
-      if (threadIdx.x < BT * ATOMS) {
-        float total[3] = {};
-#pragma unroll
-        for (int w = 0; w < PROJECTING; w++)
-#pragma unroll
-          for (int k = 0; k < 3; k++) total[k] += buffer[w * SUMS + 3 * threadIdx.x + k];
-        put(parts + ((it % EXCHANGE) * G + at.slice) * PART + AT(threadIdx.x / ATOMS, threadIdx.x % ATOMS),
-            total[0], total[1], total[2], it + 1);
-      }
-      if (threadIdx.x == 0) MARK(it, 2);
-    }
-#if MIX
-    if (threadIdx.x == 0) await_stored();
-#endif
-  } else {
-    set_registers<88>();
-  if (warp < PROJECTING + AGGREGATING) {
-    for (int turn = warp - PROJECTING; turn < at.tiles * TURNS; turn += AGGREGATING) {
-      const int it = turn / TURNS, first = turn % TURNS * EACH, stage = it % STAGES;
-      barrier_wait(fulls + 8 * stage, it / STAGES & 1);
-#if MIX
-      barrier_wait(mixes + 8 * stage, it / STAGES & 1);
-#endif
-      barrier_wait(knows + 8 * stage, it / STAGES & 1);
-      if (first == 0 && lane == 0) MARK(it, 8);
-#pragma unroll
-      for (int k = first; k < first + EACH; k++) {
-        const float4 read = *(const float4*)(reads + (stage * BT + k) * N);
-        const float h[N] = {read.x, read.y, read.z, read.w};
-        const int t = (at.group + it * groups) * BT + k;
-        // Only the store has a condition, so that tokens overlap.
-#pragma unroll
-        for (int c0 = 0; c0 < CW; c0 += 256) {
-          const int c = min(c0 + lane * 8, CW - 8);
-          float l[8] = {};
-#pragma unroll
-          for (int j = 0; j < N; j++) {
-            const uint4 four = *(const uint4*)(memory + stage * STAGE + place(j * (STAGE / N) + k * 128, c / 8));
-            const u32 v4[4] = {four.x, four.y, four.z, four.w};
-#pragma unroll
-            for (int e = 0; e < 4; e++) {
-              l[2 * e] = __fmaf_rn(h[j], low_half(v4[e]), l[2 * e]);
-              l[2 * e + 1] = __fmaf_rn(h[j], high_half(v4[e]), l[2 * e + 1]);
+                    for (int q = 0; q < 4; q++)
+                        mix(memory + stage * STAGE, outputs + it % F_SLOTS * REGION,
+                            coefficients + (stage * TILE + first + q % 2 * 2 + q / 2 * 8) * ROWS + STREAMS,
+                            (own_x ^ q % 2 * 32) + q % 2 * 256 + q / 2 * 1024, added);
+                fence_copies();
+                barrier_arrive(mixes + 8 * stage);
+                if (!BUG(mixing_unawaited)) sync_threads<PROJECTING * 32>(2);
+                if (threadIdx.x == 0) {
+                    if (it > 0) {
+                        if (!BUG(streams_overwritten)) await_stored();  // the last tile's, long done
+                        barrier_arrive(empties + 8 * ((it - 1) % STAGES));
+                    }
+                    store_boxes<STREAMS>(streams, at.first_channel, 0, (at.group + it * groups) * TILE,
+                                         tiles + stage * STAGE);
+                }
             }
-          }
-          if (t < T && c0 + lane * 8 < at.width)
-            *(uint4*)(out + (u64)t * C + at.first_channel + c) =
-                make_uint4(pack(l[0], l[1]), pack(l[2], l[3]), pack(l[4], l[5]), pack(l[6], l[7]));
+            // The products with the high and with the low halves of phi, as independent chains.
+            float acc[3][4] = {}, rest[3][4] = {};
+            float square0 = 0.f, square1 = 0.f;
+#pragma unroll
+            for (int s = 0; s < STEPS_EACH; s++) {
+                u32 a[4];
+                load_matrices(
+                    a, tiles + stage * STAGE +
+                           (STEPS_EACH % 4 ? offset[s] : (offset[0] ^ s % 4 * 32) + s / 4 * BOX_BYTES));
+#pragma unroll
+                for (int n = 0; n < 3; n++) {
+                    multiply16(rest[n], a[0], a[1], a[2], a[3], low[s][n][0], low[s][n][1]);
+                    multiply16(acc[n], a[0], a[1], a[2], a[3], high[s][n][0], high[s][n][1]);
+                }
+#pragma unroll
+                for (int k = 0; k < 4; k++) {
+                    const float square =
+                        __fmaf_rn(low_half(a[k]), low_half(a[k]), high_half(a[k]) * high_half(a[k]));
+                    if (k % 2)
+                        square1 += square;
+                    else
+                        square0 += square;
+                }
+            }
+            square0 = sum_axis<1>(square0);
+            square1 = sum_axis<1>(square1);
+            float* buffer = sums + (BUG(sums_overwritten) ? 0 : it & 1) * (PROJECTING * SUMS);
+            // In the order of atoms: squares behind pre.
+            float* own = buffer + warp * SUMS + row * (ATOMS * 3);
+#pragma unroll
+            for (int n = 0; n < 3; n++) {
+                const int at_n = n * 8 + pair + (n > 0 || pair >= STREAMS);
+                own[at_n] = acc[n][0] + rest[n][0];
+                own[at_n + 1] = acc[n][1] + rest[n][1];
+                own[8 * (ATOMS * 3) + at_n] = acc[n][2] + rest[n][2];
+                own[8 * (ATOMS * 3) + at_n + 1] = acc[n][3] + rest[n][3];
+            }
+            if (pair == 0) own[STREAMS] = square0, own[8 * (ATOMS * 3) + STREAMS] = square1;
+            if (!BUG(sums_unawaited)) sync_threads<PROJECTING * 32>(1);
+            if (threadIdx.x < TILE * ATOMS) {
+                float total[3] = {};
+#pragma unroll
+                for (int w = 0; w < PROJECTING; w++)
+#pragma unroll
+                    for (int k = 0; k < 3; k++) total[k] += buffer[w * SUMS + 3 * threadIdx.x + k];
+                put(parts + ((it % EXCHANGE) * SLICES + at.slice) * PART +
+                        atom_at(threadIdx.x / ATOMS, threadIdx.x % ATOMS),
+                    total[0], total[1], total[2], BUG(wrong_tag) ? it : it + 1);
+            }
+            if (threadIdx.x == 0) MARK(it, 2);
         }
-      }
-      if (first == BT - EACH && lane == 0) MARK(it, 5);
-      barrier_arrive(empties + 8 * stage);  // every lane for what it has read itself
-    }
-  } else if (warp < PROJECTING + AGGREGATING + FINISHING) {
-    // A token at a time; of eight the logits then go through Sinkhorn together, four lanes a token.
-    float* logits = held + (warp - PROJECTING - AGGREGATING) * (8 * 16);
-    const int m = lane < M ? lane : 0;
-    const float gate = m < N ? *alpha_pre : m < 2 * N ? *alpha_post : *alpha_res, shift = bias[m];
-    const float gate_pre = *alpha_pre, shift_pre = bias[lane % N];
-    int tokens = 0, mine = 0;  // held, and the one of this lane
-    const int half = warp - PROJECTING - AGGREGATING & 1, first = half * 8;
-    for (int it = (warp - PROJECTING - AGGREGATING) / 2; it < at.tiles; it += FINISHING / 2) {
-      const int stage = it % STAGES, tile = at.group + it * groups;
-      const float* of_tile = parts + (it % EXCHANGE) * G * PART;
-      if (half == 0 && lane == 0) MARK(it, 7);
-      await_slices(of_tile + AT(first, 0), at.slice, PART, it + 1, lane);
-      if (half == 0 && lane == 0) MARK(it, 3);
-      {
-        // Half the lanes sum up every second slice. Then lanes 2 t and 2 t + 1 have pre 0 to 2, and pre 3 and squares.
-        const float3 some = sum_slices<2, LOADS>(of_tile + AT(first, 0) + lane % 16 * 4, lane / 16, PART, it + 1);
-        const float3 read = add_lanes(some, lane % 16, lane % 16 + 16);
-        const float inverse = rsqrtf(__fmaf_rn(__shfl_sync(ALL, read.y, 2 * (lane / N) + 1), 1.f / (N * C), eps));
-        const float product = pick(read, 6 * (lane / N) + lane % N);
-        reads[(stage * BT + first) * N + lane] =
-            sigmoid(__fmaf_rn(__fmul_rn(product, inverse), gate_pre, shift_pre)) + (V4 ? EPS : 0.f);
-      }
-      barrier_arrive(knows + 8 * stage);
-      if (half == 0 && lane == 0) MARK(it, 4);
-      // Every second tile's are this warp's.
-      int r = it / (FINISHING / 2) % 2 == half ? own_token(at, it) : BT;
-      if (r >= BT && lane == 0) barrier_arrive(empties + 8 * stage);
-      for (; r < BT; r += G) {
-        const float3 some =
-            sum_slices<2, LOADS>(of_tile + AT(r, min(lane % 16, ATOMS - 1)), lane / 16, PART, it + 1);
-        const float3 total = add_lanes(some, lane % 16, lane % 16 + 16);
-        if (r + G >= BT && lane == 0) MARK(it, 6);
-        if (r + G >= BT && lane == 0) barrier_arrive(empties + 8 * stage);
-        const float inverse = rsqrtf(__fmaf_rn(pick(total, N), 1.f / (N * C), eps));
-        const float u = __fmul_rn(pick(total, m + (m >= N)), inverse), z = __fmaf_rn(u, gate, shift);
-        const int t = tile * BT + r;
-        if (t < T) {
-          if (lane <= M) saved[(u64)t * 25 + lane] = lane < M ? u : inverse;
-          if (lane < 2 * N) {
-            const float s = sigmoid(z);
-            mappings[(u64)t * M + lane] = lane < N ? s + (V4 ? EPS : 0.f) : 2.f * s;
-          }
-          if (lane >= 2 * N && lane < M) logits[tokens * 16 + lane - 2 * N] = z;
-          if (lane / 4 == tokens) mine = t;
-          if (++tokens == 8) finish_held(logits, 8, mine, lane, mappings), tokens = 0;
+        if (MIX && threadIdx.x == 0) await_stored();
+    } else {
+        set_registers<88>();
+        if (warp < PROJECTING + AGGREGATING) {
+            for (int turn = warp - PROJECTING; turn < at.tiles * TURNS; turn += AGGREGATING) {
+                const int it = turn / TURNS, first = turn % TURNS * EACH, stage = it % STAGES;
+                barrier_wait(fulls + 8 * stage, it / STAGES & 1);
+                if constexpr (MIX) barrier_wait(mixes + 8 * stage, it / STAGES & 1);
+                if (!BUG(h_pre_unawaited)) barrier_wait(knows + 8 * stage, it / STAGES & 1);
+                if (first == 0 && lane == 0) MARK(it, 8);
+#pragma unroll
+                for (int k = first; k < first + EACH; k++) {
+                    const float4 read = *(const float4*)(reads + (stage * TILE + k) * STREAMS);
+                    const float h[STREAMS] = {read.x, read.y, read.z, read.w};
+                    const int t = (at.group + it * groups) * TILE + k;
+                    // Only the store has a condition, so that tokens overlap.
+#pragma unroll
+                    for (int c0 = 0; c0 < WIDTH; c0 += 256) {
+                        const int c = min(c0 + lane * 8, WIDTH - 8);
+                        float l[8] = {};
+#pragma unroll
+                        for (int j = 0; j < STREAMS; j++) {
+                            const uint4 four =
+                                *(const uint4*)(memory + stage * STAGE + place(j * REGION + k * 128, c / 8));
+                            const u32 v4[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+                            for (int e = 0; e < 4; e++) {
+                                l[2 * e] = __fmaf_rn(h[j], low_half(v4[e]), l[2 * e]);
+                                l[2 * e + 1] = __fmaf_rn(h[j], high_half(v4[e]), l[2 * e + 1]);
+                            }
+                        }
+                        if (t < T && c0 + lane * 8 < at.width)
+                            *(uint4*)(out + (u64)t * CHANNELS + at.first_channel + c) = make_uint4(
+                                pack(l[0], l[1]), pack(l[2], l[3]), pack(l[4], l[5]), pack(l[6], l[7]));
+                    }
+                }
+                if (first == TILE - EACH && lane == 0) MARK(it, 5);
+                if (!BUG(arrival_missing))
+                    barrier_arrive(empties + 8 * stage);  // every lane, for what it has read itself
+            }
+        } else if (warp < PROJECTING + AGGREGATING + FINISHING) {
+            // One token at a time. The logits of eight tokens go through Sinkhorn together, four lanes a
+            // token.
+            float* logits = held + (warp - PROJECTING - AGGREGATING) * (8 * 16);
+            const int m = lane < ROWS ? lane : 0;
+            const float gate = m < STREAMS       ? *alpha_pre
+                               : m < 2 * STREAMS ? *alpha_post
+                                                 : *alpha_res,
+                        shift = bias[m];
+            const float gate_pre = *alpha_pre, shift_pre = bias[lane % STREAMS];
+            int tokens = 0, mine = 0;  // how many are held, and which is this lane's
+            const int half = warp - PROJECTING - AGGREGATING & 1, first = half * 8;
+            for (int it = (warp - PROJECTING - AGGREGATING) / 2; it < at.tiles; it += FINISHING / 2) {
+                const int stage = it % STAGES, tile = at.group + it * groups;
+                const float* of_tile = parts + (it % EXCHANGE) * SLICES * PART;
+                if (half == 0 && lane == 0) MARK(it, 7);
+                await_slices(of_tile + atom_at(first, 0), at.slice, PART, it + 1, lane);
+                if (half == 0 && lane == 0) MARK(it, 3);
+                {
+                    // Either half of the lanes sums up every second slice. Then lane 2 t has pre 0 to 2 of
+                    // token t, and lane 2 t + 1 has pre 3 and the squares.
+                    const float3 some = sum_slices<2, LOADS>(of_tile + atom_at(first, 0) + lane % 16 * 4,
+                                                             lane / 16, PART, it + 1);
+                    const float3 read = add_lanes(some, lane % 16, lane % 16 + 16);
+                    const float inverse =
+                        rsqrtf(__fmaf_rn(__shfl_sync(ALL_LANES, read.y, 2 * (lane / STREAMS) + 1),
+                                         1.f / (STREAMS * CHANNELS), eps));
+                    const float product = pick(read, 6 * (lane / STREAMS) + lane % STREAMS);
+                    reads[(stage * TILE + first) * STREAMS + lane] =
+                        sigmoid(__fmaf_rn(__fmul_rn(product, inverse), gate_pre, shift_pre)) +
+                        (V4 ? EPS : 0.f);
+                }
+                barrier_arrive(knows + 8 * stage);
+                if (half == 0 && lane == 0) MARK(it, 4);
+                // This warp writes the coefficients of every second tile.
+                int r = it / (FINISHING / 2) % 2 == half ? own_token(at, it) : TILE;
+                if (r >= TILE && lane == 0) barrier_arrive(empties + 8 * stage);
+                for (; r < TILE; r += SLICES) {
+                    const float3 some = sum_slices<2, LOADS>(of_tile + atom_at(r, min(lane % 16, ATOMS - 1)),
+                                                             lane / 16, PART, it + 1);
+                    const float3 total = add_lanes(some, lane % 16, lane % 16 + 16);
+                    if (r + SLICES >= TILE && lane == 0) MARK(it, 6);
+                    if (r + SLICES >= TILE && lane == 0) barrier_arrive(empties + 8 * stage);
+                    const float inverse =
+                        rsqrtf(__fmaf_rn(pick(total, STREAMS), 1.f / (STREAMS * CHANNELS), eps));
+                    const float u = __fmul_rn(pick(total, m + (m >= STREAMS)), inverse),
+                                z = __fmaf_rn(u, gate, shift);
+                    const int t = tile * TILE + r;
+                    if (t < T) {
+                        if (lane <= ROWS) saved[(u64)t * 25 + lane] = lane < ROWS ? u : inverse;
+                        if (lane < 2 * STREAMS) {
+                            const float s = sigmoid(z);
+                            mappings[(u64)t * ROWS + lane] = lane < STREAMS ? s + (V4 ? EPS : 0.f) : 2.f * s;
+                        }
+                        if (lane >= 2 * STREAMS && lane < ROWS) logits[tokens * 16 + lane - 2 * STREAMS] = z;
+                        if (lane / 4 == tokens) mine = t;
+                        if (++tokens == 8) finish_held(logits, 8, mine, lane, mappings), tokens = 0;
+                    }
+                }
+            }
+            finish_held(logits, tokens, mine, lane, mappings);
+        } else if (BUG(all_lanes_wait) || (BUG(two_lanes_load) ? lane < 2 : lane == 0)) {
+            // One lane alone: another could reach a barrier two phases late, and wait forever.
+            const bool copies = !BUG(all_lanes_wait) || lane == 0;
+            const u64 policy = evict_first();
+            for (int it = 0; it < at.tiles; it++) {
+                const int stage = it % STAGES, token = (at.group + it * groups) * TILE;
+                const u32 bar = fulls + 8 * stage;
+                if (it >= STAGES)
+                    barrier_wait(empties + 8 * stage,
+                                 (BUG(other_parity) ? it / STAGES : it / STAGES - 1) & 1);
+                u32 bytes = 0;  // of coefficients
+                if constexpr (MIX) {
+                    const int past = it - F_SLOTS;
+                    if (past >= 0)
+                        barrier_wait(mixes + 8 * (past % STAGES),
+                                     (past / STAGES & 1) ^ BUG(mixed_f_overwritten));
+                    bytes = min(TILE, T - token) * (ROWS * 4);
+                }
+                MARK(it, 0);
+                if (!copies) continue;
+                barrier_expect(bar, STAGE + MIX * REGION + (BUG(before_unawaited) ? bytes / 2 : bytes));
+                load_boxes<STREAMS>(tiles + stage * STAGE, x, at.first_channel, 0, token, bar, policy);
+                if constexpr (MIX) {
+                    load_boxes<1>(shared_address(outputs) + it % F_SLOTS * REGION, f, at.first_channel, 0,
+                                  token, bar, policy);
+                    load_bytes(shared_address(coefficients + stage * TILE * ROWS), before + (u64)token * ROWS,
+                               bytes, bar);
+                }
+            }
         }
-      }
     }
-    finish_held(logits, tokens, mine, lane, mappings);
-  } else if (lane == 0) {  // another lane could come two phases late to a barrier, and wait forever
-    const u64 policy = evict_first();
-    for (int it = 0; it < at.tiles; it++) {
-      const int stage = it % STAGES, token = (at.group + it * groups) * BT;
-      const u32 bar = fulls + 8 * stage;
-      if (it >= STAGES) barrier_wait(empties + 8 * stage, (it / STAGES - 1) & 1);
-#if MIX
-      const int past = it - F_SLOTS;
-      if (past >= 0) barrier_wait(mixes + 8 * (past % STAGES), past / STAGES & 1);
-      const u32 bytes = min(BT, T - token) * (M * 4);
-#else
-      const u32 bytes = 0;
-#endif
-      MARK(it, 0);
-      barrier_expect(bar, STAGE + MIX * (STAGE / N) + bytes);
-      load_boxes<N>(tiles + stage * STAGE, x, at.first_channel, 0, token, bar, policy);
-#if MIX
-      load_boxes<1>(shared_address(outputs) + it % F_SLOTS * (STAGE / N), f, at.first_channel, 0, token, bar, policy);
-      load_bytes(shared_address(coefficients + stage * BT * M), before + (u64)token * M, bytes, bar);
-#endif
-    }
-  }
-  }
 }

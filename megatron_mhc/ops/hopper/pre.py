@@ -1,5 +1,6 @@
 """pre, forward, on Hopper: one read of the streams, or of what post_res makes them of (pre.cu)."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,10 +17,13 @@ from megatron_mhc.ops.hopper.compile import (
     tensor_map,
 )
 
+SOURCE = Path(__file__).with_suffix(".cu")  # has the names below as MHC_*
 WIDEST = 256
-PROJECTING = 8  # warps
+WARPS = dict(PROJECTING=8, AGGREGATING=3, FINISHING=4)  # and one that loads
+THREADS = 32 * (sum(WARPS.values()) + 1)
 TILE = 16  # tokens
-PART = TILE * 9 * 4  # floats that a block tells its group of a tile
+ATOMS = 9  # that hold what a block tells its group of a token
+PART = TILE * ATOMS * 4  # floats of a tile
 MOST_STAGES = 10  # tiles of a block's ring
 MOST_LOADS = 8  # of a lane at once; more cost registers
 F_SLOTS = 3  # tiles of f on their way; at least as many of x fit beside them at any width
@@ -92,7 +96,8 @@ def memory(width: int, *, mix: bool) -> tuple[int, int]:
     """Shared bytes of a block, and the tiles that its ring holds in them."""
     region = TILE * width * 2
     stage = 4 * region + TILE * 4 * 4  # with h_pre
-    rest = 2 * PROJECTING * TILE * 27 * 4 + 4 * 8 * 16 * 4  # sums, and logits of the warps that finish
+    rest = 2 * WARPS["PROJECTING"] * TILE * ATOMS * 3 * 4  # sums
+    rest += WARPS["FINISHING"] * 8 * 16 * 4  # logits
     if mix:  # with the coefficients; f and its bias
         stage, rest = stage + TILE * 24 * 4, rest + F_SLOTS * region + width * 2
     stages = min(MOST_STAGES, (SHARED - rest) // stage)
@@ -113,11 +118,11 @@ def _launch(
 ) -> None:
     device = weight.device
     shared, stages = memory(cut.width, mix=bool(defines["MIX"]))
-    defines |= dict(BT=TILE, C=results[0].shape[1], CW=cut.width, STAGES=stages, F_SLOTS=F_SLOTS)
-    defines |= dict(LOADS=loads(cut.slices, 2, MOST_LOADS))
-    compiled = kernel("pre", device.index, 512, shared, **defines)
+    defines |= cut.defines(results[0].shape[1], TILE, stages) | WARPS
+    defines |= dict(F_SLOTS=F_SLOTS, ATOMS=ATOMS, PART=PART, LOADS=loads(cut.slices, 2, MOST_LOADS))
+    compiled = kernel(SOURCE, device.index, THREADS, shared, **defines)
     blocks = cut.groups * cut.slices
-    floats = (blocks * 2 * stages + AHEAD) * PART
+    floats = (blocks * defines["EXCHANGE"] + AHEAD) * PART
     parts, ticket = torch.zeros(floats + 4, device=device, dtype=torch.float32).split([floats, 4])
     compiled.launch(
         blocks, device,

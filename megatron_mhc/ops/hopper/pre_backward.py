@@ -1,5 +1,6 @@
 """pre, backward, on Hopper: one read of the streams and their gradient (pre_backward.cu)."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,15 +18,20 @@ from megatron_mhc.ops.hopper.compile import (
 )
 from megatron_mhc.ops.link import Written
 
+SOURCE = Path(__file__).with_suffix(".cu")  # has the names below as MHC_*
 WIDEST = 128
+WARPS = dict(DX=8, DOTS=2, MIDDLE=3)  # and three: fetch, load, store
+THREADS = 32 * (sum(WARPS.values()) + 3)
 TILE = 8  # tokens
 MOST_STAGES = 20  # tiles of a block's ring
 F_SLOTS = 4  # tiles of f on their way
 MOST_LOADS = 14  # of a lane at once
-MIDDLE = 3  # warps
 FEW = 32  # slices, up to which a warp prepares two tokens at a time: more take more registers
-PART = TILE * 8 * 4  # floats that a block tells its group of a tile
-COEFFICIENTS = TILE * 17 * 4  # and that the group knows of it then
+ATOMS = 8  # that hold what a block tells its group of a token
+PART = TILE * ATOMS * 4  # floats of a tile
+COEFFICIENT_ATOMS = 17  # that hold what the group knows of a token then
+FETCHED = 4  # tiles whose coefficients are in shared memory
+TOKEN_FLOATS = 52  # there, from one token to the next
 
 
 def pre_backward(
@@ -57,16 +63,17 @@ def pre_backward(
         written.fill(dx, df)
     cut = layout(T, C, WIDEST, multiprocessors(x.device), TILE)
     shared, stages = memory(cut.width, iterations)
-    compiled = kernel(
-        "pre_backward", x.device.index, 512, shared,
-        BT=TILE, C=C, CW=cut.width, STAGES=stages, F_SLOTS=F_SLOTS, ITERATIONS=iterations,
-        V4=int(deepseek_v4), DF=int(written is not None),
-        LOADS=loads(cut.slices, 4, MOST_LOADS), TOGETHER=2 if cut.slices <= FEW else 1,
-    )  # fmt: skip
-    blocks, slots = cut.groups * cut.slices, cut.groups * 2 * stages
-    sizes = [(slots * cut.slices + AHEAD) * PART, slots * COEFFICIENTS, 2 + 8 * cut.slices]
+    defines = cut.defines(C, TILE, stages) | WARPS
+    defines |= dict(ITERATIONS=iterations, V4=int(deepseek_v4), DF=int(written is not None))
+    defines |= dict(F_SLOTS=F_SLOTS, ATOMS=ATOMS, PART=PART, COEFFICIENT_ATOMS=COEFFICIENT_ATOMS)
+    defines |= dict(FETCHED=FETCHED, TOKEN_FLOATS=TOKEN_FLOATS, LOADS=loads(cut.slices, 4, MOST_LOADS))
+    defines |= dict(TOGETHER=2 if cut.slices <= FEW else 1)
+    compiled = kernel(SOURCE, x.device.index, THREADS, shared, **defines)
+    blocks, slots = cut.groups * cut.slices, cut.groups * defines["EXCHANGE"]
+    sizes = [(slots * cut.slices + AHEAD) * PART, slots * TILE * COEFFICIENT_ATOMS * 4]
+    sizes += [2 + WARPS["DX"] * cut.slices]
     parts, coefficients, counts = torch.zeros(sum(sizes), **f32).split(sizes)
-    partial = torch.empty(MIDDLE * blocks, 48, **f32)
+    partial = torch.empty(WARPS["MIDDLE"] * blocks, 48, **f32)
     compiled.launch(
         blocks, x.device,
         *(tensor_map(t, cut.width, 1, TILE) for t in (x, g, f, dl, dx, df)),
@@ -81,8 +88,8 @@ def memory(width: int, iterations: int) -> tuple[int, int]:
     """Shared bytes of a block, and the tiles that its ring holds in them."""
     region = TILE * width * 2
     stage = 9 * region + 512
-    rest = F_SLOTS * region + 4 * TILE * 52 * 4  # f, coefficients of four tiles
+    rest = F_SLOTS * region + FETCHED * TILE * TOKEN_FLOATS * 4  # f, coefficients
     rest += ((width // BOX - 1) * TILE + 1) * BOX * 2  # f's bias, a row of each box
-    rest += MIDDLE * 2 * 4 * (52 + 16 + 8 * iterations)  # STAGING of middle.cuh, of two tokens a warp
+    rest += WARPS["MIDDLE"] * 2 * 4 * (TOKEN_FLOATS + 16 + 8 * iterations)  # two tokens a warp of `middle`
     stages = min(MOST_STAGES, (SHARED - rest) // stage)
     return stages * stage + rest, stages

@@ -15,8 +15,6 @@ from typing import Any
 
 import torch
 
-from megatron_mhc.ops.hopper import compile
-
 HERE = Path(__file__).parent
 GUARD = 4096  # bytes before and behind every tensor that nobody may write
 # -march=native for fmaf; no contraction, so that all compilers give the same bits
@@ -58,44 +56,6 @@ class EmulatorError(RuntimeError):
     """A deadlock, or something that the hardware does not allow."""
 
 
-def _shared_variables(source: str) -> str:
-    """`__shared__` variables as references into the block's shared memory."""
-
-    def declared(match: re.Match) -> str:
-        kind, names = match.groups()
-        parts = [re.fullmatch(r"(\w+)(.*)", name.strip()).groups() for name in names.split(",")]
-        return " ".join(
-            f'auto& {n} = emulator::shared<{kind}{size}, __COUNTER__>("{n}");' for n, size in parts
-        )
-
-    source = re.sub(
-        r"extern __shared__ [^;]*?(\w+)\[\];",
-        r"unsigned char* \1 = emulator::current->block->arena;",
-        source,
-    )
-    return re.sub(r"__shared__ (?:__align__\(\d+\) )?(\w+) ([^;]+);", declared, source)
-
-
-def source(name: str, defines: dict[str, int], mutate=None) -> str:
-    """One translation unit; the channels are a variable, so that shapes share a build."""
-    logic = compile.logic(name)
-    logic = _shared_variables(mutate(logic) if mutate else logic)
-    lines = [f"#define BT {defines['BT']}", '#include "scheduler.h"', "static int channels;"]
-    lines += [f"#define {key} {value}" for key, value in {**defines, "C": "channels"}.items()]
-    return (
-        "\n".join([*lines, '#include "device.h"', logic])
-        + f"""
-extern "C" int emulate(int c, int blocks, int threads, int dynamic, const emulator::Options* how,
-                       void** arguments, const emulator::Region* regions, int count,
-                       char* message, int room) {{
-  channels = c;
-  auto invoke = [](void** p) {{ emulator::call({name}, p); }};
-  return emulator::launch(invoke, blocks, threads, dynamic, how, arguments, regions, count, message, room);
-}}
-"""
-    )
-
-
 class _Map:
     """What `compile.tensor_map` makes of a tensor."""
 
@@ -129,17 +89,17 @@ class Emulator:
 
     Args:
         folder: where builds are kept.
-        mutate: changes the sources' text, for tests of the tests.
+        bugs: which fault to plant in a kernel; BUG(name) of the sources asks for it.
     """
 
     folder: Path
     schedule: Schedule = Schedule()
-    mutate: Any = None
+    bugs: dict[str, str] = field(default_factory=dict)
     launched: list[tuple[str, int, dict[str, int]]] = field(default_factory=list)
 
-    def kernel(self, name: str, device: Any, threads: int, shared: int, **defines: int) -> Any:
+    def kernel(self, source: Path, device: Any, threads: int, shared: int, **defines: int) -> Any:
         """For `compile.kernel`."""
-        return _Kernel(self, name, threads, shared, defines)
+        return _Kernel(self, source, threads, shared, defines)
 
     tensor_map = staticmethod(_Map)
 
@@ -147,31 +107,30 @@ class Emulator:
 @dataclass
 class _Kernel:
     emulator: Emulator
-    name: str
+    source: Path
     threads: int
     shared: int
     defines: dict[str, int]
 
     def launch(self, blocks: int, device: Any, *arguments: Any) -> None:
         """For `compile.Kernel.launch`."""
-        self.emulator.launched.append((self.name, blocks, self.defines))
-        defines = {key: value for key, value in self.defines.items() if key != "C"}
-        text = source(self.name, defines, self.emulator.mutate)
-        run = _build(self.emulator.folder, self.name, text)
-        signature = re.search(rf"\b{self.name}\(const __grid_constant__ (.*?)\) {{", text, re.DOTALL)[1]
-        names = [re.search(r"(\w+)$", part.strip())[1] for part in signature.split(",")]
+        name, emulator = self.source.stem, self.emulator
+        emulator.launched.append((name, blocks, self.defines))
+        defines = dict(THREADS=self.threads, SHARED=self.shared, **self.defines)
+        run = _build(emulator.folder, self.source, emulator.bugs.get(name, "none"), **defines)
+        names = _parameters(self.source)
         assert len(names) == len(arguments)
 
         guarded: dict[Any, _Guarded] = {}
         regions, places = [], []
-        for name, argument in zip(names, arguments, strict=True):
+        for parameter, argument in zip(names, arguments, strict=True):
             tensor = argument.tensor if isinstance(argument, _Map) else argument
             held = None
             if isinstance(tensor, torch.Tensor):
                 key = (tensor.data_ptr(), tensor.numel())  # two arguments may be one tensor
                 if key not in guarded:
                     guarded[key] = _Guarded(tensor)
-                    regions.append(_Region(guarded[key].address, guarded[key].bytes, name.encode()))
+                    regions.append(_Region(guarded[key].address, guarded[key].bytes, parameter.encode()))
                 held = guarded[key].address
             if isinstance(argument, _Map):
                 places.append(_aligned((ctypes.c_uint64 * 16)(held, *argument.shape)))
@@ -184,16 +143,16 @@ class _Kernel:
         pointers = (ctypes.c_void_p * len(places))(*(address for address, _ in places))
         message = ctypes.create_string_buffer(1 << 20)
         failed = run(
-            self.defines["C"], blocks, self.threads, self.shared,
+            blocks, self.threads, self.shared,
             ctypes.byref(_Options(*(int(value) for value in astuple(self.emulator.schedule)))),
             pointers, (_Region * len(regions))(*regions), len(regions), message, len(message),
         )  # fmt: skip
         intact = [guard.give_back() for guard in guarded.values()]
         if failed:
-            raise EmulatorError(f"{self.name} with {self.defines}: {message.value.decode()}")
+            raise EmulatorError(f"{name} with {self.defines}: {message.value.decode()}")
         for fine, region in zip(intact, regions, strict=True):
             if not fine:
-                raise EmulatorError(f"{self.name} wrote outside {region.name.decode()}")
+                raise EmulatorError(f"{name} wrote outside {region.name.decode()}")
 
 
 def _aligned(value: Any) -> tuple[int, Any]:
@@ -205,12 +164,19 @@ def _aligned(value: Any) -> tuple[int, Any]:
 
 
 @functools.cache
-def _build(folder: Path, name: str, text: str) -> Any:
-    path = folder / f"{name}{len(list(folder.glob('*.cpp')))}.cpp"
-    path.write_text(text)
-    library = path.with_suffix(".so")
-    command = [compiler(), *FLAGS, f"-I{HERE}", str(path), "-o", str(library)]
+def _parameters(source: Path) -> list[str]:
+    """The names of a kernel's parameters."""
+    signature = re.search(rf"\b{source.stem}\((const __grid_constant__ [^)]*)\) {{", source.read_text())[1]
+    return [re.search(r"(\w+)$", part.strip())[1] for part in signature.split(",")]
+
+
+@functools.cache
+def _build(folder: Path, source: Path, bug: str, **defines: int) -> Any:
+    library = folder / f"{source.stem}{len(list(folder.iterdir()))}.so"
+    macros = dict(BUG=bug, KERNEL=source.stem, SOURCE=f'"{source.name}"', **defines)
+    command = [compiler(), *FLAGS, *(f"-DMHC_{key}={value}" for key, value in macros.items())]
+    command += [f"-I{HERE}", f"-I{source.parent}", str(HERE / "kernel.cpp"), "-o", str(library)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"g++ cannot build {name}: {done.stderr}")
+        raise RuntimeError(f"g++ cannot build {source.name}: {done.stderr}")
     return ctypes.CDLL(str(library)).emulate
