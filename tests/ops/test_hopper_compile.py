@@ -120,16 +120,7 @@ def test_a_header_includes_what_it_needs(asked, tmp_path, header):
 
 
 def test_a_build_with_marks_compiles(asked):
-    """As scripts/bench/hopper_stages.py does."""
+    """As benchmarks/hopper_stages.py does."""
     for call in CALLS:
         source, defines = asked(call, 48)
         assert compile.cubin(source, MARKS=256, MARKED=128, POINTS=11, **defines)
-
-
-@pytest.mark.parametrize("wide, singles", [(1, 0), (1, 1), (2, 2)])
-def test_the_benchmark_of_copies_compiles(wide, singles):
-    """As scripts/bench/hopper_copies.py does: a kernel elsewhere, of the same headers."""
-    cut = compile.layout(4096, 4096, 128, 132, 8)
-    shared = 3 * (4 * wide + singles) * 8 * cut.width * 2
-    defines = dict(THREADS=96, SHARED=shared, WIDE=wide, SINGLES=singles, **cut.defines(4096, 8, 3))
-    assert compile.cubin(ROOT / "scripts/bench/hopper_copies.cu", **defines)

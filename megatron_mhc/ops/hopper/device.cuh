@@ -10,7 +10,7 @@
 
 __device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
-// Notes the clock at which a tile is at a point of its way, for scripts/bench/hopper_stages.py alone.
+// Notes the clock at which a tile is at a point of its way, for benchmarks/hopper_stages.py alone.
 #ifdef MHC_MARKS
 // [block, tile of the group, point]
 extern "C" __device__ long long marks[MHC_MARKS][MHC_MARKED][MHC_POINTS];
