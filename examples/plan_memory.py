@@ -18,6 +18,7 @@ and the allocator need beside them (several GiB).
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -133,6 +134,7 @@ def build(args: Any, config: Any, mhc: Any) -> torch.nn.Module:
     model = gpt_config_from_args(args, config=config)
     spec: Any = default_layer_spec(model, None)
     if mhc is not None:
+        mhc = dataclasses.replace(mhc, log_interval=0, alarm="off")  # no training loop is set up
         spec = wrap_block_spec(spec, mhc, config)
     return GPTModel(
         config,

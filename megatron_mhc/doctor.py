@@ -398,24 +398,24 @@ def kernels(mhc: MHCConfig, width: int, dtype: str, gpus: str) -> str:
     Raises:
         ValueError: one is asked for that cannot serve.
     """
-    from megatron_mhc import ops
+    from megatron_mhc import backend
 
     asked = (mhc, width, getattr(_torch(), dtype), "cuda")
-    gpu = ops.HOPPER if gpus == "none" else None
-    chosen = ops.choose_backend(*asked, gpu)
+    gpu = backend.H100 if gpus == "none" else None
+    chosen = backend.choose(*asked, gpu)
     said = f"{chosen}, for {mhc.num_residual_streams} streams of {width} channels in {dtype}"
     said += ", if this were an H100" if gpu else ""
     if mhc.backend != "auto":
         return f"{said}, as {flag('backend')} asks"
     if chosen != "hopper":
-        said += f"; not hopper, since {ops.hopper_obstacle(*asked, gpu)}"
+        said += f"; not hopper, since {backend.hopper_obstacle(*asked, gpu)}"
     if chosen == "reference":
-        said += f"; not triton, since {ops.triton_obstacle(*asked)}"
+        said += f"; not triton, since {backend.triton_obstacle(*asked)}"
     return said
 
 
 def boundary(mhc: MHCConfig, backend: str, full_recompute: bool) -> str:
-    """What `--mhc-boundary` comes to, see `HyperConnectionModule.post_res` and `.reader`."""
+    """What `--mhc-boundary` comes to, see `HyperConnectionModule.post_res` and `.next_pre`."""
     if backend == "reference":
         return "apart, since reference has no kernels"
     if mhc.boundary == "apart":

@@ -13,6 +13,7 @@ from megatron.core.utils import get_attr_wrapped_model, get_model_config
 from torch import Tensor
 
 from megatron_mhc import recompute
+from megatron_mhc.backend import Backend
 from megatron_mhc.chunk import Runner, chunk_of
 from megatron_mhc.ops.autocast import outside
 from megatron_mhc.pipeline.comm import HostTransport, Transport, channels_of
@@ -64,6 +65,7 @@ class Step:
         self.forward_step_func, self.groups = forward_step_func, groups
         self.collect_non_loss_data, self.first_val_step = collect_non_loss_data, first_val_step
         self.config = get_model_config(chunks[0])
+        self.backend = Backend(self.config.mhc)  # of the streams that arrive
         self.streams = self.config.mhc.num_residual_streams
         self.program = build_program(plan, rank)
         self.at = 0
@@ -197,7 +199,7 @@ class Step:
         if self.plan.boundary == SPLIT:
             u = self.received.pop(Message("mixed", microbatch, stage - 1))
             written = self.received.pop(Message("write", microbatch, stage - 1))
-            entry = StageEntry(u, written, self.config.hidden_size, mhc=self.config.mhc)
+            entry = StageEntry(u, written, self.config.hidden_size, self.backend)
             streams = entry.streams
             if not self.plan.forward_only:
                 self.entries[key] = entry
