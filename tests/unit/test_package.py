@@ -94,7 +94,7 @@ def test_metadata_is_what_an_index_shows(built):
 
 def test_source_distribution_has_tests_docs_and_examples(built):
     names = {name.split("/", 1)[-1] for name in tarfile.open(built[1]).getnames()}
-    for folder in ("docs", "examples", "patches", "scripts", "tests"):
+    for folder in ("benchmarks", "docs", "examples", "patches", "scripts", "tests"):
         files = [p for p in (ROOT / folder).rglob("*") if p.is_file() and "__pycache__" not in p.parts]
         missing = {str(p.relative_to(ROOT)) for p in files} - names
         assert not missing, missing
