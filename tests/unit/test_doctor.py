@@ -12,6 +12,7 @@ import pytest
 import megatron_mhc.pretrain_gpt  # noqa: F401  # once, not in every process that is forked
 from megatron_mhc import doctor
 from megatron_mhc.config import MHCConfig
+from megatron_mhc.doctor import launch, machine
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -208,7 +209,7 @@ def test_home_is_shortened_and_other_variables_stay_out(monkeypatch):
     ],
 )
 def test_boundary_follows_options_and_back_end(options, backend, full, expected):
-    assert doctor.boundary(MHCConfig(**options), backend, full).startswith(expected)
+    assert launch.boundary(MHCConfig(**options), backend, full).startswith(expected)
 
 
 def test_links_are_read_from_the_topology():
@@ -221,8 +222,8 @@ NIC0\tPIX\tSYS\tSYS\t X
 
 Legend:
 """
-    assert doctor.links(matrix) == "NV18, PHB between 3 GPUs"
-    assert doctor.links("\tGPU0\tNIC0\nGPU0\t X \tPIX\n") == "one GPU"
+    assert machine.links(matrix) == "NV18, PHB between 3 GPUs"
+    assert machine.links("\tGPU0\tNIC0\nGPU0\t X \tPIX\n") == "one GPU"
 
 
 def test_programs_are_named_on_the_command_line(tmp_path):

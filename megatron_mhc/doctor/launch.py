@@ -1,179 +1,27 @@
-"""What is installed, what a launch would run by, and what is in its way: the text to paste into an issue.
-
-    python -m megatron_mhc doctor
-    python -m megatron_mhc doctor -- torchrun --nproc-per-node 8 pretrain_gpt.py <arguments> \\
-        --spec megatron_mhc.specs gpt_mhc_spec
-    python -m megatron_mhc doctor --config recipe.txt
-    python -m megatron_mhc doctor -- --num-layers 24 --hidden-size 2560 <arguments of pretrain_gpt>
-
-Assignments in front of the launch count (MEGATRON_MHC=... torchrun ...). Nothing is trained or built, the
-command line itself is not printed, and a CPU will do. Exit status: 1 where something is in the way.
-"""
+"""What a command would run by, and what is refused of it."""
 
 from __future__ import annotations
 
 import argparse
 import importlib
 import io
-import logging
 import os
-import platform
 import re
-import subprocess
-import sys
-import warnings
-from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr
 from dataclasses import fields
-from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from megatron_mhc import __version__, command_line
+from megatron_mhc import command_line
 from megatron_mhc.config import ENVIRONMENT, MHCConfig, flag
-from megatron_mhc.version import SUPPORTED, check_version
+from megatron_mhc.doctor.machine import VARIABLE, kernels
+from megatron_mhc.doctor.part import Part, one_line
+from megatron_mhc.version import check_version
 
 SPEC = ("megatron_mhc.specs", "gpt_mhc_spec")
 WHEEL, LAUNCH = "megatron_mhc.pretrain_gpt", "megatron_mhc.launch"
-VARIABLE = "CUDA_DEVICE_MAX_CONNECTIONS"
-# Not what may hold a name, an address or a key.
-VARIABLES = (
-    VARIABLE,
-    "CUDA_VISIBLE_DEVICES",
-    "NCCL_MAX_CTAS",
-    "NCCL_NVLS_ENABLE",
-    "NCCL_P2P_DISABLE",
-    "PYTORCH_CUDA_ALLOC_CONF",
-    "TORCH_NCCL_BLOCKING_WAIT",
-    "TRITON_INTERPRET",
-)
-Row = tuple[str, str]
 
 
-def main() -> None:
-    """Print the report."""
-    own, given = sys.argv[1:], []
-    if "--" in own:
-        own, given = own[: own.index("--")], own[own.index("--") + 1 :]
-    parser = argparse.ArgumentParser(
-        prog="python -m megatron_mhc doctor",
-        usage="%(prog)s [-h] [--config FILE] [-- COMMAND]",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--config", type=command_line.recipe, help="file with a launch or its arguments")
-    text, healthy = report((parser.parse_args(own).config or []) + given)
-    print(text)
-    sys.exit(not healthy)
-
-
-def report(words: list[str]) -> tuple[str, bool]:
-    """The text, and whether nothing is in the way.
-
-    Args:
-        words: of a launch; none to report of the machine alone.
-    """
-    command = command_line.take_apart(words)
-    os.environ.update(command.environment)
-    with _quiet():
-        machine = Machine()
-        examined: list[_Part] = [machine, Launch(command, machine.gpus)] if words else [machine]
-    lines = [f"megatron-mhc {__version__} doctor"]
-    for part in examined:
-        lines += ["", part.title]
-        lines += [f"  {name:<20} {_shortened(text)}" for name, text in part.rows]
-    lines += ["", "in the way"]
-    found = list(dict.fromkeys(_shortened(text) for part in examined for text in part.in_the_way))
-    lines += [f"  {i}. {text}" for i, text in enumerate(found, 1)] or ["  nothing found"]
-    return "\n".join(lines), not found
-
-
-class _Part:
-    """A section of the report; what it finds goes into `rows` and `in_the_way`."""
-
-    title = ""
-
-    def __init__(self) -> None:
-        self.rows: list[Row] = []
-        self.in_the_way: list[str] = []
-
-    def say(self, name: str, text: str) -> None:
-        self.rows.append((name, text))
-
-    def asks(self, question: Callable[[], Any]) -> Any:
-        """The answer; where it raises, None, and what it says is in the way."""
-        try:
-            return question()
-        except Exception as error:
-            self.in_the_way.append(_said(error))
-            return None
-
-
-class Machine(_Part):
-    """What is installed here.
-
-    Where there is no GPU, Megatron is imported on a CPU that stands in for one.
-    """
-
-    title = "installed"
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.gpus = _or_none(_gpus)
-        self.say("megatron-mhc", f"{__version__} in {Path(__file__).parent}")
-        self.say("python", f"{platform.python_version()}, {platform.system()} {platform.machine()}")
-        self.say("torch", _package("torch", "torch", lambda torch: f", CUDA {torch.version.cuda}"))
-        nccl = _or_none(lambda: ".".join(map(str, _torch().cuda.nccl.version())))
-        serves = _or_none(lambda: kernels(MHCConfig(), 4096, "bfloat16", self.gpus))
-        environment = {name: os.environ[name] for name in VARIABLES if name in os.environ}
-        self.megatron()
-        for name, module in (
-            ("transformer-engine", "transformer_engine.pytorch"),
-            ("apex", "apex"),
-            ("triton", "triton"),
-            ("cuda-bindings", "cuda.bindings.nvrtc"),
-        ):
-            self.say(name, _package(name, module))
-        self.say("NCCL", nccl)
-        self.say("driver", _or_none(_driver))
-        self.say("GPU", self.gpus)
-        self.say("NVLink", _or_none(lambda: links(_nvidia_smi("topo", "-m"))))
-        self.say("default back end", serves)
-        for name, value in environment.items():
-            self.say(name, value or "empty")
-
-    def megatron(self) -> None:
-        """Megatron-Core's version and place, and whether the symbols that we use are as we know them."""
-        if find_spec("megatron") is None:
-            self.say("megatron-core", "not installed")
-            self.in_the_way.append(f"megatron-core is not installed: pip install 'megatron-core{SUPPORTED}'")
-            return
-        try:
-            if self.gpus == "none":
-                _stand_in()
-            core = importlib.import_module("megatron.core")
-        except Exception as error:
-            self.say("megatron-core", "cannot be imported")
-            self.in_the_way.append(f"megatron-core cannot be imported: {_said(error)}")
-            return
-        place = Path(str(core.__file__)).parent
-        self.say("megatron-core", f"{core.__version__} in {place}; {SUPPORTED} is supported")
-        training = self.asks(lambda: find_spec("megatron.training")) is not None
-        self.say("megatron.training", "there" if training else "not there; only the library door works")
-        try:
-            check_version()
-            from megatron_mhc import hooks
-
-            hooks.register(training, training).revert()
-        except Exception as error:
-            self.in_the_way.append(_said(error))
-        else:
-            self.say("Megatron's symbols", "all as expected")
-
-
-class Launch(_Part):
+class Launch(Part):
     """What a command would run by."""
 
     title = "command"
@@ -276,7 +124,7 @@ class Launch(_Part):
                     self.say("not Megatron's", f"{names}: the script's own, or a mistake")
                 ignore_unknown = True
             except Exception as error:
-                self.in_the_way.append(f"Megatron's checks: {_said(error)}")
+                self.in_the_way.append(f"Megatron's checks: {one_line(error)}")
                 if VARIABLE not in str(error) or VARIABLE in os.environ:
                     return None
                 os.environ[VARIABLE] = "1"
@@ -310,7 +158,7 @@ class Launch(_Part):
             importlib.import_module("transformer_engine.pytorch")
         except Exception as error:
             self.in_the_way.append(
-                f"--transformer-impl transformer_engine: it cannot be imported here, {_said(error)}"
+                f"--transformer-impl transformer_engine: it cannot be imported here, {one_line(error)}"
             )
 
     def refused(self, args: Any, config: Any, mhc: MHCConfig) -> None:
@@ -392,28 +240,6 @@ def _first_look(arguments: list[str]) -> _Guess:
     return _Guess(MHCConfig.from_args(given), given.hidden_size, dtype)
 
 
-def kernels(mhc: MHCConfig, width: int, dtype: str, gpus: str) -> str:
-    """The back end for streams on this machine's GPU, without one on an H100, and why no better one.
-
-    Raises:
-        ValueError: one is asked for that cannot serve.
-    """
-    from megatron_mhc import backend
-
-    asked = (mhc, width, getattr(_torch(), dtype), "cuda")
-    gpu = backend.H100 if gpus == "none" else None
-    chosen = backend.choose(*asked, gpu)
-    said = f"{chosen}, for {mhc.num_residual_streams} streams of {width} channels in {dtype}"
-    said += ", if this were an H100" if gpu else ""
-    if mhc.backend != "auto":
-        return f"{said}, as {flag('backend')} asks"
-    if chosen != "hopper":
-        said += f"; not hopper, since {backend.hopper_obstacle(*asked, gpu)}"
-    if chosen == "reference":
-        said += f"; not triton, since {backend.triton_obstacle(*asked)}"
-    return said
-
-
 def boundary(mhc: MHCConfig, backend: str, full_recompute: bool) -> str:
     """What `--mhc-boundary` comes to, see `HyperConnectionModule.post_res` and `.next_pre`."""
     if backend == "reference":
@@ -429,103 +255,6 @@ def boundary(mhc: MHCConfig, backend: str, full_recompute: bool) -> str:
     return "fused" if mhc.boundary == "fused" or backend == "hopper" else "linked"
 
 
-def links(topology: str) -> str:
-    """How `nvidia-smi topo -m` says that the GPUs are connected."""
-    lines = re.sub(r"\x1b\[\d*m", "", topology).splitlines()
-    rows = [line.split() for line in lines if re.match(r"GPU\d", line)]  # the head begins with a tab
-    kinds = {row[1 + j] for i, row in enumerate(rows) for j in range(len(rows)) if i != j}
-    if len(rows) < 2:
-        return "one GPU"
-    return f"{', '.join(sorted(kinds))} between {len(rows)} GPUs"
-
-
 def _graphs(config: Any) -> bool:
     asked = getattr(config, "cuda_graph_impl", None) not in (None, "none")
     return asked or any(getattr(config, f"{name}_cuda_graph", False) for name in ("enable", "external"))
-
-
-def _stand_in() -> None:
-    """Let a CPU answer for a GPU; Megatron's checks ask for one's properties."""
-    from megatron_mhc.testing import cpu
-
-    connections = os.environ.get(VARIABLE)
-    cpu.install(pretend_cuda=True)
-    if connections is None:
-        os.environ.pop(VARIABLE, None)
-
-
-def _torch() -> Any:
-    return importlib.import_module("torch")
-
-
-def _gpus() -> str:
-    cuda, kinds = _torch().cuda, Counter[str]()
-    for i in range(cuda.device_count()):
-        found = cuda.get_device_properties(i)
-        kinds[
-            f"{found.name}, compute capability {found.major}.{found.minor}, "
-            f"{found.multi_processor_count} SMs, {found.total_memory / 2**30:.0f} GiB"
-        ] += 1
-    return "; ".join(f"{count} x {kind}" for kind, count in kinds.items())
-
-
-def _package(distribution: str, module: str, more: Callable[[Any], str] | None = None) -> str:
-    """A package's version and whether it can be imported."""
-    try:
-        known = version(distribution)
-    except PackageNotFoundError:
-        known = ""
-    try:
-        if not known and find_spec(module.split(".")[0]) is None:
-            return "not installed"
-        loaded = importlib.import_module(module)
-    except Exception as error:  # whatever an import of somebody's extension raises
-        return f"{known or 'there'}, but it cannot be imported: {_said(error)}"
-    known = known or str(getattr(sys.modules[module.split(".")[0]], "__version__", "there"))
-    return known + (more(loaded) if more else "")
-
-
-def _or_none(question: Callable[[], str]) -> str:
-    """The answer, or `none` where the machine has no such thing."""
-    try:
-        return question() or "none"
-    except Exception:
-        return "none"
-
-
-def _driver() -> str:
-    versions = _nvidia_smi("--query-gpu=driver_version", "--format=csv,noheader").splitlines()
-    return ", ".join(sorted({version.strip() for version in versions}))
-
-
-def _nvidia_smi(*arguments: str) -> str:
-    asked = ["nvidia-smi", *arguments]
-    return subprocess.run(asked, capture_output=True, text=True, timeout=20, check=True).stdout
-
-
-def _said(error: BaseException) -> str:
-    """One line of an error; a ValueError of ours speaks for itself."""
-    text = " ".join(str(error).split()) or "no message"
-    return text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}"
-
-
-def _shortened(text: str) -> str:
-    """Without the home folder, which has the user's name, or line breaks."""
-    home = os.path.expanduser("~").rstrip("/")
-    return " ".join((text.replace(home, "~") if len(home) > 1 else text).split())
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep what imports and Megatron's checks print out of the report."""
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(logging.NOTSET)
-
-
-if __name__ == "__main__":
-    main()
