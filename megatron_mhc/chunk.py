@@ -10,11 +10,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_mhc.config import MHCConfig
-from megatron_mhc.ops.link import Reader
 from megatron_mhc.sublayer import Call, SubLayer, attention, mlp
 
 if TYPE_CHECKING:
     from megatron_mhc.layer import HyperConnectionTransformerLayer
+    from megatron_mhc.ops.autograd import NextPre
 
 
 class Runner(Protocol):
@@ -53,12 +53,12 @@ class ModelChunk:
             SubLayer(layer.mlp_hyper_connection, mlp, self, first + 1),
         )
 
-    def reader_behind(self, sublayer: SubLayer, streams: Tensor) -> Reader | None:
-        """What the connection behind a sub-layer of streams: [s, b, n*C] reads by, where it works ahead."""
+    def next_pre(self, sublayer: SubLayer, streams: Tensor) -> NextPre | None:
+        """The `pre` behind a sub-layer of streams: [s, b, n*C], if the sub-layer works ahead for it."""
         behind = sublayer.position + 1
         if not self._works_ahead or behind == len(self.sublayers):
             return None
-        return self.sublayers[behind].connection.reader(streams)
+        return self.sublayers[behind].connection.next_pre(streams)
 
     def is_last(self, sublayer: SubLayer) -> bool:
         return sublayer.position == len(self.sublayers) - 1
@@ -84,12 +84,19 @@ class ModelChunks:
     Args:
         layers: number of layers of one chunk.
         kind: class of the chunks.
+        reserved_sms: that their kernels leave to others, see `ops.options.Options`.
     """
 
     def __init__(
-        self, config: TransformerConfig, mhc: MHCConfig, layers: int, kind: type[ModelChunk] = ModelChunk
+        self,
+        config: TransformerConfig,
+        mhc: MHCConfig,
+        layers: int,
+        kind: type[ModelChunk] = ModelChunk,
+        reserved_sms: int = 0,
     ):
         self.config, self.mhc, self.size, self.kind = config, mhc, 2 * layers, kind
+        self.reserved_sms = reserved_sms
         self._current: ModelChunk | None = None
         self._next = 0  # number of the layer that continues the current chunk
 

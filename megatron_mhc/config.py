@@ -49,7 +49,7 @@ def _option(
     """A field of MHCConfig with its description.
 
     Args:
-        help: what it does, for --help and the README's table, which scripts/option_table.py writes.
+        help: what it does, for --help and docs/options.md, which scripts/doc_tables.py writes.
         choices: the words it takes; with `least` it takes whole numbers beside them.
         least, above: the bound of a number, itself included or not.
         stored: whether it changes the arithmetic, so that checkpoints keep it and compare it.

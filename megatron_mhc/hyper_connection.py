@@ -12,17 +12,17 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from megatron_mhc import ops
+from megatron_mhc.backend import H100, Backend, choose, triton_obstacle
 from megatron_mhc.checkpoint import take_or_refuse
 from megatron_mhc.config import MHCConfig, flag
 from megatron_mhc.ops import reference
-from megatron_mhc.ops.link import Reader
+from megatron_mhc.ops.options import Options
 from megatron_mhc.parallel import mark_replicated
 
 if TYPE_CHECKING:
-    from megatron_mhc.ops.deferred import DeferredMappings
+    from megatron_mhc.ops.autograd import KernelMappings, NextPre
 
-    Mappings = reference.Coefficients | DeferredMappings
+    Mappings = reference.Coefficients | KernelMappings
 
 _DATA_PARALLEL = "megatron.core.distributed.distributed_data_parallel"  # where its forward pre-hooks are made
 
@@ -87,17 +87,21 @@ class HyperConnectionModule(MappingParameters):
         mhc: mHC options.
         sublayer_index: 0-based index in the whole model, 2*layer for attention and 2*layer + 1 for
             the MLP; the home stream is `sublayer_index % n`.
+        reserved_sms: see `Options`.
 
     Source: arXiv 2512.24880 Eqs. (3), (14)-(19).
     """
 
-    def __init__(self, config: TransformerConfig, mhc: MHCConfig, sublayer_index: int):
+    def __init__(self, config: TransformerConfig, mhc: MHCConfig, sublayer_index: int, reserved_sms: int = 0):
         super().__init__(config, mhc)
         self.sublayer_index = sublayer_index
+        self.backend = Backend(mhc)
+        v4 = mhc.preset == "deepseek_v4"
+        self.options = Options(mhc.norm_eps, mhc.sinkhorn_iterations, v4, reserved_sms)
         _built.add(self)
         n, width = mhc.num_residual_streams, config.hidden_size
         if mhc.backend in ("hopper", "triton"):  # what no device could serve; the rest when streams come
-            ops.choose_backend(mhc, width, config.params_dtype, "cuda", ops.HOPPER)
+            choose(mhc, width, config.params_dtype, "cuda", H100)
         self.dynamic = {
             "pre": mhc.h_pre == "dynamic",
             "post": mhc.h_post == "dynamic",
@@ -169,9 +173,13 @@ class HyperConnectionModule(MappingParameters):
         """
         s, b, _ = streams.shape
         x = streams.view(s * b, self.mhc.num_residual_streams, -1)
-        backend = ops.choose_backend(self.mhc, x.shape[-1], x.dtype, x.device.type)
-        if backend != "reference":
-            layer_input, mappings = self.kernel_pre(x, backend)
+        kernels = self.backend.kernels(x, x.shape[-1])
+        if kernels is not None:
+            from megatron_mhc.ops import autograd  # imports triton, which a CPU may lack
+
+            layer_input, mappings = autograd.pre(
+                x, self.mapping_proj(), self.bias, self.alphas(), self.options, kernels
+            )
             return layer_input.view(s, b, -1), mappings
         coefficients = self.coefficients(x)
         if self.mhc.num_residual_streams == 1 and not self.dynamic["pre"]:
@@ -179,32 +187,19 @@ class HyperConnectionModule(MappingParameters):
             return streams, coefficients
         return reference.pre(x, coefficients.h_pre).view(s, b, -1), coefficients
 
-    def kernel_pre(self, x: Tensor, backend: str) -> tuple[Tensor, DeferredMappings]:
-        """`forward` of x: [T, n, C] by the kernels of `backend`, hopper or triton."""
-        from megatron_mhc.ops import deferred  # imports triton, which a CPU may lack
-
-        return deferred.pre(
-            x,
-            self.mapping_proj(),
-            self.bias,
-            self.alphas(),
-            hopper=backend == "hopper",
-            **self.options(),
-        )
-
     def post_res(
         self,
         streams: Tensor,
         f: Tensor,
         mappings: Mappings,
         f_bias: Tensor | None = None,
-        reader: Reader | None = None,
+        next_pre: NextPre | None = None,
     ) -> Tensor:
         """Mix the streams and write the sub-layer's output f: [s, b, C] into them; returns [s, b, n*C].
 
         Args:
             mappings: of `forward`. f_bias: [C], which kernels add to f as they read it.
-            reader: what the next connection reads by, so that kernels work ahead for it.
+            next_pre: of the next connection, for which kernels then work ahead.
         """
         s, b, width = f.shape
         f = f.reshape(s * b, width)
@@ -212,11 +207,11 @@ class HyperConnectionModule(MappingParameters):
             x = streams.view(s * b, self.mhc.num_residual_streams, width)
             mixed = reference.post_res(x, f, mappings.h_post, mappings.h_res)
         else:
-            from megatron_mhc.ops import deferred
+            from megatron_mhc.ops import autograd
 
             # A replayed `saved` must not be held by the graph as well.
             linked = self.mhc.boundary != "apart" and not self.mhc.recompute_coefficients
-            mixed = deferred.post_res(f, mappings, f_bias, linked, reader if linked else None)
+            mixed = autograd.post_res(f, mappings, f_bias, linked, next_pre if linked else None)
         return mixed.view(s, b, -1)
 
     # Edges of its graph are taken, which a compiled one does not have.
@@ -227,32 +222,30 @@ class HyperConnectionModule(MappingParameters):
             x = streams.view(*mappings.h_pre.shape, -1)
             u, h_post = reference.mix(x, mappings.h_res), mappings.h_post
         else:
-            from megatron_mhc.ops import deferred
+            from megatron_mhc.ops import autograd
 
-            u, h_post = deferred.mix(mappings)
+            u, h_post = autograd.mix(mappings)
         return u.view(streams.shape), h_post
 
-    def reader(self, streams: Tensor) -> Reader | None:
-        """What the `post_res` in front, of streams: [s, b, n*C], needs to work ahead for this connection."""
-        width = streams.shape[-1] // self.mhc.num_residual_streams
-        if ops.choose_backend(self.mhc, width, streams.dtype, streams.device.type) != "hopper":
-            return Reader(self.mapping_proj()) if self.mhc.boundary == "fused" else None
-        # A data-parallel wrapper gathers parameters just before their module runs (--overlap-param-gather).
-        for hook in self._forward_pre_hooks.values():
-            if hook.__module__ == _DATA_PARALLEL:
-                hook(self, ())
-        return Reader(self.mapping_proj(), (self.bias, self.alphas(), self.options()))
+    def next_pre(self, streams: Tensor) -> NextPre | None:
+        """What the `post_res` in front, of streams: [s, b, n*C], needs to work ahead for this connection.
+
+        None if it may not: without `--mhc-boundary fused`, the bits have to be those of separate kernels.
+        """
+        kernels = self.backend.kernels(streams, streams.shape[-1] // self.mhc.num_residual_streams)
+        if kernels is None or (kernels.post_res_pre is None and self.mhc.boundary != "fused"):
+            return None
+        from megatron_mhc.ops.autograd import NextPre
+
+        if kernels.post_res_pre is not None:  # it reads the bias and the alphas too
+            # A data-parallel wrapper gathers parameters just before a module runs (--overlap-param-gather).
+            for hook in self._forward_pre_hooks.values():
+                if hook.__module__ == _DATA_PARALLEL:
+                    hook(self, ())
+        return NextPre(kernels, self.mapping_proj(), self.bias, self.alphas(), self.options)
 
     def alphas(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.alpha_pre, self.alpha_post, self.alpha_res
-
-    def options(self) -> dict[str, Any]:
-        """What the kernels of `pre` take beside tensors."""
-        return {
-            "norm_eps": self.mhc.norm_eps,
-            "iterations": self.mhc.sinkhorn_iterations,
-            "deepseek_v4": self.mhc.preset == "deepseek_v4",
-        }
 
 
 _built: WeakSet[HyperConnectionModule] = WeakSet()
@@ -266,24 +259,33 @@ def stream_widths() -> set[int]:
 
 def operations() -> list[str]:
     """Which operations the connections of this process run; a line for each kind of streams."""
-    kinds: Counter[tuple[MHCConfig, int, torch.dtype, str]] = Counter()
+    lines: Counter[str] = Counter()
     for module in _built:
+        mhc, width, dtype = module.mhc, module.config.hidden_size, module.config.params_dtype
         device = next((p.device.type for p in module.parameters()), torch.device(module.device).type)
-        kinds[module.mhc, module.config.hidden_size, module.config.params_dtype, device] += 1
-    lines = []
-    for (mhc, width, dtype, device), count in kinds.items():
-        try:
-            chosen = ops.choose_backend(mhc, width, dtype, device)
-        except ValueError as error:  # the first forward pass will raise it
-            chosen = f"none, {error}"
-        if mhc.backend == "auto" and chosen == "reference":
-            obstacle = ops.triton_obstacle(mhc, width, dtype, device) or f"the streams are on {device}"
-            chosen += f", since {obstacle}"
-        if mhc.pp_boundary == "split" and chosen == "hopper":
-            chosen += "; triton in the backward of the last MLP of a pipeline stage that sends streams"
         shape = f"{mhc.num_residual_streams} streams of {width} channels, {dtype}, {device}"
-        lines.append(f"{count} connections of {shape}: {flag('backend')} {mhc.backend} runs {chosen}")
-    return sorted(lines)
+        runs = _runs(module, width, dtype, device)
+        lines[f"connections of {shape}: {flag('backend')} {mhc.backend} runs {runs}"] += 1
+    return sorted(f"{count} {line}" for line, count in lines.items())
+
+
+def _runs(module: HyperConnectionModule, width: int, dtype: torch.dtype, device: str) -> str:
+    mhc = module.mhc
+    try:
+        kernels = module.backend.kernels_of(width, dtype, device)
+    except ValueError as error:  # the first forward pass will raise it
+        return f"none, {error}"
+    if kernels is None:
+        if mhc.backend != "auto":
+            return "reference"
+        obstacle = triton_obstacle(mhc, width, dtype, device) or f"the streams are on {device}"
+        return f"reference, since {obstacle}"
+    runs = kernels.name
+    if kernels.reserves_sms and module.options.reserved_sms:
+        runs += f", which leaves {module.options.reserved_sms} SMs to receives that wait"
+    if mhc.pp_boundary == "split" and not kernels.takes_dh_post:
+        runs += "; triton in the backward of the last MLP of a pipeline stage that sends streams"
+    return runs
 
 
 def check_width(streams: Tensor, expected: int, where: str) -> None:

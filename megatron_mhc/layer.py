@@ -11,7 +11,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
 
-from megatron_mhc import ops, parallel
+from megatron_mhc import parallel
 from megatron_mhc.carried import remember
 from megatron_mhc.chunk import ModelChunks
 from megatron_mhc.config import MHCConfig
@@ -52,9 +52,11 @@ class HyperConnectionTransformerLayer(TransformerLayer):
         super().__init__(config, submodules, layer_number, **kwargs)
         self.mhc = mhc
         first = 2 * (self.layer_number - 1)
-        self.self_attention_hyper_connection = HyperConnectionModule(config, mhc, first)
-        self.mlp_hyper_connection = HyperConnectionModule(config, mhc, first + 1)
-        self.chunk = (chunks or ModelChunks(config, mhc, layers=1)).of(self)
+        chunks = chunks or ModelChunks(config, mhc, layers=1)
+        reserved = chunks.reserved_sms
+        self.self_attention_hyper_connection = HyperConnectionModule(config, mhc, first, reserved)
+        self.mlp_hyper_connection = HyperConnectionModule(config, mhc, first + 1, reserved)
+        self.chunk = chunks.of(self)
         self.sublayers = self.chunk.add(self)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
@@ -74,7 +76,7 @@ class HyperConnectionTransformerLayer(TransformerLayer):
         width, n = self.config.hidden_size, self.mhc.num_residual_streams
         first = self.layer_number == 1
         check_width(hidden_states, width if first else n * width, f"layer {self.layer_number}")
-        return ops.expand(hidden_states, self.mhc) if first else hidden_states
+        return self.self_attention_hyper_connection.backend.expand(hidden_states) if first else hidden_states
 
 
 class InOrder:

@@ -20,17 +20,19 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import MoETransformerLayer, TransformerLayer
 from megatron.core.utils import log_single_rank
 
-from megatron_mhc import hooks, ops, parallel
+from megatron_mhc import hooks, parallel
+from megatron_mhc.backend import choose
 from megatron_mhc.carried import StreamsBlockSubmodules, remember
 from megatron_mhc.chunk import ModelChunk, ModelChunks
 from megatron_mhc.config import MHCConfig, flag, refuse_environment
 from megatron_mhc.diagnostics.training import check_loop, check_writers
 from megatron_mhc.hooks.uses import SPEC_USES
 from megatron_mhc.layer import HyperConnectionTransformerLayer, unsupported_submodule
+from megatron_mhc.pipeline.comm import sms_of_receives
 from megatron_mhc.pipeline.options import check_config
-from megatron_mhc.pipeline.plans import OVERLAPPED
 from megatron_mhc.recompute.chunk import DroppingChunk
 from megatron_mhc.refusals import SPEC_DOOR, refuse
+from megatron_mhc.schedule.plans import OVERLAPPED
 from megatron_mhc.streams import contract_norm_builder
 from megatron_mhc.sublayer import bias_dropout
 
@@ -106,7 +108,7 @@ def wrap_block_spec(
     hooks.require(training=mhc.log_interval > 0)
     remember(config, mhc)
     kind = ModelChunk if mhc.recompute_layer_num == "off" else DroppingChunk
-    chunks = ModelChunks(config, mhc, len(layers), kind)
+    chunks = ModelChunks(config, mhc, len(layers), kind, sms_of_receives(config, mhc))
     return StreamsBlockSubmodules(
         layer_specs=[wrap_layer_spec(layer, mhc, chunks) for layer in layers],
         layer_norm=contract_norm_builder(norm, mhc),  # type: ignore[arg-type]
@@ -147,7 +149,7 @@ class GPTScriptsCallThis:
         hooks.require(schedule=mhc.pipeline_schedule in OVERLAPPED)
         spec = wrap_block_spec(default_layer_spec(model_config, vp_stage), mhc, transformer, vp_stage)
         device = torch.empty(0, device=torch.cuda.current_device()).device.type
-        backend = ops.choose_backend(mhc, transformer.hidden_size, transformer.params_dtype, device)
+        backend = choose(mhc, transformer.hidden_size, transformer.params_dtype, device)
         log_single_rank(logger, logging.INFO, f"mHC: {mhc.to_options()}; operations: {backend}")
         return spec
 

@@ -9,7 +9,7 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from megatron_mhc import ops
+from megatron_mhc.backend import Backend
 from megatron_mhc.checkpoint import take_or_refuse
 from megatron_mhc.checkpoint_keys import compare_arithmetic, decode_arithmetic, encode_arithmetic
 from megatron_mhc.config import MHCConfig
@@ -56,6 +56,7 @@ class ContractNorm(nn.Module):
     def __init__(self, config: TransformerConfig, mhc: MHCConfig, norm: nn.Module):
         super().__init__()
         self.mhc = mhc
+        self.backend = Backend(mhc)
         self.width = config.hidden_size
         self.norm = norm
         self.head = ContractHead(config, mhc) if mhc.contract == "learned_head" else None
@@ -65,7 +66,7 @@ class ContractNorm(nn.Module):
         check_width(streams, n * self.width, "final norm")
         s, b, _ = streams.shape
         x = streams.view(s * b, n, self.width)
-        hidden = ops.contract(x, self.mhc) if self.head is None else self.head(x)
+        hidden = self.backend.contract(x) if self.head is None else self.head(x)
         return self.norm(hidden.view(s, b, self.width))
 
     def get_extra_state(self) -> Tensor:

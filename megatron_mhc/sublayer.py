@@ -119,10 +119,10 @@ class SubLayer:
             work_ahead: the next sub-layer reads what this returns, as it is.
         """
         bias = None if visit.left is None else visit.left.bias
-        reader = None
+        next_pre = None
         if work_ahead and torch.is_grad_enabled():
-            reader = self.chunk.reader_behind(self, visit.streams)
-        return self.connection.post_res(visit.streams, f, visit.mappings, bias, reader)
+            next_pre = self.chunk.next_pre(self, visit.streams)
+        return self.connection.post_res(visit.streams, f, visit.mappings, bias, next_pre)
 
     def leave(self, streams: Tensor) -> tuple[Visit, Tensor, Tensor]:
         """`pre` where a pipeline stage ends in the midst of this sub-layer.

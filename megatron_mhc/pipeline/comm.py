@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 from torch import Tensor
 
-from megatron_mhc.ops.hopper import compile as hopper
+from megatron_mhc.config import MHCConfig
 from megatron_mhc.pipeline import loading
-from megatron_mhc.pipeline.program import UP_MESSAGES, Message, Plan, channel
 from megatron_mhc.pipeline.streams import HostStreams
+from megatron_mhc.schedule.plans import OVERLAPPED
+from megatron_mhc.schedule.program import UP_MESSAGES, Message, Plan, channel
 
 DEFAULT_TIMEOUT = timedelta(minutes=10)  # Megatron's --distributed-timeout-minutes
 NAMES = ("forward", "backward")
@@ -55,11 +57,20 @@ def channels_of(pp_group: Any) -> Channels:
     dist.all_gather_object(pipelines, tuple(dist.get_process_group_ranks(pp_group)))
     hosts = _make(pipelines, "gloo", timeout) if loading.pends_on_device(backend) else None
     channels = _make(pipelines, backend, timeout, hosts)
-    if backend == "nccl":
-        hopper.hold(PENDING * int(os.environ.get("NCCL_MAX_CTAS") or CTAS))
     _connect(channels)
     _channels.append((pp_group, channels))
     return channels
+
+
+def sms_of_receives(config: Any, mhc: MHCConfig) -> int:
+    """SMs of a GPU that the receives of the overlapping schedules hold while they wait."""
+    if mhc.pipeline_schedule not in OVERLAPPED or config.pipeline_model_parallel_size == 1:
+        return 0
+    # A training loop may have groups of its own, or none yet.
+    group = parallel_state.get_pipeline_model_parallel_group(check_initialized=False)
+    if not dist.is_initialized() or dist.get_backend(group) != "nccl":
+        return 0
+    return PENDING * int(os.environ.get("NCCL_MAX_CTAS") or CTAS)
 
 
 def _make(pipelines: list[Any], backend: str, timeout: timedelta, hosts: Channels | None = None) -> Channels:

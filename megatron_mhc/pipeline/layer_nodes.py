@@ -210,9 +210,9 @@ class NodeByNode:
         """The current stream reads tensors, the mappings' own, and what the dispatcher keeps."""
         mappings = visit.mappings
         if isinstance(mappings, reference.Coefficients):
-            own: tuple[Any, ...] = tuple(mappings)
+            own: tuple[Tensor, ...] = tuple(mappings)
         else:
-            own = (mappings.values, *mappings.rest)
+            own = mappings.read_by_post_res()
         self._used(*tensors, *own, *(_kept(layer) if layer.is_moe_layer else ()))
 
 

@@ -6,7 +6,8 @@ u and h_post follow from x', the streams in front of the chunk's last MLP. `Stag
 hands u out before that MLP and [f, h_post] after it, and goes backward through the MLP with df alone.
 `StageEntry`, on the next stage, forms u + h_post^T f, and df and dh_post from dx.
 
-The kernels of `ops.split` do that wherever kernels serve the other connections, plain torch elsewhere.
+The kernels of `ops.triton.stage_ends` do that wherever kernels serve the other connections, plain torch
+elsewhere.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from megatron_mhc.config import MHCConfig
+from megatron_mhc.backend import Backend
 from megatron_mhc.layer import HyperConnectionTransformerLayer, InOrder
-from megatron_mhc.ops import choose_backend, reference
+from megatron_mhc.ops import reference
 from megatron_mhc.pipeline.edges import backward, edge_of
 from megatron_mhc.sublayer import Call, SubLayer
 
@@ -99,19 +100,18 @@ class StageEntry:
 
     Args:
         u: [s, b, n*C]; written: `pack(f, h_post)`; width: C.
-        mhc: options of the stage's connections; without them, kernels as under --mhc-backend auto.
+        backend: of the stage's streams.
     """
 
-    def __init__(self, u: Tensor, written: Tensor, width: int, mhc: MHCConfig | None = None):
+    def __init__(self, u: Tensor, written: Tensor, width: int, backend: Backend):
         self._written, self._width = written, width
-        mhc = mhc or MHCConfig(num_residual_streams=u.shape[-1] // width)
-        self._kernels = choose_backend(mhc, width, u.dtype, u.device.type) != "reference"
+        self._kernels = backend.kernels(u, width) is not None
         f, h_post = self._arrived()
         x = u.view(f.shape[0], u.shape[-1] // width, width)
         if self._kernels:
-            from megatron_mhc.ops import split  # imports triton, which a CPU may lack
+            from megatron_mhc.ops.triton import stage_ends  # imports triton, which a CPU may lack
 
-            self.streams = split.write(x, f, h_post).view(u.shape)
+            self.streams = stage_ends.write(x, f, h_post).view(u.shape)
         else:
             self.streams = reference.write(x, f, h_post).view(u.shape)
 
@@ -122,10 +122,10 @@ class StageEntry:
         if not self._kernels:
             df, dh_post = reference.write_backward(g, f, h_post)
             return pack(df.view(*dx.shape[:2], self._width), dh_post)
-        from megatron_mhc.ops import split
+        from megatron_mhc.ops.triton import stage_ends
 
         message = torch.empty_like(self._written)
-        split.write_backward(g, f, h_post, *_places(message, self._width))
+        stage_ends.write_backward(g, f, h_post, *_places(message, self._width))
         return message
 
     def _arrived(self) -> tuple[Tensor, Tensor]:

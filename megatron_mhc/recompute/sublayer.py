@@ -96,7 +96,7 @@ class DroppingSubLayer(SubLayer):
         if isinstance(coefficients, reference.Coefficients):
             mixed = reference.post_res(x, f, coefficients.h_post, coefficients.h_res)
         else:
-            from megatron_mhc.ops.post_res import post_res_forward  # imports triton
+            from megatron_mhc.ops.triton.post_res import post_res_forward  # imports triton
 
             mixed = post_res_forward(x, f.contiguous(), coefficients, f_bias)
         return mixed.view(s, b, -1)
@@ -106,7 +106,7 @@ def coefficients_of(mappings: Mappings) -> reference.Coefficients | Tensor:
     """What a replay needs, detached; [T, n*n + 2n] of the Triton operations."""
     if isinstance(mappings, reference.Coefficients):
         return reference.Coefficients(*(h.detach() for h in mappings))
-    return mappings.values
+    return mappings.coefficients
 
 
 @torch.compiler.disable
@@ -186,7 +186,7 @@ class Dropped(Left):
 
     def _replay_row(self, x: Tensor, behind: Sequence[Replayed]) -> tuple[int, Tensor | None]:
         """As many connections as one launch takes, from the coefficients that they kept."""
-        from megatron_mhc.ops import replay  # imports triton
+        from megatron_mhc.ops.triton import replay  # imports triton
 
         row, n = [self], self.sublayer.connection.mhc.num_residual_streams
         for sublayer in behind[: replay.at_once(n) - 1]:

@@ -6,7 +6,7 @@ from harness import Layout
 from pipeline import compare_all, interleaved, reference_of
 
 from megatron_mhc import MHCConfig
-from megatron_mhc.ops import split
+from megatron_mhc.ops.triton import stage_ends
 
 KERNELS = ("mix", "write", "write_backward")
 LAYERS, COUNT = 2, 2
@@ -25,7 +25,7 @@ def counted(layout, kind, mhc, expected):
         return call
 
     for name in KERNELS:
-        setattr(split, name, count(name, getattr(split, name)))
+        setattr(stage_ends, name, count(name, getattr(stage_ends, name)))
     overrides = dict(num_layers=LAYERS, params_dtype=torch.float32, pipeline_dtype=torch.float32)
     return compare_all(layout, kind, [(mhc, COUNT * layout.ep, expected)], overrides)[0], ran
 

@@ -250,7 +250,7 @@ def test_stock_megatron_drops_the_streams_of_a_state_dict_unseen(run_ranks):
         from megatron_mhc import hooks
 
         state = gpt.build(FOUR).state_dict()
-        hooks._handle.revert()
+        hooks.revert_all()
         gpt.build().load_state_dict(state, strict=False)
 
     run_ranks(1, attempt)

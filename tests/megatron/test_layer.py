@@ -239,13 +239,13 @@ def test_connections_in_a_row_are_linked_within_and_across_layers(run_ranks, var
     """Same loss and gradients, bit for bit, and only `own` of the four df come from a launch of their own."""
 
     def both():
-        from megatron_mhc.ops import deferred
+        from megatron_mhc.ops import autograd
 
         options = MHCConfig(init="uniform", init_gating_factor=0.5, backend="triton", **mhc)
-        calls, results, original, find = [], [], deferred.post_backward, deferred._written
-        deferred.post_backward = lambda *args: (calls.append(args), original(*args))[1]
+        calls, results, original, find = [], [], autograd.post_backward, autograd._link_of
+        autograd.post_backward = lambda *args: (calls.append(args), original(*args))[1]
         for linked in (False, True):
-            deferred._written = find if linked else lambda x: None
+            autograd._link_of = find if linked else lambda x: None
             calls.clear()
             results.append(gpt.forward_backward(gpt.build(options, **VARIANTS[variant])))
         return *results, len(calls)
@@ -313,7 +313,7 @@ def test_a_fused_boundary_projects_ahead_within_and_across_layers(run_ranks, var
     """bf16: loss and gradients as by the separate kernels, to rounding; `own` separate projections."""
 
     def both():
-        from megatron_mhc.ops import pre
+        from megatron_mhc.ops.triton import pre
 
         calls, results, original = [], [], pre._project
         pre._project = lambda *args: (calls.append(args), original(*args))[1]

@@ -75,7 +75,7 @@ def test_blocks_longer_than_a_launch_match_bit_for_bit(run_ranks):
     """Five connections in a block, two in a launch of the Triton replay."""
 
     def compare():
-        from megatron_mhc.ops import replay
+        from megatron_mhc.ops.triton import replay
 
         replay.at_once = lambda n: 2
         options = LIVELY | dict(backend="triton")

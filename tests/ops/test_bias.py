@@ -4,9 +4,12 @@ import pytest
 import torch
 from test_triton import DEVICE, ON_GPU, inputs
 
-from megatron_mhc.ops import deferred, replay
-from megatron_mhc.ops.link import Reader
-from megatron_mhc.ops.post_res import post_res_forward
+from megatron_mhc.ops import autograd
+from megatron_mhc.ops.autograd import NextPre
+from megatron_mhc.ops.kernels import TRITON
+from megatron_mhc.ops.options import Options
+from megatron_mhc.ops.triton import replay
+from megatron_mhc.ops.triton.post_res import post_res_forward
 
 CASES = [
     (5, 4, 48, torch.float32),
@@ -16,6 +19,7 @@ CASES = [
     (3, 8, 16, torch.float32),
     (0, 4, 32, torch.bfloat16),
 ]
+OPTIONS = Options(1e-6, 20, False)
 if ON_GPU:
     CASES += [(4096, 4, 2560, torch.bfloat16), (333, 2, 272, torch.bfloat16), (130, 8, 1024, torch.float16)]
 
@@ -46,14 +50,11 @@ def run(case, fold, linked=True, ahead=False):
     f_bias = eighths(bias_like(f)).requires_grad_()
     out = x
     for k in range(2):
-        layer_input, mappings = deferred.pre(
-            out, weight, bias, tuple(alphas), norm_eps=1e-6, iterations=20, deepseek_v4=False
-        )
+        layer_input, mappings = autograd.pre(out, weight, bias, tuple(alphas), OPTIONS)
         raw = eighths(f if k == 0 else layer_input)
         raw = raw if fold else raw + f_bias
-        out = deferred.post_res(
-            raw, mappings, f_bias if fold else None, linked=linked, reader=Reader(weight) if ahead else None
-        )
+        next_pre = NextPre(TRITON, weight, bias, tuple(alphas), OPTIONS) if ahead else None
+        out = autograd.post_res(raw, mappings, f_bias if fold else None, linked, next_pre)
     g = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
     leaves = [x, weight, bias, *alphas, f, f_bias]
     return [out, *torch.autograd.grad(out, leaves, g)]
@@ -70,11 +71,9 @@ def test_a_bias_that_post_res_adds_has_the_bits_of_one_added_before(case, option
 
 def test_a_bias_without_a_gradient_gets_none():
     x, weight, bias, *alphas, f = (t.clone().requires_grad_() for t in inputs(3, 2, 16, torch.float32))
-    _, mappings = deferred.pre(
-        x, weight, bias, tuple(alphas), norm_eps=1e-6, iterations=20, deepseek_v4=False
-    )
+    _, mappings = autograd.pre(x, weight, bias, tuple(alphas), OPTIONS)
     f_bias = bias_like(f)
-    deferred.post_res(f, mappings, f_bias).square().sum().backward()
+    autograd.post_res(f, mappings, f_bias).square().sum().backward()
     assert f_bias.grad is None and f.grad is not None
 
 

@@ -4,15 +4,18 @@ import pytest
 import torch
 from test_triton import DEVICE, ON_GPU, error, inputs, reference_connection
 
-from megatron_mhc.ops import boundary, deferred, reference
-from megatron_mhc.ops.link import Reader
-from megatron_mhc.ops.post_res import post_res_forward
+from megatron_mhc.ops import autograd, reference
+from megatron_mhc.ops.autograd import NextPre
+from megatron_mhc.ops.kernels import HOPPER, TRITON
+from megatron_mhc.ops.options import Options
+from megatron_mhc.ops.triton.post_res import post_res_forward
+from megatron_mhc.ops.triton.post_res_project import post_res_project
 
 CASES = [(5, 4, 48, False), (17, 4, 80, True), (9, 2, 32, False), (3, 1, 16, False), (0, 4, 32, False)]
 if ON_GPU:
     CASES += [(4096, 4, 2560, False), (1000, 4, 4096, True), (257, 2, 1040, False), (70, 1, 272, False)]
 BF16 = torch.bfloat16
-OPTIONS = dict(norm_eps=1e-6, iterations=20, deepseek_v4=False)
+OPTIONS = Options(1e-6, 20, False)
 # The interpreter truncates to bf16 where a GPU rounds.
 STREAM, COEFFICIENT = (5e-3, 1e-3) if ON_GPU else (1e-2, 2e-2)
 
@@ -21,7 +24,7 @@ STREAM, COEFFICIENT = (5e-3, 1e-3) if ON_GPU else (1e-2, 2e-2)
 def test_output_has_the_bits_of_post_res_and_the_parts_are_its_projection(tokens, n, channels, v4):
     x, weight, _, *_, f = inputs(tokens, n, channels, BF16)
     mappings = torch.rand(tokens, n * n + 2 * n, generator=torch.Generator().manual_seed(3)).to(DEVICE)
-    out, parts = boundary.post_res_project(x, f, mappings, weight)
+    out, parts = post_res_project(x, f, mappings, weight)
     assert torch.equal(out, post_res_forward(x, f, mappings))
     exact = out.double().view(tokens, n * channels)
     assert error(parts[..., :-1].sum(0), exact @ weight.double().T) <= 2e-5
@@ -40,9 +43,9 @@ def chain(tensors, ahead):
             layer_input, mixed, h = reference_connection(out, weight, bias, *alphas, f, False)
             out = reference.post_res(out, f + layer_input, h.h_post, h.h_res)
             continue
-        layer_input, mappings = deferred.pre(out, weight, bias, tuple(alphas), **OPTIONS)
-        reader = Reader(weight, (bias, tuple(alphas), OPTIONS) if ahead == "all" else None)
-        out = deferred.post_res(f + layer_input, mappings, reader=reader if ahead else None)
+        layer_input, mappings = autograd.pre(out, weight, bias, tuple(alphas), OPTIONS)
+        next_pre = NextPre(HOPPER if ahead == "all" else TRITON, weight, bias, tuple(alphas), OPTIONS)
+        out = autograd.post_res(f + layer_input, mappings, next_pre=next_pre if ahead else None)
     g = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     return [out, *torch.autograd.grad(out, leaves, g.to(out.dtype))]
 
@@ -50,7 +53,7 @@ def chain(tensors, ahead):
 @pytest.fixture
 def projections(monkeypatch):
     """Counts the launches of the separate projection."""
-    from megatron_mhc.ops import pre
+    from megatron_mhc.ops.triton import pre
 
     made, original = [], pre._project
     monkeypatch.setattr(pre, "_project", lambda *args: (made.append(args), original(*args))[1])
@@ -91,10 +94,9 @@ def test_a_projection_is_taken_for_the_very_values_it_was_made_of(projections, b
     x, weight, bias, *alphas, _ = inputs(5, 4, 48, BF16)
     x.requires_grad_()
     for _ in range(2):
-        layer_input, mappings = deferred.pre(
-            x, weight, bias, tuple(alphas), norm_eps=1e-6, iterations=20, deepseek_v4=False
-        )
-        x = between(deferred.post_res(layer_input, mappings, reader=Reader(weight)), weight)
+        layer_input, mappings = autograd.pre(x, weight, bias, tuple(alphas), OPTIONS)
+        next_pre = NextPre(TRITON, weight, bias, tuple(alphas), OPTIONS)
+        x = between(autograd.post_res(layer_input, mappings, next_pre=next_pre), weight)
     assert len(projections) == launches
 
 

@@ -6,9 +6,13 @@ import pytest
 import torch
 from test_triton import ON_GPU, inputs
 
-from megatron_mhc.ops import deferred, library, reference
+from megatron_mhc import MHCConfig
+from megatron_mhc.backend import choose
+from megatron_mhc.ops import autograd, compiled, reference
+from megatron_mhc.ops.options import Options
 from megatron_mhc.testing import ranks
 
+MHC = MHCConfig()
 CASES = [
     (5, 4, 48, torch.float32, False),
     (7, 4, 80, torch.bfloat16, True),
@@ -37,10 +41,8 @@ def broken(layer_input, f):
 def connections(x, weight, bias, a_pre, a_post, a_res, f, v4, branch=sublayer):
     """Two connections in a row around `branch`."""
     for _ in range(2):
-        layer_input, mappings = deferred.pre(
-            x, weight, bias, (a_pre, a_post, a_res), norm_eps=1e-6, iterations=20, deepseek_v4=v4
-        )
-        x = deferred.post_res(branch(layer_input, f), mappings)
+        layer_input, mappings = autograd.pre(x, weight, bias, (a_pre, a_post, a_res), Options(1e-6, 20, v4))
+        x = autograd.post_res(branch(layer_input, f), mappings)
     return layer_input, x
 
 
@@ -106,10 +108,10 @@ def test_one_operation_compiled_and_the_other_not(compiled_pre):
     tensors = inputs(*CASES[0][:4])
 
     def pre(x, weight, bias, *alphas):
-        return deferred.pre(x, weight, bias, alphas, norm_eps=1e-6, iterations=20, deepseek_v4=False)
+        return autograd.pre(x, weight, bias, alphas, Options(1e-6, 20, False))
 
     def write(layer_input, f, mappings):
-        return deferred.post_res(sublayer(layer_input, f), mappings)
+        return autograd.post_res(sublayer(layer_input, f), mappings)
 
     def run(*leaves, mixed=True):
         compile_ = functools.partial(optimize, fullgraph=False)
@@ -131,12 +133,24 @@ def test_one_graph_serves_any_number_of_tokens():
     assert graphs() == 1
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@apart
+def test_the_choice_of_a_back_end_is_traced(dtype):
+    """With all that it asks: the kernels' capabilities, the machine, and words for what cannot serve."""
+
+    def run(x):
+        return x + len(choose(MHC, x.shape[-1], x.dtype, "cuda"))
+
+    x = torch.zeros(1, 32, dtype=dtype)
+    assert torch.equal(optimize(run)(x), run(x))
+
+
 @apart
 def test_a_layer_input_alone_has_its_gradient():
     tensors = inputs(*CASES[0][:4])[:-1]
 
     def run(x, weight, bias, *alphas):
-        return deferred.pre(x, weight, bias, alphas, norm_eps=1e-6, iterations=20, deepseek_v4=False)[:1]
+        return autograd.pre(x, weight, bias, alphas, Options(1e-6, 20, False))[:1]
 
     same(results(optimize(run), tensors), results(run, tensors))
 
@@ -146,8 +160,8 @@ def test_a_second_post_res_is_refused():
     x, weight, bias, *alphas, f = inputs(*CASES[0][:4])
 
     def run():
-        _, mappings = deferred.pre(x, weight, bias, alphas, norm_eps=1e-6, iterations=20, deepseek_v4=False)
-        return deferred.post_res(f, mappings) + deferred.post_res(f, mappings)
+        _, mappings = autograd.pre(x, weight, bias, alphas, Options(1e-6, 20, False))
+        return autograd.post_res(f, mappings) + autograd.post_res(f, mappings)
 
     with pytest.raises(Exception, match="post_res was called twice"):
         optimize(run, fullgraph=False)()
@@ -161,17 +175,18 @@ def test_ops_hold_what_torch_asks_of_custom_ops(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "new_empty_strided", lambda *args: new(*args).fill_(0))
     *tensors, f = inputs(3, 4, 32, torch.float32)
     x, weight, bias, *alphas = leaves = [t.requires_grad_() for t in tensors]
-    torch.library.opcheck(library.pre, (*leaves, 1e-6, 20, False, False))
-    layer_input, g_tunnel, f_tunnel, saved, values = (
-        t.detach() for t in library.pre(*leaves, 1e-6, 20, False, False)
-    )
+    settings = 1e-6, 20, False, 0, "triton"
+    torch.library.opcheck(compiled.pre, (*leaves, *settings))
+    layer_input, g_tunnel, f_tunnel, saved, values = (t.detach() for t in compiled.pre(*leaves, *settings))
     tunnels = g_tunnel.requires_grad_(), f_tunnel.requires_grad_()
-    torch.library.opcheck(library.post_res, (*tunnels, x, f.requires_grad_(), values, saved, bias, alphas[1]))
+    torch.library.opcheck(
+        compiled.post_res, (*tunnels, x, f.requires_grad_(), values, saved, bias, alphas[1])
+    )
     g = torch.randn_like(x)
     plain = [t.detach() for t in leaves]
-    torch.library.opcheck(library._post_backward, (g, saved, plain[2], plain[4]))
+    torch.library.opcheck(compiled._post_backward, (g, saved, plain[2], plain[4]))
     torch.library.opcheck(
-        library._pre_backward, (plain[0], g, f.detach(), layer_input, *plain[1:], saved, 20, False, False)
+        compiled._pre_backward, (plain[0], g, f.detach(), layer_input, *plain[1:], saved, *settings)
     )
 
 

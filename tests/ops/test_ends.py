@@ -8,8 +8,10 @@ import torch
 from test_triton import CASES, DEVICE, STREAM, error
 from test_triton import poisoned as poisoned  # buffers start as NaN
 
-from megatron_mhc import MHCConfig, ops
-from megatron_mhc.ops import ends, reference
+from megatron_mhc import MHCConfig
+from megatron_mhc.backend import Backend
+from megatron_mhc.ops import reference
+from megatron_mhc.ops.triton import expand_contract
 
 SHAPES = [(tokens, n, channels, dtype) for tokens, n, channels, dtype, v4 in CASES if not v4]
 
@@ -32,7 +34,7 @@ def both(ours, theirs, x, g):
 @pytest.mark.parametrize("tokens, n, channels, dtype", SHAPES)
 def test_expand_and_its_gradient_match_float64(tokens, n, channels, dtype):
     x, g = drawn(dtype, (tokens, 1, channels), (tokens, 1, n * channels))
-    errors = both(lambda t: ends.expand(t, n), lambda t: reference.expand(t, n), x, g)
+    errors = both(lambda t: expand_contract.expand(t, n), lambda t: reference.expand(t, n), x, g)
     assert errors[0] == 0 and errors[1] <= STREAM[dtype]
 
 
@@ -40,29 +42,29 @@ def test_expand_and_its_gradient_match_float64(tokens, n, channels, dtype):
 @pytest.mark.parametrize("tokens, n, channels, dtype", SHAPES)
 def test_contract_and_its_gradient_match_float64(tokens, n, channels, dtype, how):
     x, g = drawn(dtype, (tokens, n, channels), (tokens, channels))
-    errors = both(lambda t: ends.contract(t, how), lambda t: reference.contract(t, how), x, g)
+    errors = both(lambda t: expand_contract.contract(t, how), lambda t: reference.contract(t, how), x, g)
     assert errors[0] <= STREAM[dtype] and errors[1] <= STREAM[dtype]
 
 
 def test_hidden_states_that_are_no_contiguous_rows():
     (x,) = drawn(torch.float32, (3, 5, 32))
     turned = x.transpose(0, 1)
-    assert torch.equal(ends.expand(turned, 4), reference.expand(turned, 4))
+    assert torch.equal(expand_contract.expand(turned, 4), reference.expand(turned, 4))
     g = torch.ones(1, device=DEVICE).expand(5, 3, 128)
     leaf = turned.detach().clone().requires_grad_()
-    ends.expand(leaf, 4).backward(g)
+    expand_contract.expand(leaf, 4).backward(g)
     assert torch.equal(leaf.grad, torch.full_like(leaf, 4.0))
 
 
 @pytest.mark.parametrize("backend, kernels", [("triton", True), ("reference", False)])
 def test_the_backend_chooses_who_runs(monkeypatch, backend, kernels):
     ran = []
-    spread, gather = ends.spread, ends.gather
-    monkeypatch.setattr(ends, "spread", lambda *a: ran.append("spread") or spread(*a))
-    monkeypatch.setattr(ends, "gather", lambda *a: ran.append("gather") or gather(*a))
-    mhc = MHCConfig(num_residual_streams=4, backend=backend)
+    spread, gather = expand_contract.spread, expand_contract.gather
+    monkeypatch.setattr(expand_contract, "spread", lambda *a: ran.append("spread") or spread(*a))
+    monkeypatch.setattr(expand_contract, "gather", lambda *a: ran.append("gather") or gather(*a))
+    ends = Backend(MHCConfig(num_residual_streams=4, backend=backend))
     (x,) = drawn(torch.float32, (3, 2, 32))
-    streams = ops.expand(x, mhc)
-    hidden = ops.contract(streams.view(6, 4, 32), mhc)
+    streams = ends.expand(x)
+    hidden = ends.contract(streams.view(6, 4, 32))
     torch.testing.assert_close(hidden.view_as(x), x)
     assert ran == (["spread", "gather"] if kernels else [])

@@ -15,10 +15,13 @@ from test_linked import run as linked
 from test_triton import COEFFICIENT, DEVICE, ON_GPU, STREAM, compare, error, inputs, triton_connection
 from test_triton import poisoned as poisoned  # buffers start as NaN here too
 
-from megatron_mhc import MHCConfig, ops
-from megatron_mhc.ops import deferred
+from megatron_mhc import MHCConfig
+from megatron_mhc.backend import choose
+from megatron_mhc.ops import autograd
 from megatron_mhc.ops.hopper import pre, pre_backward
-from megatron_mhc.ops.post_res import post_res_forward
+from megatron_mhc.ops.kernels import HOPPER, TRITON
+from megatron_mhc.ops.options import Options
+from megatron_mhc.ops.triton.post_res import post_res_forward
 
 BF16 = torch.bfloat16
 ON_HOPPER = ON_GPU and torch.cuda.get_device_capability() == (9, 0)
@@ -32,13 +35,13 @@ ALPHA = 1e-2  # d alpha is one number, and a sum in which much cancels: most sha
 
 @pytest.fixture(autouse=True)
 def by_hopper(monkeypatch):
-    monkeypatch.setattr(deferred, "pre", functools.partial(deferred.pre, hopper=True))
+    monkeypatch.setattr(autograd, "pre", functools.partial(autograd.pre, kernels=HOPPER))
 
 
 @pytest.fixture
 def by_triton(monkeypatch, by_hopper):
     """Call it to go back to Triton."""
-    return lambda: monkeypatch.setattr(deferred, "pre", deferred.pre.func)
+    return lambda: monkeypatch.setattr(autograd, "pre", autograd.pre.func)
 
 
 def check(errors):
@@ -65,7 +68,7 @@ def same(got, want):
 
 
 def test_auto_takes_them():
-    assert ops.choose_backend(MHCConfig(), 4096, BF16, "cuda") == "hopper"
+    assert choose(MHCConfig(), 4096, BF16, "cuda") == "hopper"
 
 
 @pytest.mark.parametrize("v4", [False, True])
@@ -111,8 +114,8 @@ def test_a_bias_of_f_gives_what_an_addition_before_gives(tokens, channels, linke
 @pytest.mark.parametrize("v4", [False, True])
 @pytest.mark.parametrize("tokens, channels", SHAPES)
 def test_linked_connections_give_the_gradients_of_unlinked_ones(monkeypatch, tokens, channels, v4):
-    made, original = [], deferred.post_backward
-    monkeypatch.setattr(deferred, "post_backward", lambda *args: (made.append(0), original(*args))[1])
+    made, original = [], autograd.post_backward
+    monkeypatch.setattr(autograd, "post_backward", lambda *args: (made.append(0), original(*args))[1])
     case = (tokens, 4, channels, BF16, v4)
     want = linked(case, linked=False)
     assert len(made) == 2
@@ -137,27 +140,28 @@ def test_mixed_streams_have_the_bits_of_post_res_and_are_read_as_by_pre(tokens, 
 
 def check_mixed(tokens, channels, v4=False):
     x, weight, bias, *alphas, f = inputs(tokens, 4, channels, BF16)
-    options = dict(norm_eps=1e-6, iterations=20, deepseek_v4=v4)
-    _, _, before = pre.pre_forward(x, weight.flip(0).contiguous(), bias, tuple(alphas), **options)
+    options = Options(1e-6, 20, v4)
+    _, _, before = pre.pre_forward(x, weight.flip(0).contiguous(), bias, tuple(alphas), options)
     for f_bias in (None, torch.randn(channels, device=DEVICE).to(BF16)):
-        made = pre.post_res_pre(x, f, before, f_bias, weight, bias, tuple(alphas), **options)
+        made = pre.post_res_pre(x, f, before, f_bias, weight, bias, tuple(alphas), options)
         streams = post_res_forward(x, f, before, f_bias)
-        same(made, [streams, *pre.pre_forward(streams, weight, bias, tuple(alphas), **options)])
+        same(made, [streams, *pre.pre_forward(streams, weight, bias, tuple(alphas), options)])
 
 
 @pytest.mark.parametrize("back", [False, True])
 @pytest.mark.parametrize("tokens, channels", SHAPES[2:5])
 def test_one_way_by_these_kernels_and_the_other_by_tritons(monkeypatch, tokens, channels, back):
     """`saved` has one format."""
-    mixed = ops.pre_kernels(not back)[0], ops.pre_kernels(back)[1]
-    monkeypatch.setattr(deferred, "pre_kernels", lambda hopper: mixed)
+    there, back_again = (TRITON, HOPPER) if back else (HOPPER, TRITON)
+    mixed = there._replace(pre_backward=back_again.pre_backward)
+    monkeypatch.setattr(autograd, "pre", functools.partial(autograd.pre.func, kernels=mixed))
     check(compare(inputs(tokens, 4, channels, BF16), BF16, False))
 
 
 @pytest.mark.parametrize("tokens, channels", [*SHAPES[:3], (4096, 2560), (333, 1040)])
 def test_a_replay_has_the_bits_of_the_forward_pass(monkeypatch, tokens, channels):
     """Recompute writes layer inputs again from the coefficients, by a Triton kernel."""
-    monkeypatch.setattr(test_replay, "pre_forward", ops.pre_kernels(True)[0])
+    monkeypatch.setattr(test_replay, "pre_forward", pre.pre_forward)
     case = (tokens, 4, channels, BF16, 3)
     test_replay.test_streams_and_layer_inputs_have_the_bits_of_the_forward_pass(case, True)
 

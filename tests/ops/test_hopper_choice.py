@@ -1,6 +1,7 @@
 """That `hopper` calls the kernels of `ops/hopper`, where Triton's stand for them; how channels are cut."""
 
 import functools
+import types
 
 import pytest
 import torch
@@ -10,10 +11,13 @@ from test_compile import apart, connections, optimize, results, same
 from test_linked import run as linked
 from test_triton import DEVICE, inputs
 
-from megatron_mhc import MHCConfig, ops
+import megatron_mhc.backend
+from megatron_mhc import MHCConfig
 from megatron_mhc.hyper_connection import HyperConnectionModule
-from megatron_mhc.ops import deferred
+from megatron_mhc.ops import autograd
 from megatron_mhc.ops.hopper import compile, pre, pre_backward
+from megatron_mhc.ops.kernels import BY_NAME, HOPPER, TRITON
+from megatron_mhc.ops.options import Options
 
 BF16 = torch.bfloat16
 CASE = (5, 4, 48, BF16)
@@ -32,14 +36,14 @@ def calls(monkeypatch):
 
         return call
 
-    for module, original in zip((pre, pre_backward), ops.pre_kernels(False), strict=True):
-        monkeypatch.setattr(module, original.__name__, counted(original))
+    functions = {name: counted(getattr(TRITON, name)) for name in ("pre_forward", "pre_backward")}
+    monkeypatch.setitem(BY_NAME, "hopper", HOPPER._replace(**functions))
     return made
 
 
 @pytest.fixture
-def by_hopper(monkeypatch):
-    monkeypatch.setattr(deferred, "pre", functools.partial(deferred.pre, hopper=True))
+def by_hopper(monkeypatch, calls):
+    monkeypatch.setattr(autograd, "pre", functools.partial(autograd.pre, kernels=BY_NAME["hopper"]))
 
 
 @pytest.mark.parametrize("links", [True, False])
@@ -58,9 +62,9 @@ def test_a_projection_made_ahead_is_tritons(calls, by_hopper):
 
 def test_the_backward_of_another_dtype_of_f_is_tritons(calls, by_hopper):
     x, weight, bias, *alphas, f = (t.requires_grad_() for t in inputs(*CASE))
-    options = dict(norm_eps=1e-6, iterations=20, deepseek_v4=False)
-    _, mappings = deferred.pre(x, weight, bias, tuple(alphas), **options)
-    deferred.post_res(f.float(), mappings).sum().backward()
+    options = Options(1e-6, 20, False)
+    _, mappings = autograd.pre(x, weight, bias, tuple(alphas), options)
+    autograd.post_res(f.float(), mappings).sum().backward()
     assert calls == ["pre_forward"] and x.grad.isfinite().all()
 
 
@@ -79,7 +83,7 @@ def test_a_connection_says_which_it_wants(monkeypatch, calls, backend, count):
         num_layers=1, hidden_size=48, num_attention_heads=2, use_cpu_initialization=True
     )
     connection = HyperConnectionModule(config, MHCConfig(), 0).to(DEVICE)
-    monkeypatch.setattr(ops, "choose_backend", lambda *args: backend)
+    monkeypatch.setattr(megatron_mhc.backend, "choose", lambda *args: backend)
     streams = torch.randn(5, 1, 4 * 48).to(DEVICE, BF16).requires_grad_()
     layer_input, mappings = connection(streams)
     connection.post_res(streams, layer_input, mappings).sum().backward()
@@ -109,21 +113,37 @@ def test_layout_of_more_channels_than_blocks_is_refused():
     assert compile.layout(100, 4096, 128, 32, 8).groups == 1
 
 
-def test_layout_leaves_multiprocessors_to_those_that_hold_them(monkeypatch):
+def test_layout_leaves_reserved_sms_to_others():
     free = {channels: compile.layout(8192, channels, 256, 132, 16) for channels in (2560, 4096, 7168)}
-    monkeypatch.setattr(compile, "_held", 0)  # and back to what it was
-    compile.hold(8)
     for channels, before in free.items():
-        after = compile.layout(8192, channels, 256, 132, 16)
+        after = compile.layout(8192, channels, 256, 132, 16, reserved=8)
         assert after.slices * after.groups <= 124 and after.groups >= before.groups - 1
     # Where a row takes more than the rest it has what it needs; where it cannot be had, the same error.
-    assert compile.layout(100, 16384, 128, 132, 8) == compile.Layout(128, 128, 1)
+    assert compile.layout(100, 16384, 128, 132, 8, 8) == compile.Layout(128, 128, 1)
     with pytest.raises(ValueError, match="4096 channels need more than 31 blocks of 128"):
-        compile.layout(100, 4096, 128, 31, 8)
+        compile.layout(100, 4096, 128, 31, 8, 8)
+
+
+@pytest.mark.parametrize("reserved", [0, 8])
+def test_each_launch_leaves_the_sms_that_its_connection_reserves(monkeypatch, reserved):
+    """Two connections in one process, of which one is in a pipeline."""
+    blocks = []
+    launches = types.SimpleNamespace(launch=lambda count, *_: blocks.append(count))
+    for module in (pre, pre_backward):
+        monkeypatch.setattr(module, "kernel", lambda *_, **defines: launches)
+        monkeypatch.setattr(module, "tensor_map", lambda *_: None)
+        monkeypatch.setattr(module, "multiprocessors", lambda _: 132)
+    x, f = torch.empty(4096, 4, 512, dtype=BF16), torch.empty(4096, 512, dtype=BF16)
+    weight, bias, alphas = torch.empty(24, 2048), torch.empty(24), (torch.empty(1),) * 3
+    for options in (Options(1e-6, 20, False, reserved), Options(1e-6, 20, False)):
+        _, saved, before = pre.pre_forward(x, weight, bias, alphas, options)
+        pre.post_res_pre(x, f, before, None, weight, bias, alphas, options)
+        pre_backward.pre_backward(x, x, f, f, weight, bias, alphas, saved, options)
+    assert blocks == [132 - reserved] * 3 + [132] * 3
 
 
 def test_what_a_multiprocessor_takes_is_what_the_obstacle_says():
-    assert 2 * ops._HOPPER_CHANNELS == min(pre.WIDEST, pre_backward.WIDEST)
+    assert 2 * HOPPER.channels_per_sm == min(pre.WIDEST, pre_backward.WIDEST)
 
 
 @pytest.mark.parametrize("width", range(64, 257, 64))
@@ -132,7 +152,7 @@ def test_rings_fit_into_shared_memory_and_hold_tiles_enough(width):
     for mix in (False, True):
         shared, stages = pre.memory(width, mix=mix)
         assert shared <= compile.SHARED and pre.F_SLOTS <= stages <= pre.MOST_STAGES
-    for iterations in (1, 20, ops._HOPPER_ITERATIONS):
+    for iterations in (1, 20, HOPPER.max_iterations):
         if width <= pre_backward.WIDEST:
             shared, stages = pre_backward.memory(width, iterations)
             assert shared <= compile.SHARED and 4 < stages <= pre_backward.MOST_STAGES

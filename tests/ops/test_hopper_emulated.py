@@ -15,9 +15,10 @@ from test_linked import run as linked
 from test_triton import COEFFICIENT, ON_GPU, STREAM, compare, error, inputs
 from test_triton import poisoned as poisoned  # buffers start as NaN here too
 
-from megatron_mhc.ops import deferred
+from megatron_mhc.ops import autograd
 from megatron_mhc.ops.hopper import compile, pre, pre_backward
-from megatron_mhc.ops.link import Written
+from megatron_mhc.ops.kernels import HOPPER
+from megatron_mhc.ops.options import Options
 
 pytestmark = [
     pytest.mark.skipif(ON_GPU, reason="the GPU is there: test_hopper.py"),
@@ -59,10 +60,10 @@ def emulate(monkeypatch, folder):
             monkeypatch.setattr(module, "multiprocessors", lambda device: blocks)
             monkeypatch.setattr(module, "kernel", emulator.kernel)
             monkeypatch.setattr(module, "tensor_map", emulator.tensor_map)
-        monkeypatch.setattr(deferred, "pre", functools.partial(by_triton, hopper=True))
+        monkeypatch.setattr(autograd, "pre", functools.partial(by_triton, kernels=HOPPER))
         return emulator
 
-    by_triton = deferred.pre
+    by_triton = autograd.pre
     module_widest = {module: module.WIDEST for module in (pre, pre_backward)}
     return emulate
 
@@ -79,22 +80,22 @@ def everything(shape, v4=False):
     x, weight, bias, *alphas, f = inputs(tokens, 4, channels, BF16)
     generator = torch.Generator().manual_seed(1)
     g, dl = (torch.randn(like.shape, generator=generator).to(BF16) for like in (x, f))
-    options = dict(iterations=20, deepseek_v4=v4)
-    out, saved, mappings = pre.pre_forward(x, weight, bias, tuple(alphas), norm_eps=1e-6, **options)
-    written = Written(saved, bias, alphas[1])
+    options = Options(1e-6, 20, v4)
+    out, saved, mappings = pre.pre_forward(x, weight, bias, tuple(alphas), options)
+    writer = saved, bias, alphas[1]
     grads = pre_backward.pre_backward(
-        x, g, f, dl, weight, bias, tuple(alphas), saved, written=written, f_bias=dl[0].clone(), **options
+        x, g, f, dl, weight, bias, tuple(alphas), saved, options, writer=writer, f_bias=dl[0].clone()
     )
-    return [out, saved, mappings, *grads, written.take(grads[0])]
+    return [out, saved, mappings, *grads]
 
 
 def mixed_and_read(shape, v4=False):
     """What the forward kernel writes behind the post_res of another connection."""
     tokens, channels, *_ = shape
     x, weight, bias, *alphas, f = inputs(tokens, 4, channels, BF16)
-    options = dict(norm_eps=1e-6, iterations=20, deepseek_v4=v4)
-    _, _, before = pre.pre_forward(x, weight.flip(0), bias, tuple(alphas), **options)
-    return x, f, before, pre.post_res_pre(x, f, before, f[0].clone(), weight, bias, tuple(alphas), **options)
+    options = Options(1e-6, 20, v4)
+    _, _, before = pre.pre_forward(x, weight.flip(0), bias, tuple(alphas), options)
+    return x, f, before, pre.post_res_pre(x, f, before, f[0].clone(), weight, bias, tuple(alphas), options)
 
 
 def same(got, want):
@@ -130,8 +131,8 @@ def test_behind_a_post_res_pre_reads_what_that_writes(emulate, shape, v4):
     want += before[:, 4:8, None].double() * f[:, None]
     assert error(streams, want) <= STREAM[BF16]
     _, weight, bias, *alphas, _ = inputs(shape[0], 4, shape[1], BF16)
-    options = dict(norm_eps=1e-6, iterations=20, deepseek_v4=v4)
-    same(read, pre.pre_forward(streams, weight, bias, tuple(alphas), **options))
+    options = Options(1e-6, 20, v4)
+    same(read, pre.pre_forward(streams, weight, bias, tuple(alphas), options))
     assert [d["MIX"] for _, _, d in emulator.launched] == [0, 1, 0]
 
 
@@ -182,8 +183,8 @@ def test_bits_of_a_token_do_not_depend_on_others(emulate, v4):
     emulate(RINGS)
     x, weight, bias, *alphas, _ = inputs(230, 4, 128, BF16)
     weight[8:] *= 12
-    options = dict(norm_eps=1e-6, iterations=20, deepseek_v4=v4)
-    there, back = (pre.pre_forward(t, weight, bias, tuple(alphas), **options) for t in (x, x.flip(0)))
+    options = Options(1e-6, 20, v4)
+    there, back = (pre.pre_forward(t, weight, bias, tuple(alphas), options) for t in (x, x.flip(0)))
     same([t.flip(0) for t in back], there)
 
 

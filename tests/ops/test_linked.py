@@ -4,7 +4,8 @@ import pytest
 import torch
 from test_triton import DEVICE, ON_GPU, inputs
 
-from megatron_mhc.ops import deferred
+from megatron_mhc.ops import autograd
+from megatron_mhc.ops.options import Options
 
 CASES = [
     (5, 4, 48, torch.float32, False),
@@ -22,13 +23,13 @@ if ON_GPU:
 def calls(monkeypatch):
     """Counts the launches of post_res's own backward."""
     made = []
-    original = deferred.post_backward
+    original = autograd.post_backward
 
     def counted(*args):
         made.append(args)
         return original(*args)
 
-    monkeypatch.setattr(deferred, "post_backward", counted)
+    monkeypatch.setattr(autograd, "post_backward", counted)
     return made
 
 
@@ -41,10 +42,8 @@ def run(case, linked=True, between=lambda x: x, extra=lambda x: 0.0, keep=False)
     second[1].data.mul_(-1)
     x = first[0]
     for _, weight, bias, a_pre, a_post, a_res, f in (first, second):
-        layer_input, mappings = deferred.pre(
-            x, weight, bias, (a_pre, a_post, a_res), norm_eps=1e-6, iterations=20, deepseek_v4=v4
-        )
-        x = deferred.post_res(f + layer_input * 0.5, mappings, linked=linked)
+        layer_input, mappings = autograd.pre(x, weight, bias, (a_pre, a_post, a_res), Options(1e-6, 20, v4))
+        x = autograd.post_res(f + layer_input * 0.5, mappings, linked=linked)
         if weight is first[1]:
             x = between(x)
             middle = x

@@ -4,9 +4,10 @@ import pytest
 import torch
 from test_triton import DEVICE, ON_GPU, inputs
 
-from megatron_mhc.ops import replay
-from megatron_mhc.ops.post_res import post_res_forward
-from megatron_mhc.ops.pre import pre_forward
+from megatron_mhc.ops.options import Options
+from megatron_mhc.ops.triton import replay
+from megatron_mhc.ops.triton.post_res import post_res_forward
+from megatron_mhc.ops.triton.pre import pre_forward
 
 CASES = [
     (5, 4, 48, torch.bfloat16, 3),
@@ -26,7 +27,7 @@ def run_forward(tokens, n, channels, dtype, count):
     streams, kept = [x], []
     for k in range(count):
         layer_input, _, mappings = pre_forward(
-            x, weight * (k + 1), bias, tuple(alphas), norm_eps=1e-6, iterations=20, deepseek_v4=False
+            x, weight * (k + 1), bias, tuple(alphas), Options(1e-6, 20, False)
         )
         kept.append((mappings, f * (k + 1) + layer_input, layer_input))
         x = post_res_forward(x, kept[-1][1], mappings)

@@ -18,13 +18,16 @@ from test_triton import (  # noqa: F401
 )
 
 from megatron_mhc import MHCConfig
-from megatron_mhc.ops import deferred, reference, split
-from megatron_mhc.ops.pre import pre_forward
-from megatron_mhc.ops.pre_backward import pre_backward
+from megatron_mhc.backend import Backend
+from megatron_mhc.ops import autograd, reference
+from megatron_mhc.ops.options import Options
+from megatron_mhc.ops.triton import stage_ends
+from megatron_mhc.ops.triton.pre import pre_forward
+from megatron_mhc.ops.triton.pre_backward import pre_backward
 from megatron_mhc.pipeline.nodes import StageEntry, pack, unpack
 
 PARAMETERS = ("x", "weight", "bias", "alpha_pre", "alpha_post", "alpha_res")
-OPTIONS = dict(norm_eps=1e-6, iterations=20)
+OPTIONS = Options(1e-6, 20, False)
 
 
 def noise(seed, *shapes):
@@ -37,8 +40,8 @@ def leaves(tensors, exact=False):
 
 
 def leave(x, weight, bias, *alphas, v4=False):
-    layer_input, mappings = deferred.pre(x, weight, bias, alphas, deepseek_v4=v4, **OPTIONS)
-    return layer_input, *deferred.mix(mappings)
+    layer_input, mappings = autograd.pre(x, weight, bias, alphas, Options(1e-6, 20, v4))
+    return layer_input, *autograd.mix(mappings)
 
 
 def reference_leave(x, weight, bias, *alphas, v4=False):
@@ -49,7 +52,7 @@ def reference_leave(x, weight, bias, *alphas, v4=False):
 def enter(u, f, h_post):
     """An entry of one micro-batch of one sequence, from the messages as they travel."""
     T, n, C = u.shape
-    backend = MHCConfig(num_residual_streams=n, backend="triton")
+    backend = Backend(MHCConfig(num_residual_streams=n, backend="triton"))
     return StageEntry(u.reshape(T, 1, n * C), pack(f.view(T, 1, C), h_post), C, backend)
 
 
@@ -93,9 +96,9 @@ def test_entry_and_every_gradient_match_float64(tokens, n, channels, dtype, v4):
 
     # In rows of their own rather than of the message: the same bits.
     df_alone, dh_alone = torch.empty_like(f), torch.empty_like(h_post)
-    split.write_backward(dx, f, h_post, df_alone, dh_alone)
+    stage_ends.write_backward(dx, f, h_post, df_alone, dh_alone)
     assert torch.equal(df_alone, df) and torch.equal(dh_alone, dh_post)
-    assert torch.equal(split.write(u, f, h_post), entry.streams.view(u.shape))
+    assert torch.equal(stage_ends.write(u, f, h_post), entry.streams.view(u.shape))
 
 
 def cross(tensors, dl, dx, v4=False):
@@ -126,14 +129,13 @@ def test_exit_and_entry_are_pre_and_post_res(tokens, n, channels, dtype, v4):
 def test_pre_backward_with_the_dh_post_that_f_makes():
     """Against the path that reads f: the same products but for the order of one sum."""
     x, weight, bias, *alphas, f = inputs(5, 4, 48, torch.float32)
-    _, saved, values = pre_forward(x, weight, bias, alphas, deepseek_v4=False, **OPTIONS)
+    _, saved, values = pre_forward(x, weight, bias, alphas, OPTIONS)
     g, dl = noise(4, x.shape, f.shape)
-    options = dict(iterations=20, deepseek_v4=False)
-    want = pre_backward(x, g, f, dl, weight, bias, alphas, saved, **options)
+    want = pre_backward(x, g, f, dl, weight, bias, alphas, saved, OPTIONS)
     df, dh_post = torch.empty_like(f), torch.empty_like(values[:, :4].contiguous())
-    split.write_backward(g, f, values[:, 4:8], df, dh_post)
-    got = pre_backward(x, g, None, dl, weight, bias, alphas, saved, dh_post=dh_post, **options)
-    for a, b in zip(got, want, strict=True):
+    stage_ends.write_backward(g, f, values[:, 4:8], df, dh_post)
+    got = pre_backward(x, g, None, dl, weight, bias, alphas, saved, OPTIONS, dh_post=dh_post)
+    for a, b in zip(got[:4], want[:4], strict=True):
         assert error(a, b.double()) <= 1e-5
 
 
@@ -157,15 +159,15 @@ def test_gradients_of_a_part_alone():
 
 def test_post_res_after_the_boundary_is_refused():
     x, weight, bias, *alphas, f = inputs(2, 2, 16, torch.float32)
-    _, mappings = deferred.pre(x, weight, bias, tuple(alphas), deepseek_v4=False, **OPTIONS)
-    deferred.mix(mappings)
+    _, mappings = autograd.pre(x, weight, bias, tuple(alphas), OPTIONS)
+    autograd.mix(mappings)
     with pytest.raises(RuntimeError, match="post_res was called twice"):
-        deferred.post_res(f, mappings)
+        autograd.post_res(f, mappings)
 
 
 def test_entry_is_plain_torch_where_the_connections_are():
     u, f, h_post = noise(6, (3, 4, 32), (3, 32), (3, 4))
-    plain = MHCConfig(num_residual_streams=4, backend="reference")
+    plain = Backend(MHCConfig(num_residual_streams=4, backend="reference"))
     entry = StageEntry(u.view(3, 1, -1), pack(f.view(3, 1, -1), h_post), 32, plain)
     assert torch.equal(entry.streams.view(u.shape), reference.write(u, f, h_post))
 

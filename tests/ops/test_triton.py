@@ -9,7 +9,8 @@ import os
 import pytest
 import torch
 
-from megatron_mhc.ops import deferred, reference
+from megatron_mhc.ops import autograd, reference
+from megatron_mhc.ops.options import Options
 
 ON_GPU = bool(os.environ.get("MEGATRON_MHC_GPU_TESTS"))
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -80,10 +81,10 @@ def reference_connection(x, weight, bias, a_pre, a_post, a_res, f, v4, iteration
 
 
 def triton_connection(x, weight, bias, a_pre, a_post, a_res, f, v4, iterations=20):
-    layer_input, mappings = deferred.pre(
-        x, weight, bias, (a_pre, a_post, a_res), norm_eps=1e-6, iterations=iterations, deepseek_v4=v4
+    layer_input, mappings = autograd.pre(
+        x, weight, bias, (a_pre, a_post, a_res), Options(1e-6, iterations, v4)
     )
-    return layer_input, deferred.post_res(f, mappings), mappings
+    return layer_input, autograd.post_res(f, mappings), mappings
 
 
 def error(got, want):
@@ -156,9 +157,7 @@ def test_layer_input_alone_has_its_gradient():
     ours = [t.clone().requires_grad_() for t in tensors]
     reference_connection(*exact, False)[0].square().sum().backward()
     x, weight, bias, *alphas, _ = ours
-    layer_input, _ = deferred.pre(
-        x, weight, bias, tuple(alphas), norm_eps=1e-6, iterations=20, deepseek_v4=False
-    )
+    layer_input, _ = autograd.pre(x, weight, bias, tuple(alphas), Options(1e-6, 20, False))
     layer_input.square().sum().backward()
     assert error(x.grad, exact[0].grad) <= 1e-5
     assert error(weight.grad, exact[1].grad) <= 1e-5
@@ -166,12 +165,10 @@ def test_layer_input_alone_has_its_gradient():
 
 def test_second_post_res_is_refused():
     x, weight, bias, *alphas, f = inputs(2, 2, 16, torch.float32)
-    _, mappings = deferred.pre(
-        x, weight, bias, tuple(alphas), norm_eps=1e-6, iterations=20, deepseek_v4=False
-    )
-    deferred.post_res(f, mappings)
+    _, mappings = autograd.pre(x, weight, bias, tuple(alphas), Options(1e-6, 20, False))
+    autograd.post_res(f, mappings)
     with pytest.raises(RuntimeError, match="post_res was called twice"):
-        deferred.post_res(f, mappings)
+        autograd.post_res(f, mappings)
 
 
 @pytest.mark.skipif(not ON_GPU, reason="needs a GPU: MEGATRON_MHC_GPU_TESTS=1")

@@ -14,7 +14,7 @@ from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.transformer import TransformerConfig
 
 import megatron_mhc
-from megatron_mhc import hooks, ops, version
+from megatron_mhc import hooks, version
 from megatron_mhc.hooks import targets, uses
 from megatron_mhc.hyper_connection import HyperConnectionModule
 
@@ -229,8 +229,8 @@ def test_report_says_which_operations_the_models_run(options, words):
     ],
 )
 def test_report_says_whether_hopper_runs(monkeypatch, backend, gpu, words):
-    monkeypatch.setattr(ops, "_gpu", lambda: gpu)
-    monkeypatch.setattr(ops, "_has_cuda_bindings", lambda: True)
+    monkeypatch.setattr(megatron_mhc.backend, "_gpu", lambda: gpu)
+    monkeypatch.setattr(megatron_mhc.backend, "_has_cuda_bindings", lambda: True)
     config = TransformerConfig(
         num_layers=1,
         hidden_size=32,

@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch.autograd.graph import get_gradient_edge
 
+from megatron_mhc.backend import Backend
+from megatron_mhc.config import MHCConfig
 from megatron_mhc.ops import reference
 from megatron_mhc.pipeline.layer_nodes import Tape, _cross, _crossing
 from megatron_mhc.pipeline.nodes import StageEntry, pack, packed_width, unpack
@@ -45,7 +47,7 @@ def test_entry_is_the_post_res_of_the_stage_before(dtype, error):
     expected.backward(dx.view_as(expected))
 
     u = torch.einsum("tij,tjc->tic", h_res, x.detach().to(coefficients)).to(dtype).view(S, B, N * C)
-    entry = StageEntry(u, pack(f.detach().view(S, B, C), h_post), C)
+    entry = StageEntry(u, pack(f.detach().view(S, B, C), h_post), C, Backend(MHCConfig()))
     scale = expected.abs().max()
     assert (entry.streams.view_as(expected) - expected).abs().max() <= error * scale
     df, dh_post = unpack(entry.gradients(dx), C)
@@ -89,7 +91,8 @@ def test_a_tape_runs_the_pieces_backward_one_by_one():
 
 def test_the_tunnel_of_the_triton_operations_crosses_a_tape():
     """Their post_res hands its gradient to pre by way of a leaf; bit for bit as without cuts."""
-    from megatron_mhc.ops import deferred
+    from megatron_mhc.ops import autograd
+    from megatron_mhc.ops.options import Options
 
     generator = torch.Generator().manual_seed(3)
 
@@ -101,21 +104,21 @@ def test_the_tunnel_of_the_triton_operations_crosses_a_tape():
     f_bias = noise(16)
     leaves = (x, weight, bias, *alphas, f_bias)
     dx = torch.randn(3, 4, 16, generator=generator)
-    options = dict(norm_eps=1e-6, iterations=3, deepseek_v4=False)
+    options = Options(1e-6, 3, False)
 
-    layer_input, mappings = deferred.pre(x, weight, bias, alphas, **options)
-    deferred.post_res(torch.tanh(layer_input), mappings, f_bias).backward(dx)
+    layer_input, mappings = autograd.pre(x, weight, bias, alphas, options)
+    autograd.post_res(torch.tanh(layer_input), mappings, f_bias).backward(dx)
     expected = [leaf.grad for leaf in leaves]
     for leaf in leaves:
         leaf.grad = None
 
     tape = Tape(HostStreams())
-    layer_input, mappings = deferred.pre(x, weight, bias, alphas, **options)
+    layer_input, mappings = autograd.pre(x, weight, bias, alphas, options)
     visit = Visit(x, layer_input, mappings)
     layer_input, *crossed = tape.cut((0, "experts"), layer_input, *_crossing(visit))
     (f,) = tape.cut((0, "post"), torch.tanh(layer_input))
     _cross(visit, crossed)
-    tape.end(get_gradient_edge(deferred.post_res(f, visit.mappings, f_bias)))
+    tape.end(get_gradient_edge(autograd.post_res(f, visit.mappings, f_bias)))
     tape.seed([dx])
     for where in ((0, "post"), (0, "experts"), (0, "attention")):
         tape.backward(where)

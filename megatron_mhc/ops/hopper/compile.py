@@ -102,6 +102,13 @@ def _tensor_map(address: int, tokens: int, n: int, channels: int, boxes: int, st
     return checked(result, "cuTensorMapEncodeTiled")
 
 
+class Source:
+    """A kernel's file, named as the kernel, and the constants that Python shares with it."""
+
+    def __init__(self, path: Path, **constants: int) -> None:
+        self.path, self.constants = path, constants
+
+
 @functools.cache
 def cubin(source: Path, **defines: int) -> bytes:
     """`source` compiled for Hopper, in about a second; this needs no GPU.
@@ -131,18 +138,20 @@ def cubin(source: Path, **defines: int) -> bytes:
 
 
 @functools.cache
-def kernel(source: Path, device: int, threads: int, shared: int, **defines: int) -> Kernel:
-    """The kernel of `source`, which has its name, on the device; compiled once per set of `defines`."""
+def kernel(source: Source, device: int, shared: int, **defines: int) -> Kernel:
+    """The kernel of `source` on the device; compiled once per set of `defines`."""
     from cuda.bindings import driver
 
-    binary = cubin(source, THREADS=threads, SHARED=shared, **defines)
+    binary = cubin(source.path, SHARED=shared, **source.constants, **defines)
     with torch.cuda.device(device):
         torch.cuda.current_stream()  # makes the device's context current in this thread
         module = checked(driver.cuModuleLoadData(binary), "cuModuleLoadData")
-        function = checked(driver.cuModuleGetFunction(module, source.stem.encode()), "cuModuleGetFunction")
+        function = checked(
+            driver.cuModuleGetFunction(module, source.path.stem.encode()), "cuModuleGetFunction"
+        )
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         checked(driver.cuFuncSetAttribute(function, attribute, shared), "cuFuncSetAttribute")
-    return Kernel(function, threads, shared)
+    return Kernel(function, source.constants["THREADS"], shared)
 
 
 class Layout(NamedTuple):
@@ -165,29 +174,21 @@ class Layout(NamedTuple):
         )  # fmt: skip
 
 
-_held = 0
-
-
-def hold(count: int) -> None:
-    """Reserve `count` SMs of every GPU for long-running kernels, such as posted NCCL receives.
+def layout(tokens: int, channels: int, widest: int, blocks: int, tile: int, reserved: int = 0) -> Layout:
+    """The cut of `channels` (a multiple of 16) that leaves the fewest of `blocks` idle but for the reserved.
 
     A launch divides its tiles among groups of blocks beforehand. A group that finds no free SMs starts after
     the others have ended, and the kernel takes twice as long; with one group fewer all run at once.
-    """
-    global _held
-    _held = count
 
-
-def layout(tokens: int, channels: int, widest: int, blocks: int, tile: int) -> Layout:
-    """The cut of `channels` (a multiple of 16) that leaves the fewest of `blocks` idle but for those held.
-
-    A width is a multiple of BOX up to `widest`; of equals the widest is taken.
+    Args:
+        widest: a width is a multiple of BOX up to this; of equals the widest is taken.
+        reserved: blocks to leave out, as long as a row of channels has enough.
 
     Raises:
         ValueError: a row of channels needs more than `blocks`.
     """
     least = min(blocks, -(-channels // widest))
-    return _layout(tokens, channels, widest, max(least, blocks - _held), tile)
+    return _layout(tokens, channels, widest, max(least, blocks - reserved), tile)
 
 
 @functools.cache

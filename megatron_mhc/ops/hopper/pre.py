@@ -10,14 +10,15 @@ from megatron_mhc.ops.hopper.compile import (
     AHEAD,
     SHARED,
     Layout,
+    Source,
     kernel,
     layout,
     loads,
     multiprocessors,
     tensor_map,
 )
+from megatron_mhc.ops.options import Options
 
-SOURCE = Path(__file__).with_suffix(".cu")  # has the names below as MHC_*
 WIDEST = 256
 WARPS = dict(PROJECTING=8, AGGREGATING=3, FINISHING=4)  # and one that loads
 THREADS = 32 * (sum(WARPS.values()) + 1)
@@ -27,6 +28,9 @@ PART = TILE * ATOMS * 4  # floats of a tile
 MOST_STAGES = 10  # tiles of a block's ring
 MOST_LOADS = 8  # of a lane at once; more cost registers
 F_SLOTS = 3  # tiles of f on their way; at least as many of x fit beside them at any width
+SOURCE = Source(
+    Path(__file__).with_suffix(".cu"), THREADS=THREADS, ATOMS=ATOMS, PART=PART, F_SLOTS=F_SLOTS, **WARPS
+)
 
 
 def pre_forward(
@@ -34,12 +38,9 @@ def pre_forward(
     weight: Tensor,
     bias: Tensor,
     alphas: tuple[Tensor, Tensor, Tensor],
-    *,
-    norm_eps: float,
-    iterations: int,
-    deepseek_v4: bool,
+    options: Options,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`megatron_mhc.ops.pre.pre_forward` of x: [T, 4, C] bf16.
+    """`megatron_mhc.ops.triton.pre.pre_forward` of x: [T, 4, C] bf16.
 
     Source: arXiv 2512.24880 Eqs. (14)-(19).
     """
@@ -49,11 +50,10 @@ def pre_forward(
     saved, mappings = torch.empty(T, 25, **f32), torch.empty(T, 24, **f32)
     if T == 0:
         return out, saved, mappings
-    cut = layout(T, C, WIDEST, multiprocessors(x.device), TILE)
+    cut = layout(T, C, WIDEST, multiprocessors(x.device), TILE, options.reserved_sms)
     boxes = (tensor_map(x, cut.width, n, TILE),) * 3  # of which the last two are not looked at
     results = out, saved, mappings
-    defines = dict(ITERATIONS=iterations, V4=int(deepseek_v4), MIX=0)
-    _launch(cut, T, boxes, (None, None), weight, bias, alphas, results, norm_eps, **defines)
+    _launch(cut, T, boxes, (None, None), weight, bias, alphas, results, options, MIX=0)
     return results
 
 
@@ -65,12 +65,9 @@ def post_res_pre(
     weight: Tensor,
     bias: Tensor,
     alphas: tuple[Tensor, Tensor, Tensor],
-    *,
-    norm_eps: float,
-    iterations: int,
-    deepseek_v4: bool,
+    options: Options,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x' of `megatron_mhc.ops.post_res.post_res_forward`, and `pre_forward` of x', by one read of x and f.
+    """x' of `post_res_forward`, and `pre_forward` of x', by one read of x and f.
 
     The bits are those of the two one after the other.
 
@@ -85,10 +82,9 @@ def post_res_pre(
     results = out, torch.empty(T, 25, **f32), torch.empty(T, 24, **f32)
     if T == 0:
         return streams, *results
-    cut = layout(T, C, WIDEST, multiprocessors(x.device), TILE)
+    cut = layout(T, C, WIDEST, multiprocessors(x.device), TILE, options.reserved_sms)
     boxes = tuple(tensor_map(t, cut.width, each, TILE) for t, each in ((x, n), (f, 1), (streams, n)))
-    defines = dict(ITERATIONS=iterations, V4=int(deepseek_v4), MIX=1)
-    _launch(cut, T, boxes, (f_bias, before), weight, bias, alphas, results, norm_eps, **defines)
+    _launch(cut, T, boxes, (f_bias, before), weight, bias, alphas, results, options, MIX=1)
     return streams, *results
 
 
@@ -113,19 +109,21 @@ def _launch(
     bias: Tensor,
     alphas: tuple[Tensor, Tensor, Tensor],
     results: tuple[Tensor, Tensor, Tensor],
-    norm_eps: float,
-    **defines: int,
+    options: Options,
+    *,
+    MIX: int,
 ) -> None:
     device = weight.device
-    shared, stages = memory(cut.width, mix=bool(defines["MIX"]))
-    defines |= cut.defines(results[0].shape[1], TILE, stages) | WARPS
-    defines |= dict(F_SLOTS=F_SLOTS, ATOMS=ATOMS, PART=PART, LOADS=loads(cut.slices, 2, MOST_LOADS))
-    compiled = kernel(SOURCE, device.index, THREADS, shared, **defines)
+    shared, stages = memory(cut.width, mix=bool(MIX))
+    defines = cut.defines(results[0].shape[1], TILE, stages)
+    defines |= dict(ITERATIONS=options.iterations, V4=int(options.deepseek_v4), MIX=MIX)
+    defines["LOADS"] = loads(cut.slices, 2, MOST_LOADS)
+    compiled = kernel(SOURCE, device.index, shared, **defines)
     blocks = cut.groups * cut.slices
     floats = (blocks * defines["EXCHANGE"] + AHEAD) * PART
     parts, ticket = torch.zeros(floats + 4, device=device, dtype=torch.float32).split([floats, 4])
     compiled.launch(
         blocks, device,
         *boxes, *mixing, weight, bias, *alphas, *results, parts, ticket,
-        tokens, cut.groups, norm_eps,
+        tokens, cut.groups, options.norm_eps,
     )  # fmt: skip

@@ -10,15 +10,15 @@ from megatron_mhc.ops.hopper.compile import (
     AHEAD,
     BOX,
     SHARED,
+    Source,
     kernel,
     layout,
     loads,
     multiprocessors,
     tensor_map,
 )
-from megatron_mhc.ops.link import Written
+from megatron_mhc.ops.options import Options
 
-SOURCE = Path(__file__).with_suffix(".cu")  # has the names below as MHC_*
 WIDEST = 128
 WARPS = dict(DX=8, DOTS=2, MIDDLE=3)  # and three: fetch, load, store
 THREADS = 32 * (sum(WARPS.values()) + 3)
@@ -32,6 +32,10 @@ PART = TILE * ATOMS * 4  # floats of a tile
 COEFFICIENT_ATOMS = 17  # that hold what the group knows of a token then
 FETCHED = 4  # tiles whose coefficients are in shared memory
 TOKEN_FLOATS = 52  # there, from one token to the next
+SOURCE = Source(
+    Path(__file__).with_suffix(".cu"), THREADS=THREADS, ATOMS=ATOMS, PART=PART, F_SLOTS=F_SLOTS,
+    COEFFICIENT_ATOMS=COEFFICIENT_ATOMS, FETCHED=FETCHED, TOKEN_FLOATS=TOKEN_FLOATS, **WARPS,
+)  # fmt: skip
 
 
 def pre_backward(
@@ -43,32 +47,28 @@ def pre_backward(
     bias: Tensor,
     alphas: tuple[Tensor, Tensor, Tensor],
     saved: Tensor,
+    options: Options,
     *,
-    iterations: int,
-    deepseek_v4: bool,
-    written: Written | None = None,
+    writer: tuple[Tensor, Tensor, Tensor] | None = None,
     f_bias: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`megatron_mhc.ops.pre_backward.pre_backward` of x, g: [T, 4, C] and f, dl: [T, C] bf16."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """`megatron_mhc.ops.triton.pre_backward.pre_backward` of x, g: [T, 4, C] and f, dl: [T, C] bf16."""
     T, n, C = x.shape
     f32: dict[str, Any] = dict(device=x.device, dtype=torch.float32)
     dx, d_weight = torch.empty_like(x), torch.empty(24, n * C, **f32)
     d_bias, d_alphas = torch.empty(24, **f32), torch.empty(3, **f32)
     if T == 0:
-        return dx, d_weight.zero_(), d_bias.zero_(), d_alphas.zero_()
-    if written is None:
-        writer, df = (saved, bias, alphas[1]), dl  # neither read nor written
-    else:
-        writer, df = written.saved, torch.empty_like(dl)
-        written.fill(dx, df)
-    cut = layout(T, C, WIDEST, multiprocessors(x.device), TILE)
-    shared, stages = memory(cut.width, iterations)
-    defines = cut.defines(C, TILE, stages) | WARPS
-    defines |= dict(ITERATIONS=iterations, V4=int(deepseek_v4), DF=int(written is not None))
-    defines |= dict(F_SLOTS=F_SLOTS, ATOMS=ATOMS, PART=PART, COEFFICIENT_ATOMS=COEFFICIENT_ATOMS)
-    defines |= dict(FETCHED=FETCHED, TOKEN_FLOATS=TOKEN_FLOATS, LOADS=loads(cut.slices, 4, MOST_LOADS))
-    defines |= dict(TOGETHER=2 if cut.slices <= FEW else 1)
-    compiled = kernel(SOURCE, x.device.index, THREADS, shared, **defines)
+        return dx, d_weight.zero_(), d_bias.zero_(), d_alphas.zero_(), None
+    df = None if writer is None else torch.empty_like(dl)
+    unused = (saved, bias, alphas[1])  # neither read nor, as dl, written
+    cut = layout(T, C, WIDEST, multiprocessors(x.device), TILE, options.reserved_sms)
+    shared, stages = memory(cut.width, options.iterations)
+    defines = cut.defines(C, TILE, stages)
+    compiled = kernel(
+        SOURCE, x.device.index, shared, **defines,
+        ITERATIONS=options.iterations, V4=int(options.deepseek_v4), DF=int(df is not None),
+        LOADS=loads(cut.slices, 4, MOST_LOADS), TOGETHER=2 if cut.slices <= FEW else 1,
+    )  # fmt: skip
     blocks, slots = cut.groups * cut.slices, cut.groups * defines["EXCHANGE"]
     sizes = [(slots * cut.slices + AHEAD) * PART, slots * TILE * COEFFICIENT_ATOMS * 4]
     sizes += [2 + WARPS["DX"] * cut.slices]
@@ -76,12 +76,12 @@ def pre_backward(
     partial = torch.empty(WARPS["MIDDLE"] * blocks, 48, **f32)
     compiled.launch(
         blocks, x.device,
-        *(tensor_map(t, cut.width, 1, TILE) for t in (x, g, f, dl, dx, df)),
-        f_bias, weight, bias, *alphas, saved, *writer,
+        *(tensor_map(t, cut.width, 1, TILE) for t in (x, g, f, dl, dx, dl if df is None else df)),
+        f_bias, weight, bias, *alphas, saved, *(writer or unused),
         d_weight, d_bias, d_alphas,
         parts, coefficients, partial, counts, T, cut.groups,
     )  # fmt: skip
-    return dx, d_weight, d_bias, d_alphas
+    return dx, d_weight, d_bias, d_alphas, df
 
 
 def memory(width: int, iterations: int) -> tuple[int, int]:

@@ -1,0 +1,367 @@
+"""The kernels under autograd, with the gradient of the streams applied once.
+
+    streams --pre--> layer input --F--> f
+       \\--- (tunnel) ---------------post_res--> next streams
+
+The next streams depend on x, the streams, twice: through H_res and, by way of the coefficients, through the
+projection. Autograd would form both gradients and add them, n*C wide each. Instead `post_res` hands the
+gradient g of the next streams back through the tunnel as it is, next to f, and the backward of `pre` turns it
+into dx in one pass. So what the tunnel carries is not the gradient of x. It leaves `pre` only inside
+`KernelMappings`, whose one consumer is `post_res`; a second use raises.
+
+Where the next streams go straight into the next connection's `pre`, a `Link` joins the two. The backward of
+that `pre` computes df in the same launch as dx: df is made of dx alone, which is g here. Forward, post_res
+may work ahead for that `pre`.
+
+Where a pipeline stage ends between the two terms of the next streams, `mix` stands in for `post_res`: g comes
+through the tunnel too, and dh_post instead of f.
+
+Under torch.compile the ops of `compiled` stand in for all this.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from megatron_mhc.ops import compiled
+from megatron_mhc.ops.kernels import TRITON, Kernels
+from megatron_mhc.ops.options import Options
+from megatron_mhc.ops.triton import stage_ends
+from megatron_mhc.ops.triton.post_res import post_backward, post_res_forward
+from megatron_mhc.ops.triton.post_res_project import can_project
+
+Ahead = Tensor | tuple[Tensor, Tensor, Tensor]  # a projection in parts, or all that `pre_forward` returns
+
+
+class Saved(NamedTuple):
+    """What h_post is made of again: `saved` [T, M+1] of `pre_forward`, bias [M], alpha_post [1]; fp32."""
+
+    projection: Tensor
+    bias: Tensor
+    alpha_post: Tensor
+
+
+class NextPre(NamedTuple):
+    """The `pre` of the next connection, for which a post_res works ahead."""
+
+    kernels: Kernels
+    weight: Tensor
+    bias: Tensor
+    alphas: tuple[Tensor, Tensor, Tensor]
+    options: Options
+
+
+class Link:
+    """Joins a post_res with the `pre` that reads its output.
+
+    Forward, it brings that `pre` what post_res made ahead; backward, it brings post_res its df.
+    """
+
+    def __init__(self, writer: Saved):
+        self.writer = writer
+        self._df: tuple[Tensor, int, object, Tensor] | None = None
+        self._ahead: tuple[int, list[tuple[Tensor, int]], Ahead] | None = None
+
+    def put_ahead(self, out: Tensor, made_by: tuple[Tensor, ...], ahead: Ahead) -> None:
+        """Keep what was made of this output by these parameters of the next `pre`."""
+        self._ahead = (out._version, [(t, t._version) for t in made_by], ahead)
+
+    def take_ahead(self, x: Tensor, *parameters: Tensor) -> Ahead | None:
+        """What was made of x, this output, if it was of these very values; else None.
+
+        Args:
+            parameters: phi, bias and alphas of the connection that reads x; of fewer it may have been made.
+        """
+        kept, self._ahead = self._ahead, None
+        if kept is None or x._version != kept[0]:
+            return None
+        for now, (then, version) in zip(parameters, kept[1], strict=False):
+            if (now.data_ptr(), now.shape, now._version) != (then.data_ptr(), then.shape, version):
+                return None
+        return kept[2]
+
+    def put_df(self, g: Tensor, df: Tensor) -> None:
+        """Keep df, made of this g: the two of one launch."""
+        self._df = (g, g._version, _stream(g), df)
+
+    def take_df(self, g: Tensor) -> Tensor | None:
+        """df of g, if it was made of this very g, unchanged, on the stream that is current now."""
+        kept, self._df = self._df, None
+        if kept is None or g.data_ptr() != kept[0].data_ptr() or g.shape != kept[0].shape:
+            return None
+        return kept[3] if (g._version, _stream(g)) == kept[1:3] else None
+
+
+def _stream(tensor: Tensor) -> object:
+    return torch.cuda.current_stream(tensor.device) if tensor.is_cuda else None
+
+
+# Nodes of the autograd graph that hand a gradient on as it is: reshapes, and Megatron's make_viewless_tensor.
+_PASSING = ("ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0", "MakeViewlessTensorBackward")
+
+
+def _link_of(x: Tensor) -> Link | None:
+    """The link of the post_res that made x, or None if something else did."""
+    node = x.grad_fn
+    while node is not None and node.name() in _PASSING:
+        node = node.next_functions[0][0]
+    return getattr(node, "link", None)
+
+
+class BackwardHandoff:
+    """What the backward of a connection's post_res, or mix, leaves for the backward of its `pre`."""
+
+    f: Tensor | None = None
+    f_bias: Tensor | None = None  # that post_res added to f
+    dh_post: Tensor | None = None  # of `mix`, which has no f
+
+    def take(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        taken = self.f, self.f_bias, self.dh_post
+        self.f = self.f_bias = self.dh_post = None
+        return taken
+
+
+class KernelMappings:
+    """Coefficients of T tokens, computed by kernels, on their way from `pre` to `post_res`.
+
+    h_pre, h_post: [T, n]; h_res: [T, n, n]; fp32, detached.
+
+    Args:
+        coefficients: [T, M] fp32, h_pre, h_post and h_res row-major.
+        handoff: from an eager `pre`.
+        streams: [T, n, C], from a compiled one, whose tunnels are not the streams.
+    """
+
+    def __init__(
+        self,
+        tunnels: tuple[Tensor, ...],
+        coefficients: Tensor,
+        saved: Saved,
+        *,
+        handoff: BackwardHandoff | None = None,
+        streams: Tensor | None = None,
+    ):
+        self.n = tunnels[0].shape[1]
+        self.coefficients, self.saved = coefficients, saved
+        self.handoff, self.streams = handoff, streams
+        self._tunnels: tuple[Tensor, ...] | None = tunnels
+
+    @property
+    def h_pre(self) -> Tensor:
+        return self.coefficients[:, : self.n]
+
+    @property
+    def h_post(self) -> Tensor:
+        return self.coefficients[:, self.n : 2 * self.n]
+
+    @property
+    def h_res(self) -> Tensor:
+        return self.coefficients[:, 2 * self.n :].unflatten(1, (self.n, self.n))
+
+    def take_tunnel(self) -> tuple[Tensor, ...]:
+        """What `post_res` takes and hands its gradient back through, once: first the streams, or their place.
+
+        Raises:
+            RuntimeError: on a second call, whose gradient the backward of `pre` would misread.
+        """
+        if self._tunnels is None:
+            raise RuntimeError("post_res was called twice with the mappings of one pre: call pre again")
+        tunnels, self._tunnels = self._tunnels, None
+        return tunnels
+
+    def put_back(self, tunnels: tuple[Tensor, ...]) -> None:
+        """Undo `take_tunnel`, with tensors that stand for those taken."""
+        self._tunnels = tunnels
+
+    def read_by_post_res(self) -> tuple[Tensor, ...]:
+        """The tensors that an eager post_res, or its backward, reads besides the tunnel and f."""
+        return self.coefficients, *self.saved
+
+
+class _Visit(NamedTuple):
+    """One pass through `pre`: whose kernels, and what its forward and backward meet of others."""
+
+    kernels: Kernels
+    options: Options
+    upstream: Link | None  # from the post_res that made the streams
+    handoff: BackwardHandoff
+
+
+class _Pre(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        alpha_pre: Tensor,
+        alpha_post: Tensor,
+        alpha_res: Tensor,
+        visit: _Visit,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        kernels, options, upstream, _ = visit
+        alphas = (alpha_pre, alpha_post, alpha_res)
+        ahead = None if upstream is None else upstream.take_ahead(x, weight, bias, *alphas)
+        if ahead is None:
+            made = kernels.pre_forward(x, weight, bias, alphas, options)
+        elif isinstance(ahead, Tensor):
+            kernels = kernels if kernels.takes_projection else TRITON
+            made = kernels.pre_forward(x, weight, bias, alphas, options, parts=ahead)
+        else:
+            made = ahead
+        layer_input, saved, coefficients = made
+        ctx.save_for_backward(x, weight, bias, *alphas, saved)
+        ctx.visit = visit
+        ctx.mark_non_differentiable(saved, coefficients)
+        ctx.set_materialize_grads(False)  # else autograd fills zeros for saved and coefficients
+        return layer_input, x.view_as(x), saved, coefficients
+
+    @staticmethod
+    def backward(  # type: ignore[override]
+        ctx: Any, dl: Tensor | None, g: Tensor | None, *_: Any
+    ) -> tuple[Tensor | None, ...]:
+        x, weight, bias, alpha_pre, alpha_post, alpha_res, saved = ctx.saved_tensors
+        kernels, options, upstream, handoff = ctx.visit
+        f, f_bias, dh_post = handoff.take()
+        dl = torch.zeros_like(x[:, 0]) if dl is None else dl  # the layer input reaches no loss
+        if g is None or (f is None and dh_post is None):  # no post_res downstream, so f counts for nothing
+            g, f, f_bias = torch.zeros_like(x), torch.zeros_like(dl), None
+        arrived = {} if dh_post is None else {"dh_post": dh_post}
+        dx, d_weight, d_bias, d_alphas, df = kernels.backward_of(x, f).pre_backward(
+            x,
+            g.contiguous(),
+            f,
+            dl.contiguous(),
+            weight,
+            bias,
+            (alpha_pre, alpha_post, alpha_res),
+            saved,
+            options,
+            writer=None if upstream is None else upstream.writer,
+            f_bias=f_bias,
+            **arrived,
+        )
+        if df is not None:
+            upstream.put_df(dx, df)
+        return dx, d_weight, d_bias, d_alphas[:1], d_alphas[1:2], d_alphas[2:], None
+
+
+class _PostRes(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        tunnel: Tensor,
+        f: Tensor,
+        f_bias: Tensor | None,
+        mappings: KernelMappings,
+        linked: bool,
+        next_pre: NextPre | None,
+    ) -> Tensor:
+        coefficients, saved = mappings.coefficients, mappings.saved
+        ctx.save_for_backward(f, *saved, f_bias)
+        ctx.handoff, ctx.link = mappings.handoff, Link(saved) if linked else None
+        if ctx.link is None or next_pre is None or f.dtype != tunnel.dtype or not can_project(tunnel):
+            return post_res_forward(tunnel, f, coefficients, f_bias)
+        kernels, weight, bias, alphas, options = next_pre
+        if kernels.post_res_pre is not None:
+            out, *made = kernels.post_res_pre(tunnel, f, coefficients, f_bias, weight, bias, alphas, options)
+            ctx.link.put_ahead(out, (weight, bias, *alphas), tuple(made))
+        else:
+            assert kernels.post_res_project is not None
+            out, parts = kernels.post_res_project(tunnel, f, coefficients, weight, f_bias)
+            ctx.link.put_ahead(out, (weight,), parts)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        f, *saved, f_bias = ctx.saved_tensors
+        ctx.handoff.f, ctx.handoff.f_bias = f, f_bias
+        g = g.contiguous()
+        df = None if ctx.link is None else ctx.link.take_df(g)
+        if df is None:
+            df = post_backward(g, *saved)
+        # g is not the gradient of the tunnel's streams: pre's backward makes it so.
+        return g, df, df.sum(0) if ctx.needs_input_grad[2] else None, None, None, None
+
+
+class _Mix(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tunnel: Tensor, mappings: KernelMappings) -> tuple[Tensor, Tensor]:
+        ctx.handoff = mappings.handoff
+        h_post = mappings.h_post.clone(memory_format=torch.contiguous_format)
+        return stage_ends.mix(tunnel, mappings.coefficients), h_post
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor, dh_post: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        ctx.handoff.dh_post = dh_post.contiguous()
+        return g, None  # as in `_PostRes`
+
+
+def pre(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    alphas: tuple[Tensor, Tensor, Tensor],
+    options: Options,
+    kernels: Kernels = TRITON,
+) -> tuple[Tensor, KernelMappings]:
+    """Read the layer input from the streams; see `triton.pre.pre_forward` for shapes.
+
+    Args:
+        kernels: Triton's run what these cannot: a projection made ahead, an f of another dtype.
+
+    Returns:
+        layer input [T, C] in x's dtype, and the mappings that `post_res` takes, once.
+    """
+    if torch.compiler.is_compiling():
+        layer_input, *tunnels, projection, coefficients = compiled.pre(
+            x, weight, bias, *alphas, *options, kernels.name
+        )
+        saved = Saved(projection, bias, alphas[1])  # whose gradients, and that of x, all leave `pre`
+        return layer_input, KernelMappings(tuple(tunnels), coefficients, saved, streams=x)
+    visit = _Visit(kernels, options, _link_of(x), BackwardHandoff())
+    layer_input, tunnel, projection, coefficients = _Pre.apply(x.contiguous(), weight, bias, *alphas, visit)
+    saved = Saved(projection, bias.detach(), alphas[1].detach())
+    return layer_input, KernelMappings((tunnel,), coefficients, saved, handoff=visit.handoff)
+
+
+def post_res(
+    f: Tensor,
+    mappings: KernelMappings,
+    f_bias: Tensor | None = None,
+    linked: bool = True,
+    next_pre: NextPre | None = None,
+) -> Tensor:
+    """Mix the streams that `mappings` came from and write f: [T, C] into them; returns [T, n, C].
+
+    Args:
+        f_bias: [C], which is added to f with the bits of an addition of its own.
+        linked: let the next connection's backward make f's gradient; its graph then holds what pre saved.
+        next_pre: reads the output; it then need not read the streams, or once instead of twice.
+    """
+    if mappings.streams is not None:  # of a compiled pre
+        f = f if f_bias is None else f + f_bias  # fused by the compiler
+        return compiled.post_res(
+            *mappings.take_tunnel(), mappings.streams, f, mappings.coefficients, *mappings.saved
+        )
+    if torch.compiler.is_compiling():  # but the graph broke in front of pre
+        return _post_res_uncompiled(f, mappings, f_bias, linked, next_pre)
+    (tunnel,) = mappings.take_tunnel()
+    return _PostRes.apply(tunnel, f.contiguous(), f_bias, mappings, linked, next_pre)
+
+
+def mix(mappings: KernelMappings) -> tuple[Tensor, Tensor]:
+    """u = H_res x: [T, n, C] and h_post: [T, n] fp32 of what an eager `pre` read.
+
+    u's gradient is g, the gradient of x' = u + h_post^T f.
+
+    Source: arXiv 2512.24880 Eq. (3).
+    """
+    (tunnel,) = mappings.take_tunnel()
+    return _Mix.apply(tunnel, mappings)
+
+
+_post_res_uncompiled = torch.compiler.disable(post_res)

@@ -1,0 +1,105 @@
+"""post_res (Triton): x' = H_res x + h_post^T f, and the gradient of f.
+
+Its backward writes df alone and hands the gradient of x' on untouched: the backward of `pre` reads it
+once more and applies H_res^T together with everything else that x receives (`pre_backward`).
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from megatron_mhc.ops.triton.common import INTERPRETED, load_output, power_of_two
+
+
+@triton.jit
+def tile(T, C, BT: tl.constexpr, BC: tl.constexpr):
+    """Tokens and channels of this program, and where they exist."""
+    blocks = tl.cdiv(C, BC)
+    t = (tl.program_id(0) // blocks * BT + tl.arange(0, BT)).to(tl.int64)
+    c = tl.program_id(0) % blocks * BC + tl.arange(0, BC)
+    live = t < T
+    keep = live[:, None] & (c < C)[None, :]
+    return t, c, live, keep
+
+
+@triton.jit
+def mixed(row, xs, f, live, i, N: tl.constexpr):
+    """Stream i of x', [BT, BC] fp32, of tiles x and f in fp32; row: the tokens' coefficients.
+
+    With `fma` spelled out: of two products in a sum the compiler fuses one or the other, differently from
+    kernel to kernel, and recompute needs the same bits from each.
+    """
+    acc = tl.load(row + N + i, mask=live, other=0.0)[:, None] * f
+    for j in tl.static_range(N):
+        acc = tl.fma(tl.load(row + 2 * N + i * N + j, mask=live, other=0.0)[:, None], xs[j], acc)
+    return acc
+
+
+@triton.jit
+def _post_res_kernel(x, f, f_bias, mappings, out, T, C, N: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr):
+    """out_i = sum_j h_res[i, j] x_j + h_post_i (f + f_bias)."""
+    M: tl.constexpr = 2 * N + N * N
+    t, c, live, keep = tile(T, C, BT, BC)
+    fv = load_output(f, f_bias, t[:, None] * C + c[None, :], c[None, :], C, keep)
+    xs = ()
+    for j in tl.static_range(N):
+        xv = tl.load(x + (t * N + j)[:, None] * C + c[None, :], mask=keep, other=0.0)
+        xs = xs + (xv.to(tl.float32),)
+    row = mappings + t * M
+    for i in tl.static_range(N):
+        acc = mixed(row, xs, fv, live, i, N)
+        tl.store(out + (t * N + i)[:, None] * C + c[None, :], acc.to(out.dtype.element_ty), mask=keep)
+
+
+@triton.jit
+def write_weight(saved, bias, alpha_post, t, live, i, N: tl.constexpr):
+    """h_post_i of the tokens t, from what pre has saved."""
+    u = tl.load(saved + t * (2 * N + N * N + 1) + N + i, mask=live, other=0.0)
+    return 2 * tl.sigmoid(u * tl.load(alpha_post) + tl.load(bias + N + i))
+
+
+@triton.jit
+def _post_backward_kernel(
+    g, saved, bias, alpha_post, df, T, C, N: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr
+):
+    """df = sum_i h_post_i g_i."""
+    t, c, live, keep = tile(T, C, BT, BC)
+    acc = tl.zeros([BT, BC], tl.float32)
+    for i in tl.static_range(N):
+        h_post = write_weight(saved, bias, alpha_post, t, live, i, N)
+        gv = tl.load(g + (t * N + i)[:, None] * C + c[None, :], mask=keep, other=0.0)
+        acc += h_post[:, None] * gv.to(tl.float32)
+    tl.store(df + t[:, None] * C + c[None, :], acc.to(df.dtype.element_ty), mask=keep)
+
+
+def programs(T: int, C: int) -> tuple[tuple[int], tuple[int, int]]:
+    """A grid of programs that need no others, and the tokens and channels of one: BT and BC of `tile`."""
+    BT, BC = (8, power_of_two(C)) if INTERPRETED else (1, min(1024, power_of_two(C)))
+    return (triton.cdiv(C, BC) * triton.cdiv(T, BT),), (BT, BC)
+
+
+def post_res_forward(x: Tensor, f: Tensor, mappings: Tensor, f_bias: Tensor | None = None) -> Tensor:
+    """x' of x: [T, n, C], f: [T, C] and coefficients [T, n*n+2n] fp32; in x's dtype.
+
+    Args:
+        f_bias: [C] in f's dtype, which is added to f, with the bits of an addition of its own.
+
+    Source: arXiv 2512.24880 Eq. (3).
+    """
+    T, n, C = x.shape
+    out = torch.empty_like(x)
+    if T:
+        grid, sizes = programs(T, C)
+        _post_res_kernel[grid](x, f, f_bias, mappings, out, T, C, n, *sizes, num_warps=4)
+    return out
+
+
+def post_backward(g: Tensor, saved: Tensor, bias: Tensor, alpha_post: Tensor) -> Tensor:
+    """df [T, C] of the gradient g: [T, n, C] of x' and what `pre_forward` saved."""
+    T, n, C = g.shape
+    df = g.new_empty(T, C)
+    if T:
+        grid, sizes = programs(T, C)
+        _post_backward_kernel[grid](g, saved, bias, alpha_post, df, T, C, n, *sizes, num_warps=4)
+    return df

@@ -1,0 +1,107 @@
+"""post_res of one connection and the projection of the next in one pass (Triton, bf16 streams).
+
+x' is projected from the registers it is written from, as the bf16 values that are stored, so the next
+connection's pre reads it once, for the layer input, and not twice.
+
+Shapes as in `pre`.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from megatron_mhc.ops.triton.common import (
+    INTERPRETED,
+    add_product,
+    load_output,
+    mapping_block,
+    mapping_rows,
+    split,
+)
+
+
+@triton.jit
+def _boundary_kernel(
+    x, f, f_bias, mappings, weight, out, parts, T, C, CS,
+    N: tl.constexpr, MP: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
+    STAGES: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """out_i = sum_j h_res[i, j] x_j + h_post_i (f + f_bias) on one slice of CS channels;
+    parts[s, t, :M] = the slice's out . weight^T over all streams; parts[s, t, M] = its sum of squares.
+    """
+    M: tl.constexpr = 2 * N + N * N
+    t = (tl.program_id(0) * BT + tl.arange(0, BT)).to(tl.int64)
+    piece = tl.program_id(1)
+    m = tl.arange(0, MP)
+    live = t < T
+    row = mappings + t * M
+    post = ()
+    res = ()
+    for i in tl.static_range(N):
+        post = post + (tl.load(row + N + i, mask=live, other=0.0),)
+        for j in tl.static_range(N):
+            res = res + (tl.load(row + 2 * N + i * N + j, mask=live, other=0.0),)
+    total = tl.zeros([BT, MP], tl.float32)
+    squares = tl.zeros([BT, BC], tl.float32)
+    for c0 in tl.range(piece * CS, min(C, piece * CS + CS), BC, num_stages=STAGES):
+        c = c0 + tl.arange(0, BC)
+        inside = c < C
+        keep = live[:, None] & inside[None, :]
+        fv = load_output(f, f_bias, t[:, None] * C + c[None, :], c[None, :], C, keep)
+        xs = ()
+        ws = ()
+        for j in tl.static_range(N):
+            xs = xs + (tl.load(x + (t * N + j)[:, None] * C + c[None, :], mask=keep, other=0.0),)
+            rows = weight + m[None, :] * (N * C) + j * C + c[:, None]
+            ws = ws + (tl.load(rows, mask=(m < M)[None, :] & inside[:, None], other=0.0),)
+        for i in tl.static_range(N):
+            acc = post[i][:, None] * fv
+            for j in tl.static_range(N):
+                acc = tl.fma(res[i * N + j][:, None], xs[j].to(tl.float32), acc)  # as in post_res.mixed
+            rounded = acc.to(out.dtype.element_ty)
+            if not UPCAST:
+                # Opaque to the compiler, which would else compute all of the above a second time, in the
+                # layout of the product below: twice the registers.
+                rounded = tl.inline_asm_elementwise(
+                    "mov.b32 $0, $1;", "=r,r", [rounded], dtype=tl.bfloat16, is_pure=False, pack=2
+                )
+            tl.store(out + (t * N + i)[:, None] * C + c[None, :], rounded, mask=keep)
+            exact = rounded.to(tl.float32)
+            squares += exact * exact
+            total = add_product(total, rounded, ws[i], True, UPCAST)
+    place = parts + (piece * T + t) * (M + 1)
+    tl.store(place[:, None] + m[None, :], total, mask=live[:, None] & (m < M)[None, :])
+    tl.store(place + M, tl.sum(squares, axis=1), mask=live)
+
+
+def can_project(x: Tensor) -> bool:
+    """Whether `post_res_project` serves streams like x: [T, n, C]."""
+    return x.dtype == torch.bfloat16 and x.shape[1] in (1, 2, 4)
+
+
+def post_res_project(
+    x: Tensor, f: Tensor, mappings: Tensor, weight: Tensor, f_bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """x' [T, n, C], and the parts of its projection [pieces, T, M+1] fp32 that `pre_forward` takes.
+
+    Args:
+        x: [T, n, C] bf16; f: [T, C] bf16; mappings: [T, M] fp32, of this connection.
+        weight: [M, n*C] fp32, of the next one.
+        f_bias: as in `post_res_forward`.
+
+    Source: arXiv 2512.24880 Eqs. (3), (14)-(16).
+    """
+    T, n, C = x.shape
+    M = mapping_rows(n)
+    BT, BC = (16, 16) if INTERPRETED else (64, 32)
+    # One program a multiprocessor is resident: two rounds of 132 of them, however few tokens there are.
+    size, pieces = split(C, max(1, min(16, 264 * BT // max(T, 1))), BC)
+    out = torch.empty_like(x)
+    parts = torch.empty(pieces, T, M + 1, device=x.device, dtype=torch.float32)
+    if T:
+        _boundary_kernel[(triton.cdiv(T, BT), pieces)](
+            x, f, f_bias, mappings, weight, out, parts, T, C, size,
+            n, mapping_block(n), BT, BC, 3, INTERPRETED, num_warps=8,
+        )  # fmt: skip
+    return out, parts

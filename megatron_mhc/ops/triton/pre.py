@@ -1,0 +1,159 @@
+"""pre, forward (Triton): coefficients of the streams, and the layer input l = h_pre . x.
+
+Shapes: T tokens, n streams, C channels, K = n*C, M = n*n + 2n mapping rows (pre, post, res).
+Two launches: a projection that splits K over programs, x read once by the tensor cores, and an
+aggregation that sums the parts in fixed order, runs Sinkhorn in registers and reads x again.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from megatron_mhc.ops.options import Options
+from megatron_mhc.ops.triton.common import (
+    INTERPRETED,
+    add_product,
+    mapping_block,
+    mapping_rows,
+    power_of_two,
+    split,
+)
+from megatron_mhc.ops.triton.sinkhorn import sinkhorn_fwd
+
+
+@triton.jit
+def _project_kernel(
+    x, weight, parts, T, K, KS,
+    M: tl.constexpr, MP: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
+    PAIR: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """parts[s, t, :M] = x[t, slice s] . weight[:, slice s]; parts[s, t, M] = the slice's sum of squares."""
+    t = (tl.program_id(0) * BT + tl.arange(0, BT)).to(tl.int64)
+    piece = tl.program_id(1)
+    m = tl.arange(0, MP)
+    live = t < T
+    acc = tl.zeros([BT, MP], tl.float32)
+    squares = tl.zeros([BT], tl.float32)
+    for k0 in tl.range(piece * KS, min(K, piece * KS + KS), BK):
+        k = k0 + tl.arange(0, BK)
+        inside = k < K
+        xv = tl.load(x + t[:, None] * K + k[None, :], mask=live[:, None] & inside[None, :], other=0.0)
+        wv = tl.load(weight + m[None, :] * K + k[:, None], mask=(m < M)[None, :] & inside[:, None], other=0.0)
+        xf = xv.to(tl.float32)
+        squares += tl.sum(xf * xf, axis=1)
+        acc = add_product(acc, xv, wv, PAIR, UPCAST)
+    row = parts + (piece * T + t) * (M + 1)
+    tl.store(row[:, None] + m[None, :], acc, mask=live[:, None] & (m < M)[None, :])
+    tl.store(row + M, squares, mask=live)
+
+
+@triton.jit
+def _aggregate_kernel(
+    x, parts, bias, alpha_pre, alpha_post, alpha_res, out, saved, mappings, T, C, PIECES, eps,
+    N: tl.constexpr, ITERATIONS: tl.constexpr, V4: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """Finish the projection, keep u = projection / r and 1 / r, write the coefficients and h_pre . x."""
+    M: tl.constexpr = 2 * N + N * N
+    # Last tokens first: the projection has just read those, so part of x is still in L2.
+    t = ((tl.num_programs(0) - 1 - tl.program_id(0)) * BT + tl.arange(0, BT)).to(tl.int64)
+    live = t < T
+    i = tl.arange(0, N)
+    ij = i[:, None] * N + i[None, :]
+    squares = tl.zeros([BT], tl.float32)
+    pre = tl.zeros([BT, N], tl.float32)
+    post = tl.zeros([BT, N], tl.float32)
+    res = tl.zeros([BT, N, N], tl.float32)
+    for piece in tl.range(PIECES):
+        row = parts + (piece * T + t) * (M + 1)
+        squares += tl.load(row + M, mask=live, other=0.0)
+        pre += tl.load(row[:, None] + i[None, :], mask=live[:, None], other=0.0)
+        post += tl.load(row[:, None] + N + i[None, :], mask=live[:, None], other=0.0)
+        res += tl.load(row[:, None, None] + 2 * N + ij[None, :, :], mask=live[:, None, None], other=0.0)
+    inverse_rms = tl.rsqrt(squares / (N * C) + eps)
+    pre = pre * inverse_rms[:, None]
+    post = post * inverse_rms[:, None]
+    res = res * inverse_rms[:, None, None]
+    row = saved + t * (M + 1)
+    tl.store(row[:, None] + i[None, :], pre, mask=live[:, None])
+    tl.store(row[:, None] + N + i[None, :], post, mask=live[:, None])
+    tl.store(row[:, None, None] + 2 * N + ij[None, :, :], res, mask=live[:, None, None])
+    tl.store(row + M, inverse_rms, mask=live)
+
+    h_pre = tl.sigmoid(pre * tl.load(alpha_pre) + tl.load(bias + i)[None, :])
+    if V4:
+        h_pre += 1e-6
+    h_post = 2 * tl.sigmoid(post * tl.load(alpha_post) + tl.load(bias + N + i)[None, :])
+    logits = res * tl.load(alpha_res) + tl.load(bias + 2 * N + ij)[None, :, :]
+    h_res = sinkhorn_fwd(logits, ITERATIONS, V4)
+    row = mappings + t * M
+    tl.store(row[:, None] + i[None, :], h_pre, mask=live[:, None])
+    tl.store(row[:, None] + N + i[None, :], h_post, mask=live[:, None])
+    if V4:  # comb is H_res transposed
+        ij = i[:, None] + i[None, :] * N
+    tl.store(row[:, None, None] + 2 * N + ij[None, :, :], h_res, mask=live[:, None, None])
+
+    for c0 in tl.range(0, C, BC):
+        c = c0 + tl.arange(0, BC)
+        keep = live[:, None] & (c < C)[None, :]
+        acc = tl.zeros([BT, BC], tl.float32)
+        for j in tl.static_range(N):
+            h = tl.sum(tl.where(i[None, :] == j, h_pre, 0.0), axis=1)
+            xv = tl.load(x + (t * N + j)[:, None] * C + c[None, :], mask=keep, other=0.0)
+            acc += h[:, None] * xv.to(tl.float32)
+        tl.store(out + t[:, None] * C + c[None, :], acc.to(out.dtype.element_ty), mask=keep)
+
+
+def _project(x: Tensor, weight: Tensor) -> Tensor:
+    """The projection of x and its sum of squares in parts, [pieces, T, M+1] fp32."""
+    T, n, C = x.shape
+    M, K = mapping_rows(n), n * C
+    BT, BK = (16, 64) if INTERPRETED else (128, 64)
+    if n == 8:
+        BT = min(BT, 64)  # four times the accumulator columns
+    # Enough programs for every multiprocessor, however few tokens there are.
+    size, pieces = split(K, max(4, min(16, 1024 * 128 // (T * 4))), BK)
+    parts = torch.empty(pieces, T, M + 1, device=x.device, dtype=torch.float32)
+    _project_kernel[(triton.cdiv(T, BT), pieces)](
+        x, weight, parts, T, K, size, M, mapping_block(n), BT, BK, x.dtype == torch.bfloat16, INTERPRETED,
+        num_warps=8, num_stages=4 if n < 8 else 2,
+    )  # fmt: skip
+    return parts
+
+
+def pre_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    alphas: tuple[Tensor, Tensor, Tensor],
+    options: Options,
+    parts: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute coefficients and layer input.
+
+    Args:
+        x: [T, n, C] bf16, fp16 or fp32, contiguous; C a multiple of 16.
+        weight: [M, n*C] fp32; bias: [M] fp32; alphas: three [1] fp32.
+        parts: [pieces, T, M+1] fp32, the projection in parts, where x's writer has made it.
+
+    Returns:
+        layer input [T, C] in x's dtype; `saved` [T, M+1] fp32 (u and 1/r, for backward); the
+        coefficients [T, M] fp32 (h_pre, h_post, h_res row-major).
+
+    Source: arXiv 2512.24880 Eqs. (14)-(19).
+    """
+    T, n, C = x.shape
+    M = mapping_rows(n)
+    f32 = dict(device=x.device, dtype=torch.float32)
+    out = x.new_empty(T, C)
+    saved, mappings = torch.empty(T, M + 1, **f32), torch.empty(T, M, **f32)
+    if T == 0:
+        return out, saved, mappings
+    if parts is None:
+        parts = _project(x, weight)
+    BT, BC = (8, power_of_two(C)) if INTERPRETED else (2, min(512, power_of_two(C)))
+    _aggregate_kernel[(triton.cdiv(T, BT),)](
+        x, parts, bias, *alphas, out, saved, mappings, T, C, parts.shape[0], options.norm_eps,
+        n, options.iterations, options.deepseek_v4, BT, BC, num_warps=2, num_stages=2,
+    )  # fmt: skip
+    return out, saved, mappings

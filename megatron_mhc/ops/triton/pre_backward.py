@@ -1,0 +1,234 @@
+"""pre, backward (Triton): everything that the streams and the mapping parameters receive.
+
+`mapping_backward` reads x, g, f, dl once and leaves the gradients per token. Then one launch reads x, g and
+dl, last tokens first since those are still in L2, and writes dx, complete, while dphi gathers in registers.
+Where x came straight from another connection's post_res, dx is that connection's g: its df, which is made
+of g alone, is written from the same registers, and nobody reads g for it again.
+No float atomics: programs that own the same columns of phi add their sums one after the other, in the order
+of their tickets, so results repeat bit for bit. A program waits for an earlier ticket alone, which
+runs already: no deadlock, whatever else the GPU runs and however few programs are resident.
+
+Shapes as in `pre`; g [T, n, C] is the gradient of x' as it came, dl [T, C] that of the layer input.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from megatron_mhc.ops.options import Options
+from megatron_mhc.ops.triton.common import (
+    INTERPRETED,
+    add_product,
+    await_turn,
+    finish_turn,
+    mapping_block,
+    mapping_rows,
+    split,
+)
+from megatron_mhc.ops.triton.mapping_backward import mapping_backward
+from megatron_mhc.ops.triton.post_res import write_weight
+
+
+@triton.jit
+def _store_dphi(d_weight, total, k, inside, K, M: tl.constexpr, MP: tl.constexpr, first):
+    """d_weight[:, k] = total for the first program of these columns, += total for the others."""
+    m = tl.arange(0, MP)
+    place = d_weight + m[None, :] * K + k[:, None]
+    keep = (m < M)[None, :] & inside[:, None]
+    if not first:
+        total += tl.load(place, mask=keep, other=0.0)
+    tl.store(place, total, mask=keep)
+
+
+@triton.jit
+def _reduce(partial, d_bias, d_alphas, part, P, N: tl.constexpr, BP: tl.constexpr):
+    """Sum the parts of dbias and dalpha of pre, post or res."""
+    M: tl.constexpr = 2 * N + N * N
+    m = tl.arange(0, N * N)
+    columns = tl.where(part == 2, N * N, N)
+    place = part * N + m
+    p = tl.arange(0, BP)
+    logits = tl.zeros([BP, N * N], tl.float32)
+    gates = tl.zeros([BP, N * N], tl.float32)
+    for p0 in tl.range(0, P, BP):
+        keep = (p0 + p < P)[:, None] & (m < columns)[None, :]
+        row = partial + (p0 + p)[:, None].to(tl.int64) * (2 * M) + place[None, :]
+        logits += tl.load(row, mask=keep, other=0.0)
+        gates += tl.load(row + M, mask=keep, other=0.0)
+    tl.store(d_bias + place, tl.sum(logits, axis=0), mask=m < columns)
+    tl.store(d_alphas + part, tl.sum(tl.sum(gates, axis=0), axis=0))
+
+
+@triton.jit
+def _dx_kernel(
+    x, g, dl, weight, d, mappings, writer, writer_bias, writer_alpha, dx, df, d_weight,
+    turns, partial, d_bias, d_alphas, T, C, SLICES, RANGES, P,
+    N: tl.constexpr, MP: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr,
+    STAGES: tl.constexpr, PAIR: tl.constexpr, DPHI: tl.constexpr, DF: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """dx_j = sum_i h_res[i, j] g_i + h_pre_j dl + (d . weight)_j + d[M] x_j, BC channels of every RANGES-th
+    block of tokens; with DPHI also d_weight, and three programs more for d_bias and d_alphas; with DF also
+    the df of the connection that wrote x, from what that has saved.
+
+    turns [0] counts tickets out, turns [1 + slice] the programs that have added to that slice's d_weight.
+    """
+    M: tl.constexpr = 2 * N + N * N
+    ticket = tl.atomic_add(turns, 1, sem="relaxed")
+    if DPHI and ticket >= SLICES * RANGES:
+        _reduce(partial, d_bias, d_alphas, ticket - SLICES * RANGES, P, N, BP)
+    else:
+        piece = ticket // SLICES
+        mine = ticket % SLICES
+        c = mine * BC + tl.arange(0, BC)
+        m = tl.arange(0, MP)
+        inside = c < C
+        weights = ()
+        totals = ()
+        for j in tl.static_range(N):
+            rows = weight + m[:, None] * (N * C) + j * C + c[None, :]
+            w = tl.load(rows, mask=(m < M)[:, None] & inside[None, :], other=0.0)
+            if PAIR and not UPCAST:
+                w = w.to(tl.bfloat16)
+            weights = weights + (w,)
+            totals = totals + (tl.zeros([BC, MP], tl.float32),)
+        blocks = tl.cdiv(T, BT)
+        for block in tl.range(piece, blocks, RANGES, num_stages=STAGES):
+            t = ((blocks - 1 - block) * BT + tl.arange(0, BT)).to(tl.int64)
+            live = t < T
+            keep = live[:, None] & inside[None, :]
+            dv = tl.load(d + t[:, None] * MP + m[None, :], mask=live[:, None] & (m < M)[None, :], other=0.0)
+            from_norm = tl.load(d + t * MP + M, mask=live, other=0.0)
+            dlv = tl.load(dl + t[:, None] * C + c[None, :], mask=keep, other=0.0)
+            gs = ()
+            xs = ()
+            for i in tl.static_range(N):
+                place = (t * N + i)[:, None] * C + c[None, :]
+                gs = gs + (tl.load(g + place, mask=keep, other=0.0),)
+                xs = xs + (tl.load(x + place, mask=keep, other=0.0),)
+            if DPHI:
+                grown = ()
+                for j in tl.static_range(N):
+                    grown = grown + (add_product(totals[j], tl.trans(xs[j]), dv, PAIR, UPCAST),)
+                totals = grown
+            row = mappings + t * (N + N * N)
+            dfv = tl.zeros([BT, BC], tl.float32)
+            for j in tl.static_range(N):
+                if PAIR and not UPCAST:
+                    high = dv.to(tl.bfloat16)
+                    low = (dv - high.to(tl.float32)).to(tl.bfloat16)
+                    acc = tl.dot(high, weights[j], tl.dot(low, weights[j]))
+                else:
+                    acc = tl.dot(dv, weights[j], input_precision="ieee" if UPCAST else "tf32x3")
+                acc += tl.load(row + j, mask=live, other=0.0)[:, None] * dlv.to(tl.float32)
+                acc += from_norm[:, None] * xs[j].to(tl.float32)
+                for i in tl.static_range(N):
+                    h = tl.load(row + N + i * N + j, mask=live, other=0.0)
+                    acc += h[:, None] * gs[i].to(tl.float32)
+                place = (t * N + j)[:, None] * C + c[None, :]
+                rounded = acc.to(dx.dtype.element_ty)
+                tl.store(dx + place, rounded, mask=keep)
+                if DF:
+                    h_post = write_weight(writer, writer_bias, writer_alpha, t, live, j, N)
+                    dfv += h_post[:, None] * rounded.to(tl.float32)
+            if DF:
+                tl.store(df + t[:, None] * C + c[None, :], dfv.to(df.dtype.element_ty), mask=keep)
+        if DPHI:
+            await_turn(turns + 1 + mine, piece)
+            for j in tl.static_range(N):
+                _store_dphi(d_weight, totals[j], j * C + c, inside, N * C, M, MP, piece == 0)
+            finish_turn(turns + 1 + mine)
+
+
+@triton.jit
+def _dphi_kernel(
+    x, d, d_weight, turns, partial, d_bias, d_alphas, T, K, TS, SLICES, RANGES, P,
+    N: tl.constexpr, MP: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BP: tl.constexpr,
+    STAGES: tl.constexpr, PAIR: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """d_weight = d^T x where `_dx_kernel` has no registers for it, TS tokens a program; d_bias, d_alphas."""
+    M: tl.constexpr = 2 * N + N * N
+    ticket = tl.atomic_add(turns, 1, sem="relaxed")
+    if ticket >= SLICES * RANGES:
+        _reduce(partial, d_bias, d_alphas, ticket - SLICES * RANGES, P, N, BP)
+    else:
+        piece = ticket // SLICES
+        mine = ticket % SLICES
+        k = mine * BK + tl.arange(0, BK)
+        m = tl.arange(0, MP)
+        inside = k < K
+        total = tl.zeros([BK, MP], tl.float32)
+        for t0 in tl.range(piece * TS, min(T, piece * TS + TS), BT, num_stages=STAGES):
+            t = (t0 + tl.arange(0, BT)).to(tl.int64)
+            live = t < T
+            xv = tl.load(x + t[:, None] * K + k[None, :], mask=live[:, None] & inside[None, :], other=0.0)
+            dv = tl.load(d + t[:, None] * MP + m[None, :], mask=live[:, None] & (m < M)[None, :], other=0.0)
+            total = add_product(total, tl.trans(xv), dv, PAIR, UPCAST)
+        await_turn(turns + 1 + mine, piece)
+        _store_dphi(d_weight, total, k, inside, K, M, MP, piece == 0)
+        finish_turn(turns + 1 + mine)
+
+
+def pre_backward(
+    x: Tensor,
+    g: Tensor,
+    f: Tensor | None,
+    dl: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    alphas: tuple[Tensor, Tensor, Tensor],
+    saved: Tensor,
+    options: Options,
+    *,
+    writer: tuple[Tensor, Tensor, Tensor] | None = None,
+    f_bias: Tensor | None = None,
+    dh_post: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of x [T, n, C] in x's dtype, weight [M, n*C], bias [M], alphas [3] in fp32; df or None.
+
+    Args:
+        x, weight, bias, alphas: as given to `pre_forward`; saved: as it returned.
+        g: [T, n, C], gradient of x'; f: [T, C], the sub-layer's output; dl: [T, C], gradient of its input.
+        writer: saved, bias and alpha_post of the connection that wrote x, whose df [T, C] is made too.
+        f_bias: [C], what post_res added to f, if anything.
+        dh_post: [T, n] fp32, where another pipeline stage has made it of f; f is then not read.
+    """
+    T, n, C = x.shape
+    M, MP, K = mapping_rows(n), mapping_block(n), n * C
+    f32 = dict(device=x.device, dtype=torch.float32)
+    dx, d_weight = torch.empty_like(x), torch.empty(M, K, **f32)
+    d_bias, d_alphas = torch.empty(M, **f32), torch.empty(3, **f32)
+    if T == 0:
+        return dx, d_weight.zero_(), d_bias.zero_(), d_alphas.zero_(), None
+    is_pair = x.dtype == torch.bfloat16
+    with_dphi = is_pair and n < 8  # elsewhere the sums of dphi do not fit beside the rest
+    BT, BC = 16, 64 if n < 8 else 32
+    if x.dtype == torch.float32:  # twice the bytes, and three times the operands of TF32 products
+        BC //= 2
+    slices = triton.cdiv(C, BC)
+    # Two programs are resident on each of about 132 multiprocessors; without dphi there is no sum to share.
+    ranges = max(1, min(264 // slices if with_dphi else 16, triton.cdiv(T, 4 * BT)))
+    BK = 64 if INTERPRETED else 128
+    turns = torch.empty(1 + max(slices, triton.cdiv(K, BK)), device=x.device, dtype=torch.int32)
+    d, mappings, partial = mapping_backward(
+        x, g, f, dl, bias, alphas, saved, turns, options, f_bias=f_bias, dh_post=dh_post
+    )
+    df = None if writer is None else torch.empty_like(dl)
+    unused = (saved, bias, alphas[1])  # neither read nor, as dl, written
+    sums = (turns, partial, d_bias, d_alphas)
+    P, BP = partial.shape[0], 256 if n < 8 else 64
+    _dx_kernel[(slices * ranges + 3 * with_dphi,)](
+        x, g, dl, weight, d, mappings, *(writer or unused), dx, dl if df is None else df, d_weight, *sums,
+        T, C, slices, ranges, P,
+        n, MP, BT, BC, BP, 3 if n < 8 else 1, is_pair, with_dphi, df is not None, INTERPRETED,
+        num_warps=4,
+    )  # fmt: skip
+    if not with_dphi:
+        turns.zero_()
+        BT, slices = 16 if INTERPRETED else 64, triton.cdiv(K, BK)
+        TS, ranges = split(T, 4, BT)
+        _dphi_kernel[(slices * ranges + 3,)](
+            x, d, d_weight, *sums, T, K, TS, slices, ranges, P,
+            n, MP, BT, BK, BP, 3 if n < 8 else 2, is_pair, INTERPRETED, num_warps=4 if n < 8 else 8,
+        )  # fmt: skip
+    return dx, d_weight, d_bias, d_alphas, df
