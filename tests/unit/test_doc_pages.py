@@ -24,7 +24,7 @@ NEEDS = {"gpu", "network", "minutes", "checkout", "cluster"}
 
 
 class Block(NamedTuple):
-    """Commands of a page, and what the comment in front of them says: `needs: a, b` or `tested by: a test`."""
+    """Commands of a page, and the comment in front of them: `needs: a, b` or `tested by: a test`."""
 
     page: str
     needs: frozenset[str]
