@@ -109,14 +109,14 @@ HOOKS: tuple[Hook, ...] = (
         defined_in=_DISTRIBUTED,
         parameters=("param_groups", "gbuf_ranges"),
         replacement=number_float32_first,
-        reason="it numbers fp32 and bf16 parameters in another order than its groups hold them, and saving fails",
+        reason="it numbers fp32 and bf16 parameters in another order than its groups do, and saving fails",
     ),
     Hook(
         target=f"{_DISTRIBUTED}:DistributedOptimizer._build_model_and_main_param_groups",
         defined_in=_DISTRIBUTED,
         parameters=("gbuf_ranges", "param_gbuf_map", "opt_group_ranges", "config"),
         replacement=detach_float32_shards,
-        reason="it leaves shards of fp32 parameters attached to autograd, which optimizers and loading refuse",
+        reason="it leaves fp32 shards attached to autograd, which optimizers and loading refuse",
     ),
     Hook(
         target=f"{_HYBRID}:HybridDeviceOptimizer._get_sub_optimizer_param_groups",
