@@ -77,7 +77,7 @@ FEATURES = (
     Feature(
         "GQA, MLA, biases, dropout, LayerNorm, RMSNorm, tied embeddings, MTP of plain layers",
         YES,
-        "MLA with TP has stock Megatron's own error",
+        "not MLA with TP, where stock's local MLA is inexact",
         (_PARITY + "two_rank_layout_matches_single_process", _PARITY + "variant_matches_single_process"),
     ),
     Feature(
