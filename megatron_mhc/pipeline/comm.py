@@ -218,7 +218,7 @@ class Transport:
         self.most_leaving = max(self.most_leaving, len(self.leaving))
 
     def sweep(self) -> None:
-        """Let go of what has left; never waits. With gloo that is known in `drain` alone."""
+        """Free messages that have left, without waiting; gloo knows of that only in `drain`."""
         self.leaving = deque(sent for sent in self.leaving if not sent.work.is_completed())
 
     def drain(self) -> None:

@@ -50,7 +50,7 @@ class DelayedWeights:
                 )
 
     def compute(self) -> None:
-        """Compute all that is queued, on the current stream, which must be behind what queued it."""
+        """Compute everything queued, on the current stream, which runs after the backward that queued it."""
         for _, linear in reversed(self._linears):
             while _queued(linear):
                 self._used(linear)
