@@ -126,8 +126,8 @@ def plugin(
             layer_input, mappings = connection(streams)
             if exact:
                 layer_input = layer_input.to(x.dtype).to(dtype)
-            reader = following.reader(streams) if following is not None and ahead else None
-            streams = connection.post_res(streams, layer_input, mappings, reader=reader)
+            next_pre = following.next_pre(streams) if following is not None and ahead else None
+            streams = connection.post_res(streams, layer_input, mappings, next_pre=next_pre)
         return streams.to(x.dtype)
 
     def read(streams: Tensor) -> Tensor:
