@@ -192,10 +192,8 @@ FEATURES = (
         "",
         ("unit/test_optional_parts.py::test_losses_and_norms_match_those_without_fused_parts",),
     ),
-    Feature("FP8 (Transformer Engine)", UNTESTED, "linears of F alone; 50 steps trained by hand on one H100"),
-    Feature("inference engines, dynamic batching", UNTESTED, ""),
-    Feature("packed sequences (THD), LoRA, Muon, async save", UNTESTED, ""),
-    Feature("Blackwell", UNTESTED, "Triton's kernels would run"),
+    Feature("FP8 (Transformer Engine)", UNTESTED, "F's linears alone; 50 steps trained by hand on one H100"),
+    Feature("packed sequences (THD), LoRA, Muon, async save; inference engines; Blackwell", UNTESTED, ""),
     Feature(
         "CUDA graphs",
         REFUSED,
