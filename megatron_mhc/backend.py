@@ -29,7 +29,7 @@ class Backend:
         self._chosen: dict[tuple[int, torch.dtype, str], Kernels | None] = {}
 
     def kernels(self, x: Tensor, width: int) -> Kernels | None:
-        """Those for streams like x, of `width` channels; None for the reference.
+        """The kernels for streams like x, of `width` channels; None for the reference.
 
         Raises:
             ValueError: see `choose`.
@@ -121,7 +121,7 @@ def hopper_obstacle(
     device_type: str,
     gpu: tuple[int, int, int] | None = None,
 ) -> str | None:
-    """The same of the kernels for Hopper; gpu: as `H100`, the current device by default."""
+    """Why the Hopper kernels cannot serve them, or None; gpu: like `H100`, by default the current device."""
     if device_type != "cuda":
         return f"the streams are on {device_type}"
     if obstacle := triton_obstacle(mhc, width, dtype, device_type):  # post_res stays Triton's
@@ -137,7 +137,7 @@ def hopper_obstacle(
     if (major, minor) != H100[:2]:
         return f"the GPU's compute capability is {major}.{minor}, not 9.0 (H100, H200)"
     if HOPPER.channels_per_sm is not None and width > sms * HOPPER.channels_per_sm:
-        return f"--hidden-size {width} is more than {sms} multiprocessors can take"
+        return f"--hidden-size {width} is more than {sms} SMs can take"
     return None if _has_cuda_bindings() else "cuda-bindings is not installed"
 
 
@@ -173,7 +173,7 @@ def _once(fn: Callable[[], Any]) -> Callable[[], Any]:
 
 @_once
 def _gpu() -> tuple[int, int, int] | None:
-    """As `H100`, of the device that is current at the first call, which initialises CUDA."""
+    """Like `H100`, for the device that is current at the first call; that call initialises CUDA."""
     if not torch.cuda.is_available():
         return None
     found = torch.cuda.get_device_properties(torch.cuda.current_device())

@@ -1,4 +1,4 @@
-"""What an mHC checkpoint is known by: its keys, and the options that it was trained under.
+"""The marks of an mHC checkpoint: its keys, and the options with which it was trained.
 
     decoder.layers.N.{self_attention,mlp}_hyper_connection.*   MAPPING; none where all mappings are fixed
     decoder.final_layernorm.norm.*                             NORM; of every mHC model, on its last stage

@@ -54,7 +54,7 @@ class ModelChunk:
         )
 
     def next_pre(self, sublayer: SubLayer, streams: Tensor) -> NextPre | None:
-        """The `pre` behind a sub-layer of streams: [s, b, n*C], if the sub-layer works ahead for it."""
+        """The next connection's `pre`, if this sub-layer computes it ahead; streams: [s, b, n*C]."""
         behind = sublayer.position + 1
         if not self._works_ahead or behind == len(self.sublayers):
             return None

@@ -80,7 +80,7 @@ def parse(words: list[str], world: int | None) -> tuple[Any, Any, MHCConfig]:
 
 
 def read(words: list[str], world: int | None, ignore_unknown: bool = False) -> tuple[Any, Any, MHCConfig]:
-    """`parse`, but for what mHC refuses; `ignore_unknown` lets flags of a script of its own pass."""
+    """`parse` without mHC's refusals; `ignore_unknown` lets a script's own flags pass."""
     import torch
 
     if not torch.cuda.is_available():

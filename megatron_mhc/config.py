@@ -1,4 +1,4 @@
-"""What a user can choose about mHC: one description of every option, checked when it is said."""
+"""The options of mHC: one description of each, from which flags, help, checks and docs follow."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def _option(
     """A field of MHCConfig with its description.
 
     Args:
-        help: what it does, for --help and the README's table, which scripts/option_table.py writes.
+        help: what it does, for --help and docs/options.md, which scripts/doc_tables.py writes.
         choices: the words it takes; with `least` it takes whole numbers beside them.
         least, above: the bound of a number, itself included or not.
         stored: whether it changes the arithmetic, so that checkpoints keep it and compare it.
@@ -120,27 +120,27 @@ class MHCConfig:
     num_residual_streams: int = _option(4, "n, the number of parallel residual streams", least=1, stored=True)
     preset: str = _option(
         "paper",
-        "arithmetic of the mappings: paper is Eqs. (14)-(19), deepseek_v4 that model's softmax, its eps 1e-6 "
-        "after every step, its transposed comb and its learned output head",
+        "arithmetic of the mappings: paper is Eqs. (14)-(19); deepseek_v4 has that model's softmax, eps 1e-6 "
+        "after every step, transposed comb and learned output head",
         choices=("paper", "deepseek_v4"),
         stored=True,
     )
     h_res: str = _option(
         "sinkhorn",
-        "mixing of the streams: sinkhorn is mHC, identity leaves them unmixed, unconstrained is plain "
-        "hyper-connections (Eq. (5), the paper's baseline: tanh mappings, normalised per stream)",
+        "how a sub-layer mixes the streams: sinkhorn is mHC; identity leaves them unmixed; unconstrained is "
+        "plain hyper-connections (Eq. (5), the paper's baseline: tanh mappings, normalised per stream)",
         choices=("sinkhorn", "identity", "unconstrained"),
         stored=True,
     )
     h_pre: str = _option(
         "dynamic",
-        "weights that a sub-layer reads the streams by; fixed is 1/n, the paper's ablation",
+        "weights with which a sub-layer reads the streams; fixed is 1/n, the paper's ablation",
         choices=("dynamic", "fixed"),
         stored=True,
     )
     h_post: str = _option(
         "dynamic",
-        "weights that a sub-layer writes the streams by; fixed is 1, the paper's ablation",
+        "weights with which a sub-layer writes the streams; fixed is 1, the paper's ablation",
         choices=("dynamic", "fixed"),
         stored=True,
     )
@@ -149,8 +149,8 @@ class MHCConfig:
     )
     init: str = _option(
         "home_stream",
-        "mappings at step 0: home_stream is near the plain residual network, uniform is what Megatron's "
-        "branches do",
+        "mappings at step 0: home_stream starts near the plain residual network, uniform as Megatron's "
+        "branches",
         choices=("home_stream", "uniform"),
     )
     init_gating_factor: float = _option(0.01, "initial value of the three gating factors alpha", least=0)
@@ -173,54 +173,54 @@ class MHCConfig:
     )
     backend: str = _option(
         "auto",
-        "kernels: hopper is CUDA for n = 4, bf16 and up to 64 Sinkhorn iterations, on H100 and H200 with "
-        "cuda-bindings; reference is plain torch; auto is hopper, then triton, where they can serve on a "
-        "GPU, else reference, and start-up says which",
+        "kernels: hopper is CUDA, for n = 4, bf16 and up to 64 Sinkhorn iterations on H100 and H200 with "
+        "cuda-bindings; reference is plain torch; auto takes hopper where it can serve, else triton, else "
+        "reference, and the log says which",
         choices=("auto", "hopper", "triton", "reference"),
     )
     boundary: str = _option(
         "auto",
-        "what the kernels of two connections in a row do together: apart is nothing; linked, the second's "
-        "backward makes the first's df (the same bits); fused, besides, the first's post_res reads for the "
-        "second (hopper, the same bits) or projects for it (triton, in bf16); auto is fused by hopper, "
-        "linked by triton: docs/kernels.md",
+        "what the kernels of two connections in a row share: apart, nothing; linked, the second's backward "
+        "also computes df of the first (same bits); fused, in addition the first's post_res runs in the "
+        "second's pre (hopper, same bits) or makes its projection (triton, rounded to bf16); auto is fused "
+        "for hopper, linked for triton: docs/kernels.md",
         choices=("auto", "apart", "linked", "fused"),
     )
     log_interval: int = _option(
         0,
-        "steps between two diagnostics of the mappings in TensorBoard and W&B (mhc/...); 0 is never: "
-        "docs/diagnostics.md",
+        "write diagnostics of the mappings to TensorBoard and W&B (mhc/...) every so many steps; 0 is "
+        "never: docs/diagnostics.md",
         least=0,
     )
     log_tokens: int = _option(
-        256, "tokens that they sample of the first micro-batch of each data-parallel rank", least=1
+        256, "tokens to sample of the first micro-batch on each data-parallel rank", least=1
     )
     alarm: str = _option(
         "off",
-        "what to do when a gain or a mapping logit leaves its range at a logging step",
+        "what to do at a logging step when a gain or a mapping logit is out of range",
         choices=("off", "warn", "stop"),
     )
     alarm_gain: float = _option(10.0, "alarm beyond this gain, and below its inverse", above=1)
     alarm_logit: float = _option(50.0, "alarm beyond this absolute value of a mapping logit", above=0)
     recompute_layer_num: str = _option(
         "off",
-        "sub-layers (attention and MLP count one each) of a block whose streams and layer inputs are "
-        "dropped, and replayed in backward by mHC alone, never F; auto is the blocks of least memory: "
-        "docs/recompute.md",
+        "sub-layers (attention and MLP count one each) in a block of recompute: the block drops its streams "
+        "and layer inputs and replays them in backward, without running F again; auto chooses the blocks of "
+        "least memory: docs/recompute.md",
         choices=("auto", "off"),
         least=1,
     )
     recompute_coefficients: bool = _option(False, "replay the coefficients too, instead of keeping them")
     pipeline_schedule: str = _option(
         "megatron",
-        "interleaved is the same order of chunks with messages that compute does not wait for; fused runs "
-        "the forward of one micro-batch and the backward of another node by node in turns: docs/pipeline.md",
+        "interleaved has Megatron's order of chunks, and overlaps messages with compute; fused also runs the "
+        "forward of one micro-batch and the backward of another node by node in turns: docs/schedules.md",
         choices=("megatron", "interleaved", "fused"),
     )
     pp_boundary: str = _option(
         "whole",
-        "what leaves a pipeline stage under the last two: whole streams, or, split, the mixed streams before "
-        "the last MLP and its output behind it",
+        "what a stage sends under interleaved and fused: whole, its streams; split, the mixed streams before "
+        "its last MLP and that MLP's output after it: docs/pipeline.md",
         choices=("whole", "split"),
     )
 

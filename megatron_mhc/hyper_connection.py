@@ -228,7 +228,7 @@ class HyperConnectionModule(MappingParameters):
         return u.view(streams.shape), h_post
 
     def next_pre(self, streams: Tensor) -> NextPre | None:
-        """What the `post_res` in front, of streams: [s, b, n*C], needs to work ahead for this connection.
+        """What the preceding `post_res` needs to compute this `pre` ahead; streams: [s, b, n*C].
 
         None if it may not: without `--mhc-boundary fused`, the bits have to be those of separate kernels.
         """

@@ -1,4 +1,4 @@
-"""The transformer layer with mHC in place of its residual additions."""
+"""The transformer layer with mHC instead of its residual additions."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class HyperConnectionTransformerLayer(TransformerLayer):
         streams -> pre -> attention -> post_res -> pre -> MLP/MoE -> post_res -> streams
 
     Attention and MLP are Megatron's own, run by its own `_forward_attention` and `_forward_mlp` with
-    their norms, dropout and recompute; only the addition of the residual is left out of them (see
+    their norms, dropout and recompute, but without the addition of the residual (see
     `sublayer.bias_dropout`). The model's first layer copies the embedding into the streams.
 
     Args:

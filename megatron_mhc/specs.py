@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 
 def wrap_layer_spec(spec: ModuleSpec, mhc: MHCConfig, chunks: ModelChunks | None = None) -> ModuleSpec:
-    """Return a copy of a transformer layer's spec with mHC in place of its residual additions.
+    """Return a copy of a transformer layer's spec with mHC instead of its residual additions.
 
     Args:
         spec: of a TransformerLayer.

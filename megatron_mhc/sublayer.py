@@ -125,7 +125,7 @@ class SubLayer:
         return self.connection.post_res(visit.streams, f, visit.mappings, bias, next_pre)
 
     def leave(self, streams: Tensor) -> tuple[Visit, Tensor, Tensor]:
-        """`pre` where a pipeline stage ends in the midst of this sub-layer.
+        """`pre` where a pipeline stage ends inside this sub-layer.
 
         Returns:
             the visit, u = H_res x: [s, b, n*C] and h_post: [s*b, n], which `post_res` elsewhere needs.
@@ -137,7 +137,7 @@ class SubLayer:
 def bias_dropout(training: bool, fused: bool) -> Callable[..., Tensor]:
     """Megatron's bias-dropout-add without the add, which post_res does.
 
-    Without dropout, the bias is left for post_res too, if that can add it.
+    Without dropout it leaves the bias to post_res too, if post_res can add one.
     """
 
     def apply(output_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, prob: float) -> Tensor:

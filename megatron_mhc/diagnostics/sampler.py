@@ -136,7 +136,7 @@ def take(connection: HyperConnectionModule, streams: Tensor, mappings: Any, capa
 
 
 def mapping_logits(connection: HyperConnectionModule, x: Tensor, parts: list[str]) -> dict[str, Tensor]:
-    """What the sigmoids and Sinkhorn get, by part, of the streams x: [T, n, C]."""
+    """The inputs of the sigmoids and of Sinkhorn, by part, for streams x: [T, n, C]."""
     if not parts:
         return {}
     n = connection.mhc.num_residual_streams

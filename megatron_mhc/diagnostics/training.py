@@ -29,7 +29,7 @@ GAINS = ("gain_forward", "gain_backward", "composite_gain_forward", "composite_g
 
 
 def check_writers(args: Any, mhc: MHCConfig) -> None:
-    """Refuse to sample for nobody.
+    """Refuse to sample where nobody writes the result.
 
     Raises:
         ValueError: `--mhc-log-interval` with neither a writer nor an alarm.

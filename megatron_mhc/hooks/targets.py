@@ -1,7 +1,7 @@
 """Every Megatron symbol that megatron_mhc replaces, on one screen.
 
-A replacement is a function of the original; both leave models without mHC exactly as they are. Beside
-these, `pretrain_gpt.py` (and `testing/cpu.py`, which patches much more, for CPUs alone) keeps Megatron
+A replacement is a function of the original and leaves models without mHC exactly as they are. In addition
+`pretrain_gpt.py` (and `testing/cpu.py`, which patches much more, for CPUs alone) keeps Megatron
 from running `make` where the wheel has no Makefile.
 """
 
@@ -70,14 +70,15 @@ HOOKS: tuple[Hook, ...] = (
         defined_in=_INFERENCE,
         parameters=("self", "batch_size", "seq_len"),
         replacement=widen_receive_buffer,
-        reason="inference on a pipeline sizes its messages by config.hidden_size too, and sends by itself",
+        reason="inference on a pipeline also sizes messages by config.hidden_size, and does not send them by "
+        "P2PCommunicator",
     ),
     Hook(
         target="megatron.core.transformer.transformer_block:_get_block_submodules",
         defined_in="megatron.core.transformer.transformer_block",
         parameters=("config", "spec", "vp_stage", "pp_rank"),
         replacement=remember_when_built,
-        reason="the config that a model is built with may be a copy, which has lost the mHC options",
+        reason="a framework may build the model with a copy of the config that lacks the mHC options",
     ),
     Hook(
         target="megatron.core.dist_checkpointing:load",
@@ -92,7 +93,8 @@ HOOKS: tuple[Hook, ...] = (
             "process_group",
         ),
         replacement=guard_load,
-        reason="a checkpoint of the other kind must be refused, or taken by --mhc-load-dense, before loading",
+        reason="an mHC model must refuse a plain checkpoint, or take it by --mhc-load-dense, before loading "
+        "starts; a plain model must refuse an mHC checkpoint",
     ),
     Hook(
         target="megatron.core.transformer.module:MegatronModule.load_state_dict",
@@ -107,29 +109,28 @@ HOOKS: tuple[Hook, ...] = (
         defined_in=_DISTRIBUTED,
         parameters=("param_groups", "gbuf_ranges"),
         replacement=number_float32_first,
-        reason="fp32 mappings beside bf16 weights: it numbers parameters in another order than its groups "
-        "hold them, and saving fails",
+        reason="it numbers fp32 and bf16 parameters in another order than its groups do, and saving fails",
     ),
     Hook(
         target=f"{_DISTRIBUTED}:DistributedOptimizer._build_model_and_main_param_groups",
         defined_in=_DISTRIBUTED,
         parameters=("gbuf_ranges", "param_gbuf_map", "opt_group_ranges", "config"),
         replacement=detach_float32_shards,
-        reason="shards of fp32 parameters stay under autograd: optimizers and loading refuse them",
+        reason="it leaves fp32 shards attached to autograd, which optimizers and loading refuse",
     ),
     Hook(
         target=f"{_HYBRID}:HybridDeviceOptimizer._get_sub_optimizer_param_groups",
         defined_in=_HYBRID,
         parameters=("self", "offload_fraction"),
         replacement=master_every_parameter,
-        reason="--optimizer-cpu-offload: fp32 parameters left on the GPU do not train, none can be resumed",
+        reason="--optimizer-cpu-offload: fp32 parameters on the GPU do not train, and none can be resumed",
     ),
     Hook(
         target=f"{_OPTIMIZER}:Float16OptimizerWithFloat16Params.sharded_state_dict",
         defined_in=_OPTIMIZER,
         parameters=("self", "model_sharded_state_dict", "is_loading", "metadata"),
         replacement=number_all_parameters,
-        reason="it numbers the bf16 parameters alone, and saving the fp32 ones fails",
+        reason="it numbers only the bf16 parameters, and saving the fp32 ones fails",
     ),
     Hook(
         target="megatron.core.transformer.transformer_block:checkpointed_forward",
@@ -149,7 +150,7 @@ HOOKS: tuple[Hook, ...] = (
             "layer_offset",
         ),
         replacement=ask_input_gradient,
-        reason="full recompute behind a frozen embedding gives no layer a gradient",
+        reason="full recompute behind a frozen embedding gives no layer a gradient, in stock Megatron too",
     ),
 )
 

@@ -1,6 +1,6 @@
-"""Buffers that Megatron keeps once per process, which the micro-batches of a fused step must not share.
+"""Buffers that Megatron keeps once per process, and that two micro-batches of a fused step must not share.
 
-docs/pipeline.md lists what else is kept once per process, and why it is safe.
+docs/pipeline.md lists what else a process has once, and why that is safe.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from torch import Tensor
 
 @contextmanager
 def own_buffers() -> Iterator[None]:
-    """Have Megatron's global memory buffer give everyone who asks memory of his own.
+    """Have Megatron's global memory buffer return new memory at each call.
 
-    It is lent for as long as nothing else runs in between: here the node of another micro-batch does, on the
-    same stream or on one beside it. Copying what was lent would leave the second race.
+    Megatron reuses one buffer, on the assumption that nothing else runs until its contents are read. In a
+    fused step the node of another micro-batch does, on the same stream or on another one. Copying the
+    contents would not help on another stream.
     """
     shared = GlobalMemoryBuffer.get_tensor
     GlobalMemoryBuffer.get_tensor = _own

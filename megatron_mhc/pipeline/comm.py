@@ -101,9 +101,9 @@ def links(pp: int) -> list[tuple[str, int, int]]:
 def _connect(channels: Channels) -> None:
     """Send a number over every link, in one order on all ranks.
 
-    NCCL connects two ranks at the first message between them in a group, and the host of each waits there
-    for the other: where the programs of two ranks begin on different channels, as under virtual stages
-    with `Plan.ahead` of 2, both would wait for ever.
+    NCCL connects two ranks at the first message between them in a group, and each host waits there for the
+    other. Programs of two ranks that begin on different channels, as under virtual stages with `Plan.ahead`
+    of 2, would deadlock.
     """
     me, device = dist.get_rank(), "cuda" if channels.backend == "nccl" else "cpu"
     for name, source, target in links(len(channels.ranks)):
@@ -218,7 +218,7 @@ class Transport:
         self.most_leaving = max(self.most_leaving, len(self.leaving))
 
     def sweep(self) -> None:
-        """Let go of what has left; never waits. With gloo that is known in `drain` alone."""
+        """Free messages that have left, without waiting; gloo knows of that only in `drain`."""
         self.leaving = deque(sent for sent in self.leaving if not sent.work.is_completed())
 
     def drain(self) -> None:
@@ -248,7 +248,7 @@ class Transport:
 
 
 def most_on_host(plan: Plan) -> int:
-    """How many messages of a rank may wait in host memory to be received, without a deadlock.
+    """How many messages of a rank may lie in host memory, sent and not yet received, without a deadlock.
 
     A neighbour posts its receives a few compute steps ahead, but a group of micro-batches may leave one
     chunk before it begins with the next.
@@ -257,10 +257,10 @@ def most_on_host(plan: Plan) -> int:
 
 
 class HostTransport(Transport):
-    """The same messages by way of the hosts, between which no operation pends on a device; see loading.py.
+    """The same messages through the hosts, so that no operation pends on a device; see loading.py.
 
-    The current stream computes, the host waits for that and sends; and it waits for what it receives before
-    that is copied on the current stream. Channels are `Channels.hosts`.
+    The host waits for the current stream and then sends. It waits for a message and then has the current
+    stream copy it. Channels are `Channels.hosts`.
     """
 
     def __init__(self, *args: Any):

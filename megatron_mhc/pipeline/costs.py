@@ -1,4 +1,4 @@
-"""What the simulator is told: how long operations and messages take; no torch."""
+"""The simulator's input: how long operations and messages take; no torch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from megatron_mhc.schedule.program import (
     Plan,
 )
 
-SLICE = 0.25  # milliseconds for which an all-to-all has a link before others take their turn
+SLICE = 0.25  # milliseconds that an all-to-all holds a link before others take their turn
 
 
 class Phase(NamedTuple):

@@ -1,9 +1,9 @@
-"""Weight gradients that linears leave for later (--delay-wgrad-compute), and who computes them.
+"""Weight gradients that linears postpone (--delay-wgrad-compute), and who computes them.
 
-Under that flag the backward of Transformer Engine's linears computes the gradient of its input alone and
-queues the rest: `backward_dw` then computes the weight's, and the bias's, and runs the hooks by which a
-data-parallel wrapper takes them into `main_grad` and, behind the last micro-batch, reduces them. Nothing else
-ever does: a queue that nobody empties is a gradient that is missing.
+Under that flag the backward of a Transformer Engine linear computes only the gradient of its input and
+queues the rest. `backward_dw` then computes the gradients of weight and bias and runs the hooks with which a
+data-parallel wrapper adds them to `main_grad` and, after the last micro-batch, reduces them. Nothing else
+does: a queue that nobody empties is a missing gradient.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class DelayedWeights:
                 )
 
     def compute(self) -> None:
-        """Compute all that is queued, on the current stream, which must be behind what queued it."""
+        """Compute everything queued, on the current stream, which runs after the backward that queued it."""
         for _, linear in reversed(self._linears):
             while _queued(linear):
                 self._used(linear)

@@ -1,4 +1,4 @@
-"""Things that happen one after the other, and those of them that take turns at a link; no torch."""
+"""Discrete events: nodes that follow each other, and some that share a link in turns; no torch."""
 
 from __future__ import annotations
 

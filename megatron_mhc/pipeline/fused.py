@@ -4,10 +4,14 @@ The forward is Megatron's own forward step: its layers call back before each nod
 program runs on until that node's turn. The backward is a chain of pieces that `Tape` cut the forward into,
 so it fits between the nodes of any forward.
 
-Delayed weight gradients (`DelayedWeights`) wait for the next communication of their chunk's backward, and are
-computed beside it: the experts' beside the dispatch's all-to-all, those of an attention and of its layer's
-shared experts beside the combine's of the layer below, and what is left, all of a dense chunk, beside the
-chunk's last message, d_streams. Only then is the chunk's backward done for the data-parallel wrapper.
+Delayed weight gradients (`DelayedWeights`) wait for the next communication of their chunk's backward and run
+beside it:
+
+    experts                       the dispatch's all-to-all
+    attention, shared experts     the combine's all-to-all of the layer below
+    the rest; all of dense ones   the chunk's last message, d_streams
+
+Only then is the chunk's backward done for the data-parallel wrapper.
 """
 
 from __future__ import annotations
@@ -96,7 +100,7 @@ class FusedStep(Step):
             self.outputs[key] = output
 
     def _reach(self, key: tuple[int, int], layer: int, node: str, mixed: Tensor | None) -> None:
-        """Called in the midst of a forward step, before a node of a layer: run all that stands before it."""
+        """A layer calls it before each of its nodes: run the program up to that node."""
         if mixed is not None:
             self.to_send[Message("mixed", *key)] = mixed
         until = Op(FORWARD, node, *key, layer)

@@ -57,7 +57,7 @@ class GradientSync:
                     self._start(chunk)
 
     def before_forward(self) -> None:
-        """Gather the parameters of the chunk behind the one that comes next, on all ranks at once."""
+        """Gather the parameters of the chunk after next, on all ranks at once."""
         at = self.forwards + self.rank
         self.forwards += 1
         if self.param_sync is None or at >= len(self.forward_order):

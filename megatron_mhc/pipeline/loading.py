@@ -1,16 +1,15 @@
-"""Kernels that are loaded while a message is pending, and what keeps two ranks from waiting for each other.
+"""Cold kernel launches beside posted messages: why a model's first step sends through the hosts.
 
-The first launch of a kernel waits until the device has done all that it was given (measured on an H100 with
-torch 2.11: torch's own kernels, cuBLAS, Triton, compiled or cached, and NVRTC modules, under
-CUDA_MODULE_LOADING=EAGER just as under LAZY). Given a receive that was
-posted ahead, that is when the sender has sent; if its host stands in such a launch too, both wait for ever.
-On two H100s the first step of `interleaved` did so. Therefore the messages of a model's first step go by way
-of the hosts, see `comm.HostTransport`.
+A cold launch, the first one of a kernel, synchronises with all work that pends on the device. An H100 with
+torch 2.11 did so for torch's own kernels, cuBLAS, Triton and NVRTC modules, under CUDA_MODULE_LOADING=EAGER
+as under LAZY. If a receive was posted ahead, the launch waits until the sender has sent. Two ranks that
+launch cold kernels behind each other's receives deadlock. So the messages of a model's first step go through
+the hosts (`comm.HostTransport`).
 
-A later step may launch something new (experts of other sizes: another kernel of cuBLAS). One rank at a time
-may: its pending messages come even so (`check.held_up`), given the default group of micro-batches and at
-least 2 pp - 1 of them. Two ranks in it at the same time, fewer micro-batches or larger groups can still hang;
-NCCL's watchdog ends the job after --distributed-timeout-minutes.
+A later step may launch a new kernel: experts of other sizes take another kernel of cuBLAS. One rank at a
+time may, since its pending messages still arrive (`check.held_up`), given the default group of micro-batches
+and at least 2 pp - 1 of them. Two ranks at once, fewer micro-batches or larger groups can still deadlock;
+NCCL's watchdog then ends the job after --distributed-timeout-minutes.
 """
 
 from __future__ import annotations

@@ -2,11 +2,11 @@
 
     x_out = H_res x' + H_post^T F(H_pre x'),   u = H_res x'
 
-u and h_post follow from x', the streams in front of the chunk's last MLP. `StageExit` runs such a chunk: it
-hands u out before that MLP and [f, h_post] after it, and goes backward through the MLP with df alone.
-`StageEntry`, on the next stage, forms u + h_post^T f, and df and dh_post from dx.
+u and h_post depend only on x', the streams in front of the chunk's last MLP. `StageExit` runs such a chunk:
+it sends u before that MLP and [f, h_post] after it, and runs the MLP's backward with df alone. `StageEntry`,
+on the next stage, forms u + h_post^T f, and df and dh_post from dx.
 
-The kernels of `ops.triton.stage_ends` do that wherever kernels serve the other connections, plain torch
+The kernels of `ops.triton.stage_ends` compute this where kernels serve the other connections, plain torch
 elsewhere.
 """
 

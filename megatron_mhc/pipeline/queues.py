@@ -16,15 +16,14 @@ VARIABLE = "CUDA_DEVICE_MAX_CONNECTIONS"
 def check_queues(schedule: str, pp_group: Any) -> None:
     """Refuse one hardware queue for all streams where messages pend on the device.
 
-    What waits in a queue, for an event or for what its own stream did before, holds up all that the host
-    issued after it, on whatever stream. A receive waits so for the one posted before it on its channel. Where
-    that one's message follows from compute or from a send further back in the queue, and the neighbour's
-    queue stands alike, both wait for ever. Two H100s did, twice of twice, before any message had come (PP2 x
-    VPP2, fused, split; never with 32), and so do that job's programs in a model of such queues
-    (tests/unit/test_pipeline_queues.py). Unset means 8 queues.
+    One queue has head-of-line blocking: an operation that waits holds up everything that the host issued
+    later, on any stream. A posted receive waits for the receive in front of it on its channel. If the message
+    of that one depends on compute or on a send further back in the queue, and the neighbour's queue looks the
+    same, the wait is circular. tests/unit/test_pipeline_queues.py runs programs in a model of such queues.
+    Unset means 8 queues.
 
-    Megatron's arguments.py demands 1 under TP > 1 or CP > 1 on Hopper and before, unless FSDP or
-    --overlap-moe-expert-parallel-comm is on: its own schedule is what remains there.
+    Megatron's arguments.py demands 1 under TP > 1 or CP > 1 on Hopper and older GPUs, unless FSDP or
+    --overlap-moe-expert-parallel-comm is on. Only Megatron's own schedule runs there.
 
     Args:
         schedule: --mhc-pipeline-schedule.
@@ -45,5 +44,5 @@ def check_variable(schedule: str) -> None:
             f"{name} {schedule} over NCCL with {VARIABLE}={value}: all streams then share one hardware "
             "queue, where a receive that was posted ahead can hold up what its message follows from, and the "
             f"step would hang; put `export {VARIABLE}=32` into the launch script, or use {name} megatron "
-            "(under TP > 1 or CP > 1 on Hopper and before, where Megatron demands 1, there is no other)"
+            "(under TP > 1 or CP > 1 on Hopper and older GPUs, where Megatron demands 1, there is no other)"
         )

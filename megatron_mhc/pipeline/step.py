@@ -185,7 +185,7 @@ class Step:
         return output
 
     def _early(self, head: Op, u: Tensor) -> None:
-        """Called by the last layer in the midst of a forward step: run what stands before its MLP."""
+        """The last layer calls it before its MLP: run the program up to that point."""
         self.to_send[Message("mixed", head.microbatch, head.stage)] = u
         with outside(self.transport.device.type):  # of the forward's torch.autocast
             while self._advance() != head._replace(what=TAIL):

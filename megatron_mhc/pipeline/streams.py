@@ -51,10 +51,10 @@ class _Recorder:
 
 
 class CudaStreams(HostStreams):
-    """Streams beside the current one: for posting receives, all-to-alls and the mHC post.
+    """Three streams next to the current one: for posting receives, for all-to-alls and for the mHC post.
 
-    A receive waits for what is queued on the stream that it is posted from. On the compute stream that is
-    all of the compute before it, and posting ahead would gain nothing.
+    A receive waits for everything queued on the stream from which it is posted. Posted from the compute
+    stream it would wait for all compute so far, and posting ahead would gain nothing.
     """
 
     def __init__(self, device: torch.device, post_priority: bool = True):

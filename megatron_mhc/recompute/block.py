@@ -186,7 +186,7 @@ class StreamSlots:
         self._alive: list[Tensor] = []  # a storage's key means nothing once the storage is gone
 
     def drop(self, tensor: Tensor) -> ref[Slot] | None:
-        """Put a slot in the place of `tensor` wherever it is saved, if it is all of its storage."""
+        """Save a slot instead of `tensor` everywhere, if the tensor is all of its storage."""
         if not owns_storage(tensor):
             return None
         slot = Slot(self.block, tensor.dtype)

@@ -69,7 +69,7 @@ def ranks(config: Any, mhc: MHCConfig, sequence: int, micro_batch: int, micro_ba
 
 
 def _sublayers(config: Any, layer: int) -> list[tuple[bool, int]]:
-    """Of attention and MLP of a layer: whether a norm of its own stands in front, and bytes inside."""
+    """For a layer's attention and MLP: whether a separate norm precedes it, and bytes inside."""
     pattern = config.moe_layer_freq
     is_moe = config.num_moe_experts is not None and (
         bool(pattern[layer]) if isinstance(pattern, list) else layer % pattern == 0

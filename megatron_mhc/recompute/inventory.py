@@ -25,7 +25,7 @@ def sublayer(
         one: bytes of one stream of all tokens.
         tokens: of the streams that the rank holds.
         n: number of streams.
-        norm: a norm of its own stands in front of F.
+        norm: a separate norm precedes F.
         inside: bytes per token, from `attention` or `mlp`.
         replayed: the sub-layer is replayed, with the coefficients that `pre` gave, or with new
             ones if `coefficients`.
@@ -51,7 +51,7 @@ def itemsize(config: Any) -> int:
 
 
 def attention(config: Any) -> int:
-    """Bytes per token that self-attention saves beside its input."""
+    """Bytes per token that self-attention saves in addition to its input."""
     tp, tokens = config.tensor_model_parallel_size, _gathered(config)
     heads = config.num_attention_heads
     if config.multi_latent_attention:

@@ -7,7 +7,7 @@ keep theirs, this one has everything back, and the layers before its end still h
     peak = max over blocks k of  (k + 1) nC + (s_k - 1) nC + s_k * read + (kept + inside of layers < end_k)
 
 Eq. (20) is this for equal blocks, with read = 2C and nothing inside F: nC ceil(L / L_r) + (n + 2) C L_r.
-With F's own activations, which go as the backward pass goes, blocks may be longer the earlier they are.
+F's own activations are freed as the backward pass proceeds, so early blocks may be longer than late ones.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class SubLayerBytes:
     Args:
         streams: x, all n streams; the same for all sub-layers of a chunk.
         read: the layer input and, where a module of its own makes it, the norm's output.
-        kept: what mHC keeps whatever is replayed: F's output and the coefficients.
-        inside: what F saves beside those; a lower bound is safe, and 0 gives the paper's expression.
+        kept: what mHC keeps in any case: F's output and the coefficients.
+        inside: what F saves in addition; a lower bound is safe, and 0 gives the paper's expression.
     """
 
     streams: int

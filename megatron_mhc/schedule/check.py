@@ -20,7 +20,7 @@ from megatron_mhc.schedule.program import (
 
 
 class Deadlock(ValueError):
-    """Programs that would wait for each other for ever."""
+    """Programs that wait for each other in a circle."""
 
 
 def check_programs(plan: Plan, programs: list[list[Op]] | None = None) -> None:
@@ -48,11 +48,11 @@ def check_programs(plan: Plan, programs: list[list[Op]] | None = None) -> None:
 
 
 def held_up(plan: Plan, programs: list[list[Op]] | None = None) -> Iterator[tuple[int, Op, list[Op]]]:
-    """Where a rank that stands still would keep messages of its own from coming or leaving.
+    """The messages that block where one rank's host stops in front of a compute operation.
 
     Yields:
-        (rank, compute, pending): the rank's host stands in front of this compute, in a launch that waits for
-        the device, and all others do what they can; these POSTs and SENDs of the rank do not end.
+        (rank, compute, pending): the rank's host waits for its device before launching `compute`, while all
+        other ranks go on as far as they can; `pending` are POSTs and SENDs of that rank that do not finish.
     """
     programs = programs or [build_program(plan, rank) for rank in range(plan.pp)]
     for rank, program in enumerate(programs):

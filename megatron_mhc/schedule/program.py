@@ -91,13 +91,13 @@ class Plan:
         boundary: WHOLE or SPLIT.
         forward_only: evaluation.
         fused: run a forward chunk and a backward chunk of two microbatches node by node in turns.
-        replay: chunks recompute, and do so before they wait for the gradient.
+        replay: chunks recompute before they wait for the gradient.
         layers: layers of each stage (fused programs alone depend on them); one number for all of them.
         hops: forward chunks of warm-up for each rank that follows; 1 is Megatron's 1F1B without virtual
             stages, which leaves no time for a message.
         ahead: compute steps between posting a receive and using it. None: 2, but 1 where the message may
-            follow from what the rank does in between: a fused step is two chunks, and of 2 ranks each is
-            the other's neighbour on both sides. See loading.py.
+            depend on what the rank does in between, as in a fused step, which is two chunks, and on 2 ranks,
+            each of which is the other's neighbour on both sides. See loading.py.
 
     Raises:
         ValueError: a setting out of range.

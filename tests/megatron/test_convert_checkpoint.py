@@ -133,7 +133,7 @@ def test_checkpoint_survives_the_way_there_and_back(run_ranks, tmp_path, setting
 @pytest.mark.parametrize("kind", ["torch_dist", "torch"])
 def test_the_commands_of_the_page_run_in_their_order(run_ranks, tmp_path, monkeypatch, kind):
     """In a folder that holds plain/ alone; what the page calls exact is."""
-    page = (ROOT / "docs" / "convert.md").read_text()
+    page = (ROOT / "docs" / "checkpoints.md").read_text()
     name, *lines = re.search(r"```bash\n(.*?)```", page, re.DOTALL).group(1).splitlines()
     assert name == 'convert="python -m megatron_mhc.convert"' and len(lines) == 5
     if not find_spec("safetensors"):

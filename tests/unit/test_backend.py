@@ -87,7 +87,7 @@ def test_streams_on_a_cpu_ask_for_no_gpu(monkeypatch):
     [
         (None, True, {}, 4096, BF16, "there is no CUDA device"),
         (A100, True, {}, 4096, BF16, "the GPU's compute capability is 8.0, not 9.0 (H100, H200)"),
-        (H20, True, {}, 5120, BF16, "--hidden-size 5120 is more than 78 multiprocessors can take"),
+        (H20, True, {}, 5120, BF16, "--hidden-size 5120 is more than 78 SMs can take"),
         (H100, False, {}, 4096, BF16, "cuda-bindings is not installed"),
         (H100, True, {}, 4096, torch.float32, "the streams are torch.float32, not torch.bfloat16"),
         (H100, True, {}, 4100, BF16, "--hidden-size 4100 is no multiple of 16"),

@@ -1,0 +1,171 @@
+"""Write the tables of README and docs that are made from the sources.
+
+python scripts/doc_tables.py
+
+A table stands between `<!-- NAME -->` and `<!-- /NAME -->`:
+
+    options    docs/options.md    the fields of MHCConfig
+    hooks      docs/hooks.md      hooks/targets.py
+    matrix     README.md          tests/support_matrix.py
+    simulated  docs/schedules.md  pipeline/simulate.py, its default times
+    costs      README.md          step*.json of the newest folder in docs/results
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import Field, fields
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from support_matrix import FEATURES, Feature  # noqa: E402
+
+from megatron_mhc.config import MHCConfig, flag, takes  # noqa: E402
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A table in Markdown."""
+    head = list(head)
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def options() -> str:
+    """Every option: default, values, meaning."""
+    return table(["`--mhc-...`", "default", "takes", "meaning"], map(_option, fields(MHCConfig)))
+
+
+def _option(option: Field[Any]) -> list[str]:
+    words = takes(option).removeprefix("one of ")
+    for choice in option.metadata["choices"]:
+        words = re.sub(rf"\b{choice}\b", f"`{choice}`", words)
+    default = option.default
+    if option.type == "bool":
+        words, default = f"nothing; `{option.name}=true` in MEGATRON_MHC", "off"
+    meaning = re.sub(r"docs/(\w+\.md)", r"[\1](\1)", option.metadata["help"])
+    return [f"`{flag(option.name).removeprefix('--mhc-')}`", f"`{default}`", words, meaning]
+
+
+def hooks() -> str:
+    """Every symbol of Megatron's that is replaced, when, and why."""
+    from megatron_mhc.hooks.targets import HOOKS, SCHEDULE_HOOKS, TRAINING_HOOKS
+
+    rows = [[*_target(hook.target), hook.reason] for hook in (*HOOKS, *TRAINING_HOOKS, *SCHEDULE_HOOKS)]
+    return table(["symbol", "module", "why"], rows)
+
+
+def _target(target: str) -> tuple[str, str]:
+    module, _, name = target.partition(":")
+    return f"`{name}`", f"`{module}`"
+
+
+def matrix() -> str:
+    """Every feature: its state, how far it goes, what shows it."""
+    return table(["", "state", "", "shown by"], map(_feature, FEATURES))
+
+
+def _feature(feature: Feature) -> list[str]:
+    links = []
+    for test in feature.tests:
+        file, _, name = test.partition("::")
+        links.append(f"[{name.removeprefix('test_')}](tests/{file})")
+    return [feature.name, feature.state, feature.note, ", ".join(links)]
+
+
+def simulated() -> str:
+    """A step of the paper's 27B under every schedule, ms, on 8 stages of 2 and of 4 chunks."""
+    from megatron_mhc.pipeline.simulate import Plan, Times, schedules
+
+    columns = ("step", "bubble", "all_to_all", "p2p")
+    runs = {vpp: schedules(Plan(8, vpp, 32, layers=4 // vpp, replay=True), Times()) for vpp in (2, 4)}
+    head = [f"vpp {vpp}: {name.replace('_', '-')}" for vpp in runs for name in columns]
+    rows = (
+        [name, *(f"{getattr(runs[vpp][name], column):.0f}" for vpp in runs for column in columns)]
+        for name in runs[2]
+    )
+    return table(["", *head], rows)
+
+
+def costs() -> str:
+    """Steps with mHC over vanilla's, of one machine and commit: `benchmarks.step`'s rows."""
+    folder = max((ROOT / "docs" / "results").glob("*_*/"), key=lambda path: path.name[-10:])
+    reports = [json.loads(file.read_text()) for file in sorted(folder.glob("step*.json"))]
+    head = reports[0]
+    if any((report["device"], report["commit"]) != (head["device"], head["commit"]) for report in reports):
+        raise ValueError(f"{folder}: steps of several devices or commits; the table needs one of each")
+    versions = ", ".join(f"{name} {found}" for name, found in head["versions"].items() if found)
+    source = f"[{folder.name}](docs/results/{folder.name})"
+    about = f"{head['device']}, {head['date']}, commit {head['commit']}, {versions}; raw data: {source}.\n\n"
+    found = {(row["section"], row["name"]): row for report in reports for row in report["rows"]}
+    columns = [
+        "recipe",
+        "micro-batch",
+        "vanilla, ms",
+        "mHC, ms",
+        "over vanilla",
+        "with `auto` recompute",
+        "runs apart",
+    ]
+    return about + table(columns, _costs(found))
+
+
+def _costs(found: dict[tuple[str, str], Any]) -> Iterable[list[str]]:
+    over, apart = "wall_ms over vanilla, %", "apart, %"
+    for (section, name), vanilla in found.items():
+        batch, _, form = name.partition(", ")
+        if form != "vanilla" or "wall_ms" not in vanilla:
+            continue
+        mhc, auto = (found.get((section, f"{batch}, {form}"), {}) for form in ("mhc", "mhc/auto"))
+        if over in mhc:
+            spread = [row[apart] for row in (vanilla, mhc, auto) if apart in row]
+            yield [
+                section,
+                batch.removeprefix("micro-batch "),
+                f"{vanilla['wall_ms']:.0f}",
+                f"{mhc['wall_ms']:.0f}",
+                f"**{mhc[over]:+.1f} %**",
+                f"{auto[over]:+.1f} %" if over in auto else "-",
+                f"{max(spread):.0f} %" if spread else "-",
+            ]
+
+
+TABLES: dict[str, tuple[str, Callable[[], str]]] = {
+    "options": ("docs/options.md", options),
+    "hooks": ("docs/hooks.md", hooks),
+    "matrix": ("README.md", matrix),
+    "costs": ("README.md", costs),
+    "simulated": ("docs/schedules.md", simulated),
+}
+
+
+def filled(page: str, name: str, text: str) -> str:
+    """A page with `text` between the markers of `name`.
+
+    Raises:
+        ValueError: the page has not exactly one such pair.
+    """
+    pair = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+    page, count = pair.subn(lambda found: found[1] + text + found[2], page)
+    if count != 1:
+        raise ValueError(f"{count} pairs of <!-- {name} --> and <!-- /{name} -->, expected one")
+    return page
+
+
+def main() -> None:
+    """Fill all tables."""
+    from megatron_mhc.testing import cpu
+
+    cpu.install()  # the hooks import Megatron
+    for name, (file, make) in TABLES.items():
+        path = ROOT / file
+        path.write_text(filled(path.read_text(), name, make()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,251 @@
+"""What works together with mHC, as data: scripts/doc_tables.py writes it into the README.
+
+A row's tests are what shows it. tests/unit/test_docs.py asks that each of them exists and that the README
+is current.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+YES, REFUSED, UNTESTED = "yes", "refused", "untested"
+
+
+class Feature(NamedTuple):
+    """One row.
+
+    Args:
+        name: of Megatron's feature or flag, in Markdown.
+        state: YES where a test runs it, REFUSED where building the model raises, else UNTESTED.
+        note: how far it goes, or why not.
+        tests: "file under tests/::function"; none for UNTESTED.
+    """
+
+    name: str
+    state: str
+    note: str
+    tests: tuple[str, ...] = ()
+
+
+_PARITY = "distributed/test_parity.py::test_"
+_SCHEDULE = "distributed/test_pipeline_schedule.py::test_"
+_REFUSALS = "unit/test_refusals.py::test_"
+
+FEATURES = (
+    Feature(
+        "TP, TP + sequence parallel",
+        YES,
+        "n = 1, 2, 4",
+        (_PARITY + "core_layout_matches_single_process",),
+    ),
+    Feature(
+        "PP, VPP with overlapped p2p, custom layouts, empty stages",
+        YES,
+        "2 and 4 stages",
+        (
+            _PARITY + "core_layout_matches_single_process",
+            "distributed/test_stage_layouts.py::test_custom_layout_matches_single_process",
+        ),
+    ),
+    Feature(
+        "EP (alltoall, allgather, shared experts), ETP",
+        YES,
+        "",
+        (
+            _PARITY + "two_rank_layout_matches_single_process",
+            _PARITY + "four_rank_layout_matches_single_process",
+        ),
+    ),
+    Feature(
+        "CP",
+        YES,
+        "with token-local attention; Transformer Engine's CP attention is untested",
+        (_PARITY + "core_layout_matches_single_process",),
+    ),
+    Feature(
+        "DP, distributed optimizer, mixtures of the above",
+        YES,
+        "",
+        (_PARITY + "four_rank_layout_matches_single_process",),
+    ),
+    Feature(
+        "two GPUs over NCCL",
+        YES,
+        "`MEGATRON_MHC_GPU_TESTS=nccl`",
+        (_PARITY + "core_layout_matches_single_process", _SCHEDULE + "two_stages"),
+    ),
+    Feature(
+        "GQA, MLA, biases, dropout, LayerNorm, RMSNorm, tied embeddings, MTP of plain layers",
+        YES,
+        "not MLA with TP, where stock's local MLA is inexact",
+        (_PARITY + "two_rank_layout_matches_single_process", _PARITY + "variant_matches_single_process"),
+    ),
+    Feature(
+        "Megatron's recompute, selective and full",
+        YES,
+        "",
+        (
+            _PARITY + "setting_matches_plain_single_process",
+            "gpu/test_te.py::test_recompute_matches_no_recompute_bit_for_bit",
+        ),
+    ),
+    Feature(
+        "`--mhc-recompute-layer-num`",
+        YES,
+        "bit for bit, in every layout above; not with full recompute",
+        (
+            "distributed/test_recompute_parity.py::test_core_layout_keeps_every_bit",
+            "distributed/test_recompute_parity.py::test_setting_keeps_every_bit",
+        ),
+    ),
+    Feature(
+        "`--mhc-pipeline-schedule`, `--mhc-pp-boundary split`",
+        YES,
+        "[limits](docs/schedules.md#refused)",
+        (_SCHEDULE + "two_stages", _SCHEDULE + "four_stages", _SCHEDULE + "experts_on_two_ranks"),
+    ),
+    Feature(
+        "`--delay-wgrad-compute`",
+        YES,
+        "under `fused` on a pipeline; elsewhere refused",
+        ("distributed/test_pipeline_delayed.py::test_setting",),
+    ),
+    Feature(
+        "`--variable-seq-lengths`",
+        YES,
+        "under Megatron's schedule; `interleaved` and `fused` refuse it",
+        (
+            "distributed/test_variable_lengths.py::test_micro_batches_of_different_lengths_match_a_single_process",
+        ),
+    ),
+    Feature(
+        "frozen stages and embeddings",
+        YES,
+        "",
+        ("distributed/test_pipeline_frozen.py::test_what_is_trained_gets_its_gradients",),
+    ),
+    Feature(
+        "Transformer Engine, bf16, grouped GEMM, gradient-accumulation fusion",
+        YES,
+        "one GPU",
+        ("gpu/test_te.py::test_fused_gradient_accumulation_matches_unfused",),
+    ),
+    Feature(
+        "`torch.autocast`, `enable_autocast`",
+        YES,
+        "coefficients and streams stay fp32; MoE needs Transformer Engine, in stock too",
+        ("megatron/test_autocast.py::test_backends_agree",),
+    ),
+    Feature(
+        "`torch.compile` of a layer",
+        YES,
+        "mHC's kernels are in the graph",
+        ("megatron/test_layer.py::test_what_mhc_adds_to_a_layer_compiles_to_one_graph",),
+    ),
+    Feature(
+        "`--mhc-backend hopper`, `triton`, `reference`",
+        YES,
+        "every gradient against float64",
+        (
+            "ops/test_hopper.py::test_outputs_and_every_gradient_match_float64",
+            "ops/test_triton.py::test_outputs_and_every_gradient_match_float64",
+        ),
+    ),
+    Feature(
+        "checkpoints resharded, optimizer included; fully parallel save; `torch` format",
+        YES,
+        "",
+        (
+            "distributed/test_checkpoint.py::test_resharded_training_matches_unbroken_run",
+            "megatron/test_pretrain.py::test_fully_parallel_save_and_load_resume_bit_for_bit",
+        ),
+    ),
+    Feature(
+        "checkpoints of plain models, Megatron's dev and main branches, DeepSeek-V4's mappings",
+        YES,
+        "converted",
+        ("megatron/test_convert_checkpoint.py::test_checkpoint_survives_the_way_there_and_back",),
+    ),
+    Feature(
+        "`--optimizer-cpu-offload`",
+        YES,
+        "",
+        ("distributed/test_checkpoint.py::test_offloaded_optimizer_resumes_bit_for_bit",),
+    ),
+    Feature(
+        "diagnostics in every layout",
+        YES,
+        "",
+        (
+            "distributed/test_diagnostics_parity.py::test_four_rank_layout_reports_what_the_single_process_does",
+        ),
+    ),
+    Feature(
+        "generation with a KV cache (static context), also on a pipeline",
+        YES,
+        "",
+        ("distributed/test_inference.py::test_tokens_on_a_pipeline_have_the_logits_of_one_process",),
+    ),
+    Feature(
+        "apex and Transformer Engine, each there or not",
+        YES,
+        "",
+        ("unit/test_optional_parts.py::test_losses_and_norms_match_those_without_fused_parts",),
+    ),
+    Feature("FP8 (Transformer Engine)", UNTESTED, "F's linears alone; 50 steps trained by hand on one H100"),
+    Feature("packed sequences (THD), LoRA, Muon, async save; inference engines; Blackwell", UNTESTED, ""),
+    Feature(
+        "CUDA graphs",
+        REFUSED,
+        "they capture inputs of one stream",
+        (_REFUSALS + "unsupported_setting_is_refused",),
+    ),
+    Feature(
+        "`--overlap-moe-expert-parallel-comm`",
+        REFUSED,
+        "`--mhc-pipeline-schedule fused` does the same",
+        (_REFUSALS + "unsupported_setting_is_refused",),
+    ),
+    Feature(
+        "Megatron-FSDP, torch FSDP2",
+        REFUSED,
+        "the distributed optimizer works",
+        ("unit/test_options.py::test_fully_sharded_data_parallelism_is_refused",),
+    ),
+    Feature(
+        "activation offloading, fp32 residual, heterogeneous layers, standalone MTP",
+        REFUSED,
+        "",
+        (_REFUSALS + "unsupported_setting_is_refused",),
+    ),
+    Feature(
+        "HybridModel (Mamba), cross-attention",
+        REFUSED,
+        "mHC wraps GPTModel's layers",
+        (
+            "unit/test_doors.py::test_hybrid_model_is_refused_as_it_is_built",
+            _REFUSALS + "layer_with_cross_attention_is_refused",
+        ),
+    ),
+    Feature(
+        "no decoder layer on stage 0, or on the last stage under MTP",
+        REFUSED,
+        "streams begin and end there",
+        (
+            _REFUSALS + "first_stage_without_a_layer_is_refused",
+            _REFUSALS + "last_stage_without_a_layer_is_refused_under_mtp_alone",
+        ),
+    ),
+    Feature(
+        "PP2 with VPP without overlapped p2p",
+        REFUSED,
+        "stock Megatron swaps messages there",
+        (_REFUSALS + "two_stages_with_virtual_ones_need_overlapped_p2p",),
+    ),
+    Feature(
+        "Megatron-Core 0.20 and branches with `hyper_connection.py`",
+        REFUSED,
+        "their own mHC has the same names",
+        ("unit/test_hooks.py::test_core_with_its_own_hyper_connections_is_refused",),
+    ),
+)

@@ -1,0 +1,151 @@
+"""README and docs: generated tables are current, commands run, numbers come from files."""
+
+import ast
+import functools
+import json
+import os
+import re
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "tests")]
+import doc_tables  # noqa: E402
+from support_matrix import FEATURES, UNTESTED  # noqa: E402
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+ALL_PAGES = [*PAGES, ROOT / "examples" / "README.md", ROOT / "patches" / "README.md"]
+NEEDS = {"gpu", "network", "minutes", "checkout", "cluster"}
+
+
+class Block(NamedTuple):
+    """Commands of a page, and the comment in front of them: `needs: a, b` or `tested by: a test`."""
+
+    page: str
+    needs: frozenset[str]
+    tested_by: str
+    code: str
+
+
+def blocks():
+    for page in ALL_PAGES:
+        for mark, words, code in re.findall(
+            r"(?:<!-- (needs|tested by): ([^>]*?) -->\n)?^```bash\n(.*?)^```$",
+            page.read_text(),
+            re.DOTALL | re.MULTILINE,
+        ):
+            needs = frozenset(words.split(", ")) if mark == "needs" else frozenset()
+            yield Block(str(page.relative_to(ROOT)), needs, words if mark == "tested by" else "", code)
+
+
+BLOCKS = list(blocks())
+RUN = [block for block in BLOCKS if not block.needs and not block.tested_by]
+SLOW = [block for block in BLOCKS if block.needs == {"minutes"}]
+
+
+def name_of(block):
+    return f"{block.page}:{block.code.split()[0]}"
+
+
+def assert_a_test(name):
+    """`tests/file.py::function` exists."""
+    file, _, function = name.partition("::")
+    path = ROOT / file
+    assert path.exists(), name
+    found = {node.name for node in functions_of(path)}
+    assert function in found, name
+
+
+@functools.cache
+def functions_of(path):
+    return [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)]
+
+
+@pytest.mark.parametrize("table", doc_tables.TABLES)
+def test_generated_tables_are_current(table):
+    """`python scripts/doc_tables.py` writes them anew."""
+    file, make = doc_tables.TABLES[table]
+    page = (ROOT / file).read_text()
+    assert page == doc_tables.filled(page, table, make())
+
+
+def test_the_matrix_names_tests_that_exist():
+    for feature in FEATURES:
+        assert bool(feature.tests) == (feature.state != UNTESTED), feature.name
+        for test in feature.tests:
+            assert_a_test("tests/" + test)
+
+
+def test_measured_tables_are_generated():
+    """A table of times, memory or percentages stands between markers, or is a result or an experiment."""
+    measured = re.compile(r"^\|.*\d ?(ms|µs|us|GiB|MiB|%)( |,|\*|$)", re.MULTILINE)
+    for page in PAGES:
+        text = re.sub(r"<!-- (\w+) -->.*?<!-- /\1 -->", "", page.read_text(), flags=re.DOTALL)
+        assert not measured.search(text), (page.name, measured.search(text))
+
+
+def test_result_pages_are_what_their_raw_data_gives():
+    report = pytest.importorskip("benchmarks.report")
+    for page in sorted((ROOT / "docs" / "results").glob("*.md")):
+        files = sorted(page.with_suffix("").glob("*.json"))
+        reports = {file.name: json.loads(file.read_text()) for file in files}
+        assert page.read_text().startswith(report.page(reports)), page.name
+
+
+def test_no_file_of_the_docs_is_named_by_its_history():
+    names = [str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*")]
+    assert not [name for name in names if re.search("again|before|_old|_new", name)]
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=name_of)
+def test_commands_name_what_exists(block):
+    assert block.needs <= NEEDS
+    assert "network" in block.needs or not re.search("pip install|git clone|quickstart.sh", block.code)
+    if block.tested_by:
+        assert_a_test(block.tested_by)
+    subprocess.run(["bash", "-n", "-c", block.code], check=True)
+    assert "..." not in block.code, "a pattern is no command: use ```text"
+    for path in re.findall(r"(?<![\w/])(?:scripts|examples|tests|benchmarks)/[\w./]*\w", block.code):
+        assert (ROOT / path).exists(), path
+    for module in re.findall(r"-m (megatron_mhc[\w.]*|benchmarks[\w.]*)", block.code):
+        assert find_spec(module), module
+
+
+def run(block, folder, seconds):
+    """Run a block where what it writes is not the checkout."""
+    for path in ROOT.iterdir():
+        if not path.name.startswith(".") and path.name not in ("runs", "build"):
+            (folder / path.name).symlink_to(path)
+    environment = os.environ | {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", block.code],
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=seconds,
+    )
+    assert done.returncode == 0, "\n".join(done.stdout.splitlines()[-30:])
+
+
+@pytest.mark.parametrize("block", RUN, ids=name_of)
+def test_commands_run(block, tmp_path):
+    run(block, tmp_path, 250)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("block", SLOW, ids=name_of)
+def test_commands_that_take_minutes_run(block, tmp_path):
+    run(block, tmp_path, 850)
