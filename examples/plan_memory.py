@@ -18,6 +18,7 @@ and the allocator need beside them (several GiB).
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -28,8 +29,9 @@ from typing import Any
 
 import torch
 
+from megatron_mhc import command_line
 from megatron_mhc.recompute import estimate
-from megatron_mhc.stages import layers_of_rank
+from megatron_mhc.schedule.stages import layers_of_rank
 
 GIB = 2**30
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
@@ -104,7 +106,7 @@ def single(words: list[str]) -> list[str]:
 
 def count(words: list[str]) -> tuple[Parameters, Any]:
     """Count the parameters of a recipe's model, and return Megatron's arguments too."""
-    args, config, mhc = estimate.parse(single(words), 1)
+    args, config, mhc = command_line.parse(single(words), 1)
     config.perform_initialization = False
     with one_process(), on_meta():
         model = build(args, config, None if args.no_mhc else mhc)
@@ -132,6 +134,7 @@ def build(args: Any, config: Any, mhc: Any) -> torch.nn.Module:
     model = gpt_config_from_args(args, config=config)
     spec: Any = default_layer_spec(model, None)
     if mhc is not None:
+        mhc = dataclasses.replace(mhc, log_interval=0, alarm="off")  # no training loop is set up
         spec = wrap_block_spec(spec, mhc, config)
     return GPTModel(
         config,
@@ -191,7 +194,7 @@ def on_meta() -> Iterator[None]:
 def plan(words: list[str], world: int | None) -> list[RankPlan]:
     """Plan every pipeline rank of a recipe on `world` ranks."""
     parameters, args = count(words)
-    args, config, mhc = estimate.parse(words, world)
+    args, config, mhc = command_line.parse(words, world)
     replicas = args.data_parallel_size * args.context_parallel_size
     expert_replicas = replicas * args.tensor_model_parallel_size / args.expert_model_parallel_size
     micro_batches = args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
@@ -230,11 +233,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("recipe", type=estimate.recipe, help="a file with the command that DRY_RUN=1 prints")
+    parser.add_argument(
+        "recipe", type=command_line.recipe, help="file with the command that DRY_RUN=1 prints"
+    )
     parser.add_argument("--world-size", type=int, help="ranks; default: torchrun's")
     given = parser.parse_args()
-    words, world = estimate.megatron_arguments(given.recipe)
-    ranks = plan(words, given.world_size or world)
+    command = command_line.take_apart(given.recipe)
+    ranks = plan(command.arguments, given.world_size or command.world)
     names = ("weights", "gradients", "optimizer", "activations", "loss", "total")
     print("GiB".ljust(14) + "".join(f"rank {i}".rjust(10) for i in range(len(ranks))))
     for name in names:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from megatron_mhc.hooks import register
     from megatron_mhc.specs import wrap_block_spec, wrap_layer_spec
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["MHCConfig", "add_mhc_args", "register", "wrap_block_spec", "wrap_layer_spec"]
 
 _LAZY = {

@@ -1,32 +1,45 @@
 """Checkpoints of the other kind: a plain one is taken only under --mhc-load-dense, never by accident.
 
-An mHC checkpoint differs from a plain one in two ways: it has mapping parameters, and its final norm
-lies at `final_layernorm.norm.`. So even stock Megatron refuses an mHC checkpoint (missing key), and here
-an mHC model is kept from half-loading a plain one:
+An mHC checkpoint differs from a plain one by its keys (`checkpoint_keys`). A model of either kind is kept
+from half-loading the other:
 
     torch_dist   `adapt_request` compares the request with the checkpoint's metadata before reading
-    any format   `take_or_refuse` is called by the modules when load_state_dict reaches them
+    any format   `check_state_dict` compares the kinds and the options first, and `take_or_refuse`, which
+                 mHC's modules call, keeps plain entries from an mHC model
+
+The last two raise in load_state_dict itself, because megatron.training swallows the first error of a strict
+load and tries again without `strict`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
-import torch
 from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedTensor
-from torch import Tensor
+from torch import Tensor, nn
 
+from megatron_mhc.checkpoint_keys import (
+    ARITHMETIC,
+    HEAD,
+    MAPPING,
+    NORM,
+    PLAIN_NORM,
+    compare_arithmetic,
+    decode_arithmetic,
+    ends_decoder,
+    is_mhc,
+)
 from megatron_mhc.config import MHCConfig, flag, in_options
 
-_MAPPING = "_hyper_connection."
-_HEAD = "final_layernorm.head."
-_ARITHMETIC = "decoder.final_layernorm._extra_state"
-_NORM, _PLAIN_NORM = "decoder.final_layernorm.norm.", "decoder.final_layernorm."
 _REMEDY = (
-    f"the checkpoint holds no mHC parameters (a plain GPT): pass {flag('load_dense')} together with "
-    "--finetune or --no-load-optim to start from its weights, or load an mHC checkpoint"
-    + in_options("load_dense", True)
+    "the checkpoint has none of these parameters (a plain GPT's, or one's with fixed mappings): pass "
+    f"{flag('load_dense')} together with --finetune or --no-load-optim to start from a plain GPT's weights, "
+    f"or load an mHC checkpoint of the same options{in_options('load_dense', True)}"
+)
+_FOREIGN = (
+    "is an mHC model's: add --spec megatron_mhc.specs gpt_mhc_spec and the --mhc-* options of its training "
+    "(with megatron_mhc.pretrain_gpt, drop --no-mhc), or load a plain checkpoint"
 )
 
 
@@ -52,59 +65,89 @@ def take_or_refuse(
     state_dict.update({prefix + name: value.detach() for name, value in entries.items()})
 
 
+def check_state_dict(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
+    """Compare a whole state dict with the model, or pipeline stage, that is to load it.
+
+    Raises:
+        ValueError: an mHC state dict for a plain model, or for one with other mHC options.
+    """
+    if not is_mhc(state_dict):
+        return
+    if not is_mhc(name for name, _ in model.named_parameters()):
+        raise ValueError(f"the checkpoint {_FOREIGN}")
+    _refuse_branch(state_dict, "the checkpoint")
+    if ARITHMETIC in state_dict:
+        model.get_submodule(ARITHMETIC.removesuffix("._extra_state")).set_extra_state(state_dict[ARITHMETIC])
+
+
 def adapt_request(request: dict[str, Any], checkpoint_dir: str) -> dict[str, Any]:
     """Compare what a model asks of a torch_dist checkpoint with what is there.
 
     From a plain checkpoint an mHC model asks the shared part; `take_or_refuse` decides about the rest.
 
     Raises:
-        ValueError: an mHC checkpoint for a plain model; another number of streams or kind of mapping; a
-            plain checkpoint's optimizer.
+        ValueError: an mHC checkpoint for a plain model; other mHC options; a plain checkpoint's optimizer.
     """
     from megatron.core.dist_checkpointing import load_tensors_metadata
 
     items = [item for item in _leaves(request) if isinstance(item, ShardedBase)]
-    # Transformer Engine's norm has an extra state too: a plain model's may lie where mHC's arithmetic does.
-    ours = any(_is_mhc(item.key) and item.key != _ARITHMETIC or item.key.startswith(_NORM) for item in items)
-    wanted = [item for item in items if ours and _is_mhc(item.key)]
-    if not wanted and not any(item.key.startswith("decoder.layers.") for item in items):
+    keys = [item.key for item in items]
+    if not any(key.startswith("decoder.") for key in keys):
         return request
     there = load_tensors_metadata(checkpoint_dir)
-    is_mhc = any(_MAPPING in key for key in there)
-    if not wanted:
-        if is_mhc:
-            raise ValueError(
-                f"{checkpoint_dir} is an mHC model's: add --spec megatron_mhc.specs gpt_mhc_spec "
-                "(with megatron_mhc.pretrain_gpt, drop --no-mhc), or load a plain checkpoint"
-            )
+    if not is_mhc(keys):
+        # Whose request it is a stage without the final norm can tell by mappings alone.
+        if is_mhc(there) and (ends_decoder(keys) or any(MAPPING in key for key in there)):
+            raise ValueError(f"{checkpoint_dir} {_FOREIGN}")
         return request
-    if is_mhc:
-        for item in wanted:
-            _check_shape(item, there)
+    if is_mhc(there):
+        _refuse_branch(there, checkpoint_dir)
+        _compare_options(items, there, checkpoint_dir)
         return request
-    if any(_is_optimizer(key) for key in request):
+    if any(key.startswith("optimizer") for key in request):
         raise ValueError(f"{checkpoint_dir}: {_REMEDY}")
     return _without_mhc(request)
 
 
-def _is_mhc(key: str) -> bool:
-    return _MAPPING in key or _HEAD in key or key == _ARITHMETIC
+def _compare_options(items: list[ShardedBase], there: dict[str, Any], checkpoint_dir: str) -> None:
+    saved = _read_arithmetic(checkpoint_dir)
+    for item in items:
+        if item.key == ARITHMETIC:
+            compare_arithmetic(saved, MHCConfig.from_mapping(decode_arithmetic(item.data)))
+    for item in items:
+        # A stage without the final norm knows its options by the shapes that they give alone.
+        if isinstance(item, ShardedTensor) and _is_ours(item.key):
+            found = there.get(item.key)
+            if found is None or tuple(found.global_shape) != tuple(item.global_shape):
+                shape = "absent" if found is None else f"of shape {tuple(found.global_shape)}"
+                trained = " ".join(f"{flag(name)} {value}" for name, value in saved.items())
+                raise ValueError(
+                    f"{item.key} is {shape} in {checkpoint_dir}, of shape {tuple(item.global_shape)} here: "
+                    f"pass the options that it was trained with, {trained}, and the same model sizes"
+                )
 
 
-def _is_optimizer(key: str) -> bool:
-    return key.startswith("optimizer")
+def _read_arithmetic(checkpoint_dir: str) -> dict[str, Any]:
+    """The options of a torch_dist mHC checkpoint, which any rank may read by itself."""
+    from megatron.core.dist_checkpointing.mapping import ShardedObject
+    from megatron.core.dist_checkpointing.serialization import load
+
+    entry = ShardedObject(ARITHMETIC, None, (1,), (0,))
+    loaded = load({ARITHMETIC: entry}, checkpoint_dir, validate_access_integrity=False)
+    return decode_arithmetic(loaded[ARITHMETIC])
 
 
-def _check_shape(item: ShardedBase, there: dict[str, Any]) -> None:
-    if not isinstance(item, ShardedTensor):
-        return
-    saved = there.get(item.key)
-    if saved is None or tuple(saved.global_shape) != tuple(item.global_shape):
-        found = "absent" if saved is None else f"of shape {tuple(saved.global_shape)}"
+def _refuse_branch(keys: Collection[str], checkpoint: str) -> None:
+    """Raise ValueError where mHC entries come with a plain model's final norm."""
+    if ends_decoder(keys) and not any(NORM in key for key in keys):
         raise ValueError(
-            f"{item.key} is {found} in the checkpoint and of shape {tuple(item.global_shape)} here: give "
-            f"{flag('num_residual_streams')} and the other --mhc-* options that it was trained with"
+            f"{checkpoint} has mHC mappings and no {NORM}weight: if it is of one of Megatron's own mHC "
+            "branches, convert it by `python -m megatron_mhc.convert`"
         )
+
+
+def _is_ours(key: str) -> bool:
+    return MAPPING in key or key.startswith(HEAD) or key == ARITHMETIC
 
 
 def _leaves(tree: Any) -> Iterable[Any]:
@@ -123,16 +166,11 @@ def _without_mhc(tree: dict[str, Any]) -> dict[str, Any]:
         if isinstance(value, dict):
             out[key] = _without_mhc(value)
         elif isinstance(value, ShardedBase):
-            if _is_mhc(value.key):
+            if _is_ours(value.key):
                 continue
-            if value.key.startswith(_NORM):
-                value.key = _PLAIN_NORM + value.key[len(_NORM) :]
+            if value.key.startswith(NORM):
+                value.key = PLAIN_NORM + value.key[len(NORM) :]
             out[key] = value
         else:
             out[key] = value
     return out
-
-
-def json_tensor(text: str) -> Tensor:
-    """Text as a uint8 tensor [bytes], which every checkpoint format stores."""
-    return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 from megatron_mhc.config import ENVIRONMENT, MHCConfig
-from megatron_mhc.stages import layer_counts
+from megatron_mhc.schedule.stages import layer_counts
 
 
 class Refusal(NamedTuple):
@@ -17,15 +17,12 @@ class Refusal(NamedTuple):
     remedy: str
 
 
-def refuse(rows: Iterable[Refusal], settings: Any, mhc: MHCConfig | None = None) -> None:
-    """Refuse the first row that is found.
+def refused(rows: Iterable[Refusal], settings: Any, mhc: MHCConfig | None = None) -> Iterator[ValueError]:
+    """The rows that are found, each as the error that `refuse` raises: flag, value and remedy.
 
     Args:
         settings: a TransformerConfig, or Megatron's parsed arguments.
         mhc: for the rows that look at it.
-
-    Raises:
-        ValueError: naming the flag, its value and the remedy.
     """
     for row in rows:
         value = row.found(settings, mhc)
@@ -35,7 +32,13 @@ def refuse(rows: Iterable[Refusal], settings: Any, mhc: MHCConfig | None = None)
                 error.add_note(
                     f"{ENVIRONMENT} and YAML files write --mhc-pp-boundary split as pp_boundary=split"
                 )
-            raise error
+            yield error
+
+
+def refuse(rows: Iterable[Refusal], settings: Any, mhc: MHCConfig | None = None) -> None:
+    """Raise the first error of `refused`."""
+    for error in refused(rows, settings, mhc):
+        raise error
 
 
 def _setting(

@@ -30,9 +30,9 @@ from megatron_mhc.hooks.uses import SPEC_USES
 from megatron_mhc.layer import HyperConnectionTransformerLayer, unsupported_submodule
 from megatron_mhc.pipeline.comm import sms_of_receives
 from megatron_mhc.pipeline.options import check_config
-from megatron_mhc.pipeline.plans import OVERLAPPED
 from megatron_mhc.recompute.chunk import DroppingChunk
 from megatron_mhc.refusals import SPEC_DOOR, refuse
+from megatron_mhc.schedule.plans import OVERLAPPED
 from megatron_mhc.streams import contract_norm_builder
 from megatron_mhc.sublayer import bias_dropout
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from typing import Any
 
@@ -11,8 +10,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megatron_mhc.backend import Backend
-from megatron_mhc.checkpoint import json_tensor, take_or_refuse
-from megatron_mhc.config import MHCConfig, flag, in_options
+from megatron_mhc.checkpoint import take_or_refuse
+from megatron_mhc.checkpoint_keys import compare_arithmetic, decode_arithmetic, encode_arithmetic
+from megatron_mhc.config import MHCConfig
 from megatron_mhc.hyper_connection import MappingParameters, MappingProjection, check_width
 from megatron_mhc.ops import reference
 from megatron_mhc.parallel import mark_replicated
@@ -49,8 +49,8 @@ class ContractNorm(nn.Module):
     """Contracts the streams [s, b, n*C] to [s, b, C] and applies the model's final norm.
 
     It takes the place of the block's final norm, which Megatron builds on the stage that ends the
-    decoder, also where that stage holds no layer. The norm keeps its parameters under `norm.`, so a
-    plain model refuses this checkpoint by its missing key instead of dropping the streams unseen.
+    decoder, also where that stage holds no layer. The norm keeps its parameters under `norm.`, so
+    every mHC checkpoint is known by a key that a plain model lacks (`checkpoint_keys`).
     """
 
     def __init__(self, config: TransformerConfig, mhc: MHCConfig, norm: nn.Module):
@@ -71,7 +71,7 @@ class ContractNorm(nn.Module):
 
     def get_extra_state(self) -> Tensor:
         """The arithmetic that the weights were trained under, as JSON bytes."""
-        return json_tensor(json.dumps(self.mhc.arithmetic()))
+        return encode_arithmetic(self.mhc)
 
     def set_extra_state(self, state: Any) -> None:
         """Compare a checkpoint's arithmetic with this model's.
@@ -79,13 +79,7 @@ class ContractNorm(nn.Module):
         Raises:
             ValueError: naming the first flag whose value differs, and the value to give.
         """
-        saved = json.loads(bytes(state.cpu().tolist()))
-        for name, value in self.mhc.arithmetic().items():
-            if name in saved and saved[name] != value:
-                raise ValueError(
-                    f"the checkpoint was trained with {flag(name)} {saved[name]}, this run has {value}: "
-                    f"pass {flag(name)} {saved[name]}{in_options(name, saved[name])}"
-                )
+        compare_arithmetic(decode_arithmetic(state), self.mhc)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # A plain checkpoint keeps the norm one level higher; Transformer Engine's has an extra state too.

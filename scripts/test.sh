@@ -1,10 +1,10 @@
 #!/bin/bash
-# Lint, types and tests, in a venv that the first run makes. Arguments go to pytest, e.g. -m slow.
+# Lint, types, layers and tests, in a venv that the first run makes. Arguments go to pytest, e.g. -m slow.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 cd "$ROOT"
 
-ensure_python train,dev
+ensure_python train,dev,docs
 export OMP_NUM_THREADS=1 # the tests start several processes of their own
 export CUDA_VISIBLE_DEVICES= # and run on a CPU also where a GPU is; tests/gpu says how to run on that
 
@@ -16,5 +16,9 @@ git ls-files -z '*.cu' '*.cuh' '*.h' '*.cpp' |
     PATH="$(dirname "$(command -v "$PYTHON")"):$PATH" xargs -0 clang-format --dry-run -Werror
 step "mypy"
 "$PYTHON" -m mypy
+step "codespell"
+"$PYTHON" -m codespell_lib
+step "import-linter"
+"$PYTHON" -c 'from importlinter.cli import lint_imports_command as lint; lint()' --no-cache
 step "pytest"
 "$PYTHON" -m pytest "$@"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from megatron_mhc.checkpoint import adapt_request
+from megatron_mhc.checkpoint import adapt_request, check_state_dict
 
 
 def guard_load(load: Callable[..., Any]) -> Callable[..., Any]:
@@ -13,5 +13,15 @@ def guard_load(load: Callable[..., Any]) -> Callable[..., Any]:
 
     def load_checked(sharded_state_dict: Any, checkpoint_dir: str, *args: Any, **kwargs: Any) -> Any:
         return load(adapt_request(sharded_state_dict, checkpoint_dir), checkpoint_dir, *args, **kwargs)
+
+    return load_checked
+
+
+def guard_load_state_dict(load_state_dict: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `load_state_dict` of a model with `check_state_dict`."""
+
+    def load_checked(model: Any, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
+        check_state_dict(model, state_dict)
+        return load_state_dict(model, state_dict, *args, **kwargs)
 
     return load_checked

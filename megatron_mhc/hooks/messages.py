@@ -33,7 +33,7 @@ def widen_messages(communicate: Callable[..., Any]) -> Callable[..., Any]:
             if mhc.pipeline_schedule != "megatron":
                 raise ValueError(
                     f"--mhc-pipeline-schedule {mhc.pipeline_schedule}, but the training loop runs Megatron's "
-                    "schedule: let it call megatron_mhc.pipeline.engine.forward_backward instead of what "
+                    "schedule: let it call megatron_mhc.pipeline.forward_backward instead of what "
                     "get_forward_backward_func returns, or use --mhc-pipeline-schedule megatron"
                 )
             width = mhc.num_residual_streams * self.config.hidden_size

@@ -64,14 +64,47 @@ def number_all_parameters(shard: Callable[..., Any]) -> Callable[..., Any]:
     return shard_mixed
 
 
-def set_without_grad(set_states: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap `DistributedOptimizer._set_main_param_and_optimizer_states`, which writes into the parameter.
+def detach_float32_shards(build: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `DistributedOptimizer._build_model_and_main_param_groups` to detach all shards alike.
 
-    A bf16 parameter has a detached fp32 copy; an fp32 one is written in place, which autograd refuses.
+    A bf16 parameter's shard is detached; an fp32 one's is a view of the parameter under autograd, which
+    optimizers refuse in their constructor, and into which no checkpoint can be loaded.
     """
 
-    def set_states_in_place(self: Any, model_param: Any, tensors: Any) -> None:
-        with torch.no_grad():
-            set_states(self, model_param, tensors)
+    def build_detached(
+        self: Any, gbuf_ranges: Any, param_gbuf_map: Any, opt_group_ranges: Any, config: Any
+    ) -> tuple[list[list[torch.Tensor]], ...]:
+        groups = build(gbuf_ranges, param_gbuf_map, opt_group_ranges, config)
+        float32_shards = groups[3]
+        for group_range, shards in zip(opt_group_ranges, float32_shards, strict=True):
+            for i, shard in enumerate(shards):
+                shards[i] = shard.detach()
+                vars(shards[i]).update(vars(shard))  # what Megatron keeps on a shard: its TP layout, its name
+            # They come first in what the optimizer gets.
+            group_range["orig_group"]["params"][: len(shards)] = shards
+        return groups
 
-    return set_states_in_place
+    return build_detached
+
+
+def master_every_parameter(divide: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `HybridDeviceOptimizer._get_sub_optimizer_param_groups` (--optimizer-cpu-offload).
+
+    With `param_update_in_fp32` it steps fp32 masters of all parameters but those that are fp32 already. Those
+    get no gradient on the GPU, and a loaded state finds no master for them.
+    """
+
+    def divide_masters(self: Any, offload_fraction: float) -> Any:
+        divided = divide(self, offload_fraction)
+        _, gpu_groups, cpu_copies, _, masters = divided
+        if self.param_update_in_fp32:
+            for parameter, copy in cpu_copies.items():
+                masters.setdefault(parameter, copy)
+            own = {parameter for group in self.param_groups for parameter in group["params"]}
+            for group in gpu_groups:
+                for i, parameter in enumerate(group["params"]):
+                    if parameter in own:
+                        group["params"][i] = masters[parameter] = parameter.detach().clone()
+        return divided
+
+    return divide_masters

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from megatron_mhc.carried import options_of
-from megatron_mhc.pipeline.plans import OVERLAPPED
+from megatron_mhc.schedule.plans import OVERLAPPED
 
 
 def choose_schedule(get_forward_backward_func: Callable[..., Any]) -> Callable[..., Any]:

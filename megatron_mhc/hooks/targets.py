@@ -12,13 +12,20 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_mhc.hooks.block import remember_when_built
-from megatron_mhc.hooks.load import guard_load
+from megatron_mhc.hooks.full_recompute import ask_input_gradient
+from megatron_mhc.hooks.load import guard_load, guard_load_state_dict
 from megatron_mhc.hooks.messages import widen_messages, widen_receive_buffer
-from megatron_mhc.hooks.optimizer import number_all_parameters, number_float32_first, set_without_grad
+from megatron_mhc.hooks.optimizer import (
+    detach_float32_shards,
+    master_every_parameter,
+    number_all_parameters,
+    number_float32_first,
+)
 from megatron_mhc.hooks.schedule import choose_schedule
 from megatron_mhc.hooks.train_step import sample_steps
 
 _DISTRIBUTED = "megatron.core.optimizer.distrib_optimizer"
+_HYBRID = "megatron.core.optimizer.cpu_offloading.hybrid_optimizer"
 _INFERENCE = "megatron.core.inference.model_inference_wrappers.abstract_model_inference_wrapper"
 _OPTIMIZER = "megatron.core.optimizer.optimizer"
 
@@ -88,6 +95,14 @@ HOOKS: tuple[Hook, ...] = (
         reason="a checkpoint of the other kind must be refused, or taken by --mhc-load-dense, before loading",
     ),
     Hook(
+        target="megatron.core.transformer.module:MegatronModule.load_state_dict",
+        defined_in="torch.nn.modules.module",
+        parameters=("self", "state_dict", "strict", "assign"),
+        replacement=guard_load_state_dict,
+        reason="--ckpt-format torch: after a failed strict load megatron.training loads without `strict`, "
+        "and a plain model would drop the mappings of an mHC checkpoint",
+    ),
+    Hook(
         target=f"{_DISTRIBUTED}:DistributedOptimizer._build_optimizer_group_ranges",
         defined_in=_DISTRIBUTED,
         parameters=("param_groups", "gbuf_ranges"),
@@ -96,11 +111,18 @@ HOOKS: tuple[Hook, ...] = (
         "hold them, and saving fails",
     ),
     Hook(
-        target=f"{_DISTRIBUTED}:DistributedOptimizer._set_main_param_and_optimizer_states",
+        target=f"{_DISTRIBUTED}:DistributedOptimizer._build_model_and_main_param_groups",
         defined_in=_DISTRIBUTED,
-        parameters=("self", "model_param", "tensors"),
-        replacement=set_without_grad,
-        reason="fp32 parameters are loaded in place, which autograd refuses",
+        parameters=("gbuf_ranges", "param_gbuf_map", "opt_group_ranges", "config"),
+        replacement=detach_float32_shards,
+        reason="shards of fp32 parameters stay under autograd: optimizers and loading refuse them",
+    ),
+    Hook(
+        target=f"{_HYBRID}:HybridDeviceOptimizer._get_sub_optimizer_param_groups",
+        defined_in=_HYBRID,
+        parameters=("self", "offload_fraction"),
+        replacement=master_every_parameter,
+        reason="--optimizer-cpu-offload: fp32 parameters left on the GPU do not train, none can be resumed",
     ),
     Hook(
         target=f"{_OPTIMIZER}:Float16OptimizerWithFloat16Params.sharded_state_dict",
@@ -108,6 +130,26 @@ HOOKS: tuple[Hook, ...] = (
         parameters=("self", "model_sharded_state_dict", "is_loading", "metadata"),
         replacement=number_all_parameters,
         reason="it numbers the bf16 parameters alone, and saving the fp32 ones fails",
+    ),
+    Hook(
+        target="megatron.core.transformer.transformer_block:checkpointed_forward",
+        defined_in="megatron.core.recompute",
+        parameters=(
+            "self",
+            "hidden_states",
+            "attention_mask",
+            "context",
+            "context_mask",
+            "rotary_pos_emb",
+            "attention_bias",
+            "packed_seq_params",
+            "use_inner_quantization_context",
+            "padding_mask",
+            "extract_layer_indices",
+            "layer_offset",
+        ),
+        replacement=ask_input_gradient,
+        reason="full recompute behind a frozen embedding gives no layer a gradient",
     ),
 )
 

@@ -74,7 +74,7 @@ USES: tuple[Use, ...] = (
         "self, model, inference_context",
         ("model", "config"),
     ),
-    # specs.py, streams.py, carried.py, stages.py
+    # specs.py, streams.py, carried.py, schedule/stages.py
     Use("megatron.core.transformer.spec_utils:ModuleSpec", "module, params, submodules, metainfo"),
     Use(f"{_BLOCK}:TransformerBlockSubmodules", "layer_specs, layer_norm"),
     Use(f"{_BLOCK}:TransformerBlock._build_layers", "self", ("layers", "layer_norm", "final_layernorm")),

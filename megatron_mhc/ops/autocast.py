@@ -56,7 +56,7 @@ def state(device_type: str) -> State:
 
 
 def within(then: State, device_type: str) -> AbstractContextManager[Any]:
-    """Run the block as a `state` of another time had it; costs nothing where that is the current one."""
+    """Run the block in a `state` of another time."""
     if then == state(device_type):
         return nullcontext()
     # No cache: it would keep casts that were made without a graph for a pass that needs one.

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from megatron_mhc.config import MHCConfig
 from megatron_mhc.pipeline import loading
-from megatron_mhc.pipeline.plans import OVERLAPPED
-from megatron_mhc.pipeline.program import UP_MESSAGES, Message, Plan, channel
 from megatron_mhc.pipeline.streams import HostStreams
+from megatron_mhc.schedule.plans import OVERLAPPED
+from megatron_mhc.schedule.program import UP_MESSAGES, Message, Plan, channel
 
 DEFAULT_TIMEOUT = timedelta(minutes=10)  # Megatron's --distributed-timeout-minutes
 NAMES = ("forward", "backward")

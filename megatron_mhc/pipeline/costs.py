@@ -1,12 +1,11 @@
-"""What the simulator is told: what operations and messages cost, and what they share; no torch."""
+"""What the simulator is told: how long operations and messages take; no torch."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from megatron_mhc.pipeline.program import (
+from megatron_mhc.schedule.program import (
     ALL,
     ALL_TO_ALL,
     BACKWARD,
@@ -21,91 +20,26 @@ from megatron_mhc.pipeline.program import (
     Plan,
 )
 
-# Kinds of phases. Kernels; something that only its own stream waits for; a copy over the rank's link, one way
-# or both ways at once.
-KERNEL, APART = "kernel", "apart"
-OUT, IN, BOTH = "out", "in", "both"
-# A number is copied to the host on a stream of its own, behind the phase before; the host waits for that.
-REPORT, AWAIT = "report", "await"
-LINKS = {OUT: (OUT,), IN: (IN,), BOTH: (OUT, IN), REPORT: (OUT,)}  # directions
-
-# Whose copy a link takes next: all copies in turns, slice by slice; one copy to its end, then the one that
-# was ready first; or, as a copy engine that stays with its stream, first what is ready on the last stream.
-FAIR, COPY, STREAM = "fair", "copy", "stream"
+SLICE = 0.25  # milliseconds for which an all-to-all has a link before others take their turn
 
 
 class Phase(NamedTuple):
     """A part of a compute operation; parts run one after the other on the operation's stream.
 
-    kind: see above.
-    ms: how long it takes on the device, alone.
-    host: milliseconds in which the host launches it.
+    ms: how long it takes alone.
+    link: whether it takes both ways of the rank's link, and no time of the GPU.
     """
 
-    kind: str
-    ms: float = 0.0
-    host: float = 0.0
+    ms: float
+    link: bool = False
+
+    @property
+    def slices(self) -> int:
+        return max(1, round(self.ms / SLICE))
 
 
 @dataclass(frozen=True)
-class Machine:
-    """What operations of one rank share, beside the order of their streams.
-
-    Args:
-        host: operations begin when the host has come to them; it goes through the program in order, takes
-            its time for each, and waits where a phase says so. A receive is then posted when the host
-            comes to it, and not when the compute stream does.
-        late: with a host, receives are posted from the compute stream all the same.
-        ahead: compute operations that the host can be ahead of the device; None for any number.
-        kernels: kernels on several streams share one GPU, so that together they take no less time than
-            one after the other.
-        one_channel: a rank's messages go one after the other, each way, in the order that they are posted.
-        turns: FAIR, COPY or STREAM.
-        both_ways: how many times longer a copy takes while the link's other direction is busy.
-        slice: milliseconds for which one copy or kernel has what it shares.
-    """
-
-    host: bool = False
-    late: bool = False
-    ahead: int | None = None
-    kernels: bool = False
-    one_channel: bool = False
-    turns: str = FAIR
-    both_ways: float = 1.0
-    slice: float = 0.25
-
-    def slices(self, ms: float) -> int:
-        return max(1, round(ms / self.slice))
-
-    def turn(self, copy: Hashable, stream: str) -> Hashable:
-        """With whom a copy shares its turn; None: with none, not even itself."""
-        return {FAIR: None, COPY: copy, STREAM: stream}[self.turns]
-
-
-class Costs:
-    """What `simulate` needs to know, of which `Times` is one form and a measurement another."""
-
-    machine = Machine()
-
-    def compute(self, plan: Plan, op: Op) -> float:
-        """Milliseconds of a compute operation."""
-        raise NotImplementedError
-
-    def transfer(self, message: Message) -> tuple[float, int]:
-        """(milliseconds, slices in which it shares a link) of a message."""
-        raise NotImplementedError
-
-    def phases(self, plan: Plan, op: Op) -> Sequence[Phase]:
-        """A compute operation in parts; one, where the machine has it share nothing."""
-        return [Phase(KERNEL, self.compute(plan, op))]
-
-    def host(self, op: Op) -> float:
-        """Milliseconds of the host for an operation that does not compute."""
-        return 0.0
-
-
-@dataclass(frozen=True)
-class Times(Costs):
+class Times:
     """Times in milliseconds; the defaults are the paper's 27B at assumed rates (400 TFLOP/s, 45 GB/s).
 
     Args:
@@ -140,24 +74,25 @@ class Times(Costs):
         """Duration of a compute operation; unfused, with the all-to-alls that nothing hides."""
         return sum(phase.ms for phase in self._parts(plan, op))
 
-    def phases(self, plan: Plan, op: Op) -> Sequence[Phase]:
-        return self._parts(plan, op) if self.shared_link else super().phases(plan, op)
+    def phases(self, plan: Plan, op: Op) -> list[Phase]:
+        """A compute operation in parts; one, where all-to-alls share no link."""
+        return self._parts(plan, op) if self.shared_link else [Phase(self.compute(plan, op))]
 
     def _parts(self, plan: Plan, op: Op) -> list[Phase]:
         layers = plan.layers_of(op.stage)
         split, sends, receives = plan.boundary == SPLIT, op.stage < plan.stages - 1, op.stage > 0
         # Under the split boundary the stage that receives [f, h_post] runs the last post_res of the sender.
-        enter = [Phase(KERNEL, self.post)] if split and receives else []
-        exchange = Phase(BOTH, self.all_to_all)
+        enter = [Phase(self.post)] if split and receives else []
+        exchange = Phase(self.all_to_all, link=True)
         if op.kind == REPLAY:
-            return [Phase(KERNEL, layers * self.replay)]
+            return [Phase(layers * self.replay)]
         if op.what in ALL_TO_ALL:
             return [exchange]
         forward = op.kind == FORWARD
-        attention = Phase(KERNEL, self.attention if forward else self.attention_backward)
-        experts = Phase(KERNEL, self.mlp if forward else self.mlp_backward)
+        attention = Phase(self.attention if forward else self.attention_backward)
+        experts = Phase(self.mlp if forward else self.mlp_backward)
         if op.what in NODES:
-            post = Phase(KERNEL, self.post if forward else 0.0)
+            post = Phase(self.post if forward else 0.0)
             node = {"attention": attention, "experts": experts, "post": post}[op.what]
             first = forward and op.what == "attention" and op.layer == 0
             return [*enter, node] if first else [node]
@@ -165,13 +100,14 @@ class Times(Costs):
         if op.kind == BACKWARD:
             whole, tail = layers * [*mlp, attention], len(mlp)
             return {ALL: whole, TAIL: whole[:tail], HEAD: whole[tail:]}[op.what]
-        whole = [*enter, *layers * [attention, *mlp, Phase(KERNEL, self.post)]]
+        whole = [*enter, *layers * [attention, *mlp, Phase(self.post)]]
         if split and sends:
             whole.pop()
         tail = len(whole) - len(mlp)
         return {ALL: whole, HEAD: whole[:tail], TAIL: whole[tail:]}[op.what]
 
     def transfer(self, message: Message) -> tuple[float, int]:
+        """(milliseconds, slices in which it shares a link) of a message."""
         if self.stream == 0:
             return 0.0, 1
         streams = 1 if message.name in ("write", "d_write") else self.streams

@@ -21,10 +21,10 @@ from megatron_mhc.ops.autocast import outside
 from megatron_mhc.pipeline.buffers import own_buffers
 from megatron_mhc.pipeline.delayed_weights import DelayedWeights
 from megatron_mhc.pipeline.edges import edge_of
-from megatron_mhc.pipeline.engine import Step, layers_of
 from megatron_mhc.pipeline.layer_nodes import NodeByNode, Tape
-from megatron_mhc.pipeline.program import BACKWARD, FORWARD, SPLIT, Message, Op
+from megatron_mhc.pipeline.step import Step, layers_of
 from megatron_mhc.pipeline.streams import A2A, stream_of
+from megatron_mhc.schedule.program import BACKWARD, FORWARD, SPLIT, Message, Op
 
 
 class FusedStep(Step):

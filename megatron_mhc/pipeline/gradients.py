@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from megatron_mhc.pipeline.program import Plan
+from megatron_mhc.schedule.program import Plan
 
 
 class GradientSync:

@@ -2,7 +2,7 @@
 
 The first launch of a kernel waits until the device has done all that it was given (measured on an H100 with
 torch 2.11: torch's own kernels, cuBLAS, Triton, compiled or cached, and NVRTC modules, under
-CUDA_MODULE_LOADING=EAGER just as under LAZY; scripts/bench/module_loading.py). Given a receive that was
+CUDA_MODULE_LOADING=EAGER just as under LAZY). Given a receive that was
 posted ahead, that is when the sender has sent; if its host stands in such a launch too, both wait for ever.
 On two H100s the first step of `interleaved` did so. Therefore the messages of a model's first step go by way
 of the hosts, see `comm.HostTransport`.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_mhc.pipeline.program import (
+from megatron_mhc.schedule.program import (
     ALL,
     BACKWARD,
     FORWARD,

@@ -6,10 +6,22 @@ from typing import Any
 
 from megatron_mhc import refusals
 from megatron_mhc.config import MHCConfig, flag
-from megatron_mhc.pipeline.plans import FUSED, OVERLAPPED
-from megatron_mhc.pipeline.program import SPLIT
 from megatron_mhc.pipeline.queues import check_queues
-from megatron_mhc.refusals import refuse
+from megatron_mhc.refusals import Refusal, refuse
+from megatron_mhc.schedule.plans import FUSED, OVERLAPPED
+from megatron_mhc.schedule.program import SPLIT
+
+
+def refusals_of(config: Any, mhc: MHCConfig) -> tuple[Refusal, ...]:
+    """The rows that a configuration of this schedule, boundary and pipeline must not meet."""
+    rows = refusals.DELAYED if getattr(config, "delay_wgrad_compute", False) else ()
+    if mhc.pipeline_schedule not in OVERLAPPED:
+        return rows + refusals.MEGATRONS_SCHEDULE
+    rows += refusals.OVERLAPPED
+    if config.pipeline_model_parallel_size > 1:
+        rows += refusals.FUSED if mhc.pipeline_schedule == FUSED else ()
+        rows += refusals.SPLIT if mhc.pp_boundary == SPLIT else ()
+    return rows
 
 
 def check_config(config: Any, mhc: MHCConfig) -> None:
@@ -18,22 +30,12 @@ def check_config(config: Any, mhc: MHCConfig) -> None:
     Raises:
         ValueError: naming the flag, its value and the remedy.
     """
-    if getattr(config, "delay_wgrad_compute", False):
-        refuse(refusals.DELAYED, config, mhc)
-    if mhc.pipeline_schedule not in OVERLAPPED:
-        refuse(refusals.MEGATRONS_SCHEDULE, config, mhc)
-        return
-    refuse(refusals.OVERLAPPED, config, mhc)
-    if config.pipeline_model_parallel_size == 1:
-        return
-    from megatron.core import parallel_state
+    refuse(refusals_of(config, mhc), config, mhc)
+    if mhc.pipeline_schedule in OVERLAPPED and config.pipeline_model_parallel_size > 1:
+        from megatron.core import parallel_state
 
-    # The engine asks again: a training loop may have groups of its own, or none yet.
-    check_queues(mhc.pipeline_schedule, parallel_state.get_pipeline_model_parallel_group(False))
-    if mhc.pipeline_schedule == FUSED:
-        refuse(refusals.FUSED, config, mhc)
-    if mhc.pp_boundary == SPLIT:
-        refuse(refusals.SPLIT, config, mhc)
+        # The engine asks again: a training loop may have groups of its own, or none yet.
+        check_queues(mhc.pipeline_schedule, parallel_state.get_pipeline_model_parallel_group(False))
 
 
 def check_call(

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_mhc.pipeline.program import ALL_TO_ALL, COMPUTE, REPLAY, Op, Plan
 from megatron_mhc.run_logs import pyplot, save
+from megatron_mhc.schedule.program import ALL_TO_ALL, COMPUTE, REPLAY, Op, Plan
 
 if TYPE_CHECKING:
     from megatron_mhc.pipeline.simulate import Run

@@ -33,8 +33,12 @@ def check_queues(schedule: str, pp_group: Any) -> None:
     Raises:
         ValueError: naming the flag, the value found and the remedy.
     """
-    if pp_group is None or not loading.pends_on_device(dist.get_backend(pp_group)):
-        return
+    if pp_group is not None and loading.pends_on_device(dist.get_backend(pp_group)):
+        check_variable(schedule)
+
+
+def check_variable(schedule: str) -> None:
+    """`check_queues` of a pipeline whose messages pend on the device."""
     if (value := os.environ.get(VARIABLE, "")).strip() == "1":
         name = flag("pipeline_schedule")
         raise ValueError(

@@ -6,7 +6,8 @@
 What is modelled: each rank's compute stream in program order, an all-to-all stream and a high-priority
 stream for fused programs; a transfer begins when both ends are posted and its channel is free, and shares
 each rank's link, one way in and one way out, with other transfers. What is not: the SMs that
-communication occupies, jitter, and, without --shared-link, all-to-alls sharing the links of transfers.
+communication occupies, kernels of several streams sharing a GPU, hosts that launch late or wait, copy
+engines, jitter, and, without --shared-link, all-to-alls sharing the links of transfers.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
-from megatron_mhc.pipeline.check import Deadlock, peak_in_flight
-from megatron_mhc.pipeline.costs import AWAIT, KERNEL, LINKS, REPORT, STREAM, Costs, Phase, Times
+from megatron_mhc.pipeline.costs import Phase, Times
 from megatron_mhc.pipeline.events import Node, run
 from megatron_mhc.pipeline.megatron_order import WAIT_SENT, megatron_programs
-from megatron_mhc.pipeline.program import (
+from megatron_mhc.schedule.check import Deadlock, peak_in_flight
+from megatron_mhc.schedule.program import (
     ALL_TO_ALL,
     COMPUTE,
     FORWARD,
@@ -37,7 +38,6 @@ from megatron_mhc.pipeline.program import (
 )
 
 COMPUTE_STREAM, A2A_STREAM, PRIORITY_STREAM = "compute", "all-to-all", "priority"
-MESSAGES, REPORTS = "messages", "reports"  # streams that copy
 LAYOUT = {  # option -> (default, meaning)
     "pp": (8, "pipeline ranks"),
     "vpp": (4, "chunks of the model on a rank"),
@@ -78,16 +78,14 @@ class Run:
 
 def simulate(
     plan: Plan,
-    times: Costs,
+    times: Times,
     programs: list[list[Op]] | None = None,
     priority: bool = True,
-    alone: bool = False,
 ) -> Run:
     """Run programs in time.
 
     Args:
         programs: of all ranks; `build_program`'s where None.
-        alone: of one rank, whose neighbours are always ready to send and to receive.
         priority: whether a fused program's forward post_res has a high-priority stream, or queues on the
             compute stream, which then waits for the combine before it.
 
@@ -95,42 +93,30 @@ def simulate(
         Deadlock: ranks that wait for each other.
     """
     programs = programs or [build_program(plan, rank) for rank in range(plan.pp)]
-    transfers = _Transfers(plan, times, _rank_of(plan, programs[0]) if alone else None)
+    transfers = _Transfers(plan, times)
     ranks = [_Rank(plan, program, times, priority, transfers) for program in programs]
-    nodes = [node for rank in ranks for node in rank.nodes] + list(transfers.made.values())
-    step = run(nodes, times.machine.both_ways)
+    step = run([node for rank in ranks for node in rank.nodes] + list(transfers.made.values()))
     stuck = [next((op for op, _, last in rank.ops if last.end < 0), None) for rank in ranks]
     if any(stuck):
         raise Deadlock("; ".join(f"rank {rank} at {op}" for rank, op in enumerate(stuck) if op))
     return Run(step, [[(op, first.start, last.end) for op, first, last in rank.ops] for rank in ranks])
 
 
-def _rank_of(plan: Plan, program: list[Op]) -> int:
-    return next(op.stage for op in program if op.kind in COMPUTE) % plan.pp
-
-
 class _Transfers:
-    """The messages of all ranks; each begins once both ends are posted, one after the other on a channel.
+    """The messages of all ranks; each begins once both ends are posted, one after the other on a channel."""
 
-    Args:
-        alone: the one rank that runs; the other end of a message is always ready, and its link free.
-    """
-
-    def __init__(self, plan: Plan, times: Costs, alone: int | None):
-        self._plan, self._times, self._alone = plan, times, alone
+    def __init__(self, plan: Plan, times: Times):
+        self._plan, self._times = plan, times
         self.made: dict[Message, Node] = {}
         self._queued: dict[tuple[int, str, int, int], Node] = {}  # the last one at one end of a channel
 
     def of(self, message: Message) -> Node:
         if message not in self.made:
-            machine = self._times.machine
             duration, slices = self._times.transfer(message)
-            source, target = message.stage % self._plan.pp, message.receiver % self._plan.pp
-            node = Node(duration / slices, missing=2 if self._alone is None else 1, slices=slices)
+            node = Node(duration / slices, missing=2, slices=slices)
             if duration:
-                ends = ("out", source), ("in", target)
-                node.uses = tuple(end for end in ends if self._alone in (None, end[1]))
-                node.turn = machine.turn(message, MESSAGES)
+                source, target = message.stage % self._plan.pp, message.receiver % self._plan.pp
+                node.uses = ("out", source), ("in", target)
             self.made[message] = node
         return self.made[message]
 
@@ -138,10 +124,7 @@ class _Transfers:
         """One end of a message is posted when `node` happens."""
         moved = self.of(message)
         node.then.append(moved)
-        name, source, target = channel(self._plan, message)
-        if self._times.machine.one_channel:
-            name, source, target = "", *((rank, -1) if source == rank else (-1, rank))
-        end = rank, name, source, target
+        end = rank, *channel(self._plan, message)
         moved.after(self._queued.get(end))
         self._queued[end] = moved
 
@@ -149,24 +132,13 @@ class _Transfers:
 class _Rank:
     """The operations of one rank as nodes."""
 
-    def __init__(self, plan: Plan, program: list[Op], times: Costs, priority: bool, transfers: _Transfers):
-        self.plan, self.times, self.machine, self.priority = plan, times, times.machine, priority
-        self.transfers = transfers
-        self.rank = _rank_of(plan, program)
+    def __init__(self, plan: Plan, program: list[Op], times: Times, priority: bool, transfers: _Transfers):
+        self.plan, self.times, self.priority, self.transfers = plan, times, priority, transfers
+        self.rank = next(op.stage for op in program if op.kind in COMPUTE) % plan.pp
         self.nodes: list[Node] = []
         self.ops: list[tuple[Op, Node, Node]] = []  # with their first and last nodes
-        # The last that each stream did, each chain, the report that its host waits for, and the host itself.
-        self.streams: dict[str, Node] = {}
+        self.streams: dict[str, Node] = {}  # the last that each stream did, and each chain
         self.chains: dict[Chain, Node] = {}
-        self.reports: dict[Chain, Node] = {}
-        self.host: Node | None = None
-        self.computed: list[Node] = []
-        # The direction of the link that a stream's last work used, where that was a copy and the link stays
-        # with a stream; a step follows one like it.
-        self.engines: dict[str, str | None] = {}
-        for op in program:
-            if op.kind in COMPUTE:
-                self._leave_engine(op)
         for op in program:
             first, last = self._compute(op) if op.kind in COMPUTE else self._exchange(op)
             self.ops.append((op, first, last))
@@ -175,81 +147,38 @@ class _Rank:
         self.nodes.append(Node(duration))
         return self.nodes[-1]
 
-    def _launch(self, ms: float, *after: Node | None) -> None:
-        """The host goes on to the next thing in `ms`, once `after` have happened."""
-        if self.machine.host:
-            self.host = self._node(ms).after(self.host, *after)
-
     def _stream(self, op: Op) -> str:
         if op.what in ALL_TO_ALL:
             return A2A_STREAM
         return PRIORITY_STREAM if op.what == "post" and self.priority else COMPUTE_STREAM
 
-    def _leave_engine(self, op: Op) -> None:
-        if self.machine.turns != STREAM:
-            return
-        for phase in self.times.phases(self.plan, op):
-            if phase.ms and phase.kind != REPORT:  # which has a stream of its own
-                self.engines[self._stream(op)] = LINKS.get(phase.kind, (None,))[-1]
-
-    def _take_engine(self, stream: str, chain: Chain) -> None:
-        """A copy engine also is where a stream whose last work was a copy waits for what comes next."""
-        engine = self.engines.get(stream)
-        if engine is None:
-            return
-        node = self._node().after(self.streams.get(stream), self.chains.get(chain), self.host)
-        node.uses, node.turn = ((engine, self.rank),), stream
-        self.streams[stream] = node
-
     def _compute(self, op: Op) -> tuple[Node, Node]:
         stream, chain = self._stream(op), (op.kind == FORWARD, op.microbatch, op.stage)
-        ahead = self.machine.ahead
-        if ahead is not None and len(self.computed) > ahead:
-            self._launch(0.0, self.computed[-1 - ahead])
-        self._take_engine(stream, chain)
-        self._leave_engine(op)
         done = []
         for phase in self.times.phases(self.plan, op):
-            if phase.kind == AWAIT:
-                self._launch(phase.host, self.reports.get(chain))
-                continue
-            nodes = self._phase(phase, stream, chain)
-            if phase.kind == REPORT:
-                self.reports[chain] = nodes[-1]
-            else:
-                self.streams[stream] = self.chains[chain] = nodes[-1]
-                done += nodes
-            self._launch(phase.host)
-        self.computed.append(done[-1])
+            done += self._phase(phase, stream, chain)
+            self.streams[stream] = self.chains[chain] = done[-1]
         return done[0], done[-1]
 
     def _phase(self, phase: Phase, stream: str, chain: Chain) -> list[Node]:
         """Its nodes; the last one is its end."""
-        machine, before = self.machine, (self.streams.get(stream), self.chains.get(chain), self.host)
-        uses = LINKS.get(phase.kind, ("gpu",) if phase.kind == KERNEL and machine.kernels else ())
-        if not uses or not phase.ms:
+        before = self.streams.get(stream), self.chains.get(chain)
+        if not phase.link or not phase.ms:
             return [self._node(phase.ms).after(*before)]
-        slices = machine.slices(phase.ms)
-        nodes = [self._node(phase.ms / slices).after(*before) for _ in uses]
-        for node, what in zip(nodes, uses, strict=True):
-            node.uses, node.slices = ((what, self.rank),), slices
-            if phase.kind == KERNEL:
-                node.urgent = stream != COMPUTE_STREAM
-            else:
-                node.turn = machine.turn(id(node), REPORTS if phase.kind == REPORT else stream)
-        return nodes if len(nodes) == 1 else [*nodes, self._node().after(*nodes)]
+        nodes = [self._node(phase.ms / phase.slices).after(*before) for _ in range(2)]
+        for node, way in zip(nodes, ("out", "in"), strict=True):
+            node.uses, node.slices = ((way, self.rank),), phase.slices
+        return [*nodes, self._node().after(*nodes)]
 
     def _exchange(self, op: Op) -> tuple[Node, Node]:
-        message, machine = op.message, self.machine
+        message = op.message
         own = message.receiver if op.kind in (WAIT, POST) else message.stage
         chain = (not message.backward, message.microbatch, own)
         node, compute = self._node(), self.streams.get(COMPUTE_STREAM)
-        self._launch(self.times.host(op))
-        node.after(self.host)
         if op.kind == SEND:
             node.after(self.chains.get(chain))
         elif op.kind == POST:
-            node.after(compute if machine.late or not machine.host else None)
+            node.after(compute)
         else:
             node.after(self.transfers.of(message), self.chains.get(chain) if op.kind == WAIT else None)
             self.chains[chain] = node

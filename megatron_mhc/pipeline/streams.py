@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_mhc.pipeline.program import ALL_TO_ALL
+from megatron_mhc.schedule.program import ALL_TO_ALL
 
 COMPUTE, A2A, PRIORITY = "compute", "all-to-all", "priority"
 

@@ -3,6 +3,7 @@
     plan.py        sizes of the blocks, Eq. (20)      sublayer.py    the sub-layers that drop and replay
     inventory.py   what attention and MLP save         block.py       how tensors go and come back
     estimate.py    python -m megatron_mhc.recompute    chunk.py       a model chunk, cut into blocks
+    full.py        Megatron's full recompute
 
 A block is replayed once, by whatever comes first: the gradient of its output, or a schedule's `replay`.
 

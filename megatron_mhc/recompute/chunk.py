@@ -18,10 +18,10 @@ from torch import Tensor
 
 from megatron_mhc.chunk import ModelChunk
 from megatron_mhc.config import MHCConfig, flag
-from megatron_mhc.pipeline.plans import passes_in_flight
 from megatron_mhc.recompute import inventory, plan
 from megatron_mhc.recompute.block import Block
 from megatron_mhc.recompute.sublayer import DroppingSubLayer
+from megatron_mhc.schedule.plans import passes_in_flight
 from megatron_mhc.sublayer import SubLayer, attention, mlp
 
 if TYPE_CHECKING:

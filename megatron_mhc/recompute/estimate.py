@@ -1,33 +1,14 @@
-"""Memory of a recipe's decoder layers on every pipeline rank, without building the model.
-
-    python -m megatron_mhc.recompute --config recipe.txt
-    python -m megatron_mhc.recompute -- --num-layers 24 --hidden-size 2048 ... --mhc-num-residual-streams 4
-
-The file holds Megatron's arguments, or a whole command line that ends in them, as
-`DATA=mock DRY_RUN=1 bash examples/train.sh 27b mhc` prints it; `#` starts a comment. Printed are the
-activations of the decoder layers, in GiB: what they keep for the backward passes in flight under the
-schedule (vanilla: under Megatron's), plus the one block that is replayed. Not counted: weights, gradients,
-optimizer, embedding, loss, and what a backward pass needs while it runs. See `inventory` for the layers that
-are assumed.
-"""
+"""Memory of the decoder layers of every pipeline rank, counted from a configuration: `__main__` prints it."""
 
 from __future__ import annotations
 
-import argparse
-import io
-import os
-import shlex
-import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, redirect_stdout
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 from megatron_mhc.config import MHCConfig
-from megatron_mhc.pipeline.plans import passes_in_flight
 from megatron_mhc.recompute import inventory, plan
-from megatron_mhc.stages import layers_of_rank
+from megatron_mhc.schedule.plans import passes_in_flight
+from megatron_mhc.schedule.stages import layers_of_rank
 
 
 @dataclass(frozen=True)
@@ -135,104 +116,3 @@ def table(found: list[Rank], sizes: list[int], n: int) -> str:
             f"blocks {plan.best_uniform(r.replayed, r.in_flight)}; Eq. (20) {rule:.1f}"
         )
     return "\n".join(lines)
-
-
-def recipe(path: str) -> list[str]:
-    """The words of a recipe's file, for argparse, which prints what an ArgumentTypeError says."""
-    try:
-        return shlex.split(Path(path).read_text(), comments=True)
-    except (OSError, ValueError) as error:
-        raise argparse.ArgumentTypeError(f"{path} cannot be read: {error}") from None
-
-
-def megatron_arguments(words: list[str]) -> tuple[list[str], int | None]:
-    """Split a command line: what follows the script or module, and torchrun's number of processes."""
-    start, world = 0, None
-    for i, word in enumerate(words):
-        if word == "-m" and i + 1 < len(words):
-            start = i + 2
-        elif word.endswith(".py") and not word.startswith("-"):
-            start = i + 1
-    launcher = dict(zip(words[:start], words[1:start], strict=False))
-    if "--nproc-per-node" in launcher:
-        world = int(launcher["--nproc-per-node"]) * int(launcher.get("--nnodes", 1))
-    return words[start:], world
-
-
-def parse(words: list[str], world: int | None) -> tuple[Any, Any, MHCConfig]:
-    """Megatron's arguments, checked by Megatron, its transformer config and the mHC options."""
-    import torch
-
-    if not torch.cuda.is_available():
-        from megatron_mhc.testing import cpu
-
-        cpu.install(pretend_cuda=True)  # Megatron's checks ask for a GPU's properties
-    from megatron.training.arguments import core_transformer_config_from_args, parse_args, validate_args
-
-    from megatron_mhc.parallel import validate
-    from megatron_mhc.pretrain_gpt import add_args
-
-    sys.argv = [sys.argv[0], *words]
-    args = parse_args(add_args)  # exits on a word that it does not know, with its own message
-    sizes = (args.tensor_model_parallel_size, args.pipeline_model_parallel_size, args.context_parallel_size)
-    smallest = sizes[0] * sizes[1] * sizes[2] * args.expert_model_parallel_size
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    args.rank, args.world_size = 0, world or smallest
-    with _transformer_engine():
-        with redirect_stdout(io.StringIO()):  # the list of all arguments
-            validate_args(args, {})
-        config, mhc = core_transformer_config_from_args(args), MHCConfig.from_args(args)
-    validate(config, mhc)
-    return args, config, mhc
-
-
-@contextmanager
-def _transformer_engine() -> Iterator[None]:
-    """Let Megatron's checks find what a recipe asks of TransformerEngine; nothing is run with it."""
-    from unittest import mock
-
-    from megatron.core.extensions.transformer_engine import HAVE_TE
-    from megatron.core.models.common.embeddings import rope_utils
-    from megatron.core.transformer import transformer_config
-    from megatron.core.transformer.moe import moe_utils
-
-    if HAVE_TE:  # it answers for itself
-        yield
-        return
-    kernels = [(moe_utils, name) for name in vars(moe_utils) if name.startswith("fused_")]
-    kernels += [(rope_utils, name) for name in vars(rope_utils) if name.startswith("fused_apply_")]
-    with ExitStack() as stack:
-        for module, name in kernels:
-            if getattr(module, name) is None:
-                stack.enter_context(mock.patch.object(module, name, object()))
-        stack.enter_context(mock.patch.object(transformer_config, "is_te_min_version", lambda _: True))
-        yield
-
-
-def main() -> None:
-    """Print the table of a recipe."""
-    parser = argparse.ArgumentParser(
-        prog="python -m megatron_mhc.recompute", description=__doc__.split("\n\n")[0]
-    )
-    parser.add_argument("--config", type=recipe, help="file with Megatron's arguments, or a command line")
-    parser.add_argument("--world-size", type=int, help="ranks; default: torchrun's, or the fewest possible")
-    parser.add_argument("--sizes", default="1,2,3,4,6,8,12,16", help="block sizes to print")
-    own = sys.argv[1:]
-    extra = own[own.index("--") + 1 :] if "--" in own else []
-    options = parser.parse_args(own[: len(own) - len(extra) - 1] if "--" in own else own)
-    words, world = megatron_arguments(options.config or [])
-    if not words + extra:
-        parser.error("give --config FILE, or Megatron's arguments behind --")
-    args, config, mhc = parse(words + extra, options.world_size or world)
-    mhc = replace(mhc, recompute_layer_num="auto")
-    micro_batches = args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
-    found = ranks(config, mhc, args.seq_length, args.micro_batch_size, micro_batches)
-    longest = max(len(r.replayed) for r in found)
-    sizes = [s for s in map(int, options.sizes.split(",")) if s <= longest]
-    layout = f"TP {args.tensor_model_parallel_size}, PP {args.pipeline_model_parallel_size}, "
-    layout += f"CP {args.context_parallel_size}, {args.world_size} ranks"
-    print(
-        f"activations of the decoder layers at their peak, GiB: n = {mhc.num_residual_streams}, "
-        f"{args.micro_batch_size} x {args.seq_length} tokens a micro-batch, {layout}"
-    )
-    print(table(found, sizes, mhc.num_residual_streams))

@@ -53,6 +53,7 @@ def compare_partly_trained(
     mhc: MHCConfig,
     patterns: list[str],
     count: int = 4,
+    ddp: dict[str, Any] | None = None,
     **settings: Any,
 ) -> Comparison:
     """One iteration of a model of which `patterns` name what is trained, against one process."""
@@ -61,7 +62,7 @@ def compare_partly_trained(
     plain = MHCConfig(sinkhorn_iterations=mhc.sinkhorn_iterations)
     exact = settings | dict(params_dtype=torch.float64, pipeline_dtype=torch.float64)
     expected = run_ranks(1, _reference, kind, plain, count, exact, weights)[0]
-    run = functools.partial(compare_all, overrides=settings, weights=weights)
+    run = functools.partial(compare_all, overrides=settings, weights=weights, ddp=ddp)
     return run_ranks(world, run, layout, kind, [(mhc, count, expected)])[0][0]
 
 

@@ -9,8 +9,9 @@ from harness import Layout, build, global_parameters, iterate
 from megatron.core import dist_checkpointing
 from megatron.core import parallel_state as ps
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 
-from megatron_mhc import MHCConfig
+from megatron_mhc import MHCConfig, register
 from megatron_mhc.testing import cpu
 from megatron_mhc.testing.ranks import run_ranks as run
 
@@ -20,8 +21,8 @@ MHC = MHCConfig(contract="learned_head")  # the contraction has parameters too
 SINGLE = Layout()
 
 
-def start(layout, kind, dtype):
-    """A filled model in DDP and its optimizer: (chunks, config, optimizer)."""
+def start(layout, kind, dtype, **options):
+    """A filled model in DDP and its optimizer: (chunks, config, optimizer); options of the optimizer."""
     cpu.use_plain_adam()
     layout.initialize()
     bf16 = dtype == torch.bfloat16
@@ -35,6 +36,7 @@ def start(layout, kind, dtype):
         clip_grad=1.0,
         use_distributed_optimizer=layout.distributed_optimizer,
         **precision,
+        **options,
     )
     return chunks, config, get_megatron_optimizer(settings, chunks)
 
@@ -89,14 +91,15 @@ def load(folder, chunks, optimizer, sharding):
     optimizer.load_state_dict(optimizer_state)
 
 
-def train(layout, kind, dtype, steps, load_from=None, save_to=None, sharding="fully_reshardable"):
+def train(layout, kind, dtype, steps, load_from=None, save_to=None, sharding="fully_reshardable", **options):
     """Loss and gradient norm of every step in the range `steps`, between a load and a save.
 
     Args:
         sharding: how the distributed optimizer lays out its checkpoint; `dp_reshardable`, Megatron's
             default, is tied to the model-parallel layout.
+        options: of the optimizer.
     """
-    chunks, config, optimizer = start(layout, kind, dtype)
+    chunks, config, optimizer = start(layout, kind, dtype, **options)
     if load_from:
         load(load_from, chunks, optimizer, sharding)
     history = [step(chunks, config, optimizer, number) for number in steps]
@@ -159,6 +162,13 @@ SLOW = ("tp1-pp2_vpp2-tp2", "moe_pp2-tp2_sp")
 )
 def test_resharded_training_matches_unbroken_run(run_ranks, tmp_path, chain):
     check_chain(run_ranks, tmp_path, *CHAINS[chain])
+
+
+def test_fixed_mappings_are_resharded_too(run_ranks, tmp_path, monkeypatch):
+    """Nothing but the last stage's final norm tells such a model from a plain one."""
+    monkeypatch.setitem(globals(), "MHC", MHCConfig(h_res="identity", h_pre="fixed", h_post="fixed"))
+    monkeypatch.setitem(globals(), "unbroken", unbroken.__wrapped__)  # what is cached is of the other options
+    check_chain(run_ranks, tmp_path, "dense", [(2, PP2), (2, TP2)])
 
 
 BF16 = {
@@ -236,3 +246,62 @@ def test_weight_decay_of_mappings_matches_megatron_rule(run_ranks):
     assert len(decay) == 8 * 5 + 3
     for name, value in decay.items():
         assert value == (1.0 if name.endswith("mapping_proj.weight") else 0.0), name
+
+
+def offload(fraction, run, *args, **options):
+    """`run` with --optimizer-cpu-offload; tensors pass for a GPU's until they are copied to the host."""
+
+    def copying(name):
+        original = getattr(torch.Tensor, name)
+
+        def copy(self):
+            out = original(self)
+            out.on_host = name == "cpu" or getattr(self, "on_host", False)
+            return out
+
+        return copy
+
+    register()  # it refuses a symbol that is replaced already
+    divide = HybridDeviceOptimizer._get_sub_optimizer_param_groups
+
+    def divide_pretending(self, offload_fraction):
+        with pytest.MonkeyPatch.context() as patch:
+            for name in ("cpu", "detach", "clone", "float"):
+                patch.setattr(torch.Tensor, name, copying(name))
+            on_gpu = property(lambda tensor: not getattr(tensor, "on_host", False))
+            patch.setattr(torch.Tensor, "is_cuda", on_gpu, raising=False)
+            divided = divide(self, offload_fraction)
+        cpu, gpu = divided[:2]
+        assert bool(cpu) and bool(gpu) == (offload_fraction < 1)
+        return divided
+
+    HybridDeviceOptimizer._get_sub_optimizer_param_groups = divide_pretending
+    options |= dict(optimizer_cpu_offload=True, use_precision_aware_optimizer=True)
+    return run(*args, optimizer_offload_fraction=fraction, **options)
+
+
+OFFLOADED = BF16["dp2_distributed_optimizer"], "dense", torch.bfloat16
+FRACTIONS = pytest.mark.parametrize("fraction", [0.25, 1.0])
+
+
+def stepped(*args, **options):
+    """Parameters after one step, by name."""
+    chunks, config, optimizer = start(*args, **options)
+    step(chunks, config, optimizer, 0)
+    return {name: p.detach().clone() for name, p in global_parameters(chunks)}
+
+
+@FRACTIONS
+def test_offloaded_optimizer_steps_as_one_on_the_gpu(run_ranks, fraction):
+    want = run_ranks(2, stepped, *OFFLOADED)[0]
+    got = run_ranks(2, offload, fraction, stepped, *OFFLOADED)[0]
+    for name, parameter in want.items():
+        torch.testing.assert_close(got[name], parameter, rtol=1e-6, atol=1e-6)
+
+
+@FRACTIONS
+def test_offloaded_optimizer_resumes_bit_for_bit(run_ranks, tmp_path, fraction):
+    """Not from dp_reshardable, whose masters Megatron leaves at their bf16 values, of plain models too."""
+    run, folder = functools.partial(run_ranks, 2, offload, fraction, train, *OFFLOADED), tmp_path / "saved"
+    history = run(range(2), None, folder)[0] + run(range(2, 4), folder)[0]
+    assert history == run(range(4))[0]

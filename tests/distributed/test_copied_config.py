@@ -11,7 +11,7 @@ from pipeline import differences, interleaved
 from megatron_mhc import MHCConfig
 from megatron_mhc.carried import options_of
 from megatron_mhc.diagnostics import Sampler
-from megatron_mhc.diagnostics import training as diagnostics
+from megatron_mhc.hooks import train_step
 from megatron_mhc.hooks.schedule import by_model
 from megatron_mhc.pipeline import engine
 from megatron_mhc.testing import gpt
@@ -111,12 +111,12 @@ def sampled(layout, make, stages=None):
     with Sampler(model, make(config)) as sampler:
         iterate(model, config)
     seen = []
-    diagnostics.write = lambda report, *_: seen.append(report)
+    train_step.write = lambda report, *_: seen.append(report)
     for module in model[0].modules():
         if hasattr(submodules := getattr(module, "submodules", None), "mhc"):
             submodules.mhc = dataclasses.replace(mhc, log_interval=1)
     fresh = field_by_field(config)
-    diagnostics.sample_steps(lambda *_, **__: (iterate(model, config),))(
+    train_step.sample_steps(lambda *_, **__: (iterate(model, config),))(
         None, None, model, None, None, fresh, None, iteration=0
     )
     return sampler.report().statistics, len(seen)

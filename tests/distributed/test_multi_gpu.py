@@ -1,62 +1,18 @@
-"""scripts/bench/multi_gpu.py under gloo, and what NCCL alone would punish: the order of first messages."""
+"""What a router in TF32 does to parity, and what NCCL alone would punish: the order of first messages."""
 
 import itertools
-import json
-import subprocess
-import sys
-from pathlib import Path
+import types
 
 import pytest
 import torch
 from harness import MICRO_BATCH, MICRO_BATCHES, SEQUENCE, Layout, build, iterate, ps
 
 from megatron_mhc import MHCConfig
-from megatron_mhc.ops.hopper import compile as hopper
+from megatron_mhc.hyper_connection import HyperConnectionModule
 from megatron_mhc.pipeline import comm
-from megatron_mhc.pipeline.program import POST, SEND, Plan, build_program, channel
+from megatron_mhc.schedule.program import POST, SEND, Plan, build_program, channel
 from megatron_mhc.testing import gpt
 from megatron_mhc.testing.parity import Iteration, Routing, compare_routing, differences
-
-ROOT = Path(__file__).resolve().parents[2]
-LAYOUTS = {"tp2", "tp2_sp", "pp2", "pp2_vpp2", "ep2", "dp_distributed_optimizer"}
-SCHEDULES = {"megatron", "interleaved-whole", "interleaved-split", "fused-whole", "fused-split"}
-
-
-def launch(out, *arguments, timeout=280):
-    """Run the script on two processes; returns its rows by section and name."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["-m", "megatron_mhc.testing.cpu", "scripts/bench/multi_gpu.py", "--tiny", "--out", str(out)]
-    process = subprocess.Popen(
-        [*command, *arguments], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    try:
-        output, _ = process.communicate(timeout=timeout)
-    finally:
-        process.terminate()  # torchrun then ends its ranks
-        process.wait(timeout=30)
-    assert process.returncode == 0, "\n".join(output.splitlines()[-60:])
-    rows = json.loads(out.read_text())["rows"]
-    return {(row["section"], row["name"]): row for row in rows}, output
-
-
-def test_parity_through_the_script(tmp_path):
-    rows, output = launch(tmp_path / "out.json", "--only", "parity", "--streams", "4")
-    assert rows.pop(("precision", "float32 products"))["ok"]
-    names = [name.split(", ") for _, name in rows]
-    assert {layout for layout, *_ in names} == LAYOUTS
-    for kind in ("dense", "moe"):
-        assert {name[-1] for name in names if name[:2] == ["pp2_vpp2", kind]} == SCHEDULES
-    for name, row in rows.items():
-        assert row["loss"] <= 1e-5 and row["gradients"] <= 1e-5 and row["ok"], name
-        assert row["one GPU again"] == 0 < row["one GPU reordered"] < 1e-5
-        assert f"| {name[1]} |" in output
-        if ", moe, " in name[1]:  # four layers route each of four micro-batches of two sequences
-            assert row["routed otherwise"] == 0 and row["of tokens"] == 4 * 4 * 2 * 16
-            assert row["closest tie"] > 1e-5
-    # Not compared with themselves: another order of summation leaves its trace.
-    assert all(row["gradients"] > 0 for (_, name), row in rows.items() if name.startswith("tp2"))
-    assert all(rows["parity", f"{name}, moe, n=4, -"]["scores"] > 0 for name in ("tp2_sp", "ep2"))
-
 
 # What Transformer Engine's GEMM does to a float32 router, and what a token that changes its expert does.
 
@@ -110,39 +66,6 @@ def test_a_token_that_changes_its_expert_is_counted(run_ranks):
     chosen = zip(alone.chosen[3], expected[1].chosen[3], strict=True)
     assert routing.moved == sum(int((a != b).any(-1).sum()) for a, b in chosen) > 0
     assert found.worst[0] > 1e-3
-
-
-@pytest.mark.slow
-def test_curves_and_measurement_through_the_script(tmp_path):
-    out = tmp_path / "out.json"
-    rows, _ = launch(out, "--only", "curves,measure,profile", "--streams", "4")
-    curves = {name: row for (section, name), row in rows.items() if section == "curves"}
-    assert {name.split(", ")[0] for name in curves} == LAYOUTS | {"one GPU"}
-    assert {name.split(", ")[-1] for name in curves if name.startswith("pp2_vpp2, dense")} == SCHEDULES
-    assert all(row["ok"] and row["last"] < row["first"] for row in curves.values())
-    for name in ("one GPU, dense, n=4, -", "one GPU, moe, n=4, -"):
-        assert 0 < curves[name]["noise"] <= curves[name]["tolerance"] < curves[name]["control"]
-    measured = {name: row for (section, name), row in rows.items() if section == "measure"}
-    assert {name.split(", ")[-1] for name in measured} == SCHEDULES | {"-"}
-    for name, row in measured.items():
-        assert row["step"] > 0
-        if name.startswith("pp2"):
-            assert 0 < row["simulated"] and 0 <= row["simulated p2p"] < row["simulated"]
-            kinds = {key.split()[0] for key in row["operations"]}
-            assert kinds == {"forward", "backward"}
-    assert {name for section, name in rows if section == "profile"} == set(measured)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(540)  # one of its jobs waits for a minute for a rank that says nothing
-def test_resume_through_the_script(tmp_path):
-    rows, _ = launch(tmp_path / "out.json", "--only", "resume", timeout=500)
-    rows = {name: row for (_, name), row in rows.items()}
-    for name, until in (("on one rank", 8), ("on two ranks again", 10), ("resumed", 10)):
-        assert rows[name]["error"] <= 1e-5 and rows[name]["last step"] == until
-    assert len(rows["unbroken"]["losses"]) == 10
-    assert rows["rank 1 killed"]["names rank 1"]
-    assert "pipeline rank 1 (global rank 1) has failed" in rows["rank 1 silent"]["messages"][0]
 
 
 # A message's first use of a link waits, on the host, for the other end: so does NCCL.
@@ -216,19 +139,40 @@ def test_channels_are_connected_in_one_order_by_all_ranks(run_ranks, pp):
     assert meet(orders)
 
 
-@pytest.mark.parametrize("backend, limit, held", [("nccl", None, 8), ("nccl", "16", 32), ("gloo", None, 0)])
-def test_kernels_leave_multiprocessors_to_the_receives_that_wait(monkeypatch, backend, limit, held):
-    """Without process groups: a GPU that would show it has another test, multi_gpu.py --only profile."""
-    channels = comm.Channels((0,), {}, comm.DEFAULT_TIMEOUT, backend)
-    for name, value in (("get_backend", backend), ("get_world_size", 1), ("get_process_group_ranks", [0])):
-        monkeypatch.setattr(comm.dist, name, lambda *_, value=value: value)
-    monkeypatch.setattr(comm.dist, "all_gather_object", lambda *_: None)
-    for name, value in (("timeout_of", comm.DEFAULT_TIMEOUT), ("_make", channels), ("_connect", None)):
-        monkeypatch.setattr(comm, name, lambda *_, value=value: value)
-    monkeypatch.setattr(comm, "_channels", [])
-    monkeypatch.setattr(hopper, "_held", 0)
+@pytest.mark.parametrize(
+    "options, pp, backend, limit, sms",
+    [
+        (dict(pipeline_schedule="interleaved"), 4, "nccl", None, 8),
+        (dict(pipeline_schedule="fused"), 2, "nccl", "16", 32),
+        (dict(pipeline_schedule="interleaved"), 4, "gloo", None, 0),
+        (dict(pipeline_schedule="interleaved"), 1, "nccl", None, 0),
+        ({}, 4, "nccl", None, 0),
+    ],
+)
+def test_a_models_kernels_leave_sms_to_the_receives_of_its_own_schedule(
+    monkeypatch, options, pp, backend, limit, sms
+):
+    """Without process groups: a GPU that would show it has another test, benchmarks.multi_gpu."""
+    monkeypatch.setattr(comm.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(comm.dist, "get_backend", lambda group: backend)
     monkeypatch.delenv("NCCL_MAX_CTAS", raising=False)
     if limit:
         monkeypatch.setenv("NCCL_MAX_CTAS", limit)
-    comm.channels_of(object())
-    assert hopper._held == held
+    config = types.SimpleNamespace(pipeline_model_parallel_size=pp)
+    assert comm.sms_of_receives(config, MHCConfig(**options)) == sms
+
+
+def reserved(layout):
+    """The SMs that each of two models leaves, built one after the other."""
+    layout.initialize()
+    comm.dist = types.SimpleNamespace(is_initialized=lambda: True, get_backend=lambda group: "nccl")
+    found = []
+    for schedule in ("interleaved", "megatron"):
+        chunks = build(layout, layout.config("dense"), "dense", MHCConfig(pipeline_schedule=schedule))
+        modules = [m for chunk in chunks for m in chunk.modules() if isinstance(m, HyperConnectionModule)]
+        found.append({module.options.reserved_sms for module in modules})
+    return found
+
+
+def test_a_model_beside_one_whose_receives_wait_leaves_no_sms(run_ranks):
+    assert run_ranks(2, reserved, Layout(pp=2)) == [[{8}, {0}]] * 2

@@ -12,9 +12,11 @@ from pipeline import interleaved, pipeline_rank, reference_of
 from test_pipeline_schedule import ERROR, overlap
 
 from megatron_mhc import MHCConfig
-from megatron_mhc.pipeline import comm, engine, program
+from megatron_mhc.pipeline import comm, engine
 from megatron_mhc.pipeline.delayed_weights import DelayedWeights
-from megatron_mhc.pipeline.program import Op
+from megatron_mhc.pipeline.step import observers
+from megatron_mhc.schedule import program
+from megatron_mhc.schedule.program import Op
 from megatron_mhc.testing import ranks
 
 BOUNDARIES = ("whole", "split")
@@ -168,7 +170,7 @@ def trace(layout, mhc, count):
         delayed.events.append(op)
 
     torch.distributed.all_to_all_single, comm.Transport.send = watched_exchange, watched_send
-    engine.observers[:] = [observe]
+    observers[:] = [observe]
     iterate(chunks, config, count=count * layout.ep, schedule=engine.forward_backward)
     events = [("dw", linears[e[1]], e[2]) if e[0] == "dw" else e for e in delayed.events]
     return events, sorted(linears.values())

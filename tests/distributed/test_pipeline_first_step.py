@@ -7,6 +7,7 @@ from harness import ps as parallel_state
 from pipeline import gradients, interleaved
 
 from megatron_mhc.pipeline import comm, engine, loading
+from megatron_mhc.pipeline.step import observers
 
 TRAIN, EVALUATE = "train", "evaluate"
 KINDS = (TRAIN, TRAIN, EVALUATE, EVALUATE, TRAIN)
@@ -20,7 +21,7 @@ def steps(layout, kind, mhc, pends):
     config = layout.config(kind, num_layers=2 * layout.pp * (layout.vpp or 1))
     chunks = build(layout, config, kind, mhc)
     transports, found = [], []
-    engine.observers[:] = [lambda op, step: transports.append(step.transport)]
+    observers[:] = [lambda op, step: transports.append(step.transport)]
     for what in KINDS:
         only = what == EVALUATE
         with torch.set_grad_enabled(not only):

@@ -46,3 +46,10 @@ def test_by_kernels(run_ranks, schedule, trained):
     mhc = interleaved("split", schedule, backend="triton", sinkhorn_iterations=5)
     small = dict(params_dtype=torch.float32, pipeline_dtype=torch.float32, count=2)
     check(run_ranks, Layout(pp=2), "dense", mhc, trained, error=1e-4, **small)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_beside_overlapped_gradient_reduction(run_ranks, schedule):
+    """Wrappers of chunks without gradients have nothing to reduce."""
+    mhc, layout = interleaved("whole", schedule), Layout(pp=2, vpp=2)
+    check(run_ranks, layout, "dense", mhc, "second_half", world=4, ddp=dict(overlap_grad_reduce=True))

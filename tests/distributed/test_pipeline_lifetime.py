@@ -9,7 +9,9 @@ from harness import Layout, build, gpt, tokens
 from pipeline import interleaved, pipeline_rank
 from test_pipeline_schedule import BOUNDARIES, SCHEDULES
 
-from megatron_mhc.pipeline import comm, engine, program
+from megatron_mhc.pipeline import comm, engine
+from megatron_mhc.pipeline.step import observers
+from megatron_mhc.schedule import program
 
 
 class Data:
@@ -41,13 +43,13 @@ def run(layout, kind, mhc, failing):
         if failing and op.kind == failing and pipeline_rank() == 0 and op.microbatch == 1:
             raise InterruptedError
 
-    engine.observers[:] = [observe]
+    observers[:] = [observe]
     try:
         gpt.forward_backward(chunks, config, tokens(4), schedule=engine.forward_backward)
         ended = "whole"
     except (InterruptedError, comm.PipelineError) as error:
         ended = type(error).__name__
-    engine.observers.clear()
+    observers.clear()
     return ended, [name for name, one in watched.items() if one() is not None]
 
 

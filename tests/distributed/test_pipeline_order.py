@@ -12,9 +12,11 @@ from harness import get_forward_backward_func as stock_schedule
 from pipeline import gradients, interleaved, pipeline_rank
 
 from megatron_mhc import MHCConfig
-from megatron_mhc.pipeline import comm, engine, program
-from megatron_mhc.pipeline.program import Op, Plan, build_program
+from megatron_mhc.pipeline import comm, engine
+from megatron_mhc.pipeline.step import observers
 from megatron_mhc.recompute.block import Block
+from megatron_mhc.schedule import program
+from megatron_mhc.schedule.program import Op, Plan, build_program
 
 
 class Work:
@@ -46,7 +48,7 @@ def watch(layout, mhc, count):
         held.append(len({*step.outputs, *step.exits, *getattr(step, "tapes", ())}))
         steps[:] = [step]
 
-    engine.observers[:] = [observe]
+    observers[:] = [observe]
     send, replay = dist.isend, Block.replay
 
     def watched_send(tensor, target, group=None):
@@ -205,7 +207,7 @@ def fail(how):
             if len(seen) == 3:
                 raise InterruptedError
 
-    engine.observers[:] = [observe]
+    observers[:] = [observe]
     try:
         iterate(chunks, config, count=6, schedule=engine.forward_backward)
     except InterruptedError:

@@ -10,6 +10,7 @@ from pipeline import LAYERS, compare_all, gradients, interleaved, reference_of
 
 from megatron_mhc import MHCConfig, parallel
 from megatron_mhc.pipeline import engine
+from megatron_mhc.pipeline.step import layers_of, observers
 
 ERROR = 1e-10
 BOUNDARIES, SCHEDULES = ("whole", "split"), ("interleaved", "fused")
@@ -175,7 +176,7 @@ def test_a_stage_without_parameters(run_ranks, stage, monkeypatch):
 def returns_a_pair(config, chunks):
     """As Transformer Engine's norm does under --fused-residual-rmsnorm: its output, and what it has read."""
     for chunk in chunks:
-        for layer in engine.layers_of(chunk):
+        for layer in layers_of(chunk):
             for norm in (layer.input_layernorm, layer.pre_mlp_layernorm):
                 alone = norm.forward
                 norm.forward = lambda x, alone=alone: (alone(x), x)
@@ -209,7 +210,7 @@ def overlap(align, config, chunks):
 
             group.start_grad_sync = watched
     config.ran = []
-    engine.observers[:] = [lambda op, step: config.ran.append(op) if op.kind == "backward" else None]
+    observers[:] = [lambda op, step: config.ran.append(op) if op.kind == "backward" else None]
     finalize = config.finalize_model_grads_func
 
     def after(*args, **kwargs):
@@ -289,7 +290,7 @@ INTERPRETED = dict(backend="triton", sinkhorn_iterations=1)
 def test_autocast_gives_what_megatrons_schedule_gives(run_ranks, options, layers, count, kinds):
     """F's output is bf16, messages and streams fp32; a fused step goes backward amid forward passes.
 
-    Not MoE: Megatron's router does not go backward under autocast.
+    Not MoE: without TE Megatron's router does not go backward under autocast.
     """
     megatron = MHCConfig(init="uniform", init_gating_factor=0.5, **options)
     ours = [dataclasses.replace(megatron, pipeline_schedule=s, pp_boundary=b) for s, b in kinds]

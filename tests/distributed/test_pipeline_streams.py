@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megatron_mhc.pipeline import comm, delayed_weights, engine, fused, layer_nodes
+from megatron_mhc.pipeline import step as pipeline_step
 from megatron_mhc.pipeline.streams import COMPUTE, HostStreams
 from megatron_mhc.recompute import block, sublayer
 from megatron_mhc.testing import cpu
@@ -143,7 +144,7 @@ def race(layout, kind, mhc, spoil, late=False, count=4, **settings):
     chunks = (delayed.build if late else build)(layout, config, kind, mhc)
     iterate(chunks, config, count=count * layout.ep, schedule=engine.forward_backward)
     clocks = Clocks()
-    engine.streams_for = lambda *_: clocks
+    pipeline_step.streams_for = lambda *_: clocks
     if mhc.recompute_layer_num != "off":
         watch_recompute(clocks)
     wait = comm.Transport.wait

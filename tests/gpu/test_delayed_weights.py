@@ -18,8 +18,8 @@ from megatron_mhc.pipeline.comm import Transport
 from megatron_mhc.pipeline.delayed_weights import DelayedWeights, is_delayed
 from megatron_mhc.pipeline.fused import FusedStep
 from megatron_mhc.pipeline.nodes import packed_width
-from megatron_mhc.pipeline.program import Plan
 from megatron_mhc.pipeline.streams import streams_for
+from megatron_mhc.schedule.program import Plan
 from megatron_mhc.specs import wrap_block_spec
 from megatron_mhc.testing.gpt import mtp_spec
 

@@ -11,6 +11,7 @@ from torch.distributed.checkpoint import CheckpointException
 from megatron_mhc import MHCConfig
 
 FOUR = MHCConfig()
+FIXED = MHCConfig(h_res="identity", h_pre="fixed", h_post="fixed")  # its connections have no parameters
 DENSE = MHCConfig(load_dense=True)
 
 
@@ -88,7 +89,7 @@ def test_mhc_checkpoint_is_refused_by_a_plain_model(run_ranks, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "mhc", [FOUR, DENSE, MHCConfig(preset="deepseek_v4"), MHCConfig(h_res="unconstrained")]
+    "mhc", [FOUR, DENSE, FIXED, MHCConfig(preset="deepseek_v4"), MHCConfig(h_res="unconstrained")]
 )
 def test_mhc_checkpoint_round_trips(run_ranks, tmp_path, mhc):
     def compare():
@@ -106,21 +107,91 @@ def test_mhc_checkpoint_round_trips(run_ranks, tmp_path, mhc):
     run_ranks(1, compare)
 
 
-@pytest.mark.parametrize(
-    "other, words",
-    [
-        (MHCConfig(num_residual_streams=2), "--mhc-num-residual-streams"),
-        (MHCConfig(h_res="identity"), "other --mhc-\\* options"),
-        (MHCConfig(sinkhorn_iterations=10), "pass --mhc-sinkhorn-iterations 20"),
-        (MHCConfig(contract="sum"), "pass --mhc-contract mean"),
-        (MHCConfig(preset="deepseek_v4", contract="mean"), "pass --mhc-preset paper"),
-    ],
-)
-def test_mhc_checkpoint_of_other_options_is_refused(run_ranks, tmp_path, other, words):
+OTHERS = [
+    (FOUR, MHCConfig(num_residual_streams=2), "pass --mhc-num-residual-streams 4"),
+    (FOUR, MHCConfig(h_res="identity"), "pass --mhc-h-res sinkhorn"),
+    (FOUR, MHCConfig(h_pre="fixed"), "pass --mhc-h-pre dynamic"),
+    (FOUR, MHCConfig(h_post="fixed"), "pass --mhc-h-post dynamic"),
+    (FOUR, MHCConfig(sinkhorn_iterations=10), "pass --mhc-sinkhorn-iterations 20"),
+    (FOUR, MHCConfig(contract="sum"), "pass --mhc-contract mean"),
+    (FOUR, MHCConfig(contract="learned_head"), "pass --mhc-contract mean"),
+    (MHCConfig(contract="learned_head"), FOUR, "pass --mhc-contract learned_head"),
+    (FOUR, MHCConfig(preset="deepseek_v4", contract="mean"), "pass --mhc-preset paper"),
+    (FOUR, MHCConfig(h_res="unconstrained"), "pass --mhc-h-res sinkhorn"),
+    (FIXED, FOUR, "pass --mhc-h-res identity"),
+    (FIXED, DENSE, "pass --mhc-h-res identity"),
+    (FOUR, FIXED, "pass --mhc-h-res sinkhorn"),
+]
+
+
+@pytest.mark.parametrize("trained, other, words", OTHERS)
+def test_mhc_checkpoint_of_other_options_is_refused_with_the_flag_that_differs(
+    run_ranks, tmp_path, trained, other, words
+):
+    """In both formats."""
+
     def attempt():
-        save(gpt.build(FOUR), tmp_path / "mhc")
+        saved, model = gpt.build(trained), gpt.build(other)
+        save(saved, tmp_path / "mhc")
         with pytest.raises(ValueError, match=words):
-            load(gpt.build(other), tmp_path / "mhc")
+            load(model, tmp_path / "mhc")
+        with pytest.raises(ValueError, match=words):
+            model.load_state_dict(saved.state_dict())
+
+    run_ranks(1, attempt)
+
+
+def test_every_stage_names_the_options_of_a_checkpoint_that_does_not_fit(run_ranks, tmp_path):
+    """A stage that has no final norm does not ask for the options that the norm keeps."""
+
+    def attempt():
+        save(gpt.build(MHCConfig(preset="deepseek_v4", h_pre="fixed")), tmp_path / "mhc")
+        request = without_norm(gpt.build(FOUR).sharded_state_dict())
+        with pytest.raises(ValueError, match="--mhc-preset deepseek_v4 .*--mhc-h-pre fixed"):
+            dist_checkpointing.load({"model": request}, str(tmp_path / "mhc"))
+
+    run_ranks(1, attempt)
+
+
+def without_norm(state):
+    return {key: value for key, value in state.items() if "final_layernorm" not in key}
+
+
+def test_a_stage_of_fixed_mappings_loads_its_part(run_ranks, tmp_path):
+    """Neither its request nor its state dict tells it from a plain model's."""
+
+    def attempt():
+        saved = scrambled(gpt.build(FIXED))
+        save(saved, tmp_path / "mhc")
+        request = without_norm(gpt.build(FIXED).sharded_state_dict())
+        state = dist_checkpointing.load({"model": request}, str(tmp_path / "mhc"))["model"]
+        for part in (state, without_norm(saved.state_dict())):
+            fresh = gpt.build(FIXED)
+            fresh.decoder.final_layernorm = None  # as Megatron has it in front of the last stage
+            fresh.load_state_dict(part)
+            name = "decoder.layers.1.mlp.linear_fc1.weight"
+            assert torch.equal(fresh.state_dict()[name], saved.state_dict()[name])
+        save(gpt.build(FOUR), tmp_path / "dynamic")
+        with pytest.raises(ValueError, match="is an mHC model's"):
+            dist_checkpointing.load({"model": request}, str(tmp_path / "dynamic"))
+
+    run_ranks(1, attempt)
+
+
+def test_branch_checkpoint_is_sent_to_the_converter(run_ranks, tmp_path):
+    def attempt():
+        state = gpt.build(FOUR).sharded_state_dict()
+        state["decoder.final_layernorm.weight"] = state.pop("decoder.final_layernorm.norm.weight")
+        state["decoder.final_layernorm.weight"].key = "decoder.final_layernorm.weight"
+        del state["decoder.final_layernorm._extra_state"]
+        (tmp_path / "branch").mkdir()
+        dist_checkpointing.save({"model": state}, str(tmp_path / "branch"))
+        with pytest.raises(ValueError, match="python -m megatron_mhc.convert"):
+            load(gpt.build(FOUR), tmp_path / "branch")
+        state = gpt.build(FOUR).state_dict()
+        state["decoder.final_layernorm.weight"] = state.pop("decoder.final_layernorm.norm.weight")
+        with pytest.raises(ValueError, match="python -m megatron_mhc.convert"):
+            gpt.build(FOUR).load_state_dict(state)
 
     run_ranks(1, attempt)
 
@@ -142,12 +213,44 @@ def test_torch_format_state_dict_follows_the_same_rules(run_ranks):
     run_ranks(1, attempt)
 
 
-def test_mhc_checkpoint_is_refused_by_a_plain_model_with_a_remedy(run_ranks, tmp_path):
-    """With the hooks registered, as `pretrain_gpt --no-mhc` has them."""
+@pytest.mark.parametrize("mhc", [FOUR, FIXED], ids=["dynamic", "fixed"])
+def test_mhc_checkpoint_is_refused_by_a_plain_model_with_a_remedy(run_ranks, tmp_path, mhc):
+    """With the hooks registered, as `pretrain_gpt --no-mhc` has them; in both formats, strict or not."""
 
     def attempt():
-        save(gpt.build(FOUR), tmp_path / "mhc")
+        ours = gpt.build(mhc)
+        save(ours, tmp_path / "mhc")
         with pytest.raises(ValueError, match="drop --no-mhc"):
             load(gpt.build(), tmp_path / "mhc")
+        for strict in (True, False):
+            with pytest.raises(ValueError, match="drop --no-mhc"):
+                gpt.build().load_state_dict(ours.state_dict(), strict=strict)
+
+    run_ranks(1, attempt)
+
+
+@pytest.mark.parametrize("mhc", [FOUR, FIXED], ids=["dynamic", "fixed"])
+def test_plain_checkpoint_is_refused_in_both_formats(run_ranks, tmp_path, mhc):
+    def attempt():
+        plain = gpt.build()
+        save(plain, tmp_path / "plain")
+        with pytest.raises(ValueError, match="--mhc-load-dense"):
+            load(gpt.build(mhc), tmp_path / "plain")
+        for strict in (True, False):
+            with pytest.raises(ValueError, match="--mhc-load-dense"):
+                gpt.build(mhc).load_state_dict(plain.state_dict(), strict=strict)
+
+    run_ranks(1, attempt)
+
+
+def test_stock_megatron_drops_the_streams_of_a_state_dict_unseen(run_ranks):
+    """What the README warns of: without the hooks, the second, non-strict attempt succeeds."""
+
+    def attempt():
+        from megatron_mhc import hooks
+
+        state = gpt.build(FOUR).state_dict()
+        hooks.revert_all()
+        gpt.build().load_state_dict(state, strict=False)
 
     run_ranks(1, attempt)

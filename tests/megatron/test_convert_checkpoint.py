@@ -1,7 +1,12 @@
-"""scripts/convert_checkpoint.py on checkpoints that Megatron's own writers made and loaders read."""
+"""`python -m megatron_mhc.convert` on checkpoints that Megatron's own writers made and loaders read."""
 
 import argparse
-import importlib.util
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import gpt
@@ -10,25 +15,17 @@ import torch
 from megatron.core import dist_checkpointing
 
 from megatron_mhc import MHCConfig, convert
+from megatron_mhc.checkpoint_keys import ARITHMETIC
+from megatron_mhc.convert.files import convert_files
+from megatron_mhc.convert.read import rank_files
 
 ROOT = Path(__file__).resolve().parents[2]
 V4 = MHCConfig(preset="deepseek_v4")
 MOE_KINDS = pytest.mark.parametrize("settings", [{}, gpt.MOE], ids=["stacked", "numbered"])
 
 
-def script():
-    spec = importlib.util.spec_from_file_location(
-        "convert_checkpoint", ROOT / "scripts/convert_checkpoint.py"
-    )
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def run_script(source, target, load, save, options=None, into=None):
-    script().convert_files(
-        argparse.Namespace(source=source, target=target, load=load, save=save, options=options, into=into)
-    )
+def run_script(source, target, load, save, options=None, into=None, **more):
+    convert_files(source, target, load, save, options=options, into=into, **more)
 
 
 def save(model, folder, kind="torch_dist"):
@@ -133,6 +130,41 @@ def test_checkpoint_survives_the_way_there_and_back(run_ranks, tmp_path, setting
     run_ranks(1, compare)
 
 
+@pytest.mark.parametrize("kind", ["torch_dist", "torch"])
+def test_the_commands_of_the_page_run_in_their_order(run_ranks, tmp_path, monkeypatch, kind):
+    """In a folder that holds plain/ alone; what the page calls exact is."""
+    page = (ROOT / "docs" / "convert.md").read_text()
+    name, *lines = re.search(r"```bash\n(.*?)```", page, re.DOTALL).group(1).splitlines()
+    assert name == 'convert="python -m megatron_mhc.convert"' and len(lines) == 5
+    if not find_spec("safetensors"):
+        lines = [line.replace(".safetensors", ".pt") for line in lines]
+    monkeypatch.chdir(tmp_path)
+
+    def run():
+        save(scrambled(gpt.build(), 1), tmp_path / "plain", kind)
+        for line in lines:
+            command, *arguments = shlex.split(line)
+            assert command == "$convert"
+            sys.argv = ["convert", *arguments]
+            runpy.run_module("megatron_mhc.convert", run_name="__main__")
+        mhc = MHCConfig()
+        models = {name: scrambled(gpt.build(mhc), i) for i, name in enumerate(("mhc", "from_dev", "new"))}
+        for name, model in models.items():
+            load(model, tmp_path / name, kind)
+            assert_same(parameters(model), parameters(models["mhc"]))
+
+    run_ranks(1, run)
+
+
+def test_the_converter_runs_by_its_name_and_its_errors_are_one_line(tmp_path):
+    command = [sys.executable, "-m", "megatron_mhc.convert", "--from", "plain", "--to", "plugin"]
+    command += ["--load", str(tmp_path / "none"), "--save", str(tmp_path / "out")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith(f"python -m megatron_mhc.convert: {tmp_path / 'none'} has")
+    assert "Traceback" not in done.stderr
+
+
 def test_torch_files_of_virtual_stages_are_numbered_as_megatron_lays_them_out(tmp_path):
     """Two stages of two chunks, of 1 + 2 + 1 + 1 layers: the model's order runs over stages, then chunks."""
     layers = {(0, 0): 1, (1, 0): 2, (0, 1): 1, (1, 1): 1}  # (stage, chunk)
@@ -145,7 +177,9 @@ def test_torch_files_of_virtual_stages_are_numbered_as_megatron_lays_them_out(tm
                 count = range(layers[stage, chunk])
                 saved[f"model{chunk}"] = {f"decoder.layers.{i}.x": torch.zeros(1) for i in count}
             torch.save(saved, folder / "model_optim_rng.pt")
-    found = {file.parent.name: chunks for file, chunks in script().rank_files(tmp_path)}
+    files, layers = rank_files(tmp_path)
+    assert layers == 5
+    found = {file.parent.name: chunks for file, chunks in files}
     expected = {0: [("model0", 0), ("model1", 3)], 1: [("model0", 1), ("model1", 4)]}
     assert found == {f"mp_rank_{t:02d}_{s:03d}": expected[s] for s in (0, 1) for t in (0, 1)}
 
@@ -181,4 +215,4 @@ def test_megatrons_dense_norms_extra_state_moves_with_its_norm():
     assert convert.read_arithmetic(out) == MHCConfig()
     back = convert.rename(out, "plugin", "megatron-main", MHCConfig())
     assert back["decoder.final_layernorm._extra_state/shard_0_1"] == "te"
-    assert convert.ARITHMETIC not in back
+    assert ARITHMETIC not in back

@@ -35,6 +35,13 @@ MHC = shlex.split("--mhc-num-residual-streams 4 --mhc-init uniform --mhc-init-ga
 
 def launch(folder: Path, *arguments: str) -> tuple[list[float], str]:
     """Run pretraining on two processes; returns the training losses and all that it printed."""
+    code, output = attempt(folder, *arguments)
+    assert code == 0, "\n".join(output.splitlines()[-40:])
+    return losses(folder / "tensorboard"), output
+
+
+def attempt(folder: Path, *arguments: str) -> tuple[int, str]:
+    """Run pretraining on two processes; returns the exit status and all that it printed."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["-m", "megatron_mhc.testing.cpu", "-m", "megatron_mhc.pretrain_gpt", *ARGUMENTS]
     command += ["--tensorboard-dir", str(folder / "tensorboard"), *arguments]
@@ -46,8 +53,7 @@ def launch(folder: Path, *arguments: str) -> tuple[list[float], str]:
     finally:
         process.terminate()  # torchrun then ends its ranks
         process.wait(timeout=30)
-    assert process.returncode == 0, "\n".join(output.splitlines()[-40:])
-    return losses(folder / "tensorboard"), output
+    return process.returncode, output
 
 
 def losses(folder: Path) -> list[float]:
@@ -111,6 +117,26 @@ def test_a_run_saved_on_two_stages_resumes_on_two_tensor_parallel_ranks(unbroken
         *("--tensor-model-parallel-size", "2", "--load", str(checkpoint), "--ckpt-step", "5"),
     )
     torch.testing.assert_close(torch.tensor(resumed), torch.tensor(values[5:]), rtol=1e-5, atol=0)
+
+
+TORCH = "--pipeline-model-parallel-size 2 --ckpt-format torch --train-iters 1 --eval-iters 0".split()
+
+
+@pytest.mark.parametrize(
+    "saved, loaded, words",
+    [
+        (MHC, ["--no-mhc"], "drop --no-mhc"),
+        pytest.param(["--no-mhc"], MHC, "--mhc-load-dense together with", marks=pytest.mark.slow),
+    ],
+    ids=["plain", "mhc"],
+)
+def test_checkpoints_of_the_other_kind_are_refused_in_the_torch_format(tmp_path, saved, loaded, words):
+    """megatron.training's second attempt, which is not strict, would train on without the streams."""
+    folder = str(tmp_path / "checkpoint")
+    launch(tmp_path / "saved", *saved, *TORCH, "--save", folder)
+    code, output = attempt(tmp_path / "loaded", *loaded, *TORCH, "--load", folder, "--finetune")
+    assert code != 0 and words in output, output[-3000:]
+    assert "lm loss:" not in output
 
 
 @pytest.mark.slow

@@ -114,9 +114,9 @@ def test_recipe_has_the_papers_settings(tmp_path, run_ranks, model):
     words = dry_run(tmp_path, model, "mhc")
 
     def parsed():
-        from megatron_mhc.recompute import estimate
+        from megatron_mhc import command_line
 
-        args, config, mhc = estimate.parse(words, MODELS[model][2])
+        args, config, mhc = command_line.parse(words, MODELS[model][2])
         return vars(args), vars(config), mhc
 
     args, config, mhc = run_ranks(1, parsed)[0]
@@ -162,11 +162,11 @@ def test_megatron_accepts_every_combination_of_argument_files(tmp_path, run_rank
     words = {(form, with_): dry_run(tmp_path, model, form, WITH=with_) for form in FORMS for with_ in extras}
 
     def parsed():
-        from megatron_mhc.recompute import estimate
+        from megatron_mhc import command_line
 
         found = {}
         for key, command in words.items():
-            args, config, mhc = estimate.parse(command, MODELS[model][2])
+            args, config, mhc = command_line.parse(command, MODELS[model][2])
             found[key] = (vars(args), vars(config), mhc.log_interval)
         return found
 

@@ -232,6 +232,22 @@ def test_frozen_parts_match_no_recompute(run_ranks):
     run_ranks(1, lambda: gpt.same_bits(run(replaying()), run(MHCConfig(**LIVELY))))
 
 
+@pytest.mark.parametrize("trained", ["hyper_connection", "layers.1"])
+@pytest.mark.parametrize("method", ["uniform", "block"])
+def test_full_recompute_behind_a_frozen_embedding_gives_the_gradients_of_none(run_ranks, trained, method):
+    full = dict(recompute_granularity="full", recompute_method=method, recompute_num_layers=1)
+
+    def run(**settings):
+        model = gpt.build(MHCConfig(**LIVELY), num_layers=3, **settings)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(trained in name)
+        loss = losses(model, 0)
+        loss.backward()
+        return loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+
+    run_ranks(1, lambda: gpt.same_bits(run(**full), run()))
+
+
 def test_parameters_are_the_same_as_without(run_ranks):
     def check():
         stored, model = gpt.build(MHCConfig(**LIVELY)), gpt.build(replaying())

@@ -8,7 +8,7 @@ import gpt
 import pytest
 import torch
 from live_bytes import LiveBytes
-from test_recompute import LIVELY, connections, losses, replaying
+from test_recompute import LIVELY, losses, replaying
 
 from megatron_mhc import MHCConfig, recompute
 from megatron_mhc.chunk import chunk_of
@@ -29,7 +29,7 @@ def test_dropped_tensors_are_freed_and_come_back(run_ranks):
         def look_at_norm(module, args, output):
             norms.append(output.untyped_storage())
 
-        for connection in connections(model):
+        for connection in (sublayer.connection for sublayer in chunk_of(model).sublayers):
             connection.register_forward_hook(look)
         for layer in model.decoder.layers:
             layer.input_layernorm.register_forward_hook(look_at_norm)

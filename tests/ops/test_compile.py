@@ -6,10 +6,13 @@ import pytest
 import torch
 from test_triton import ON_GPU, inputs
 
+from megatron_mhc import MHCConfig
+from megatron_mhc.backend import choose
 from megatron_mhc.ops import autograd, compiled, reference
 from megatron_mhc.ops.options import Options
 from megatron_mhc.testing import ranks
 
+MHC = MHCConfig()
 CASES = [
     (5, 4, 48, torch.float32, False),
     (7, 4, 80, torch.bfloat16, True),
@@ -128,6 +131,18 @@ def test_one_graph_serves_any_number_of_tokens():
         tensors = inputs(tokens, 4, 32, torch.float32)
         same(results(compiled, tensors, False), results(connections, tensors, False))
     assert graphs() == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@apart
+def test_the_choice_of_a_back_end_is_traced(dtype):
+    """With all that it asks: the kernels' capabilities, the machine, and words for what cannot serve."""
+
+    def run(x):
+        return x + len(choose(MHC, x.shape[-1], x.dtype, "cuda"))
+
+    x = torch.zeros(1, 32, dtype=dtype)
+    assert torch.equal(optimize(run)(x), run(x))
 
 
 @apart

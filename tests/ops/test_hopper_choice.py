@@ -1,6 +1,7 @@
 """That `hopper` calls the kernels of `ops/hopper`, where Triton's stand for them; how channels are cut."""
 
 import functools
+import types
 
 import pytest
 import torch
@@ -121,6 +122,26 @@ def test_layout_leaves_reserved_sms_to_others():
     assert compile.layout(100, 16384, 128, 132, 8, 8) == compile.Layout(128, 128, 1)
     with pytest.raises(ValueError, match="4096 channels need more than 31 blocks of 128"):
         compile.layout(100, 4096, 128, 31, 8, 8)
+
+
+@pytest.mark.parametrize("reserved", [0, 8])
+def test_each_launch_leaves_the_sms_that_its_connection_reserves(monkeypatch, reserved):
+    """Two connections in one process, of which one is in a pipeline."""
+    blocks = []
+    plan = types.SimpleNamespace(launch=lambda *_: None)
+    launches = types.SimpleNamespace(plan=lambda count, *_: (blocks.append(count), plan)[1])
+    for module in (pre, pre_backward):
+        monkeypatch.setattr(module, "kernel", lambda *_, **defines: launches)
+        monkeypatch.setattr(module, "raw_stream", lambda _: 0)
+        monkeypatch.setattr(module, "_plan", module._plan.__wrapped__)
+        monkeypatch.setattr(module, "multiprocessors", lambda _: 132)
+    x, f = torch.empty(4096, 4, 512, dtype=BF16), torch.empty(4096, 512, dtype=BF16)
+    weight, bias, alphas = torch.empty(24, 2048), torch.empty(24), (torch.empty(1),) * 3
+    for options in (Options(1e-6, 20, False, reserved), Options(1e-6, 20, False)):
+        _, saved, before = pre.pre_forward(x, weight, bias, alphas, options)
+        pre.post_res_pre(x, f, before, None, weight, bias, alphas, options)
+        pre_backward.pre_backward(x, x, f, f, weight, bias, alphas, saved, options)
+    assert blocks == [132 - reserved] * 3 + [132] * 3
 
 
 def test_what_a_multiprocessor_takes_is_what_the_obstacle_says():

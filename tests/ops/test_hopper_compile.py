@@ -40,8 +40,8 @@ def asked(monkeypatch):
             def launch(self, *args):
                 pass
 
-        def kernel(source, device, threads, shared, **defines):
-            found.append((source, dict(THREADS=threads, SHARED=shared, **defines)))
+        def kernel(source, device, shared, **defines):
+            found.append((source.path, dict(SHARED=shared, **source.constants, **defines)))
             return Found()
 
         for module in (pre, pre_backward):
@@ -108,7 +108,7 @@ def test_an_error_names_the_file_and_its_line(asked, monkeypatch, tmp_path):
 
 
 def test_nothing_is_compiled_twice(asked, monkeypatch):
-    """Neither for a second call nor for a second GPU."""
+    """Neither for a second call nor for a second GPU, of which `cubin` does not know."""
     made, original = [], nvrtc.nvrtcCreateProgram
     monkeypatch.setattr(nvrtc, "nvrtcCreateProgram", lambda *args: (made.append(0), original(*args))[1])
     compile.cubin.cache_clear()
@@ -126,16 +126,7 @@ def test_a_header_includes_what_it_needs(asked, tmp_path, header):
 
 
 def test_a_build_with_marks_compiles(asked):
-    """As scripts/bench/hopper_stages.py does."""
+    """As benchmarks/hopper_stages.py does."""
     for call in CALLS:
         source, defines = asked(call, 48)
         assert compile.cubin(source, MARKS=256, MARKED=128, POINTS=11, **defines)
-
-
-@pytest.mark.parametrize("wide, singles", [(1, 0), (1, 1), (2, 2)])
-def test_the_benchmark_of_copies_compiles(wide, singles):
-    """As scripts/bench/hopper_copies.py does: a kernel elsewhere, of the same headers."""
-    cut = compile.layout(4096, 4096, 128, 132, 8)
-    shared = 3 * (4 * wide + singles) * 8 * cut.width * 2
-    defines = dict(THREADS=96, SHARED=shared, WIDE=wide, SINGLES=singles, **cut.defines(4096, 8, 3))
-    assert compile.cubin(ROOT / "scripts/bench/hopper_copies.cu", **defines)

@@ -1,16 +1,19 @@
 """Which operations run: what --mhc-backend says, checked against what the kernels can serve."""
 
+import ast
 import subprocess
 import sys
+import types
+from pathlib import Path
 
 import pytest
 import torch
 from megatron.core.transformer import TransformerConfig
 
 import megatron_mhc.backend as backends
-from megatron_mhc.backend import H100, choose
+from megatron_mhc.backend import H100, Backend, choose
 from megatron_mhc.config import MHCConfig
-from megatron_mhc.hyper_connection import HyperConnectionModule
+from megatron_mhc.hyper_connection import HyperConnectionModule, _runs
 
 BF16 = torch.bfloat16
 A100, H20 = (8, 0, 108), (9, 0, 78)
@@ -151,6 +154,61 @@ def test_a_layer_for_hopper_is_built_where_none_is(machine):
     HyperConnectionModule(TransformerConfig(params_dtype=BF16, **shape), MHCConfig(backend="hopper"), 0)
     with pytest.raises(ValueError, match="the streams are torch.float32, not torch.bfloat16"):
         HyperConnectionModule(TransformerConfig(**shape), MHCConfig(backend="hopper"), 0)
+
+
+def test_a_connection_chooses_once_for_each_kind_of_streams(machine, monkeypatch):
+    machine(H100)
+    asked = []
+    monkeypatch.setattr(backends, "choose", lambda *args: asked.append(args) or choose(*args))
+    backend = Backend(MHCConfig())
+    x = torch.empty(2, 64, dtype=BF16)
+    for _ in range(3):
+        assert backend.kernels(x, 64) is None
+        assert backend.kernels_of(64, BF16, "cuda").name == "hopper"
+        assert backend.kernels_of(64, torch.float32, "cuda").name == "triton"
+        assert backend.kernels_of(68, BF16, "cuda") is None
+    assert len(asked) == 4
+
+
+def test_the_report_is_of_what_a_connection_has_chosen(machine):
+    machine(H100)
+    shape = dict(num_layers=1, hidden_size=32, num_attention_heads=2, use_cpu_initialization=True)
+    config = TransformerConfig(params_dtype=BF16, **shape)
+    connection = HyperConnectionModule(config, MHCConfig(pp_boundary="split"), 0, reserved_sms=8)
+    connection.backend.kernels_of(32, BF16, "cuda")
+    machine(A100)
+    runs = _runs(connection, 32, BF16, "cuda")
+    assert runs.startswith("hopper, which leaves 8 SMs to receives that wait; triton in the backward of")
+
+
+@pytest.mark.parametrize(
+    "gpu, boundary, makes",
+    [
+        (H100, "auto", "hopper"),
+        (H100, "fused", "hopper"),
+        (A100, "auto", None),
+        (A100, "fused", "triton"),
+    ],
+)
+def test_post_res_works_ahead_by_default_where_that_changes_no_bit(
+    machine, monkeypatch, gpu, boundary, makes
+):
+    machine(gpu)
+    shape = dict(num_layers=1, hidden_size=32, num_attention_heads=2, use_cpu_initialization=True)
+    config = TransformerConfig(params_dtype=BF16, **shape)
+    connection = HyperConnectionModule(config, MHCConfig(boundary=boundary), 0)
+    on_gpu = types.SimpleNamespace(shape=(2, 1, 128), dtype=BF16, device=types.SimpleNamespace(type="cuda"))
+    next_pre = connection.next_pre(on_gpu)
+    assert makes is None if next_pre is None else next_pre.kernels.name == makes
+
+
+def test_operations_know_nothing_of_the_options_and_of_megatron():
+    for path in Path(backends.__file__).with_name("ops").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [node.module] if isinstance(node, ast.ImportFrom) else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            for name in names:
+                assert not name.startswith("megatron") or name.startswith("megatron_mhc.ops"), (path, name)
 
 
 def test_the_machine_is_asked_once_and_by_no_import():

@@ -5,6 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from megatron_mhc import MHCConfig, convert
+from megatron_mhc.checkpoint_keys import ARITHMETIC, encode_arithmetic
 from megatron_mhc.ops import reference
 
 LAYERS, WIDTH = 3, 8
@@ -38,7 +39,7 @@ def plugin_state(mhc, stacked, seed=0):
         state["decoder.final_layernorm.head.mapping_proj.weight"] = random(n, n * c)
         state["decoder.final_layernorm.head.bias"] = random(n)
         state["decoder.final_layernorm.head.alpha"] = random(1)
-    state[convert.ARITHMETIC] = convert.arithmetic(mhc)
+    state[ARITHMETIC] = encode_arithmetic(mhc)
     return state
 
 
@@ -123,7 +124,7 @@ def test_published_layers_of_a_later_stage_are_counted_from_its_first(first):
 def test_branch_round_trip_is_exact(branch, mhc, stacked):
     state = plugin_state(mhc, stacked)
     renamed = convert.rename(state, "plugin", branch, mhc)
-    assert "decoder.final_layernorm.weight" in renamed and convert.ARITHMETIC not in renamed
+    assert "decoder.final_layernorm.weight" in renamed and ARITHMETIC not in renamed
     heads = [key for key in renamed if "hc_head" in key]
     assert heads == (
         ["decoder.hc_head_fn", "decoder.hc_head_base", "decoder.hc_head_scale"] * (mhc.contract != "mean")
@@ -140,13 +141,37 @@ def test_mean_becomes_a_head_of_equal_weights():
     torch.testing.assert_close(head, x.mean(1), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("contract", ["mean", "sum"])
+@pytest.mark.parametrize("other", ["megatron-dev", *convert.PUBLISHED])
+def test_mean_and_sum_survive_the_way_there_and_back(other, contract):
+    mhc = MHCConfig(contract=contract)
+    state = plugin_state(mhc, True)
+    if other == "megatron-dev":
+        back = convert.rename(convert.rename(state, "plugin", other, mhc), other, "plugin", mhc)
+    else:
+        back = convert.from_published(convert.to_published(state, other, mhc), other, mhc, state)
+    assert_equal(back, state)
+
+
+@pytest.mark.parametrize("other", ["megatron-dev", *convert.PUBLISHED])
+def test_a_learned_head_does_not_become_a_mean(other):
+    state = plugin_state(PAPER_HEAD, True)
+    if other == "megatron-dev":
+        renamed = convert.rename(state, "plugin", other, PAPER_HEAD)
+        with pytest.raises(ValueError, match="decoder.hc_head_fn .* give contract=learned_head"):
+            convert.rename(renamed, other, "plugin", MHCConfig())
+    else:
+        published = convert.to_published(state, other, PAPER_HEAD)
+        with pytest.raises(ValueError, match="unequally.* convert into a checkpoint with a learned head"):
+            convert.from_published(published, other, MHCConfig(), plugin_state(MHCConfig(), True))
+
+
 @pytest.mark.parametrize(
     "options, source, target, words",
     [
         (dict(h_res="identity"), "plugin", "transformers", "--mhc-h-res=identity has no form"),
         (dict(h_pre="fixed"), "plugin", "megatron-dev", "--mhc-h-pre=fixed has no form"),
         (dict(contract="learned_head"), "plugin", "megatron-main", "averages the streams"),
-        (dict(contract="mean"), "megatron-dev", "plugin", "give contract=learned_head"),
         (dict(), "plain", "deepseek", "convert plain -> plugin first"),
         (dict(), "plugin", "plugin", "nothing to convert"),
     ],

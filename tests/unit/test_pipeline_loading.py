@@ -7,7 +7,7 @@ import torch
 
 from megatron_mhc.pipeline import loading
 from megatron_mhc.pipeline.comm import most_on_host
-from megatron_mhc.pipeline.program import POST, SEND, WAIT, Plan, build_program
+from megatron_mhc.schedule.program import POST, SEND, WAIT, Plan, build_program
 
 
 def test_every_model_has_a_first_step_of_each_kind():

@@ -13,7 +13,7 @@ from megatron_mhc.hooks import targets
 from megatron_mhc.hooks.messages import widen_messages
 from megatron_mhc.hooks.schedule import choose_schedule
 from megatron_mhc.pipeline import engine, options
-from megatron_mhc.pipeline.plans import plan_for
+from megatron_mhc.schedule.plans import plan_for
 
 SPLIT = MHCConfig(pipeline_schedule="interleaved", pp_boundary="split")
 WHOLE = MHCConfig(pipeline_schedule="interleaved")
@@ -221,7 +221,7 @@ def test_a_model_that_did_not_ask_gets_megatrons_schedule_and_all_of_its_argumen
 
 def test_a_loop_that_runs_megatrons_schedule_all_the_same_is_stopped():
     communicator = types.SimpleNamespace(config=config(mhc=SPLIT))
-    with pytest.raises(ValueError, match="runs Megatron's schedule: let it call .*engine.forward_backward"):
+    with pytest.raises(ValueError, match="runs Megatron's schedule: let it call .*pipeline.forward_backward"):
         widen_messages(pytest.fail)(
             communicator,
             tensor_send_next=None,

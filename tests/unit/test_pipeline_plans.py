@@ -10,10 +10,10 @@ from megatron.core.pipeline_parallel.schedules import get_pp_rank_microbatches
 from megatron.core.transformer import TransformerConfig
 
 from megatron_mhc import MHCConfig
-from megatron_mhc.pipeline.check import check_programs, peak_in_flight
-from megatron_mhc.pipeline.plans import OVERLAPPED, passes_in_flight, plan_for
-from megatron_mhc.pipeline.program import build_program
 from megatron_mhc.recompute import chunk, estimate
+from megatron_mhc.schedule.check import check_programs, peak_in_flight
+from megatron_mhc.schedule.plans import OVERLAPPED, passes_in_flight, plan_for
+from megatron_mhc.schedule.program import build_program
 
 MEGATRON = MHCConfig()
 SHAPES = list(itertools.product([2, 4, 8], [1, 2, 3]))

@@ -9,9 +9,9 @@ import sys
 import pytest
 from megatron.core.pipeline_parallel import schedules
 
-from megatron_mhc.pipeline import program as p
-from megatron_mhc.pipeline.check import Deadlock, check_programs, chunk_events, held_up, peak_in_flight
-from megatron_mhc.pipeline.program import Op, Plan, build_program
+from megatron_mhc.schedule import program as p
+from megatron_mhc.schedule.check import Deadlock, check_programs, chunk_events, held_up, peak_in_flight
+from megatron_mhc.schedule.program import Op, Plan, build_program
 
 
 def programs(plan):

@@ -8,7 +8,7 @@ from megatron.core import parallel_state
 
 from megatron_mhc import MHCConfig
 from megatron_mhc.pipeline import options, queues
-from megatron_mhc.pipeline.program import POST, SEND, SPLIT, WAIT, WHOLE, Plan, build_program, channel
+from megatron_mhc.schedule.program import POST, SEND, SPLIT, WAIT, WHOLE, Plan, build_program, channel
 
 CONFIG = types.SimpleNamespace(
     pipeline_model_parallel_size=2,

@@ -5,10 +5,10 @@ import dataclasses
 import pytest
 
 from megatron_mhc.pipeline import picture
-from megatron_mhc.pipeline.check import Deadlock, check_programs
 from megatron_mhc.pipeline.megatron_order import megatron_programs
-from megatron_mhc.pipeline.program import FORWARD, SEND, SPLIT, WAIT, WHOLE, Message, Plan, build_program
 from megatron_mhc.pipeline.simulate import MEANINGS, Times, main, measure, schedules, simulate
+from megatron_mhc.schedule.check import Deadlock, check_programs
+from megatron_mhc.schedule.program import FORWARD, SEND, SPLIT, WAIT, WHOLE, Message, Plan, build_program
 
 # F = 2, B = 4, and no communication
 FLAT = Times(

@@ -14,6 +14,8 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 
 from megatron_mhc import MHCConfig
+from megatron_mhc.command_line import take_apart
+from megatron_mhc.recompute import __main__ as program
 from megatron_mhc.recompute import estimate, inventory
 
 RECIPE = """
@@ -38,7 +40,7 @@ def printed(recipe, *arguments):
         path.write_text(recipe)
         sys.argv = ["recompute", "--config", str(path), *arguments]
         with contextlib.redirect_stdout(io.StringIO()) as out:
-            estimate.main()
+            program.main()
     rows = {}
     for line in out.getvalue().splitlines()[1:]:
         name, *cells = re.split(r"\s{2,}", line.strip())
@@ -106,10 +108,29 @@ def test_a_recipe_that_cannot_be_read_is_named(tmp_path, command, text, words):
 
 
 def test_command_lines_are_cut_behind_the_script():
-    cut = estimate.megatron_arguments
-    assert cut("torchrun --nproc-per-node 8 --nnodes 2 pretrain_gpt.py --bf16".split()) == (["--bf16"], 16)
-    assert cut("python -m megatron_mhc.launch pretrain_gpt.py --lr 1".split()) == (["--lr", "1"], None)
-    assert cut("--num-layers 4".split()) == (["--num-layers", "4"], None)
+    def cut(line):
+        return take_apart(line.split())
+
+    assert cut("torchrun --nproc-per-node 8 --nnodes 2 pretrain_gpt.py --bf16") == (
+        {},
+        ("pretrain_gpt.py",),
+        ["--bf16"],
+        16,
+    )
+    assert cut("torchrun --nproc_per_node=8 pretrain_gpt.py") == ({}, ("pretrain_gpt.py",), [], 8)
+    assert cut("python -m megatron_mhc.launch pretrain_gpt.py --lr 1") == (
+        {},
+        ("megatron_mhc.launch", "pretrain_gpt.py"),
+        ["--lr", "1"],
+        None,
+    )
+    assert cut("MEGATRON_MHC=init=uniform python train.py --a b=c") == (
+        {"MEGATRON_MHC": "init=uniform"},
+        ("train.py",),
+        ["--a", "b=c"],
+        None,
+    )
+    assert cut("--num-layers 4") == ({}, (), ["--num-layers", "4"], None)
 
 
 SIZES = dict(

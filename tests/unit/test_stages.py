@@ -8,7 +8,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 
 from megatron_mhc import MHCConfig, parallel
 from megatron_mhc.pipeline import options
-from megatron_mhc.stages import layer_counts, layers_of_rank
+from megatron_mhc.schedule.stages import layer_counts, layers_of_rank
 
 SETTINGS = {
     "even": dict(num_layers=8, pp=4),

@@ -39,6 +39,13 @@ class Kernel(NamedTuple):
         return Plan(self.function, self.threads, self.shared, blocks, boxes, workspace, numbers)
 
 
+class Source:
+    """A kernel's file, named as the kernel, and the constants that Python shares with it."""
+
+    def __init__(self, path: Path, **constants: int) -> None:
+        self.path, self.constants = path, constants
+
+
 @functools.cache
 def cubin(source: Path, **defines: int) -> bytes:
     """`source` compiled for Hopper, in about a second; this needs no GPU.
@@ -68,18 +75,20 @@ def cubin(source: Path, **defines: int) -> bytes:
 
 
 @functools.cache
-def kernel(source: Path, device: int, threads: int, shared: int, **defines: int) -> Kernel:
-    """The kernel of `source`, which has its name, on the device; compiled once per set of `defines`."""
+def kernel(source: Source, device: int, shared: int, **defines: int) -> Kernel:
+    """The kernel of `source` on the device; compiled once per set of `defines`."""
     from cuda.bindings import driver
 
-    binary = cubin(source, THREADS=threads, SHARED=shared, **defines)
+    binary = cubin(source.path, SHARED=shared, **source.constants, **defines)
     with torch.cuda.device(device):
         torch.cuda.current_stream()  # makes the device's context current in this thread
         module = checked(driver.cuModuleLoadData(binary), "cuModuleLoadData")
-        function = checked(driver.cuModuleGetFunction(module, source.stem.encode()), "cuModuleGetFunction")
+        function = checked(
+            driver.cuModuleGetFunction(module, source.path.stem.encode()), "cuModuleGetFunction"
+        )
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         checked(driver.cuFuncSetAttribute(function, attribute, shared), "cuFuncSetAttribute")
-    return Kernel(function, threads, shared)
+    return Kernel(function, source.constants["THREADS"], shared)
 
 
 class Layout(NamedTuple):

@@ -4,16 +4,16 @@
 
 #include "shape.cuh"
 
-#define SHARED_ARRAY(type, name, count) __shared__ __align__(8) type name[count]
+#define SHARED_VARIABLE(type, name) __shared__ type name
+#define SHARED_ARRAY(type, name, count) __shared__ type name[count]
 #define DYNAMIC_SHARED(name) extern __shared__ __align__(1024) unsigned char name[]
 
 __device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
-// Notes the clock when a tile is at a point of its way, for scripts/bench/hopper_stages.py; nothing in a
-// usual build.
+// Notes the clock at which a tile is at a point of its way, for benchmarks/hopper_stages.py alone.
 #ifdef MHC_MARKS
-extern "C" __device__ long long marks[MHC_MARKS][MHC_MARKED]
-                                     [MHC_POINTS];  // [block, tile of the group, point]
+// [block, tile of the group, point]
+extern "C" __device__ long long marks[MHC_MARKS][MHC_MARKED][MHC_POINTS];
 #define MARK(it, point)                                                                                      \
     if ((it) < MHC_MARKED) marks[blockIdx.x][it][point] = clock64()
 #else
@@ -48,7 +48,7 @@ __device__ __forceinline__ void fence_copies() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
-// Describes a tensor [T, streams, C]: `tensor_map` of compile.py. Zeros outside.
+// Describes a tensor [T, streams, C]: `Box` of launch.py. Zeros outside.
 struct __align__(64) TensorMap {
     u64 opaque[16];
 };
@@ -98,8 +98,7 @@ __device__ __forceinline__ void store_boxes(const TensorMap& to, int channel, in
 __device__ __forceinline__ void await_stored() {
     asm volatile("cp.async.bulk.commit_group;\ncp.async.bulk.wait_group.read 0;" ::: "memory");
 }
-// The registers of a thread from here on, for all four warps of a warpgroup; the four groups of a block share
-// 512.
+// Sets the registers of a thread, for all four warps of a warpgroup; a block's four warpgroups share 512.
 template <int REGISTERS>
 __device__ __forceinline__ void set_registers() {
     if (REGISTERS > 128)

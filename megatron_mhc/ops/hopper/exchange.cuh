@@ -23,19 +23,18 @@ struct Place {
 
 // Takes a ticket. All threads of a block call it.
 __device__ __forceinline__ Place take_place(u32* tickets, int T, int groups) {
-    SHARED_ARRAY(u32, ticket, 1);
-    if (threadIdx.x == 0) *ticket = atomicAdd(tickets, 1u);
+    SHARED_VARIABLE(u32, ticket);
+    if (threadIdx.x == 0) ticket = atomicAdd(tickets, 1u);
     __syncthreads();
     Place p;
-    p.group = *ticket / SLICES;
-    p.slice = *ticket % SLICES;
+    p.group = ticket / SLICES;
+    p.slice = ticket % SLICES;
     p.first_channel = p.slice * WIDTH;
     p.width = min(WIDTH, CHANNELS - p.first_channel);
     p.tiles = ((T + TILE - 1) / TILE - p.group + groups - 1) / groups;
     return p;
 }
-// The first token of the group's tile `it` whose coefficients this slice computes; it computes every
-// SLICES-th one.
+// The first token of the group's tile `it` whose coefficients this slice computes: those of every SLICES-th.
 __device__ __forceinline__ int own_token(const Place& p, int it) {
     int r = (p.slice - (TILE * it) % SLICES) % SLICES;
     return r < 0 ? r + SLICES : r;
@@ -48,8 +47,7 @@ __device__ __forceinline__ int own_token(const Place& p, int it) {
 
 // Waits until all slices have put the atom at p + s * stride. It polls slice `first` alone until that is
 // there, so that a warp asks for one sector most of the time. A tile's other atoms come at about the same
-// time; who reads them checks their tags. for. The rest of a tile comes at about the same time, and whoever
-// reads it looks at its tags.
+// time; who reads them checks their tags.
 __device__ __forceinline__ void await_slices(const float* p, int first, int stride, u32 tag, int lane) {
     while (get(p + first * stride).tag != tag) {
     }

@@ -121,8 +121,8 @@ class Plan:
         for at, tensor in enumerate(mapped):
             address = tensor.data_ptr()
             places[at] = self._maps[at].get(address) or self._map(at, address)
-        for at, tensor in enumerate(plain):
-            addresses[at] = 0 if tensor is None else tensor.data_ptr()
+        for at, other in enumerate(plain):
+            addresses[at] = 0 if other is None else other.data_ptr()
         workspace = self._workspace
         if torch._C._cuda_isCurrentStreamCapturing():
             # A graph may be replayed on any stream: its launches have memory of the graph's own.

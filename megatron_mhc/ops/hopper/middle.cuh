@@ -7,10 +7,10 @@
 
 constexpr int MIDDLE = MHC_MIDDLE;      // such warps
 constexpr int TOGETHER = MHC_TOGETHER;  // tokens that such a warp prepares at once: one, or one in each half
-constexpr int LOADS = MHC_LOADS;        // slices that a lane asks for at once
+constexpr int LOADS = MHC_LOADS;        // slices that a lane loads a round
 constexpr bool DF = MHC_DF;             // df of the connection that wrote x is wanted
-constexpr int ATOMS =
-    MHC_ATOMS;  // of a token: g_i with x_0 to x_2, and g_i with x_3, g_i with f and its bias, dl with x_i
+// Atoms of a token's sums: g_i with x_0 to x_2, and g_i with x_3, g_i with f and its bias, dl with x_i.
+constexpr int ATOMS = MHC_ATOMS;
 constexpr int PART = MHC_PART;  // floats of a slice's share of a tile's sums
 static_assert(PART == TILE * ATOMS * 4, "an atom has four words");
 
@@ -31,8 +31,7 @@ struct Gradients {
     u32* done;
 };
 
-// Sums d_bias and d_alphas over `rows` warps' shares of 48 columns: biases, then alphas' terms in their
-// order.
+// Sums d_bias and d_alphas over `rows` warps' shares of 48 columns: biases, then alphas' terms in this order.
 __device__ void reduce(const float* partial, int rows, float* d_bias, float* d_alphas, int lane) {
     const int half = lane / 16, column = lane % 16;
     float4 total = make_float4(0, 0, 0, 0);
@@ -83,11 +82,11 @@ middle(const Place at, int groups, int T, int turn, int lane, const float* __res
     float bias_early = 0.f, bias_res = 0.f, alpha_early = 0.f, alpha_late = 0.f;
     float* coefficient = staging + (TOGETHER * turn + half) * STAGING;
     float *matrix = coefficient + TOKEN_FLOATS, *scales = matrix + 16;  // not under V4
-    // Every G-th token of the group is this slice's.
+    // Every SLICES-th token of the group is this slice's.
     for (int first = at.slice + TOGETHER * turn * SLICES; first < at.tiles * TILE;
          first += TOGETHER * (MIDDLE + BUG(warp_left_out)) * SLICES) {
-        const int own = min(first + half * SLICES, at.tiles * TILE - 1),
-                  t = (at.group + own / TILE * groups) * TILE + own % TILE;
+        const int own = min(first + half * SLICES, at.tiles * TILE - 1);
+        const int t = (at.group + own / TILE * groups) * TILE + own % TILE;
         const float* row = saved + (u64)min(t, T - 1) * 25;
         const float u_early = row[e], u_late = e < 9 ? row[16 + e] : 0.f;
         const float inverse = __shfl_sync(ALL_LANES, u_late, lane / 16 * 16 + 8);
@@ -96,8 +95,9 @@ middle(const Place at, int groups, int T, int turn, int lane, const float* __res
         const float u_res = e < 8 ? res0 : res1;
         const float s = sigmoid(__fmaf_rn(u_early, gate_early, shift_early));
         const float z = __fmaf_rn(u_res, gate_res, shift_res);
-        __syncwarp();                         // the last tokens' coefficients are published
-        float h, steps[STEPS], K[16], J[16];  // V4 keeps the steps; else J is the Jacobian
+        __syncwarp();  // the last tokens' coefficients are published
+        // V4 keeps the steps; otherwise J is the Jacobian.
+        float h, steps[STEPS], K[16], J[16];
         bool wide = false, some_wide = false;
         if constexpr (V4) {
             h = sinkhorn(z, steps);
@@ -129,11 +129,11 @@ middle(const Place at, int groups, int T, int turn, int lane, const float* __res
             const float3 products =  // of atom lane % 8
                 sum_quarters(sum_slices<4, LOADS>(part + lane % ATOMS * 4, lane / ATOMS, PART, it + 1));
             const int a = transpose / STREAMS, b = transpose % STREAMS;
-            const float b03 = __shfl_sync(ALL_LANES, products.x, 2 * a + b / 3),
-                        b1 = __shfl_sync(ALL_LANES, products.y, 2 * a);
+            const float b03 = __shfl_sync(ALL_LANES, products.x, 2 * a + b / 3);
+            const float b1 = __shfl_sync(ALL_LANES, products.y, 2 * a);
             const float b2 = __shfl_sync(ALL_LANES, products.z, 2 * a);
-            const float post = __shfl_sync(ALL_LANES, products.y, 2 * j + 1),
-                        read = __shfl_sync(ALL_LANES, products.z, 2 * j + 1);
+            const float post = __shfl_sync(ALL_LANES, products.y, 2 * j + 1);
+            const float read = __shfl_sync(ALL_LANES, products.z, 2 * j + 1);
             float d_early = 0.f;
             if (e < STREAMS)
                 d_early = read * s * (1.f - s);
@@ -145,8 +145,7 @@ middle(const Place at, int groups, int T, int turn, int lane, const float* __res
             } else {
                 const float by_rows = sum_rows(J, d_res, e);
                 if (some_wide) {
-                    sinkhorn(
-                        z, steps);  // again, since few tokens need the steps and all would have to keep them
+                    sinkhorn(z, steps);  // again: few tokens need the steps, and all would have to keep them
                     d_res = sinkhorn_backward(h, d_res, steps);
                 }
                 if (!wide) d_res = by_rows;
@@ -172,14 +171,14 @@ middle(const Place at, int groups, int T, int turn, int lane, const float* __res
         }
     }
     if (TOGETHER == 2 && !BUG(half_forgotten)) {
-        bias_early += __shfl_xor_sync(ALL_LANES, bias_early, 16),
-            bias_res += __shfl_xor_sync(ALL_LANES, bias_res, 16);
-        alpha_early += __shfl_xor_sync(ALL_LANES, alpha_early, 16),
-            alpha_late += __shfl_xor_sync(ALL_LANES, alpha_late, 16);
+        bias_early += __shfl_xor_sync(ALL_LANES, bias_early, 16);
+        bias_res += __shfl_xor_sync(ALL_LANES, bias_res, 16);
+        alpha_early += __shfl_xor_sync(ALL_LANES, alpha_early, 16);
+        alpha_late += __shfl_xor_sync(ALL_LANES, alpha_late, 16);
     }
     float* sums = to.partial + ((at.group * SLICES + at.slice) * MIDDLE + turn) * 48;
-    if (lane < 2 * STREAMS)
-        sums[lane + (BUG(out_of_bounds) ? 64 : 0)] = bias_early, sums[24 + lane] = alpha_early;
+    if (BUG(out_of_bounds)) sums += 64;
+    if (lane < 2 * STREAMS) sums[lane] = bias_early, sums[24 + lane] = alpha_early;
     if (lane < 16) sums[8 + lane] = bias_res, sums[32 + lane] = alpha_late;
     __syncwarp();
     reduce_by_last(to.done, to.partial, SLICES * groups * MIDDLE, to.d_bias, to.d_alphas, lane);

@@ -3,35 +3,34 @@
 //
 // Four kinds of warps work on a tile, each a few tiles behind the one before:
 //   load       brings x into shared memory, a ring of STAGES tiles
-//   project    computes this slice's share of x . phi^T and of the sum of squares on the tensor cores, with
-//   phi as bf16
-//              high + low halves in registers throughout; the shares go to global memory
+//   project    computes this slice's share of x . phi^T and of the sum of squares on the tensor cores,
+//              with phi as bf16 high + low halves in registers throughout; the shares go to global
+//              memory
 //   finish     two warps a tile: they await the group's sums and compute h_pre, eight tokens each, for
-//   `aggregate`; one
-//              of them saves the projection and writes the coefficients of this slice's tokens
+//              `aggregate`; one of them saves the projection and writes the coefficients of this slice's
+//              tokens
 //   aggregate  computes l = h_pre . x from shared memory, two tokens at a time
 //
 // parts [group, slot, slice, token, 36] is a ring of EXCHANGE tiles: 25 numbers as nine atoms, pre 4,
 // squares, post 4, res 16. A block loads tile k after it has finished tile k - STAGES, for which it had the
-// sums of the whole group. So every block of the group had loaded tile k - STAGES, hence finished k - 2
-// STAGES, whose slot tile k takes.
+// sums of the whole group. So every block of the group had loaded tile k - STAGES, hence had finished
+// tile k - 2 STAGES, whose slot tile k takes.
 //
 // With MIX, x are the streams in front of the previous connection, whose post_res makes the streams that are
 // read here.
 //   project    first mixes in place, x'_i = sum_j h_res[i, j] x_j + h_post_i (f + f_bias), 32 channels a
-//   warp, and
-//              stores x' from shared memory
+//              warp, and stores x' from shared memory
 // f has a ring of its own, F_SLOTS deep. A tile's coefficients (`before`) come with the tile.
 //
 // x, streams [T, 4, C], f, out [T, C], f_bias [C] bf16, before, mappings [T, 24] fp32, weight [24, 4 C] fp32,
-// saved [T, 25] fp32 (projection / r, 1 / r), parts and ticket zeros. Without MIX nobody looks at f, streams,
-// f_bias and before.
+// saved [T, 25] fp32 (projection / r, 1 / r), parts and ticket zeros. Without MIX, f, streams, f_bias and
+// before are not read.
 #include "exchange.cuh"
 #include "sinkhorn.cuh"
 
 constexpr bool MIX = MHC_MIX;
 constexpr int F_SLOTS = MHC_F_SLOTS;
-constexpr int LOADS = MHC_LOADS;  // slices that a lane asks for at once
+constexpr int LOADS = MHC_LOADS;                                           // slices that a lane loads a round
 constexpr int PROJECTING = MHC_PROJECTING, AGGREGATING = MHC_AGGREGATING;  // warps
 constexpr int FINISHING = MHC_FINISHING;                                   // warps, in pairs
 constexpr int THREADS = MHC_THREADS;
@@ -48,7 +47,7 @@ constexpr int PART = MHC_PART;                                 // floats of a sl
 constexpr int SUMS = TILE * ATOMS * 3;
 static_assert(PART == TILE * ATOMS * 4, "an atom has four words");
 
-// Shared memory, in bytes; pre.memory of pre.py has the same sum.
+// Shared memory, in bytes; memory() of pre.py has the same sum.
 constexpr int STAGE = STREAMS * REGION;
 constexpr int F_AT = STAGES * STAGE;
 constexpr int SUMS_AT = F_AT + MIX * F_SLOTS * REGION;                       // [2, PROJECTING, SUMS]
@@ -59,11 +58,10 @@ constexpr int F_BIAS_AT = H_PRE_AT + STAGES * TILE * STREAMS * 4;            // 
 static_assert(F_BIAS_AT + MIX * WIDTH * 2 == MHC_SHARED, "memory() of pre.py lays out otherwise");
 
 // Where an atom of a token is in a part: first the READ atoms that h_pre is made of, of all tokens; then
-// every token's rest.
+// every token's rest. A macro, since as a function it makes registers spill at some widths.
 constexpr int READ = 2;
-__device__ __forceinline__ constexpr int atom_at(int token, int atom) {
-    return (atom < READ ? token * READ + atom : TILE * READ + token * (ATOMS - READ) + atom - READ) * 4;
-}
+#define ATOM_AT(token, atom)                                                                                 \
+    (((atom) < READ ? (token) * READ + (atom) : TILE * READ + (token) * (ATOMS - READ) + (atom) - READ) * 4)
 
 // H_res of up to eight tokens: lane 4 k + i computes row i of token k, whose number in the sequence is t.
 __device__ __forceinline__ void finish_held(const float* logits, int tokens, int t, int lane,
@@ -190,8 +188,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             if (!BUG(project_hastens)) barrier_wait(fulls + 8 * stage, it / STAGES & 1);
             if (threadIdx.x == 0) MARK(it, 1);
             if constexpr (MIX) {
-                // This never waits: `load` waited for the same. compute-sanitizer does not follow the waits
-                // of `load`.
+                // Never waits, since `load` did. compute-sanitizer does not follow the waits of `load`.
                 if (it >= STAGES) barrier_wait(empties + 8 * stage, (it / STAGES - 1) & 1);
                 if (warp * 32 < WIDTH)
 #pragma unroll 2
@@ -257,7 +254,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #pragma unroll
                     for (int k = 0; k < 3; k++) total[k] += buffer[w * SUMS + 3 * threadIdx.x + k];
                 put(parts + ((it % EXCHANGE) * SLICES + at.slice) * PART +
-                        atom_at(threadIdx.x / ATOMS, threadIdx.x % ATOMS),
+                        ATOM_AT(threadIdx.x / ATOMS, threadIdx.x % ATOMS),
                     total[0], total[1], total[2], BUG(wrong_tag) ? it : it + 1);
             }
             if (threadIdx.x == 0) MARK(it, 2);
@@ -299,18 +296,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                     }
                 }
                 if (first == TILE - EACH && lane == 0) MARK(it, 5);
-                if (!BUG(arrival_missing))
-                    barrier_arrive(empties + 8 * stage);  // every lane, for what it has read itself
+                // Every lane, for what it has read itself.
+                if (!BUG(arrival_missing)) barrier_arrive(empties + 8 * stage);
             }
         } else if (warp < PROJECTING + AGGREGATING + FINISHING) {
-            // One token at a time. The logits of eight tokens go through Sinkhorn together, four lanes a
-            // token.
+            // One token at a time; the logits of eight go through Sinkhorn together, four lanes a token.
             float* logits = held + (warp - PROJECTING - AGGREGATING) * (8 * 16);
             const int m = lane < ROWS ? lane : 0;
-            const float gate = m < STREAMS       ? *alpha_pre
-                               : m < 2 * STREAMS ? *alpha_post
-                                                 : *alpha_res,
-                        shift = bias[m];
+            const float gate = m < STREAMS ? *alpha_pre : m < 2 * STREAMS ? *alpha_post : *alpha_res;
+            const float shift = bias[m];
             const float gate_pre = *alpha_pre, shift_pre = bias[lane % STREAMS];
             int tokens = 0, mine = 0;  // how many are held, and which is this lane's
             const int half = warp - PROJECTING - AGGREGATING & 1, first = half * 8;
@@ -318,12 +312,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                 const int stage = it % STAGES, tile = at.group + it * groups;
                 const float* of_tile = parts + (it % EXCHANGE) * SLICES * PART;
                 if (half == 0 && lane == 0) MARK(it, 7);
-                await_slices(of_tile + atom_at(first, 0), at.slice, PART, it + 1, lane);
+                await_slices(of_tile + ATOM_AT(first, 0), at.slice, PART, it + 1, lane);
                 if (half == 0 && lane == 0) MARK(it, 3);
                 {
                     // Either half of the lanes sums up every second slice. Then lane 2 t has pre 0 to 2 of
                     // token t, and lane 2 t + 1 has pre 3 and the squares.
-                    const float3 some = sum_slices<2, LOADS>(of_tile + atom_at(first, 0) + lane % 16 * 4,
+                    const float3 some = sum_slices<2, LOADS>(of_tile + ATOM_AT(first, 0) + lane % 16 * 4,
                                                              lane / 16, PART, it + 1);
                     const float3 read = add_lanes(some, lane % 16, lane % 16 + 16);
                     const float inverse =
@@ -340,7 +334,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                 int r = it / (FINISHING / 2) % 2 == half ? own_token(at, it) : TILE;
                 if (r >= TILE && lane == 0) barrier_arrive(empties + 8 * stage);
                 for (; r < TILE; r += SLICES) {
-                    const float3 some = sum_slices<2, LOADS>(of_tile + atom_at(r, min(lane % 16, ATOMS - 1)),
+                    const float3 some = sum_slices<2, LOADS>(of_tile + ATOM_AT(r, min(lane % 16, ATOMS - 1)),
                                                              lane / 16, PART, it + 1);
                     const float3 total = add_lanes(some, lane % 16, lane % 16 + 16);
                     if (r + SLICES >= TILE && lane == 0) MARK(it, 6);

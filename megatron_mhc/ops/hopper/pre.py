@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_mhc.ops.hopper.compile import AHEAD, SHARED, kernel, layout, loads, multiprocessors
+from megatron_mhc.ops.hopper.compile import AHEAD, SHARED, Source, kernel, layout, loads, multiprocessors
 from megatron_mhc.ops.hopper.launch import Box, raw_stream
 from megatron_mhc.ops.options import Options
 
-SOURCE = Path(__file__).with_suffix(".cu")  # has the names below as MHC_*
 WIDEST = 256
 WARPS = dict(PROJECTING=8, AGGREGATING=3, FINISHING=4)  # and one that loads
 THREADS = 32 * (sum(WARPS.values()) + 1)
@@ -22,6 +21,9 @@ PART = TILE * ATOMS * 4  # floats of a tile
 MOST_STAGES = 10  # tiles of a block's ring
 MOST_LOADS = 8  # of a lane at once; more cost registers
 F_SLOTS = 3  # tiles of f on their way; at least as many of x fit beside them at any width
+SOURCE = Source(
+    Path(__file__).with_suffix(".cu"), THREADS=THREADS, ATOMS=ATOMS, PART=PART, F_SLOTS=F_SLOTS, **WARPS
+)
 
 
 def pre_forward(
@@ -98,12 +100,12 @@ def _plan(
     """
     cut = layout(T, C, WIDEST, sms, TILE, options.reserved_sms)
     shared, stages = memory(cut.width, mix=mix)
-    defines = dict(ITERATIONS=options.iterations, V4=int(options.deepseek_v4), MIX=int(mix))
-    defines |= cut.defines(C, TILE, stages) | WARPS
-    defines |= dict(F_SLOTS=F_SLOTS, ATOMS=ATOMS, PART=PART, LOADS=loads(cut.slices, 2, MOST_LOADS))
+    defines = cut.defines(C, TILE, stages)
+    defines |= dict(ITERATIONS=options.iterations, V4=int(options.deepseek_v4), MIX=int(mix))
+    defines["LOADS"] = loads(cut.slices, 2, MOST_LOADS)
     blocks = cut.groups * cut.slices
     streams, f = Box(T, 4, C, cut.width, 4, TILE), Box(T, 1, C, cut.width, 1, TILE)
-    return kernel(SOURCE, device, THREADS, shared, **defines).plan(
+    return kernel(SOURCE, device, shared, **defines).plan(
         blocks,
         (streams, f, streams) if mix else (streams,) * 3,
         ((blocks * defines["EXCHANGE"] + AHEAD) * PART, 4),  # parts, ticket

@@ -1,19 +1,17 @@
 // pre, backward: every gradient from one read of x, g, f and dl. exchange.cuh says how blocks share the work.
 //
 // Six kinds of warps work on a tile, each a few tiles behind the one before:
-//   load    brings g, dl and x into shared memory, a ring of STAGES tiles, and f, which `dots` alone reads, a
-//   ring of F_SLOTS dots    computes the 24 products over C that the coefficients' gradients are made of, on
-//   the tensor cores: for each
-//           token [g_0..g_3, dl] (x_0..x_3, f, f_bias)^T but for dl's with f; the slice's share goes to
-//           global memory
-//   middle  takes this slice's tokens, up to two at a time: it replays Sinkhorn there and back, which needs
-//   no sums,
-//           awaits the group's sums, computes the gradient d of the raw projection, and publishes d and the
-//           coefficients (middle.cuh)
+//   load    brings g, dl and x into shared memory, a ring of STAGES tiles, and f, which `dots` alone
+//           reads, a ring of F_SLOTS
+//   dots    computes the 24 products over C that the coefficients' gradients are made of, on the tensor
+//           cores: for each token [g_0..g_3, dl] (x_0..x_3, f, f_bias)^T but for dl's with f; the
+//           slice's share goes to global memory
+//   middle  takes this slice's tokens, up to two at a time (middle.cuh): replays Sinkhorn there and
+//           back, which needs no sums, awaits the group's sums, computes the gradient d of the raw
+//           projection, and publishes d and the coefficients
 //   fetch   awaits those of the whole tile and lays them out in shared memory, FETCHED tiles deep
-//   dx      computes dx_j = sum_i h_res[i, j] g_i + h_pre_j dl + (d . phi)_j + s x_j, over g_j; with DF, over
-//   dl, the
-//           df of the connection that wrote x; it accumulates phi's gradient in registers
+//   dx      computes dx_j = sum_i h_res[i, j] g_i + h_pre_j dl + (d . phi)_j + s x_j, over g_j; with DF,
+//           over dl, the df of the connection that wrote x; accumulates phi's gradient in registers
 //   store   copies dx and df out
 //
 // parts [group, slot, slice, token, 8 atoms] and coefficients [group, slot, token, 17 atoms] are rings of
@@ -48,8 +46,8 @@ __device__ __forceinline__ constexpr int region_at(int k) {
 }
 constexpr int STAGE = 9 * REGION + 512;
 static_assert(REGION % 1024 == 0, "every second stage begins half way between two multiples of 1024");
-// So in an odd stage the swizzle exchanges a row's chunks four further: an address is what `place` gives with
-// this bit changed.
+// So in an odd stage the swizzle permutes a row's chunks otherwise: what `place` gives, with this bit
+// changed.
 __device__ __forceinline__ constexpr int odd_stage(int stage) {
     return BUG(stages_even) ? 0 : stage % 2 * 64;
 }
@@ -58,7 +56,7 @@ __device__ __forceinline__ constexpr int odd_stage(int stage) {
 constexpr int SLOT_BYTES = TILE * TOKEN_FLOATS * 4;  // a tile's coefficients
 constexpr int STAGES_AT = F_SLOTS * REGION;          // behind f
 constexpr int SLOTS_AT = STAGES_AT + STAGES * STAGE;
-constexpr int F_BIAS_AT = SLOTS_AT + FETCHED * SLOT_BYTES;  // box for box as far apart as a row of the boxes
+constexpr int F_BIAS_AT = SLOTS_AT + FETCHED * SLOT_BYTES;  // as a row of boxes: BOX_BYTES apart
 constexpr int STAGING_AT = F_BIAS_AT + (BOXES - 1) * BOX_BYTES + BOX * 2;
 static_assert(STAGING_AT + MIDDLE * 2 * STAGING * 4 == MHC_SHARED,
               "memory() of pre_backward.py lays out otherwise");
@@ -85,10 +83,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     SHARED_ARRAY(u64, dotted, F_SLOTS);
     unsigned char *tiles = memory + STAGES_AT, *slots = memory + SLOTS_AT, *bias_row = memory + F_BIAS_AT;
     float* staging = (float*)(memory + STAGING_AT);  // of the middle warps
-    const u32 base = shared_address(tiles), outputs = shared_address(memory), fulls = shared_address(full),
-              finishes = shared_address(finished);
-    const u32 fetches = shared_address(fetched), uses = shared_address(used), empties = shared_address(empty),
-              dots = shared_address(dotted);
+    const u32 base = shared_address(tiles), outputs = shared_address(memory), fulls = shared_address(full);
+    const u32 finishes = shared_address(finished), empties = shared_address(empty);
+    const u32 fetches = shared_address(fetched), uses = shared_address(used), dots = shared_address(dotted);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const Place at = take_place(counts, T, groups);
     u32 *done = counts + 1, *turns = counts + 2;
@@ -96,9 +93,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     coefficients += (u64)at.group * EXCHANGE * (TILE * COEFFICIENT_ATOMS * 4);
 
     if (threadIdx.x == 0) {
-        for (int s = 0; s < STAGES; s++)
-            barrier_init(fulls + 8 * s, 1), barrier_init(finishes + 8 * s, DX),
-                barrier_init(empties + 8 * s, 1);
+        for (int s = 0; s < STAGES; s++) {
+            barrier_init(fulls + 8 * s, 1);
+            barrier_init(finishes + 8 * s, DX);
+            barrier_init(empties + 8 * s, 1);
+        }
         for (int s = 0; s < FETCHED; s++) barrier_init(fetches + 8 * s, 32), barrier_init(uses + 8 * s, DX);
         for (int s = 0; s < F_SLOTS; s++) barrier_init(dots + 8 * s, DOTS);
     }
@@ -272,9 +271,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                 barrier_wait(fulls + 8 * stage, it / STAGES & 1);
                 if (warp == DX && lane == 0) MARK(it, 1);
                 float acc[2][2][4] = {};  // [pair, token of it], independent chains
+                // 16 channels on are two chunks, an address that the swizzle changes in two bits.
 #pragma unroll
-                for (int s = 0; s < WIDTH / 16;
-                     s++)  // 16 channels on are two chunks, an address that differs in two bits
+                for (int s = 0; s < WIDTH / 16; s++)
 #pragma unroll
                     for (int k = 0; k < 2; k++) {
                         u32 a[4], b[4];
@@ -287,8 +286,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                 for (int k = 0; k < 4; k++) {
                     const float v0 = acc[k / 2][k % 2][k % 2 * 2], v1 = acc[k / 2][k % 2][k % 2 * 2 + 1];
                     const float next = __shfl_sync(ALL_LANES, pair == 4 ? v0 + v1 : v0, lane + 1);
-                    const float even = __shfl_sync(ALL_LANES, v0, 16 + row / 2),
-                                odd = __shfl_sync(ALL_LANES, v1, 16 + row / 2);
+                    const float even = __shfl_sync(ALL_LANES, v0, 16 + row / 2);
+                    const float odd = __shfl_sync(ALL_LANES, v1, 16 + row / 2);
                     float* atom = part + ((first + k) * ATOMS + row * 2 + pair / 2) * 4;
                     if (row < STREAMS && pair == 0) put(atom, v0, v1, next, it + 1);
                     if (row < STREAMS && pair == 2) put(atom, v1, next, row % 2 ? odd : even, it + 1);
@@ -312,18 +311,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #pragma unroll
                 for (int k = 0; k < FETCHES; k++)
                     if (k * 32 + lane < TILE * COEFFICIENT_ATOMS) {
-                        const int token = (k * 32 + lane) / COEFFICIENT_ATOMS,
-                                  first = (k * 32 + lane) % COEFFICIENT_ATOMS * 3;
-                        to[token * TOKEN_FLOATS + first] = v[k].x,
-                                                  to[token * TOKEN_FLOATS + first + 1] = v[k].y,
-                                                  to[token * TOKEN_FLOATS + first + 2] = v[k].z;
+                        const int token = (k * 32 + lane) / COEFFICIENT_ATOMS;
+                        float* atom = to + token * TOKEN_FLOATS + (k * 32 + lane) % COEFFICIENT_ATOMS * 3;
+                        atom[0] = v[k].x, atom[1] = v[k].y, atom[2] = v[k].z;
                     }
                 __syncwarp();
                 if (lane == 0) MARK(it, 7);
                 barrier_arrive(fetches + 8 * slot);
             }
-        } else if (lane ==
-                   0) {  // alone: another lane could reach a barrier two phases late, and wait forever
+        } else if (lane == 0) {
+            // One lane alone: another could reach a barrier two phases late, and wait forever.
             const u64 policy = evict_first();
             for (int it = 0; it < at.tiles; it++) {
                 const int stage = it % STAGES, token = (at.group + it * groups) * TILE;

@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_mhc.ops.hopper.compile import AHEAD, SHARED, kernel, layout, loads, multiprocessors
+from megatron_mhc.ops.hopper.compile import AHEAD, SHARED, Source, kernel, layout, loads, multiprocessors
 from megatron_mhc.ops.hopper.launch import BOX, Box, raw_stream
 from megatron_mhc.ops.options import Options
 
-SOURCE = Path(__file__).with_suffix(".cu")  # has the names below as MHC_*
 WIDEST = 128
 WARPS = dict(DX=8, DOTS=2, MIDDLE=3)  # and three: fetch, load, store
 THREADS = 32 * (sum(WARPS.values()) + 3)
@@ -26,6 +25,10 @@ PART = TILE * ATOMS * 4  # floats of a tile
 COEFFICIENT_ATOMS = 17  # that hold what the group knows of a token then
 FETCHED = 4  # tiles whose coefficients are in shared memory
 TOKEN_FLOATS = 52  # there, from one token to the next
+SOURCE = Source(
+    Path(__file__).with_suffix(".cu"), THREADS=THREADS, ATOMS=ATOMS, PART=PART, F_SLOTS=F_SLOTS,
+    COEFFICIENT_ATOMS=COEFFICIENT_ATOMS, FETCHED=FETCHED, TOKEN_FLOATS=TOKEN_FLOATS, **WARPS,
+)  # fmt: skip
 
 
 def pre_backward(
@@ -69,14 +72,12 @@ def _plan(
     """The `launch.Plan` of the current stream and thread."""
     cut = layout(T, C, WIDEST, sms, TILE, options.reserved_sms)
     shared, stages = memory(cut.width, options.iterations)
-    defines = cut.defines(C, TILE, stages) | WARPS
+    defines = cut.defines(C, TILE, stages)
     defines |= dict(ITERATIONS=options.iterations, V4=int(options.deepseek_v4), DF=int(with_df))
-    defines |= dict(F_SLOTS=F_SLOTS, ATOMS=ATOMS, PART=PART, COEFFICIENT_ATOMS=COEFFICIENT_ATOMS)
-    defines |= dict(FETCHED=FETCHED, TOKEN_FLOATS=TOKEN_FLOATS, LOADS=loads(cut.slices, 4, MOST_LOADS))
-    defines |= dict(TOGETHER=2 if cut.slices <= FEW else 1)
+    defines |= dict(LOADS=loads(cut.slices, 4, MOST_LOADS), TOGETHER=2 if cut.slices <= FEW else 1)
     blocks, slots = cut.groups * cut.slices, cut.groups * defines["EXCHANGE"]
     streams, f = Box(T, 4, C, cut.width, 1, TILE), Box(T, 1, C, cut.width, 1, TILE)
-    return kernel(SOURCE, device, THREADS, shared, **defines).plan(
+    return kernel(SOURCE, device, shared, **defines).plan(
         blocks,
         (streams, streams, f, f, streams, f),
         (

@@ -8,10 +8,10 @@ typedef unsigned short bf16;
 constexpr int STREAMS = 4;
 constexpr int ROWS = 24;                // of phi: pre 4, post 4, res 16
 constexpr int CHANNELS = MHC_CHANNELS;  // of a stream
-constexpr int WIDTH = MHC_WIDTH;  // channels of a slice, which is one block's; the last slice may have fewer
-constexpr int SLICES = MHC_SLICES;  // of a row, the blocks of a group
-constexpr int TILE = MHC_TILE;      // tokens
-constexpr int STAGES = MHC_STAGES;  // tiles in a block's shared memory
+constexpr int WIDTH = MHC_WIDTH;        // channels of a slice, which is a block's; the last may have fewer
+constexpr int SLICES = MHC_SLICES;      // of a row, the blocks of a group
+constexpr int TILE = MHC_TILE;          // tokens
+constexpr int STAGES = MHC_STAGES;      // tiles in a block's shared memory
 constexpr u32 ALL_LANES = 0xffffffffu;
 
 // The TMA copies a tile box by box. A row of a box has 128 bytes, one token's.
@@ -20,11 +20,10 @@ constexpr int BOXES = WIDTH / BOX;
 constexpr int BOX_BYTES = TILE * BOX * 2;
 constexpr int REGION = BOXES * BOX_BYTES;  // a slice of one stream
 static_assert(BOX * 2 == 128, "a box is as wide as the swizzle");
-static_assert((SLICES - 1) * WIDTH < MHC_CHANNELS && MHC_CHANNELS <= SLICES * WIDTH,
-              "slices cover the channels");
+static_assert((SLICES - 1) * WIDTH < CHANNELS && CHANNELS <= SLICES * WIDTH, "slices cover the channels");
 
-// Whether the test that plants the fault `name` is being built (tests/ops/test_hopper_emulated.py): never for
-// a GPU.
+// Whether to plant the fault `name`: the emulator's tests do (tests/ops/test_hopper_emulated.py), a GPU
+// never.
 #ifndef BUG
 #define BUG(name) false
 #endif

@@ -182,8 +182,8 @@ __device__ __forceinline__ float sinkhorn_scaled(const float* z, float* past, fl
 __device__ __forceinline__ void sinkhorn_scaled_jacobian(float (&J)[16], const float* past,
                                                          const float (&K)[16], int e) {
     float du[STREAMS] = {}, dv[STREAMS] = {};
-    float4 v4 = *(const float4*)(past + 8 * (ITERATIONS - 1)),
-           u4 = *(const float4*)(past + 8 * (ITERATIONS - 1) + STREAMS);
+    float4 v4 = *(const float4*)(past + 8 * (ITERATIONS - 1));
+    float4 u4 = *(const float4*)(past + 8 * (ITERATIONS - 1) + STREAMS);
     {
         const float u[STREAMS] = {u4.x, u4.y, u4.z, u4.w}, v[STREAMS] = {v4.x, v4.y, v4.z, v4.w};
 #pragma unroll

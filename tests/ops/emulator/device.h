@@ -10,7 +10,8 @@
 #define __grid_constant__
 #define __launch_bounds__(...)
 #define __align__(n) __attribute__((aligned(n)))
-#define SHARED_ARRAY(type, name, count) auto& name = emulator::shared<type[count], __COUNTER__>(#name)
+#define SHARED_VARIABLE(type, name) auto& name = emulator::shared<type, __COUNTER__>(#name)
+#define SHARED_ARRAY(type, name, count) SHARED_VARIABLE(type[count], name)
 #define DYNAMIC_SHARED(name) unsigned char* name = emulator::current->block->arena
 
 // The fault that a test plants, if any: one name, which BUG(name) of the sources asks for.

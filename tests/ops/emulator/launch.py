@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from megatron_mhc.ops.hopper.compile import Source
+
 HERE = Path(__file__).parent
 GUARD = 4096  # bytes before and behind every tensor that nobody may write
 # -march=native for fmaf; no contraction, so that all compilers give the same bits
@@ -98,16 +100,15 @@ class Emulator:
     bugs: dict[str, str] = field(default_factory=dict)
     launched: list[tuple[str, int, dict[str, int]]] = field(default_factory=list)
 
-    def kernel(self, source: Path, device: Any, threads: int, shared: int, **defines: int) -> Any:
+    def kernel(self, source: Source, device: Any, shared: int, **defines: int) -> Any:
         """For `compile.kernel`."""
-        return _Kernel(self, source, threads, shared, defines)
+        return _Kernel(self, source, shared, defines)
 
 
 @dataclass
 class _Kernel:
     emulator: Emulator
-    source: Path
-    threads: int
+    source: Source
     shared: int
     defines: dict[str, int]
 
@@ -117,11 +118,11 @@ class _Kernel:
 
     def launch(self, blocks: int, *arguments: Any) -> None:
         """Run with maps, tensors, None and numbers, as the kernel's parameters are."""
-        name, emulator = self.source.stem, self.emulator
+        name, emulator, source = self.source.path.stem, self.emulator, self.source
         emulator.launched.append((name, blocks, self.defines))
-        defines = dict(THREADS=self.threads, SHARED=self.shared, **self.defines)
-        run = _build(emulator.folder, self.source, emulator.bugs.get(name, "none"), **defines)
-        names = _parameters(self.source)
+        defines = dict(SHARED=self.shared, **source.constants, **self.defines)
+        run = _build(emulator.folder, source.path, emulator.bugs.get(name, "none"), **defines)
+        names = _parameters(source.path)
         assert len(names) == len(arguments)
 
         guarded: dict[Any, _Guarded] = {}
@@ -146,7 +147,7 @@ class _Kernel:
         pointers = (ctypes.c_void_p * len(places))(*(address for address, _ in places))
         message = ctypes.create_string_buffer(1 << 20)
         failed = run(
-            blocks, self.threads, self.shared,
+            blocks, source.constants["THREADS"], self.shared,
             ctypes.byref(_Options(*(int(value) for value in astuple(self.emulator.schedule)))),
             pointers, (_Region * len(regions))(*regions), len(regions), message, len(message),
         )  # fmt: skip

@@ -106,8 +106,8 @@ inline void* scheduler_stack;
 inline Options options;
 inline std::string failure;
 inline u64 random_state, epoch, numbers;
-inline u64 progress,
-    looked_again;  // whatever is no load; and how much of it there was at the last second look
+inline u64 progress;      // whatever is no load
+inline u64 looked_again;  // how much of it there was at the last second look
 inline std::vector<Warp*> queue[2];
 inline std::vector<Op*> ops;
 inline std::vector<Fiber*> spinning;

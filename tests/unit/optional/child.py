@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[3]
-sys.path[:0] = [str(ROOT), str(ROOT / "scripts"), str(Path(__file__).parent)]
+sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 PARTS = ("apex", "amp_C", "transformer_engine", "transformer_engine_torch")
 HEAVY = (*PARTS, "torch", "triton", "megatron")
 KINDS = ("absent", "apex", "transformer_engine", "broken_apex", "broken_transformer_engine")

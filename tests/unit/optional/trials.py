@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from argparse import Namespace
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -199,7 +198,7 @@ def recompute(te: bool) -> bool:
 
 def checkpoints(folder: Path) -> dict[str, Any]:
     """Plain and mHC models, whose final norms both have an extra state, taking each other's checkpoints."""
-    import convert_checkpoint
+    from megatron_mhc.convert.files import convert_files
 
     options = dict(te=True, bf16=False, distributed=False)
     plain, ours = Training(**options, mhc=None), Training(**options)
@@ -235,9 +234,8 @@ def checkpoints(folder: Path) -> dict[str, Any]:
         return same(model)
 
     def convert() -> bool:
-        names = dict(source="plain", target="plugin", options="num_residual_streams=4", into=None)
-        given = dict(load=folder / "plain", save=folder / "converted", **names)
-        convert_checkpoint.convert_files(Namespace(**given))
+        options = "num_residual_streams=4"
+        convert_files("plain", "plugin", folder / "plain", folder / "converted", options=options)
         return take(MHC, folder / "converted" / "plain")
 
     return {

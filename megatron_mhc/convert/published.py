@@ -1,0 +1,159 @@
+"""mHC's mapping parameters under DeepSeek-V4's published names: Hugging Face's and DeepSeek's own."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_mhc.checkpoint_keys import ARITHMETIC, encode_arithmetic, ends_decoder
+from megatron_mhc.config import MHCConfig
+from megatron_mhc.convert.check import (
+    CONNECTION,
+    SUBLAYERS,
+    check_tensor,
+    is_equal_head,
+    width,
+)
+from megatron_mhc.convert.names import HEADS, check_state, is_comb, rename, turn
+
+_OURS = re.compile(r"(^|[._])hc_")  # model.hc_head.hc_fn, hc_attn_fn
+_THEIRS = re.compile(r"\.(attn|ffn)_hc\.")
+
+
+def to_published(
+    state: dict[str, Any], names: str, mhc: MHCConfig, first_layer: int = 0
+) -> dict[str, Tensor]:
+    """Mapping parameters of a plugin's state dict under published names.
+
+    Args:
+        state: entries of a model or pipeline stage under the plugin's names.
+        names: of `PUBLISHED`.
+        mhc: options of the checkpoint.
+        first_layer: 0-based index of the first layer in `state`, where its layers are numbered from 0.
+
+    Returns:
+        fp32 tensors fn [m, n*C], base [m], scale [3] of every sub-layer; those of the head at the end.
+
+    Raises:
+        ValueError: as `rename`.
+    """
+    state = rename(state, "plugin", "megatron-dev", mhc)
+    parts: dict[tuple[int, str], dict[str, Tensor]] = {}
+    for key, value in state.items():
+        if not (match := CONNECTION.match(key)):
+            continue
+        number, sublayer, part = match.groups()
+        rows = value if number is None else value[None]
+        for i, row in enumerate(rows):
+            layer = first_layer + (i if number is None else int(number))
+            parts.setdefault((layer, sublayer), {})[part] = row
+    out = {}
+    for (layer, sublayer), found in sorted(parts.items()):
+        fn, base, scale = _published_keys(names, layer, sublayer)
+        out[fn], out[base] = found["mapping_proj.weight"].contiguous(), found["bias"].contiguous()
+        out[scale] = torch.cat([found["alpha_" + part] for part in ("pre", "post", "res")])
+    for theirs, ours in zip(HEADS[names], HEADS["megatron-dev"], strict=True):
+        if ours in state:
+            out[theirs] = state[ours]
+    return out
+
+
+def _published_keys(names: str, layer: int, sublayer: str) -> tuple[str, str, str]:
+    short = "attn" if sublayer == "self_attention" else "ffn"
+    if names == "transformers":
+        prefix = f"model.layers.{layer}.{short}_hc."
+    else:
+        prefix = f"layers.{layer}.hc_{short}_"
+    return prefix + "fn", prefix + "base", prefix + "scale"
+
+
+def is_mapping(key: str) -> bool:
+    """Whether a published key is one of mHC's main layers or head; others' MTP layers have mHC too."""
+    return bool(_OURS.search(key) or _THEIRS.search(key)) and not key.startswith("mtp.")
+
+
+def from_published(
+    published: Mapping[str, Any], names: str, mhc: MHCConfig, into: dict[str, Any], first_layer: int = 0
+) -> dict[str, Any]:
+    """Put published mapping parameters into a plugin's state dict.
+
+    Args:
+        published: entries under `names`; others than those of mHC are ignored.
+        mhc: the plugin's options; its preset decides about the transposition. A model that takes the mean
+            or sum of its streams takes a head of equal weights for it.
+        into: entries of the plugin's model or pipeline stage, which give layers and dtypes.
+        first_layer: as in `to_published`.
+
+    Returns:
+        a copy of `into` with its mapping parameters, head and arithmetic replaced.
+
+    Raises:
+        ValueError: an entry of `into` or `published` is absent, of another shape or dtype, or not finite.
+    """
+    check_state(into, "plugin", mhc)
+    out = dict(into)
+    n, swap = mhc.num_residual_streams, not is_comb("plugin", mhc)
+    for key, value in into.items():
+        if not (match := CONNECTION.match(key)):
+            continue
+        number, sublayer, part = match.groups()
+        layers = range(value.shape[0]) if number is None else [int(number)]
+        shape = value.shape[1:] if number is None else value.shape
+        rows = [_take(published, names, first_layer + layer, sublayer, part, shape) for layer in layers]
+        if swap:
+            rows = [turn(part, row, n) for row in rows]
+        out[key] = (torch.stack(rows) if number is None else rows[0]).to(value.dtype).contiguous()
+    has_head = HEADS["plugin"][0] in into
+    if has_head or ends_decoder(into):
+        shapes = ((n, n * width(into, n)), (n,), (1,))
+        head = [_checked(published, key, shape) for key, shape in zip(HEADS[names], shapes, strict=True)]
+        if has_head:
+            for ours, value in zip(HEADS["plugin"], head, strict=True):
+                out[ours] = value.to(into[ours].dtype).contiguous()
+        elif not is_equal_head(*head):
+            raise ValueError(
+                f"{HEADS[names][0]} weighs the streams unequally, and {HEADS['plugin'][0]} is absent: "
+                "convert into a checkpoint with a learned head"
+            )
+    if ARITHMETIC in into:
+        out[ARITHMETIC] = encode_arithmetic(mhc)
+    return out
+
+
+def check_left_over(published: Iterable[str], names: str, layers: int) -> None:
+    """Check that a model of this many layers takes every mapping parameter among the keys.
+
+    Raises:
+        ValueError: naming the first key that it would leave.
+    """
+    taken = set(HEADS[names])
+    for layer in range(layers):
+        taken.update(*(_published_keys(names, layer, sublayer) for sublayer in SUBLAYERS))
+    for key in published:
+        if is_mapping(key) and not {key, "model." + key} & taken:
+            raise ValueError(f"{key} is left over: the other checkpoint has {layers} layers")
+
+
+def _take(
+    published: Mapping[str, Any], names: str, layer: int, sublayer: str, part: str, shape: tuple[int, ...]
+) -> Tensor:
+    fn, base, scale = _published_keys(names, layer, sublayer)
+    if part.startswith("alpha_"):
+        at = ("pre", "post", "res").index(part.removeprefix("alpha_"))
+        return _checked(published, scale, (3,))[at : at + 1]
+    return _checked(published, fn if part == "mapping_proj.weight" else base, shape)
+
+
+def _checked(published: Mapping[str, Any], key: str, shape: tuple[int, ...]) -> Tensor:
+    return check_tensor(key, _get(published, key), shape)
+
+
+def _get(published: Mapping[str, Any], key: str) -> Any:
+    for name in (key, key.removeprefix("model.")):
+        if name in published:
+            return published[name]
+    raise ValueError(f"{key} is absent")

@@ -1,0 +1,57 @@
+"""The plan of a step that a model's configuration asks for; no torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron_mhc.config import MHCConfig
+from megatron_mhc.schedule.program import Plan
+from megatron_mhc.schedule.stages import layer_counts
+
+INTERLEAVED, FUSED = OVERLAPPED = ("interleaved", "fused")
+
+
+def plan_for(
+    config: Any, mhc: MHCConfig, pp: int, chunks: int, microbatches: int, forward_only: bool = False
+) -> Plan:
+    """The plan of one step; more chunks than one run in groups of microbatch_group_size_per_vp_stage.
+
+    Raises:
+        ValueError: a group larger than the step.
+    """
+    group = None
+    if chunks > 1:
+        group = config.microbatch_group_size_per_vp_stage
+        group = None if group is None or group <= pp else group
+        if group is not None and group > microbatches:
+            raise ValueError(
+                f"--microbatch-group-size-per-virtual-pipeline-stage {group}: a step has {microbatches} "
+                f"micro-batches; give {pp} to {microbatches}"
+            )
+    fused = mhc.pipeline_schedule == FUSED and not forward_only
+    return Plan(
+        pp,
+        chunks,
+        microbatches,
+        group=group,
+        boundary=mhc.pp_boundary,
+        forward_only=forward_only,
+        fused=fused,
+        layers=layer_counts(config) if fused else 1,
+        hops=1 if chunks == 1 and mhc.pipeline_schedule not in OVERLAPPED else 2,
+        replay=not forward_only and mhc.recompute_layer_num != "off",
+    )
+
+
+def passes_in_flight(config: Any, mhc: MHCConfig, rank: int, microbatches: int | None = None) -> int:
+    """Most passes of model chunks that a pipeline rank has run forward and not yet backward.
+
+    Args:
+        microbatches: of one step; None if unknown, as many as fill the pipeline.
+    """
+    pp, chunks = config.pipeline_model_parallel_size, config.virtual_pipeline_model_parallel_size or 1
+    if pp == 1:  # Megatron runs it without a schedule of ours
+        return 1
+    if microbatches is None:
+        microbatches = 2 * max(pp, config.microbatch_group_size_per_vp_stage or 0)
+    return plan_for(config, mhc, pp, chunks, microbatches).in_flight(rank)

@@ -1,0 +1,98 @@
+"""A forward pass, whole or ended by an exception, leaves layers, connections and the config as they were."""
+
+from datetime import timedelta
+
+import pytest
+from harness import Layout, build, gpt, tokens
+from pipeline import interleaved
+
+from megatron_mhc import MHCConfig
+from megatron_mhc.chunk import chunk_of
+from megatron_mhc.hyper_connection import HyperConnectionModule
+from megatron_mhc.layer import HyperConnectionTransformerLayer
+from megatron_mhc.pipeline import comm, engine
+
+OF_MEGATRON = {"mlp_norm_manager", "current_microbatch"}  # which its own code sets
+
+
+class Raised(Exception):
+    pass
+
+
+def state(chunks, config):
+    """By name, the identity of all that layers, connections, their sub-layers and the config hold."""
+    held = dict(config=vars(config))
+    for at, model in enumerate(chunks):
+        for name, module in model.named_modules():
+            if isinstance(module, (HyperConnectionModule, HyperConnectionTransformerLayer)):
+                held[f"{at} {name}"] = vars(module)
+        for sublayer in chunk_of(model).sublayers:
+            held[f"{at} sub-layer {sublayer.position}"] = vars(sublayer)
+    return {
+        f"{owner}.{key}": id(value)
+        for owner, attributes in held.items()
+        for key, value in attributes.items()
+        if key not in OF_MEGATRON
+    }
+
+
+def nth(original, count):
+    """`original`, which raises at its `count`-th call."""
+    calls = []
+
+    def called(*args, **kwargs):
+        calls.append(None)
+        if len(calls) == count:
+            raise Raised
+        return original(*args, **kwargs)
+
+    return called
+
+
+def run(layout, kind, mhc, where):
+    comm.timeout_of = lambda group: timedelta(seconds=2)
+    layout.initialize()
+    config = layout.config(kind)
+    chunks = build(layout, config, kind, mhc)
+    schedule = dict(schedule=engine.forward_backward) if mhc.pipeline_schedule != "megatron" else {}
+
+    def step():
+        gpt.forward_backward(chunks, config, tokens(4), **schedule)
+
+    step()
+    before = state(chunks, config)
+    step()
+    assert state(chunks, config) == before
+    chunk = chunk_of(chunks[-1])
+    owner, name, count = {
+        "F": (chunk.sublayers[1], "f", 2),
+        "post_res": (chunk.sublayers[1].connection, "post_res", 2),
+        "receive": (comm.Transport, "wait", 3),
+    }[where]
+    own, original = name in vars(owner), getattr(owner, name)
+    setattr(owner, name, nth(original, count))
+    with pytest.raises((Raised, comm.PipelineError)):
+        step()
+    if own:
+        setattr(owner, name, original)
+    else:
+        delattr(owner, name) if where != "receive" else setattr(owner, name, original)
+    assert state(chunks, config) == before
+    for model in chunks:
+        assert chunk_of(model).runner is None and getattr(chunk_of(model), "_open", None) is None
+
+
+@pytest.mark.parametrize("recompute", ["off", "2"])
+@pytest.mark.parametrize("where", ["F", "post_res"])
+def test_a_pass_in_order_leaves_nothing_behind(run_ranks, where, recompute):
+    run_ranks(1, run, Layout(), "moe", MHCConfig(recompute_layer_num=recompute), where)
+
+
+@pytest.mark.parametrize("where", ["F", "post_res", "receive"])
+@pytest.mark.parametrize(
+    "schedule, boundary, kind",
+    [("interleaved", "whole", "dense"), ("interleaved", "split", "dense"), ("fused", "split", "dense")],
+)
+def test_a_pipeline_step_leaves_nothing_behind(run_ranks, schedule, boundary, kind, where):
+    mhc = interleaved(boundary, schedule, recompute_layer_num="2")
+    run_ranks(2, run, Layout(pp=2, vpp=2), kind, mhc, where)

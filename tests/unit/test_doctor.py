@@ -1,0 +1,235 @@
+"""The text that people paste into issues: right on every machine, for every door, and without secrets."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import megatron_mhc.pretrain_gpt  # noqa: F401  # once, not in every process that is forked
+from megatron_mhc import doctor
+from megatron_mhc.config import MHCConfig
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+SPEC = "--spec megatron_mhc.specs gpt_mhc_spec"
+MODEL = (
+    "--num-layers 8 --hidden-size 1024 --num-attention-heads 8 --seq-length 64 --max-position-embeddings 64 "
+    "--micro-batch-size 1 --global-batch-size 8 --lr 1e-3 --train-iters 10 --bf16 --transformer-impl local "
+    "--no-persist-layer-norm --no-gradient-accumulation-fusion"
+)
+
+
+def rows(text):
+    """The report's rows by name, and the list of what is in the way."""
+    found = {line[2:22].strip(): line[23:] for line in text.splitlines() if line.startswith("  ")}
+    blocked = re.findall(r"^  \d+\. (.*)$", text, re.MULTILINE)
+    return found, blocked
+
+
+@pytest.fixture
+def examine(run_ranks, monkeypatch):
+    """What the doctor says of a command line, in a process of its own: (rows, in the way, text)."""
+    monkeypatch.delenv("MEGATRON_MHC", raising=False)
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32")
+
+    def said(line):
+        text, healthy = run_ranks(1, doctor.report, line.split())[0]
+        found, blocked = rows(text)
+        assert healthy == (not blocked)
+        return found, blocked, text
+
+    return said
+
+
+@pytest.fixture(scope="module")
+def machines(tmp_path_factory):
+    environment = {k: v for k, v in os.environ.items() if k not in ("MEGATRON_MHC", "TRITON_INTERPRET")}
+    environment |= {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    environment.pop("CUDA_DEVICE_MAX_CONNECTIONS", None)
+    done = subprocess.run(
+        [sys.executable, str(HERE / "doctor_child.py"), str(tmp_path_factory.mktemp("megatrons"))],
+        input=json.dumps(f"{MODEL} --mhc-num-residual-streams 2".split()),
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_a_machine_without_a_gpu_is_examined_as_an_h100(machines):
+    found, blocked = rows(machines["as it is"][0])
+    assert blocked == []
+    assert found["GPU"] == found["driver"] == found["NVLink"] == "none"
+    assert found["megatron-core"].endswith(">=0.19.0,<0.20 is supported")
+    assert found["Megatron's symbols"] == "all as expected"
+    assert found["back end"].startswith("triton, for 2 streams of 1024 channels in bfloat16, if this were")
+    assert found["back end"].endswith("not hopper, since --mhc-num-residual-streams 2 is not 4")
+    assert found["layout"] == "TP 1, PP 1, VPP 1, CP 1, EP 1, DP 1, 1 ranks"
+
+
+def test_without_triton_the_definition_serves_and_megatron_itself_cannot(machines):
+    found, blocked = rows(machines["no triton"][0])
+    assert "cannot be imported" in found["triton"] and found["default back end"].startswith("reference")
+    assert found["default back end"].endswith("not triton, since triton is not installed")
+    assert blocked[0].startswith("megatron-core cannot be imported: ModuleNotFoundError: import of triton")
+
+
+def test_without_cuda_bindings_triton_runs(machines):
+    found, blocked = rows(machines["no cuda-bindings"][0])
+    assert "triton, " in found["default back end"] and not blocked
+    assert found["default back end"].endswith("not hopper, since cuda-bindings is not installed")
+
+
+def test_a_broken_transformer_engine_is_named(machines):
+    text, healthy = machines["broken transformer engine"]
+    found, blocked = rows(text)
+    assert not healthy and "transformer_engine" in blocked[0] and "cannot be imported" in blocked[0]
+    assert "cannot be imported: ModuleNotFoundError" in found["transformer-engine"]
+    assert found["not examined"].startswith("this needs a megatron-core")
+
+
+@pytest.mark.parametrize(
+    "kind, words",
+    [
+        ("old megatron", "megatron-core 0.18.1 is not supported: install megatron-core >=0.19.0,<0.20"),
+        ("megatron with its own", "megatron-core 0.20.0 has hyper-connections of its own"),
+        ("no megatron", "megatron-core is not installed: pip install 'megatron-core>=0.19.0,<0.20'"),
+    ],
+)
+def test_a_megatron_that_does_not_serve_is_named(machines, kind, words):
+    text, healthy = machines[kind]
+    assert not healthy and rows(text)[1][0].startswith(words)
+
+
+def test_every_machine_gets_a_whole_report_in_one_order(machines):
+    for kind, (text, _) in machines.items():
+        assert "Traceback" not in text, kind
+        names = [line[2:22].strip() for line in text.splitlines() if line.startswith("  ")]
+        order = ["megatron-mhc", "python", "torch", "megatron-core", "transformer-engine", "apex", "triton"]
+        order += ["cuda-bindings", "NCCL", "driver", "GPU", "NVLink", "default back end"]
+        assert [name for name in names if name in order] == order, kind
+
+
+@pytest.mark.parametrize(
+    "launch, door",
+    [
+        ("torchrun -m megatron_mhc.pretrain_gpt", "wheel, python -m megatron_mhc.pretrain_gpt"),
+        ("torchrun pretrain_gpt.py --spec megatron_mhc.specs gpt_mhc_spec", "spec, " + SPEC),
+        ("torchrun pretrain_gpt.py --mhc-num-residual-streams 4", "flags of the script's own"),
+        ("", "none, arguments alone"),
+    ],
+)
+def test_the_door_of_a_command_is_named(examine, launch, door):
+    found, blocked, _ = examine(f"{launch} {MODEL}")
+    assert found["door"].startswith(door) and blocked == []
+    assert found["back end"].startswith("hopper, for 4 streams of 1024 channels in bfloat16")
+    assert found["boundary"] == "fused"
+
+
+def test_a_script_that_nothing_turns_to_mhc_is_told_how(examine):
+    found, blocked, _ = examine(f"torchrun pretrain_gpt.py {MODEL}")
+    assert found["door"] == "none: this trains without mHC"
+    assert len(blocked) == 1 and f"add {SPEC}" in blocked[0]
+
+
+def test_the_launch_door_is_asked_itself(examine):
+    _, blocked, _ = examine(f"torchrun -m megatron_mhc.launch nowhere/pretrain_gpt.py {MODEL}")
+    assert any("nowhere/pretrain_gpt.py: no such script" in text for text in blocked)
+
+
+def test_options_come_from_the_environment_of_the_command(examine):
+    found, blocked, _ = examine(
+        f"MEGATRON_MHC=num_residual_streams=8,boundary=apart torchrun pretrain_gpt.py {MODEL} {SPEC}"
+    )
+    assert found["mHC options"] == "num_residual_streams=8, boundary=apart" and blocked == []
+    assert found["back end"].startswith("triton, for 8") and found["boundary"] == "apart"
+    _, blocked, _ = examine(f"MEGATRON_MHC=h_res=none torchrun pretrain_gpt.py {MODEL} {SPEC}")
+    assert any("h_res=none" in text or "h_res" in text for text in blocked)
+
+
+def test_all_that_is_refused_is_listed(examine):
+    line = f"{MODEL} --fp32-residual-connection --use-torch-fsdp2 --mhc-pp-boundary split --sft"
+    line = line.replace("--use-torch-fsdp2 ", "")  # Megatron's own checks refuse it first
+    _, blocked, _ = examine(line)
+    for words in ("--fp32-residual-connection", "--mhc-pp-boundary split needs", "--sft is not supported"):
+        assert any(words in text for text in blocked), (words, blocked)
+
+
+def test_one_hardware_queue_is_in_the_way_of_overlapped_schedules(examine):
+    line = f"{MODEL} --pipeline-model-parallel-size 2 --mhc-pipeline-schedule interleaved"
+    found, blocked, _ = examine(f"torchrun --nproc-per-node 4 -m megatron_mhc.pretrain_gpt {line}")
+    assert blocked == [] and found["passes in flight"] == "3, 1 on ranks 0 to 1"
+    assert found["layout"].startswith("TP 1, PP 2, VPP 1, CP 1, EP 1, DP 2")
+    _, blocked, _ = examine(f"CUDA_DEVICE_MAX_CONNECTIONS=1 torchrun -m megatron_mhc.pretrain_gpt {line}")
+    assert len(blocked) == 1 and "export CUDA_DEVICE_MAX_CONNECTIONS=32" in blocked[0]
+
+
+def test_what_megatron_refuses_is_in_the_way_and_the_back_end_still_named(examine):
+    found, blocked, _ = examine(f"{MODEL} --num-attention-heads 7 --mhc-backend hopper")
+    assert "Megatron's checks" in blocked[0]
+    assert found["back end"].endswith("as --mhc-backend asks")
+    _, blocked, _ = examine(f"{MODEL} --mhc-num-residual-streams none")
+    assert "--mhc-num-residual-streams" in blocked[0]
+    found, blocked, _ = examine(f"{MODEL} --mhc-num-residual-streams 8 --mhc-backend hopper")
+    assert found["back end"] == "none can serve" and "8 is not 4" in blocked[0]
+
+
+def test_values_of_flags_that_nobody_knows_stay_out_of_the_report(examine):
+    found, blocked, text = examine(f"torchrun pretrain_gpt.py {MODEL} {SPEC} --my-key 12ab34 -p=56cd")
+    assert found["not Megatron's"].startswith("--my-key:") and blocked == []
+    assert "12ab34" not in text and "56cd" not in text
+    _, blocked, text = examine(f"{MODEL} --my-key 12ab34")
+    assert blocked == ["Megatron's parser knows no --my-key"] and "12ab34" not in text
+
+
+def test_home_is_shortened_and_other_variables_stay_out(monkeypatch):
+    monkeypatch.setenv("HOME", str(ROOT.parent))
+    monkeypatch.setenv("WANDB_API_KEY", "0123abc")
+    text, _ = doctor.report([])
+    assert f"~/{ROOT.name}/megatron_mhc" in text and str(ROOT) not in text and "0123abc" not in text
+
+
+@pytest.mark.parametrize(
+    "options, backend, full, expected",
+    [
+        ({}, "hopper", False, "fused"),
+        ({}, "triton", False, "linked"),
+        ({"boundary": "fused"}, "triton", False, "fused"),
+        ({}, "hopper", True, "linked, since"),
+        ({"boundary": "apart"}, "hopper", False, "apart"),
+        ({"boundary": "fused"}, "reference", False, "apart, since"),
+        ({"recompute_layer_num": "auto", "recompute_coefficients": True}, "hopper", False, "apart, since"),
+    ],
+)
+def test_boundary_follows_options_and_back_end(options, backend, full, expected):
+    assert doctor.boundary(MHCConfig(**options), backend, full).startswith(expected)
+
+
+def test_links_are_read_from_the_topology():
+    matrix = """
+\tGPU0\tGPU1\tGPU2\tNIC0\tCPU Affinity\tNUMA Affinity
+GPU0\t X \tNV18\tNV18\tPIX\t0-47\t0
+GPU1\tNV18\t X \tPHB\tSYS\t0-47\t0
+GPU2\tNV18\tPHB\t X \tSYS\t0-47\t0
+NIC0\tPIX\tSYS\tSYS\t X
+
+Legend:
+"""
+    assert doctor.links(matrix) == "NV18, PHB between 3 GPUs"
+    assert doctor.links("\tGPU0\tNIC0\nGPU0\t X \tPIX\n") == "one GPU"
+
+
+def test_programs_are_named_on_the_command_line(tmp_path):
+    def run(*words):
+        command = [sys.executable, "-m", "megatron_mhc", *words]
+        return subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT)
+
+    assert run("nothing").returncode == 2 and "doctor" in run("--help").stdout
+    done = run("memory", "--config", str(tmp_path / "missing"))
+    assert done.returncode == 2 and "cannot be read" in done.stderr
