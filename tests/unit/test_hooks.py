@@ -328,6 +328,7 @@ def test_changed_symbol_that_is_used_is_refused_before_anything_is_replaced(monk
 
     def changed(): ...
 
+    changed.__module__ = getattr(inspect.unwrap(found), "__module__", None)
     if use.parameters is not None:
         with monkeypatch.context() as patched:
             changed.__signature__ = inspect.Signature(
@@ -352,6 +353,17 @@ def test_changed_symbol_that_is_used_is_refused_before_anything_is_replaced(monk
             with pytest.raises(ValueError, match=f"{use.target} does not exist: install"):
                 check_all()
     assert use in uses.SPEC_USES + uses.PRETRAIN_USES or current() == before
+
+
+def test_a_symbol_that_is_used_may_be_wrapped_by_somebody_else(monkeypatch):
+    """As Transformer Engine wraps torch's Module.__init__."""
+    original = torch.nn.Module.__init__
+
+    def wrapped(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.Module, "__init__", wrapped)
+    check_all()
 
 
 def without(code, name):
