@@ -49,7 +49,7 @@ def pre_backward(
     T, n, C = x.shape
     f32 = torch.float32
     dx, d_weight = torch.empty_like(x), x.new_empty((24, n * C), dtype=f32)
-    d_bias, d_alphas = x.new_empty(27, dtype=f32).split((24, 3))
+    d_bias, d_alphas = x.new_empty(24, dtype=f32), x.new_empty(3, dtype=f32)
     if T == 0:
         return dx, d_weight.zero_(), d_bias.zero_(), d_alphas.zero_(), None
     df = None if writer is None else torch.empty_like(dl)
