@@ -62,7 +62,7 @@ class Link:
 
     def __init__(self, writer: Saved):
         self.writer = writer
-        self._df: tuple[Tensor, int, object, Tensor] | None = None
+        self._df: tuple[Tensor, int, int | None, Tensor] | None = None
         self._ahead: tuple[int, list[tuple[Tensor, int]], Ahead] | None = None
 
     def put_ahead(self, out: Tensor, made_by: tuple[Tensor, ...], ahead: Ahead) -> None:
@@ -79,7 +79,9 @@ class Link:
         if kept is None or x._version != kept[0]:
             return None
         for now, (then, version) in zip(parameters, kept[1], strict=False):
-            if (now.data_ptr(), now.shape, now._version) != (then.data_ptr(), then.shape, version):
+            if now._version != version:
+                return None
+            if now is not then and (now.data_ptr(), now.shape) != (then.data_ptr(), then.shape):
                 return None
         return kept[2]
 
@@ -95,8 +97,8 @@ class Link:
         return kept[3] if (g._version, _stream(g)) == kept[1:3] else None
 
 
-def _stream(tensor: Tensor) -> object:
-    return torch.cuda.current_stream(tensor.device) if tensor.is_cuda else None
+def _stream(tensor: Tensor) -> int | None:
+    return torch._C._cuda_getCurrentRawStream(tensor.get_device()) if tensor.is_cuda else None
 
 
 # Nodes of the autograd graph that hand a gradient on as it is: reshapes, and Megatron's make_viewless_tensor.
@@ -324,7 +326,7 @@ def pre(
         return layer_input, KernelMappings(tuple(tunnels), coefficients, saved, streams=x)
     visit = _Visit(kernels, options, _link_of(x), BackwardHandoff())
     layer_input, tunnel, projection, coefficients = _Pre.apply(x.contiguous(), weight, bias, *alphas, visit)
-    saved = Saved(projection, bias.detach(), alphas[1].detach())
+    saved = Saved(projection, bias, alphas[1])
     return layer_input, KernelMappings((tunnel,), coefficients, saved, handoff=visit.handoff)
 
 

@@ -128,10 +128,12 @@ def test_layout_leaves_reserved_sms_to_others():
 def test_each_launch_leaves_the_sms_that_its_connection_reserves(monkeypatch, reserved):
     """Two connections in one process, of which one is in a pipeline."""
     blocks = []
-    launches = types.SimpleNamespace(launch=lambda count, *_: blocks.append(count))
+    plan = types.SimpleNamespace(launch=lambda *_: None)
+    launches = types.SimpleNamespace(plan=lambda count, *_: (blocks.append(count), plan)[1])
     for module in (pre, pre_backward):
         monkeypatch.setattr(module, "kernel", lambda *_, **defines: launches)
-        monkeypatch.setattr(module, "tensor_map", lambda *_: None)
+        monkeypatch.setattr(module, "raw_stream", lambda _: 0)
+        monkeypatch.setattr(module, "_plan", module._plan.__wrapped__)
         monkeypatch.setattr(module, "multiprocessors", lambda _: 132)
     x, f = torch.empty(4096, 4, 512, dtype=BF16), torch.empty(4096, 512, dtype=BF16)
     weight, bias, alphas = torch.empty(24, 2048), torch.empty(24), (torch.empty(1),) * 3

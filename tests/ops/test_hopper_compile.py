@@ -28,10 +28,15 @@ CALLS = ["pre", "pre_mix", "pre_backward", "pre_backward_df"]
 def asked(monkeypatch):
     """`asked(call, channels, ...)` is what a call on an H100 asks `compile.kernel` for."""
 
+    plans = {module: module._plan.__wrapped__ for module in (pre, pre_backward)}
+
     def asked(call, channels, tokens=4096, v4=False, iterations=20):
         found = []
 
         class Found:
+            def plan(self, *args):
+                return self
+
             def launch(self, *args):
                 pass
 
@@ -41,7 +46,8 @@ def asked(monkeypatch):
 
         for module in (pre, pre_backward):
             monkeypatch.setattr(module, "kernel", kernel)
-            monkeypatch.setattr(module, "tensor_map", lambda *args: None)
+            monkeypatch.setattr(module, "raw_stream", lambda device: 0)
+            monkeypatch.setattr(module, "_plan", plans[module])
             monkeypatch.setattr(module, "multiprocessors", lambda device: 132)
         x, f = torch.empty(tokens, 4, channels, dtype=BF16), torch.empty(tokens, channels, dtype=BF16)
         weight, bias, saved = torch.empty(24, 4 * channels), torch.empty(24), torch.empty(tokens, 25)

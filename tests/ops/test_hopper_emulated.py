@@ -59,12 +59,14 @@ def emulate(monkeypatch, folder):
             monkeypatch.setattr(module, "WIDEST", min(widest, module_widest[module]))
             monkeypatch.setattr(module, "multiprocessors", lambda device: blocks)
             monkeypatch.setattr(module, "kernel", emulator.kernel)
-            monkeypatch.setattr(module, "tensor_map", emulator.tensor_map)
+            monkeypatch.setattr(module, "raw_stream", lambda device: 0)
+            monkeypatch.setattr(module, "_plan", plans[module])
         monkeypatch.setattr(autograd, "pre", functools.partial(by_triton, kernels=HOPPER))
         return emulator
 
     by_triton = autograd.pre
     module_widest = {module: module.WIDEST for module in (pre, pre_backward)}
+    plans = {module: module._plan.__wrapped__ for module in (pre, pre_backward)}
     return emulate
 
 

@@ -1,17 +1,16 @@
-"""Compiles the CUDA sources of this folder by NVRTC and launches them; PyTorch brings both libraries."""
+"""Compiles the CUDA sources of this folder by NVRTC, which PyTorch brings, and cuts channels into slices."""
 
 from __future__ import annotations
 
-import ctypes
 import functools
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
-BOX = 64  # channels that a copy takes
+from megatron_mhc.ops.hopper.launch import BOX, Box, Plan, checked
+
 SHARED = 226 * 1024  # bytes that a block may have beside the barriers
 AHEAD = 16  # slices that a lane may read past the last one, in its last round
 HERE = Path(__file__).parent
@@ -22,13 +21,6 @@ def installed() -> bool:
     return find_spec("cuda") is not None and find_spec("cuda.bindings") is not None
 
 
-def checked(result: tuple[Any, ...], what: str) -> Any:
-    code, *values = result
-    if int(code) != 0:
-        raise RuntimeError(f"{what} failed: {code!r}")
-    return values[0] if len(values) == 1 else values
-
-
 class Kernel(NamedTuple):
     """A compiled kernel of one device, and the threads and shared bytes of its blocks."""
 
@@ -36,70 +28,15 @@ class Kernel(NamedTuple):
     threads: int
     shared: int
 
-    def launch(self, blocks: int, device: torch.device, *arguments: Any) -> None:
-        """Run it on the device's current stream.
-
-        Args:
-            arguments: tensors, which go in as their address, numbers, None and `tensor_map`s.
-        """
-        from cuda.bindings import driver
-
-        kept = [_argument(argument) for argument in arguments]
-        places = (ctypes.c_void_p * len(kept))(*(place for place, _ in kept))
-        stream = torch.cuda.current_stream(device).cuda_stream
-        result = driver.cuLaunchKernel(
-            self.function, blocks, 1, 1, self.threads, 1, 1, self.shared, stream, ctypes.addressof(places), 0
-        )
-        checked(result, "cuLaunchKernel")
-
-
-def _argument(value: Any) -> tuple[int, Any]:
-    """Where the argument lies, and what keeps it there."""
-    if hasattr(value, "getPtr"):
-        return value.getPtr(), value
-    if isinstance(value, float):
-        held: Any = ctypes.c_float(value)
-    elif isinstance(value, int):
-        held = ctypes.c_int(value)
-    else:
-        held = ctypes.c_void_p(None if value is None else value.data_ptr())
-    return ctypes.addressof(held), held
-
-
-def tensor_map(tensor: Tensor, width: int, streams: int, tile: int) -> Any:
-    """What copies between global and shared memory need to know of a [T, n, C] or [T, C] tensor in bf16.
-
-    Args:
-        width: channels of a slice, a multiple of BOX.
-        streams: that one copy brings.
-        tile: tokens of a tile.
-    """
-    shape = tensor.shape if tensor.dim() == 3 else (tensor.shape[0], 1, tensor.shape[1])
-    return _tensor_map(tensor.data_ptr(), *shape, width // BOX, streams, tile)
-
-
-@functools.lru_cache(maxsize=4096)  # the allocator hands out the same places again and again
-def _tensor_map(address: int, tokens: int, n: int, channels: int, boxes: int, streams: int, tile: int) -> Any:
-    from cuda.bindings import driver
-
-    whole = channels % BOX == 0  # else the last box of a stream would reach into the next one
-    sizes = (BOX, tokens, channels // BOX, n) if whole else (channels, tokens, 1, n)
-    box = (BOX, tile, boxes, streams) if whole else (BOX, tile, 1, 1)
-    strides = (2 * channels * n, 2 * BOX, 2 * channels)
-    result = driver.cuTensorMapEncodeTiled(
-        driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-        4,
-        address,
-        [driver.cuuint64_t(size) for size in sizes],
-        [driver.cuuint64_t(stride) for stride in strides],
-        [driver.cuuint32_t(size) for size in box],
-        [driver.cuuint32_t(1)] * 4,
-        driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
-        driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
-        driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-        driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
-    )
-    return checked(result, "cuTensorMapEncodeTiled")
+    def plan(
+        self,
+        blocks: int,
+        boxes: tuple[Box, ...],
+        workspace: tuple[int, ...],
+        numbers: tuple[int | float, ...],
+    ) -> Plan:
+        """See `launch.Plan`; on the device and the stream that are current now."""
+        return Plan(self.function, self.threads, self.shared, blocks, boxes, workspace, numbers)
 
 
 class Source:
@@ -214,6 +151,6 @@ def loads(slices: int, step: int, most: int) -> int:
 
 
 @functools.cache
-def multiprocessors(device: torch.device) -> int:
+def multiprocessors(device: int) -> int:
     """Of the device; one block runs on each."""
     return torch.cuda.get_device_properties(device).multi_processor_count

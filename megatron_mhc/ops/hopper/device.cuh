@@ -48,7 +48,7 @@ __device__ __forceinline__ void fence_copies() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
-// Describes a tensor [T, streams, C]: `tensor_map` of compile.py. Zeros outside.
+// Describes a tensor [T, streams, C]: `Box` of launch.py. Zeros outside.
 struct __align__(64) TensorMap {
     u64 opaque[16];
 };

@@ -1,22 +1,15 @@
 """pre, forward, on Hopper: one read of the streams, or of what post_res makes them of (pre.cu)."""
 
+import functools
 from pathlib import Path
+from threading import get_ident
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_mhc.ops.hopper.compile import (
-    AHEAD,
-    SHARED,
-    Layout,
-    Source,
-    kernel,
-    layout,
-    loads,
-    multiprocessors,
-    tensor_map,
-)
+from megatron_mhc.ops.hopper.compile import AHEAD, SHARED, Source, kernel, layout, loads, multiprocessors
+from megatron_mhc.ops.hopper.launch import Box, raw_stream
 from megatron_mhc.ops.options import Options
 
 WIDEST = 256
@@ -44,17 +37,15 @@ def pre_forward(
 
     Source: arXiv 2512.24880 Eqs. (14)-(19).
     """
-    T, n, C = x.shape
-    f32: dict[str, Any] = dict(device=x.device, dtype=torch.float32)
-    out = x.new_empty(T, C)
-    saved, mappings = torch.empty(T, 25, **f32), torch.empty(T, 24, **f32)
-    if T == 0:
-        return out, saved, mappings
-    cut = layout(T, C, WIDEST, multiprocessors(x.device), TILE, options.reserved_sms)
-    boxes = (tensor_map(x, cut.width, n, TILE),) * 3  # of which the last two are not looked at
-    results = out, saved, mappings
-    _launch(cut, T, boxes, (None, None), weight, bias, alphas, results, options, MIX=0)
-    return results
+    T, _, C = x.shape
+    out = x.new_empty((T, C))
+    saved, mappings = (x.new_empty((T, rows), dtype=torch.float32) for rows in (25, 24))
+    if T:
+        device = x.get_device()
+        plan = _plan(T, C, options, False, device, multiprocessors(device), raw_stream(device), get_ident())
+        # The last two maps are not looked at.
+        plan.launch((x, x, x), (None, None, weight, bias, *alphas, out, saved, mappings))
+    return out, saved, mappings
 
 
 def post_res_pre(
@@ -76,16 +67,14 @@ def post_res_pre(
 
     Source: arXiv 2512.24880 Eqs. (3), (14)-(19).
     """
-    T, n, C = x.shape
-    f32: dict[str, Any] = dict(device=x.device, dtype=torch.float32)
-    streams, out = torch.empty_like(x), x.new_empty(T, C)
-    results = out, torch.empty(T, 25, **f32), torch.empty(T, 24, **f32)
-    if T == 0:
-        return streams, *results
-    cut = layout(T, C, WIDEST, multiprocessors(x.device), TILE, options.reserved_sms)
-    boxes = tuple(tensor_map(t, cut.width, each, TILE) for t, each in ((x, n), (f, 1), (streams, n)))
-    _launch(cut, T, boxes, (f_bias, before), weight, bias, alphas, results, options, MIX=1)
-    return streams, *results
+    T, _, C = x.shape
+    streams, out = torch.empty_like(x), torch.empty_like(f)
+    saved, mappings = (x.new_empty((T, rows), dtype=torch.float32) for rows in (25, 24))
+    if T:
+        device = x.get_device()
+        plan = _plan(T, C, options, True, device, multiprocessors(device), raw_stream(device), get_ident())
+        plan.launch((x, f, streams), (f_bias, before, weight, bias, *alphas, out, saved, mappings))
+    return streams, out, saved, mappings
 
 
 def memory(width: int, *, mix: bool) -> tuple[int, int]:
@@ -100,30 +89,25 @@ def memory(width: int, *, mix: bool) -> tuple[int, int]:
     return stages * stage + rest, stages
 
 
-def _launch(
-    cut: Layout,
-    tokens: int,
-    boxes: tuple[Any, ...],
-    mixing: tuple[Tensor | None, Tensor | None],
-    weight: Tensor,
-    bias: Tensor,
-    alphas: tuple[Tensor, Tensor, Tensor],
-    results: tuple[Tensor, Tensor, Tensor],
-    options: Options,
-    *,
-    MIX: int,
-) -> None:
-    device = weight.device
-    shared, stages = memory(cut.width, mix=bool(MIX))
-    defines = cut.defines(results[0].shape[1], TILE, stages)
-    defines |= dict(ITERATIONS=options.iterations, V4=int(options.deepseek_v4), MIX=MIX)
+@functools.lru_cache(maxsize=64)
+def _plan(
+    T: int, C: int, options: Options, mix: bool, device: int, sms: int, stream: int, thread: int
+) -> Any:
+    """The `launch.Plan` of the current stream and thread.
+
+    Args:
+        mix: of `post_res_pre`.
+    """
+    cut = layout(T, C, WIDEST, sms, TILE, options.reserved_sms)
+    shared, stages = memory(cut.width, mix=mix)
+    defines = cut.defines(C, TILE, stages)
+    defines |= dict(ITERATIONS=options.iterations, V4=int(options.deepseek_v4), MIX=int(mix))
     defines["LOADS"] = loads(cut.slices, 2, MOST_LOADS)
-    compiled = kernel(SOURCE, device.index, shared, **defines)
     blocks = cut.groups * cut.slices
-    floats = (blocks * defines["EXCHANGE"] + AHEAD) * PART
-    parts, ticket = torch.zeros(floats + 4, device=device, dtype=torch.float32).split([floats, 4])
-    compiled.launch(
-        blocks, device,
-        *boxes, *mixing, weight, bias, *alphas, *results, parts, ticket,
-        tokens, cut.groups, options.norm_eps,
-    )  # fmt: skip
+    streams, f = Box(T, 4, C, cut.width, 4, TILE), Box(T, 1, C, cut.width, 1, TILE)
+    return kernel(SOURCE, device, shared, **defines).plan(
+        blocks,
+        (streams, f, streams) if mix else (streams,) * 3,
+        ((blocks * defines["EXCHANGE"] + AHEAD) * PART, 4),  # parts, ticket
+        (T, cut.groups, options.norm_eps),
+    )

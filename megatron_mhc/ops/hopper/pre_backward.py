@@ -1,22 +1,15 @@
 """pre, backward, on Hopper: one read of the streams and their gradient (pre_backward.cu)."""
 
+import functools
 from pathlib import Path
+from threading import get_ident
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_mhc.ops.hopper.compile import (
-    AHEAD,
-    BOX,
-    SHARED,
-    Source,
-    kernel,
-    layout,
-    loads,
-    multiprocessors,
-    tensor_map,
-)
+from megatron_mhc.ops.hopper.compile import AHEAD, SHARED, Source, kernel, layout, loads, multiprocessors
+from megatron_mhc.ops.hopper.launch import BOX, Box, raw_stream
 from megatron_mhc.ops.options import Options
 
 WIDEST = 128
@@ -54,34 +47,47 @@ def pre_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """`megatron_mhc.ops.triton.pre_backward.pre_backward` of x, g: [T, 4, C] and f, dl: [T, C] bf16."""
     T, n, C = x.shape
-    f32: dict[str, Any] = dict(device=x.device, dtype=torch.float32)
-    dx, d_weight = torch.empty_like(x), torch.empty(24, n * C, **f32)
-    d_bias, d_alphas = torch.empty(24, **f32), torch.empty(3, **f32)
+    f32 = torch.float32
+    dx, d_weight = torch.empty_like(x), x.new_empty((24, n * C), dtype=f32)
+    d_bias, d_alphas = x.new_empty(24, dtype=f32), x.new_empty(3, dtype=f32)
     if T == 0:
         return dx, d_weight.zero_(), d_bias.zero_(), d_alphas.zero_(), None
     df = None if writer is None else torch.empty_like(dl)
     unused = (saved, bias, alphas[1])  # neither read nor, as dl, written
-    cut = layout(T, C, WIDEST, multiprocessors(x.device), TILE, options.reserved_sms)
+    device = x.get_device()
+    plan = _plan(
+        T, C, options, df is not None, device, multiprocessors(device), raw_stream(device), get_ident()
+    )
+    plan.launch(
+        (x, g, f, dl, dx, dl if df is None else df),
+        (f_bias, weight, bias, *alphas, saved, *(writer or unused), d_weight, d_bias, d_alphas),
+    )
+    return dx, d_weight, d_bias, d_alphas, df
+
+
+@functools.lru_cache(maxsize=64)
+def _plan(
+    T: int, C: int, options: Options, with_df: bool, device: int, sms: int, stream: int, thread: int
+) -> Any:
+    """The `launch.Plan` of the current stream and thread."""
+    cut = layout(T, C, WIDEST, sms, TILE, options.reserved_sms)
     shared, stages = memory(cut.width, options.iterations)
     defines = cut.defines(C, TILE, stages)
-    compiled = kernel(
-        SOURCE, x.device.index, shared, **defines,
-        ITERATIONS=options.iterations, V4=int(options.deepseek_v4), DF=int(df is not None),
-        LOADS=loads(cut.slices, 4, MOST_LOADS), TOGETHER=2 if cut.slices <= FEW else 1,
-    )  # fmt: skip
+    defines |= dict(ITERATIONS=options.iterations, V4=int(options.deepseek_v4), DF=int(with_df))
+    defines |= dict(LOADS=loads(cut.slices, 4, MOST_LOADS), TOGETHER=2 if cut.slices <= FEW else 1)
     blocks, slots = cut.groups * cut.slices, cut.groups * defines["EXCHANGE"]
-    sizes = [(slots * cut.slices + AHEAD) * PART, slots * TILE * COEFFICIENT_ATOMS * 4]
-    sizes += [2 + WARPS["DX"] * cut.slices]
-    parts, coefficients, counts = torch.zeros(sum(sizes), **f32).split(sizes)
-    partial = torch.empty(WARPS["MIDDLE"] * blocks, 48, **f32)
-    compiled.launch(
-        blocks, x.device,
-        *(tensor_map(t, cut.width, 1, TILE) for t in (x, g, f, dl, dx, dl if df is None else df)),
-        f_bias, weight, bias, *alphas, saved, *(writer or unused),
-        d_weight, d_bias, d_alphas,
-        parts, coefficients, partial, counts, T, cut.groups,
-    )  # fmt: skip
-    return dx, d_weight, d_bias, d_alphas, df
+    streams, f = Box(T, 4, C, cut.width, 1, TILE), Box(T, 1, C, cut.width, 1, TILE)
+    return kernel(SOURCE, device, shared, **defines).plan(
+        blocks,
+        (streams, streams, f, f, streams, f),
+        (
+            (slots * cut.slices + AHEAD) * PART,
+            slots * TILE * COEFFICIENT_ATOMS * 4,
+            WARPS["MIDDLE"] * blocks * 48,  # partial, which need not be zero
+            2 + WARPS["DX"] * cut.slices,
+        ),
+        (T, cut.groups),
+    )
 
 
 def memory(width: int, iterations: int) -> tuple[int, int]:

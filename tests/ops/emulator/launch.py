@@ -1,6 +1,6 @@
 """Builds the kernels of ops/hopper for the CPU and runs them in the emulator of runtime.h and scheduler.h.
 
-`Emulator` takes the place of `compile.kernel` and `compile.tensor_map`, so that pre.py and pre_backward.py
+`Emulator.kernel` takes the place of `compile.kernel`, so that pre.py and pre_backward.py
 run as they are.
 """
 
@@ -59,12 +59,13 @@ class EmulatorError(RuntimeError):
 
 
 class _Map:
-    """What `compile.tensor_map` makes of a tensor."""
+    """What a plan makes of a tensor and its box."""
 
-    def __init__(self, tensor: torch.Tensor, width: int, streams: int, tile: int):
+    def __init__(self, tensor: torch.Tensor, box: Any):
         assert tensor.dtype == torch.bfloat16 and tensor.is_contiguous()
         self.tensor = tensor
         self.shape = tensor.shape if tensor.dim() == 3 else (tensor.shape[0], 1, tensor.shape[1])
+        assert self.shape == (box.tokens, box.n, box.channels)
 
 
 class _Guarded:
@@ -103,8 +104,6 @@ class Emulator:
         """For `compile.kernel`."""
         return _Kernel(self, source, shared, defines)
 
-    tensor_map = staticmethod(_Map)
-
 
 @dataclass
 class _Kernel:
@@ -113,8 +112,12 @@ class _Kernel:
     shared: int
     defines: dict[str, int]
 
-    def launch(self, blocks: int, device: Any, *arguments: Any) -> None:
-        """For `compile.Kernel.launch`."""
+    def plan(self, *how: Any) -> Any:
+        """For `compile.Kernel.plan`."""
+        return _Plan(self, *how)
+
+    def launch(self, blocks: int, *arguments: Any) -> None:
+        """Run with maps, tensors, None and numbers, as the kernel's parameters are."""
         name, emulator, source = self.source.path.stem, self.emulator, self.source
         emulator.launched.append((name, blocks, self.defines))
         defines = dict(SHARED=self.shared, **source.constants, **self.defines)
@@ -154,6 +157,22 @@ class _Kernel:
         for fine, region in zip(intact, regions, strict=True):
             if not fine:
                 raise EmulatorError(f"{name} wrote outside {region.name.decode()}")
+
+
+@dataclass
+class _Plan:
+    """Stands for `launch.Plan`."""
+
+    kernel: _Kernel
+    blocks: int
+    boxes: tuple[Any, ...]
+    workspace: tuple[int, ...]
+    numbers: tuple[int | float, ...]
+
+    def launch(self, mapped: Any, plain: Any) -> None:
+        maps = [_Map(*pair) for pair in zip(mapped, self.boxes, strict=True)]
+        exchange = [torch.zeros(floats) for floats in self.workspace]
+        self.kernel.launch(self.blocks, *maps, *plain, *exchange, *self.numbers)
 
 
 def _aligned(value: Any) -> tuple[int, Any]:
