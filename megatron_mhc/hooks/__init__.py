@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from importlib import import_module
@@ -164,13 +165,19 @@ def check_uses(uses: tuple[Use, ...]) -> None:
     """
     for use in uses:
         _, _, found = _find(use.target)
-        home = getattr(inspect.unwrap(found), "__module__", None) if callable(found) else None
-        if home is not None and home.partition(".")[0] != use.target.partition(".")[0].partition(":")[0]:
+        if _is_somebody_elses(found):
             continue
         if use.parameters is not None:
             _check_parameters(use.target, found, tuple(use.parameters.split(", ")) if use.parameters else ())
         if use.names and (gone := set(use.names) - set(_names(inspect.unwrap(found).__code__))):
             raise ValueError(f"{use.target} knows no {', '.join(sorted(gone))}: {_remedy(use.target)}")
+
+
+def _is_somebody_elses(found: Any) -> bool:
+    """Whether a function's code lies in another file than the module that it says it is of."""
+    code = getattr(inspect.unwrap(found), "__code__", None) if callable(found) else None
+    module = sys.modules.get(getattr(found, "__module__", None) or "")
+    return code is not None and code.co_filename != getattr(module, "__file__", None)
 
 
 def _names(code: CodeType) -> Iterator[str]:

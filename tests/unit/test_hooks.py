@@ -321,7 +321,9 @@ def test_changed_symbol_that_is_used_is_refused_before_anything_is_replaced(monk
 
     def changed(): ...
 
-    changed.__module__ = getattr(inspect.unwrap(found), "__module__", None)
+    if code := getattr(inspect.unwrap(found), "__code__", None):
+        changed.__module__ = found.__module__
+        changed.__code__ = changed.__code__.replace(co_filename=code.co_filename)
     if use.parameters is not None:
         with monkeypatch.context() as patched:
             changed.__signature__ = inspect.Signature(
@@ -337,6 +339,7 @@ def test_changed_symbol_that_is_used_is_refused_before_anything_is_replaced(monk
             plain = inspect.unwrap(found)
             other = types.FunctionType(without(plain.__code__, gone), {}, closure=plain.__closure__)
             other.__signature__ = inspect.signature(found)
+            other.__module__ = found.__module__
             patched.setattr(owner, name, other)
             with pytest.raises(ValueError, match=f"{use.target} knows no {gone}: install"):
                 check_all()
@@ -354,6 +357,8 @@ def test_a_symbol_that_is_used_may_be_wrapped_by_somebody_else(monkeypatch):
 
     def wrapped(self, *args, **kwargs):
         original(self, *args, **kwargs)
+
+    wrapped.__module__ = original.__module__
 
     monkeypatch.setattr(torch.nn.Module, "__init__", wrapped)
     check_all()
