@@ -161,7 +161,7 @@ def _restore() -> None:
 def check_uses(uses: tuple[Use, ...]) -> None:
     """Raise ValueError unless Megatron's symbols are what the rows of `uses.py` say.
 
-    One that somebody else has wrapped, as Transformer Engine does torch's Module.__init__, is left alone.
+    One that somebody else has wrapped is left alone.
     """
     for use in uses:
         _, _, found = _find(use.target)

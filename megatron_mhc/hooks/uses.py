@@ -93,7 +93,6 @@ USES: tuple[Use, ...] = (
     Use(f"{_BLOCK}:LayerNormImpl", None),
     # hyper_connection.py, parallel.py
     Use("torch.nn:Module._apply", "self, fn, recurse"),
-    Use("torch.nn:Module.__init__", None, ("_forward_pre_hooks",)),
     Use(
         "torch.nn:Module._load_from_state_dict",
         "self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs",

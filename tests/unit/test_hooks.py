@@ -352,15 +352,13 @@ def test_changed_symbol_that_is_used_is_refused_before_anything_is_replaced(monk
 
 
 def test_a_symbol_that_is_used_may_be_wrapped_by_somebody_else(monkeypatch):
-    """As Transformer Engine wraps torch's Module.__init__."""
-    original = torch.nn.Module.__init__
+    original = torch.nn.Module._apply
 
     def wrapped(self, *args, **kwargs):
-        original(self, *args, **kwargs)
+        return original(self, *args, **kwargs)
 
     wrapped.__module__ = original.__module__
-
-    monkeypatch.setattr(torch.nn.Module, "__init__", wrapped)
+    monkeypatch.setattr(torch.nn.Module, "_apply", wrapped)
     check_all()
 
 
