@@ -318,6 +318,8 @@ def test_changed_symbol_that_is_used_is_refused_before_anything_is_replaced(monk
     hooks.revert_all()
     before = current()
     owner, name, found = hooks._find(use.target)
+    if hooks._is_somebody_elses(found):
+        pytest.skip("testing.cpu has replaced it")
 
     def changed(): ...
 
