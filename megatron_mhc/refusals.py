@@ -76,7 +76,6 @@ SPEC_DOOR = tuple(
 )
 
 
-_NO_GRAPHS = "drop it: graphs capture one-stream inputs"
 _NO_OFFLOADING = "drop it, and use --recompute-granularity to save memory"
 
 
@@ -105,6 +104,10 @@ def _recomputed_twice(config: Any, mhc: MHCConfig) -> str | None:
     return mhc.recompute_layer_num if twice else None
 
 
+def _sampled_in_one_graph(config: Any, mhc: MHCConfig) -> int | None:
+    return mhc.log_interval if config.cuda_graph_impl == "full_iteration" and mhc.log_interval else None
+
+
 def _other_options(config: Any, mhc: MHCConfig) -> str | None:
     known = getattr(config, "mhc", mhc)
     return f"{known.to_options()} and {mhc.to_options()}" if known != mhc else None
@@ -113,9 +116,6 @@ def _other_options(config: Any, mhc: MHCConfig) -> str | None:
 # A model's configuration, at each of its layers.
 MODEL = (
     _setting("fp32_residual_connection", "drop it: coefficients are applied in fp32 already"),
-    _setting("cuda_graph_impl", _NO_GRAPHS, lambda v: v not in (None, "none")),
-    _setting("enable_cuda_graph", _NO_GRAPHS),
-    _setting("external_cuda_graph", _NO_GRAPHS),
     _setting("cpu_offloading", _NO_OFFLOADING),
     _setting("fine_grained_activation_offloading", _NO_OFFLOADING),
     _setting("inference_fuse_tp_communication", "drop it: it adds the residual inside a linear layer"),
@@ -146,6 +146,12 @@ MODEL = (
         "--mhc-recompute-layer-num {value} with --recompute-granularity full, which drops and replays the "
         "streams already",
         "drop --mhc-recompute-layer-num, or use --recompute-granularity selective",
+    ),
+    Refusal(
+        _sampled_in_one_graph,
+        "--mhc-log-interval {value} with --cuda-graph-impl full_iteration, in whose graph no hook runs",
+        "set it to 0, or use --cuda-graph-impl local or transformer_engine, whose layers run eagerly at a "
+        "logging step",
     ),
     Refusal(
         _other_options,
@@ -206,6 +212,16 @@ DELAYED = (
     ),
 )
 
+# Of a layer whose connections lie in a CUDA graph of its own.
+GRAPHED_LAYER = (
+    Refusal(
+        lambda config, mhc: mhc.recompute_layer_num != "off" and mhc.recompute_layer_num,
+        "--mhc-recompute-layer-num {value} with CUDA graphs of single layers",
+        "a block is replayed from its first streams through several layers, and a graph replays one; use "
+        "--recompute-granularity selective, or --cuda-graph-impl full_iteration, or drop it",
+    ),
+)
+
 # The schedules: Megatron's, the two that overlap, and of these `fused`; then the `split` boundary.
 MEGATRONS_SCHEDULE = (
     Refusal(
@@ -221,6 +237,8 @@ OVERLAPPED = _settings(
     ("num_microbatches_with_partial_activation_checkpoints", "drop it", lambda v: v is not None),
     ("moe_paged_stash", "drop it"),
     ("hybrid_context_parallel", "drop it"),
+    # They are captured in the order of Megatron's schedule, and by its end.
+    ("cuda_graph_impl", "drop it", lambda v: v not in (None, "none")),
 )
 FUSED = (
     *_settings(

@@ -22,6 +22,7 @@ from megatron_mhc.pipeline.plans import passes_in_flight
 from megatron_mhc.recompute import inventory, plan
 from megatron_mhc.recompute.block import Block
 from megatron_mhc.recompute.sublayer import DroppingSubLayer
+from megatron_mhc.refusals import GRAPHED_LAYER, refuse
 from megatron_mhc.sublayer import SubLayer, attention, mlp
 
 if TYPE_CHECKING:
@@ -49,6 +50,8 @@ class DroppingChunk(ModelChunk):
 
     def sublayers_of(self, layer: HyperConnectionTransformerLayer) -> tuple[SubLayer, ...]:
         config, first = self.config, len(self.sublayers)
+        if any(layer.held):
+            refuse(GRAPHED_LAYER, config, self.mhc)
 
         def kept(norm: Any, dropped_by_megatron: bool) -> Any:
             return None if isinstance(norm, IdentityOp) or dropped_by_megatron else norm
