@@ -22,6 +22,7 @@ from megatron_mhc.chunk import ModelChunks
 from megatron_mhc.config import MHCConfig
 from megatron_mhc.graphs import GraphEdge, Held
 from megatron_mhc.hyper_connection import HyperConnectionModule, check_width
+from megatron_mhc.refusals import LAYER, refuse
 from megatron_mhc.sublayer import Call, SubLayer, Visit
 
 
@@ -38,7 +39,7 @@ class HyperConnectionTransformerLayer(TransformerLayer, GraphEdge):
         chunks: shared by the layers of a model chunk; a layer without makes a chunk of its own.
 
     Raises:
-        ValueError: a configuration that mHC does not support (see `parallel.validate`).
+        ValueError: a configuration that mHC does not support (see `parallel.validate`, `refusals.LAYER`).
 
     Source: arXiv 2512.24880 Eq. (3).
     """
@@ -61,6 +62,7 @@ class HyperConnectionTransformerLayer(TransformerLayer, GraphEdge):
         self.self_attention_hyper_connection = HyperConnectionModule(config, mhc, first)
         self.mlp_hyper_connection = HyperConnectionModule(config, mhc, first + 1)
         self.held = Held.of(self)
+        refuse(LAYER, self, mhc)
         self.chunk = (chunks or ModelChunks(config, mhc, layers=1)).of(self)
         self.sublayers = self.chunk.add(self)
 

@@ -212,13 +212,37 @@ DELAYED = (
     ),
 )
 
-# Of a layer whose connections lie in a CUDA graph of its own.
-GRAPHED_LAYER = (
+
+def _replayed_by_layers(layer: Any, mhc: MHCConfig) -> str | None:
+    return mhc.recompute_layer_num if any(layer.held) and mhc.recompute_layer_num != "off" else None
+
+
+def _without_gradients(layer: Any, mhc: MHCConfig) -> str | None:
+    # Stock Megatron: a local graph asks for gradients of the parameters that autograd knows, and Megatron's
+    # checkpoint of a module keeps its parameters to itself.
+    if layer.config.cuda_graph_impl != "local":
+        return None
+    routed = hasattr(layer, "cudagraph_manager_router")
+    if layer.held.attention and layer.recompute_input_layernorm:
+        return "layernorm"
+    if (layer.held.mlp or routed) and layer.recompute_pre_mlp_layernorm:
+        return "layernorm"
+    up_projection = getattr(layer.self_attention, "recompute_up_proj", False)
+    return "mla_up_proj" if layer.held.attention and up_projection else None
+
+
+# A built layer, whose `held` is what its CUDA graph holds of it.
+LAYER = (
     Refusal(
-        lambda config, mhc: mhc.recompute_layer_num != "off" and mhc.recompute_layer_num,
+        _replayed_by_layers,
         "--mhc-recompute-layer-num {value} with CUDA graphs of single layers",
         "a block is replayed from its first streams through several layers, and a graph replays one; use "
         "--recompute-granularity selective, or --cuda-graph-impl full_iteration, or drop it",
+    ),
+    Refusal(
+        _without_gradients,
+        "--recompute-modules {value} with --cuda-graph-impl local leaves its parameters without a gradient",
+        "recompute without it, or use --cuda-graph-impl transformer_engine",
     ),
 )
 

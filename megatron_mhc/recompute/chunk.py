@@ -22,7 +22,6 @@ from megatron_mhc.pipeline.plans import passes_in_flight
 from megatron_mhc.recompute import inventory, plan
 from megatron_mhc.recompute.block import Block
 from megatron_mhc.recompute.sublayer import DroppingSubLayer
-from megatron_mhc.refusals import GRAPHED_LAYER, refuse
 from megatron_mhc.sublayer import SubLayer, attention, mlp
 
 if TYPE_CHECKING:
@@ -50,8 +49,6 @@ class DroppingChunk(ModelChunk):
 
     def sublayers_of(self, layer: HyperConnectionTransformerLayer) -> tuple[SubLayer, ...]:
         config, first = self.config, len(self.sublayers)
-        if any(layer.held):
-            refuse(GRAPHED_LAYER, config, self.mhc)
 
         def kept(norm: Any, dropped_by_megatron: bool) -> Any:
             return None if isinstance(norm, IdentityOp) or dropped_by_megatron else norm

@@ -1,8 +1,8 @@
 """CUDA graphs on a CPU, for tests: what is captured are operations and their tensors, and a replay runs them
 again on these tensors, in place. Python runs at capture alone, as with CUDA.
 
-`install()`, after `cpu.install` and `cpu.patch_megatron`, puts them under Megatron's three implementations. What a
-CPU cannot show: a graph's memory pool, whose memory a later graph reuses, streams, and kernels.
+`install()`, after `cpu.install` and `cpu.patch_megatron`, puts them under Megatron's three implementations.
+What a CPU cannot show: a graph's memory pool, whose memory a later graph reuses, streams, and kernels.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_iter, tree_unflatten
@@ -29,7 +30,6 @@ class Graph:
     def __init__(self, *_: Any, **__: Any):
         self.operations: list[Callable[[], None]] = []
 
-
     def register_generator_state(self, state: Any) -> None:
         pass
 
@@ -44,13 +44,13 @@ class Graph:
 
 
 class _Recorder(TorchDispatchMode):
-    """Writes operations down in a graph; what they change of older tensors is undone when the capture ends."""
+    """Writes operations down in a graph; what they change of older tensors is undone at the end."""
 
     def __init__(self, graph: Graph):
         super().__init__()
         self.graph = graph
         self.made: dict[int, Tensor] = {}  # by storage; held, so that no other storage takes the number
-        self.older: dict[int, tuple[Tensor, Tensor]] = {}
+        self.older: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
 
     def __torch_dispatch__(self, op: Any, types_: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -60,7 +60,7 @@ class _Recorder(TorchDispatchMode):
         if op._schema.is_mutable:
             for t in _tensors((args, kwargs)):
                 if _key(t) not in self.made and _key(t) not in self.older:
-                    self.older[_key(t)] = (t.detach(), t.detach().clone())
+                    self.older[_key(t)] = (t.untyped_storage(), t.untyped_storage().clone())
         # Detached, so that a replay makes no graph of autograd.
         kept = _detached((args, kwargs))
         out = op(*args, **kwargs)
@@ -116,8 +116,6 @@ def capture(graph: Graph, *_: Any, **__: Any) -> Iterator[None]:
     global _capturing
     assert _capturing is None, "two graphs are captured at once"
     resize, _capturing = torch.UntypedStorage.resize_, graph
-    random, box = torch.get_rng_state(), _Generator.current
-    states = [(one, one.state) for one in _Generator.all]
 
     def keep(storage: Any, size: int) -> Any:
         # What is freed in a graph keeps its memory for the replays; here also its place.
@@ -126,16 +124,12 @@ def capture(graph: Graph, *_: Any, **__: Any) -> Iterator[None]:
     torch.UntypedStorage.resize_ = keep  # type: ignore[method-assign]
     recorder = _Recorder(graph)
     try:
-        with recorder:
+        with _Generator.kept(), recorder:
             yield
     finally:
         _capturing = None
         torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign]
         recorder.undo()
-        torch.set_rng_state(random)
-        _Generator.current = box
-        for one, state in states:
-            one.state = state
 
 
 def launched(run: Callable[[], None]) -> None:
@@ -169,7 +163,10 @@ def make_graphed_callables(
         for k in range(_num_layers_per_chunk[chunk])[::sign]:
             if sign > 0:
                 layer = layers[before[chunk] + k]
-                passes[at + k] = _Pass(layer, sample_args[at + k], sample_kwargs[at + k], num_warmup_iters)
+                with _Generator.kept():  # so that dropout draws as it does without graphs
+                    passes[at + k] = _Pass(
+                        layer, sample_args[at + k], sample_kwargs[at + k], num_warmup_iters
+                    )
             else:
                 passes[at + k].capture_backward()
     return [passes[at].call for at in sorted(passes)]
@@ -184,12 +181,9 @@ class _Pass:
         self.forward_graph, self.backward_graph = Graph(), Graph()
         for _ in range(warmup):
             outputs = [t for t in tree_iter(layer(*args, **kwargs)) if t is not None and t.requires_grad]
-            grads = [torch.zeros_like(t) for t in outputs]
-            parameters = list(layer.parameters())
-            wanted = [t for t in (*self.inputs, *parameters) if t.requires_grad]
-            found = torch.autograd.grad(outputs, wanted, grads, allow_unused=True)
-            got = {id(t) for t, g in zip(wanted, found, strict=True) if g is not None}
-            self.parameters = [p for p in parameters if id(p) in got]
+            found = _gradients(outputs, [torch.zeros_like(t) for t in outputs], list(layer.parameters()))
+            pairs = zip(layer.parameters(), found, strict=True)
+            self.parameters = [p for p, grad in pairs if grad is not None]
         with capture(self.forward_graph):
             made = layer(*args, **kwargs)
         self.outputs, self.spec = tree_flatten(made)
@@ -199,14 +193,12 @@ class _Pass:
         self.grad_outputs = [
             torch.empty_like(t) if t is not None and t.requires_grad else None for t in self.outputs
         ]
-        everything = [*self.inputs, *self.parameters]
-        wanted = [t for t in everything if t.requires_grad]
         with capture(self.backward_graph):
-            found = torch.autograd.grad(
-                outputs, wanted, [g for g in self.grad_outputs if g is not None], allow_unused=True
+            self.grad_inputs = _gradients(
+                outputs,
+                [g for g in self.grad_outputs if g is not None],
+                [*self.inputs, *self.parameters],
             )
-        by_id = {id(t): g for t, g in zip(wanted, found, strict=True)}
-        self.grad_inputs = [by_id.get(id(t)) for t in everything]
         # As Megatron's memory, which is the next graph's now.
         self.outputs = [None if t is None else t.detach() for t in self.outputs]
 
@@ -218,6 +210,18 @@ class _Pass:
     def reset(self) -> None:
         self.forward_graph.reset()
         self.backward_graph.reset()
+
+
+def _gradients(outputs: list[Tensor], grads: list[Tensor], inputs: list[Tensor]) -> list[Tensor | None]:
+    """By backward(), as checkpoints inside want it; no input's own gradient is touched."""
+    held = [t.grad for t in inputs]
+    for t in inputs:
+        t.grad = None
+    torch.autograd.backward(outputs, grads)
+    found = [t.grad for t in inputs]
+    for t, grad in zip(inputs, held, strict=True):
+        t.grad = grad
+    return found
 
 
 class _Replay(torch.autograd.Function):
@@ -267,6 +271,20 @@ class _Generator:
         launched((lambda: cls._switch(state)) if graph_safe else (lambda: torch.set_rng_state(state)))
 
     @classmethod
+    @contextlib.contextmanager
+    def kept(cls) -> Iterator[None]:
+        """Leave all states as they are in front of the block."""
+        now, current = torch.get_rng_state(), cls.current
+        states = [(one, one.state) for one in cls.all]
+        try:
+            yield
+        finally:
+            torch.set_rng_state(now)
+            cls.current = current
+            for one, state in states:
+                one.state = state
+
+    @classmethod
     def _switch(cls, to: _Generator) -> None:
         if to is not cls.current:
             cls.current.state = torch.get_rng_state()
@@ -279,7 +297,10 @@ _Generator.current = _Generator()
 
 def install() -> None:
     """Put these graphs under Megatron; its RNG tracker has to be a `use_cudagraphable_rng` one."""
+    import megatron.core.distributed.param_and_grad_buffer as param_and_grad_buffer
     import megatron.core.full_cuda_graph as full
+    import megatron.core.tensor_parallel.layers as layers
+    import megatron.core.tensor_parallel.mappings as mappings
     import megatron.core.tensor_parallel.random as tp_random
     import megatron.core.transformer.cuda_graphs as cuda_graphs
     import megatron.core.transformer.transformer_layer as transformer_layer
@@ -295,8 +316,20 @@ def install() -> None:
     for module in (cuda_graphs, transformer_layer):
         module.is_te_min_version = lambda *_, **__: True
     full.get_shared_capture_stream = lambda: None
+    for module in (layers, mappings, param_and_grad_buffer):
+        module.dist_reduce_scatter_func = _reduce_scatter
     tp_random._get_cuda_rng_state, tp_random._set_cuda_rng_state = _Generator.get, _Generator.put
     _interpret_in_graphs()
+
+
+def _reduce_scatter(
+    output: Tensor, input: Tensor, op: Any = dist.ReduceOp.SUM, group: Any = None, **_: Any
+) -> Any:
+    """For gloo's own, which copies its result where its handle is waited for, out of a graph's sight."""
+    total = input.clone()
+    dist.all_reduce(total, op=op, group=group)
+    output.copy_(total.view(dist.get_world_size(group), -1)[dist.get_rank(group)].view_as(output))
+    return dist.all_reduce(torch.zeros(1), group=group, async_op=True)
 
 
 def _interpret_in_graphs() -> None:
