@@ -73,7 +73,7 @@ class _Recorder(TorchDispatchMode):
                 if isinstance(handle, torch.ScriptObject):  # of a collective
                     handle.wait()
             for (place, fresh), value in zip(results, _tensors(new), strict=True):
-                if fresh:
+                if fresh and 0 not in place.stride():  # else an expanded one, which no one reads
                     place.copy_(value)
 
         if not op.is_view:
@@ -121,14 +121,14 @@ def capture(graph: Graph, *_: Any, **__: Any) -> Iterator[None]:
         # What is freed in a graph keeps its memory for the replays; here also its place.
         return resize(storage, size) if size > storage.nbytes() else storage
 
-    torch.UntypedStorage.resize_ = keep  # type: ignore[method-assign]
+    torch.UntypedStorage.resize_ = keep
     recorder = _Recorder(graph)
     try:
         with _Generator.kept(), recorder:
             yield
     finally:
         _capturing = None
-        torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign]
+        torch.UntypedStorage.resize_ = resize
         recorder.undo()
 
 
@@ -238,7 +238,7 @@ class _Replay(torch.autograd.Function):
         return outputs
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, *grads: Any) -> Any:
         its = ctx.its
         for place, grad in zip(its.grad_outputs, grads, strict=True):
             if place is not None:
@@ -305,9 +305,9 @@ def install() -> None:
     import megatron.core.transformer.cuda_graphs as cuda_graphs
     import megatron.core.transformer.transformer_layer as transformer_layer
 
-    torch.cuda.CUDAGraph, torch.cuda.graph = Graph, capture  # type: ignore[misc, assignment]
-    torch.cuda.graph_pool_handle = lambda: (0, 0)  # type: ignore[assignment]
-    torch.cuda.is_current_stream_capturing = lambda: _capturing is not None  # type: ignore[assignment]
+    torch.cuda.CUDAGraph, torch.cuda.graph = Graph, capture
+    torch.cuda.graph_pool_handle = lambda: (0, 0)
+    torch.cuda.is_current_stream_capturing = lambda: _capturing is not None
     for name in ("_cuda_beginAllocateCurrentThreadToPool", "_cuda_endAllocateToPool"):
         setattr(torch._C, name, lambda *_: None)
     cuda_graphs.make_graphed_callables = make_graphed_callables
