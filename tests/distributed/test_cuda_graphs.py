@@ -11,6 +11,7 @@ from megatron.core.full_cuda_graph import FullCudaGraphWrapper
 from megatron.core.models.gpt import gpt_layer_specs
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.transformer_layer import MoETransformerLayer
+from test_state_of_calls import state
 
 from megatron_mhc import MHCConfig
 from megatron_mhc.chunk import chunk_of
@@ -296,6 +297,23 @@ def test_connections_work_ahead_on_one_side_of_an_edge(
 ):
     made = run_ranks(1, work_ahead, Layout(), kind, settings)[0]
     assert made[::2] == [behind_attention] * 4 and made[1::2] == [behind_mlp] * 3
+
+
+def replayed(layout, kind, settings):
+    chunks, config = built(layout, kind, settings)
+    if config.cuda_graph_impl == "transformer_engine":
+        gpt.iterate(chunks, config, tokens(2))
+        graphs.helper(chunks, config, SEQUENCE, MICRO_BATCH, 2).create_cudagraphs()
+    for _ in range(2):
+        gpt.iterate(chunks, config, tokens(2))
+    before = state(chunks, config)
+    gpt.iterate(chunks, config, tokens(2))
+    assert state(chunks, config) == before
+
+
+@pytest.mark.parametrize("settings", [local(), te(), te("attn"), te("attn", *PREPROCESS)], ids=name)
+def test_a_replay_leaves_nothing_behind(run_ranks, settings):
+    run_ranks(1, replayed, Layout(), "moe" if settings == te("attn", *PREPROCESS) else "dense", settings)
 
 
 def sampled(layout, kind, settings):
