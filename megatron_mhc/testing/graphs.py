@@ -63,7 +63,8 @@ class _Recorder(TorchDispatchMode):
                     self.older[_key(t)] = (t.untyped_storage(), t.untyped_storage().clone())
         # Detached, so that a replay makes no graph of autograd.
         kept = _detached((args, kwargs))
-        out = op(*args, **kwargs)
+        with _uncaptured():
+            out = op(*args, **kwargs)
         results = [(t.detach(), _key(t) not in read) for t in _tensors(out)]
         self.made |= {_key(t): t for t, fresh in results if fresh}
 
@@ -130,6 +131,17 @@ def capture(graph: Graph, *_: Any, **__: Any) -> Iterator[None]:
         _capturing = None
         torch.UntypedStorage.resize_ = resize
         recorder.undo()
+
+
+@contextlib.contextmanager
+def _uncaptured() -> Iterator[None]:
+    """Around an operation, which the graph holds as a whole, with all that it launches."""
+    global _capturing
+    graph, _capturing = _capturing, None
+    try:
+        yield
+    finally:
+        _capturing = graph
 
 
 def launched(run: Callable[[], None]) -> None:
