@@ -50,7 +50,7 @@ class Held(NamedTuple):
 class GraphEdge(GraphableMegatronModule):
     """Stands between TransformerLayer and what replays its graph: takes ours out of what comes of it."""
 
-    eager = False  # without graphs, while `eagerly` asks for it
+    eager: bool  # without graphs, while `eagerly` asks for it
 
     def _te_cuda_graph_replay(self, *args: Any, crossed: list[Tensor] | None = None, **kwargs: Any) -> Any:
         """Replay the graph.
@@ -70,11 +70,11 @@ class GraphEdge(GraphableMegatronModule):
 def eagerly(model: nn.Module | Sequence[nn.Module]) -> Iterator[None]:
     """Run the layers of a model, or of its chunks, without graphs, in which no hook is called."""
     chunks = [model] if isinstance(model, nn.Module) else model
-    layers: list[Any] = [m for chunk in chunks for m in chunk.modules() if isinstance(m, GraphEdge)]
+    layers = [(m, m.eager) for chunk in chunks for m in chunk.modules() if isinstance(m, GraphEdge)]
     try:
-        for layer in layers:
+        for layer, _ in layers:
             layer.eager = True
         yield
     finally:
-        for layer in layers:
-            layer.eager = False
+        for layer, before in layers:
+            layer.eager = before

@@ -61,7 +61,7 @@ class HyperConnectionTransformerLayer(TransformerLayer, GraphEdge):
         first = 2 * (self.layer_number - 1)
         self.self_attention_hyper_connection = HyperConnectionModule(config, mhc, first)
         self.mlp_hyper_connection = HyperConnectionModule(config, mhc, first + 1)
-        self.held = Held.of(self)
+        self.held, self.eager = Held.of(self), False
         refuse(LAYER, self, mhc)
         self.chunk = (chunks or ModelChunks(config, mhc, layers=1)).of(self)
         self.sublayers = self.chunk.add(self)
