@@ -42,7 +42,13 @@ class ModelChunk:
 
     def add(self, layer: HyperConnectionTransformerLayer) -> tuple[SubLayer, ...]:
         """Take in the next layer; returns its sub-layers."""
-        added = self.sublayers_of(layer)
+        added = attention, mlp = self.sublayers_of(layer)
+        if layer.held.attention:
+            attention.read_in = attention.written_in = layer
+        if layer.held.mlp or layer.held.router:
+            mlp.read_in = layer
+        if layer.held.mlp:
+            mlp.written_in = layer
         self.sublayers += added
         return added
 
@@ -58,7 +64,8 @@ class ModelChunk:
         behind = sublayer.position + 1
         if not self._works_ahead or behind == len(self.sublayers):
             return None
-        return self.sublayers[behind].connection.next_pre(streams)
+        follows = self.sublayers[behind]
+        return follows.connection.next_pre(streams) if follows.read_in is sublayer.written_in else None
 
     def is_last(self, sublayer: SubLayer) -> bool:
         return sublayer.position == len(self.sublayers) - 1

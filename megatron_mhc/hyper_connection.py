@@ -214,6 +214,42 @@ class HyperConnectionModule(MappingParameters):
             mixed = autograd.post_res(f, mappings, f_bias, linked, next_pre if linked else None)
         return mixed.view(s, b, -1)
 
+    def read_across(self, streams: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """`forward` in a CUDA graph whose edge lies in front of `post_res`.
+
+        Args:
+            streams: [s, b, n*C].
+
+        Returns:
+            layer input [s, b, C], and the tensors of which `arrived` makes what `post_res` takes.
+        """
+        s, b, _ = streams.shape
+        x = streams.view(s * b, self.mhc.num_residual_streams, -1)
+        kernels = self.backend.kernels(x, x.shape[-1])
+        if kernels is None:
+            layer_input, mappings = self.forward(streams)
+            assert isinstance(mappings, reference.Coefficients)
+            return layer_input, (streams, mappings.h_post.contiguous(), mappings.h_res.contiguous())
+        from megatron_mhc.ops import compiled  # imports triton, which a CPU may lack
+
+        layer_input, *tensors = compiled.pre(
+            x, self.mapping_proj(), self.bias, *self.alphas(), *self.options, kernels.name
+        )
+        # `pre` alone gives the streams their gradient.
+        return layer_input.view(s, b, -1), (streams.detach(), *tensors)
+
+    def arrived(self, streams: Tensor, *tensors: Tensor) -> tuple[Tensor, Mappings]:
+        """Streams and mappings for `post_res`, of the tensors of `read_across`."""
+        if len(tensors) == 2:
+            h_post, h_res = tensors
+            return streams, reference.Coefficients(torch.empty_like(h_post), h_post, h_res)
+        from megatron_mhc.ops.autograd import KernelMappings, Saved
+
+        *tunnels, projection, coefficients = tensors
+        saved = Saved(projection, self.bias.detach(), self.alpha_post.detach())
+        x = streams.view(tunnels[0].shape)
+        return streams, KernelMappings(tuple(tunnels), coefficients, saved, streams=x)
+
     # Edges of its graph are taken, which a compiled one does not have.
     @torch.compiler.disable
     def mix(self, streams: Tensor, mappings: Mappings) -> tuple[Tensor, Tensor]:

@@ -5,9 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from megatron.core.transformer.cuda_graphs import CudaGraphManager
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import (
+    MoETransformerLayer,
+    TransformerLayer,
+    TransformerLayerSubmodules,
+)
 from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
 
@@ -15,11 +20,13 @@ from megatron_mhc import parallel
 from megatron_mhc.carried import remember
 from megatron_mhc.chunk import ModelChunks
 from megatron_mhc.config import MHCConfig
+from megatron_mhc.graphs import GraphEdge, Held
 from megatron_mhc.hyper_connection import HyperConnectionModule, check_width
-from megatron_mhc.sublayer import Call, SubLayer
+from megatron_mhc.refusals import LAYER, refuse
+from megatron_mhc.sublayer import Call, SubLayer, Visit
 
 
-class HyperConnectionTransformerLayer(TransformerLayer):
+class HyperConnectionTransformerLayer(TransformerLayer, GraphEdge):
     """A TransformerLayer between n residual streams.
 
         streams -> pre -> attention -> post_res -> pre -> MLP/MoE -> post_res -> streams
@@ -32,7 +39,7 @@ class HyperConnectionTransformerLayer(TransformerLayer):
         chunks: shared by the layers of a model chunk; a layer without makes a chunk of its own.
 
     Raises:
-        ValueError: a configuration that mHC does not support (see `parallel.validate`).
+        ValueError: a configuration that mHC does not support (see `parallel.validate`, `refusals.LAYER`).
 
     Source: arXiv 2512.24880 Eq. (3).
     """
@@ -56,6 +63,8 @@ class HyperConnectionTransformerLayer(TransformerLayer):
         reserved = chunks.reserved_sms
         self.self_attention_hyper_connection = HyperConnectionModule(config, mhc, first, reserved)
         self.mlp_hyper_connection = HyperConnectionModule(config, mhc, first + 1, reserved)
+        self.held, self.eager = Held.of(self), False
+        refuse(LAYER, self, mhc)
         self.chunk = chunks.of(self)
         self.sublayers = self.chunk.add(self)
 
@@ -77,6 +86,93 @@ class HyperConnectionTransformerLayer(TransformerLayer):
         first = self.layer_number == 1
         check_width(hidden_states, width if first else n * width, f"layer {self.layer_number}")
         return self.self_attention_hyper_connection.backend.expand(hidden_states) if first else hidden_states
+
+    # Of Megatron's CUDA graphs, see `graphs`.
+
+    def get_layer_static_inputs(self, seq_length: int, micro_batch_size: int) -> dict[str, Tensor]:
+        """Megatron's sample of what the graph reads, with streams [s, b, n*C] where it reads those."""
+        inputs = super().get_layer_static_inputs(seq_length, micro_batch_size)
+        sample = inputs["hidden_states"].to(self.config.params_dtype)
+        if self.layer_number > 1 or not self.held.attention:
+            sample = sample.repeat(1, 1, self.mhc.num_residual_streams)
+        inputs["hidden_states"] = sample.detach().requires_grad_()
+        return inputs
+
+    def _get_submodules_under_cudagraphs(self) -> list[Any]:
+        submodules = super()._get_submodules_under_cudagraphs()
+        if self.config.cuda_graph_modules and self.held.attention:
+            submodules.append(self.self_attention_hyper_connection)
+        if self.config.cuda_graph_modules and (self.held.mlp or self.held.router):
+            submodules.append(self.mlp_hyper_connection)
+        return submodules
+
+    def _should_call_local_cudagraph(self, *args: Any, **kwargs: Any) -> bool:
+        return not self.eager and super()._should_call_local_cudagraph(*args, **kwargs)
+
+    def _should_call_te_cudagraph(self, *args: Any, **kwargs: Any) -> bool:
+        return not self.eager and super()._should_call_te_cudagraph(*args, **kwargs)
+
+    def _te_cuda_graph_capture(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        """What the graph holds of the layer."""
+        (attention, mlp), call, streams = self.sublayers, Call(args, kwargs), hidden_states
+        if self.held.attention:
+            streams = in_order.sublayer(attention, self, self.enter(hidden_states), call)
+        if self.held.mlp:
+            streams = in_order.sublayer(mlp, self, streams, call)
+        if not self.held.router:
+            return (viewless(streams),)
+        layer_input, crossing = mlp.connection.read_across(streams)
+        # Megatron ends what it returns here by the residual, whose gradient nobody asks for.
+        *routed, residual = self._forward_mlp(layer_input)
+        return *routed, residual.detach(), crossing
+
+    def _te_cuda_graph_replay(  # type: ignore[override]
+        self, hidden_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """The layer's forward: its graph, and what that does not hold of the layer."""
+        (attention, mlp), call, streams = self.sublayers, Call(args, kwargs), hidden_states
+        if not self.held.attention:
+            streams = in_order.sublayer(attention, self, self.enter(hidden_states), call)
+            args, kwargs = (), {}
+        if self.held.router:
+            crossed: list[Tensor] = []
+            f, _ = self._te_cuda_graph_replay_impl((streams, *args), {**kwargs, "crossed": crossed}, None)
+            streams, mappings = mlp.connection.arrived(*crossed)
+            return viewless(mlp.post_res(Visit(streams, f, mappings), f)), call.context
+        (streams,) = super(TransformerLayer, self)._te_cuda_graph_replay(streams, *args, **kwargs)
+        if not self.held.mlp:
+            streams = viewless(in_order.sublayer(mlp, self, streams, call))
+        return streams, call.context
+
+
+class HyperConnectionMoELayer(HyperConnectionTransformerLayer, MoETransformerLayer):
+    """A MoETransformerLayer between n residual streams.
+
+    Its graphs of the router and of what follows the experts hold parts of F alone: they get no residual,
+    which no one adds.
+    """
+
+    def transition_cudagraph_scope(self, mode: str) -> None:
+        if mode == "partial" and not hasattr(self, "cudagraph_manager_router"):
+            self.cudagraph_manager_router = CudaGraphManager(self.config, self, "_route")
+            self.cudagraph_manager_postprocess = CudaGraphManager(self.config, self, "_postprocess")
+        super().transition_cudagraph_scope(mode)
+
+    def _route(self, layer_input: Tensor, padding_mask: Tensor | None = None) -> tuple[Any, ...]:
+        return super()._forward_mlp_router(layer_input, padding_mask)[1:]
+
+    def _forward_mlp_router(self, hidden_states: Tensor, padding_mask: Tensor | None = None) -> Any:
+        return hidden_states, *self._route(hidden_states, padding_mask=padding_mask)
+
+    def _postprocess(
+        self, output: Tensor, shared_expert_output: Tensor | None, bias: Tensor | None
+    ) -> Tensor:
+        return super()._forward_mlp_postprocess(output, output, shared_expert_output, bias)
+
+    def _forward_mlp_postprocess(
+        self, residual: Tensor, output: Tensor, shared_expert_output: Tensor | None, mlp_bias: Tensor | None
+    ) -> Tensor:
+        return self._postprocess(output, shared_expert_output, mlp_bias)
 
 
 class InOrder:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 from megatron_mhc.config import ENVIRONMENT, MHCConfig
 from megatron_mhc.schedule.stages import layer_counts
+
+TRY_GRAPHS = "MEGATRON_MHC_CUDA_GRAPHS"
 
 
 class Refusal(NamedTuple):
@@ -79,7 +82,6 @@ SPEC_DOOR = tuple(
 )
 
 
-_NO_GRAPHS = "drop it: graphs capture one-stream inputs"
 _NO_OFFLOADING = "drop it, and use --recompute-granularity to save memory"
 
 
@@ -108,6 +110,15 @@ def _recomputed_twice(config: Any, mhc: MHCConfig) -> str | None:
     return mhc.recompute_layer_num if twice else None
 
 
+def _sampled_in_one_graph(config: Any, mhc: MHCConfig) -> int | None:
+    return mhc.log_interval if config.cuda_graph_impl == "full_iteration" and mhc.log_interval else None
+
+
+def _untried_graphs(config: Any, mhc: MHCConfig) -> str | None:
+    asked = config.cuda_graph_impl not in (None, "none")
+    return config.cuda_graph_impl if asked and not os.environ.get(TRY_GRAPHS) else None
+
+
 def _other_options(config: Any, mhc: MHCConfig) -> str | None:
     known = getattr(config, "mhc", mhc)
     return f"{known.to_options()} and {mhc.to_options()}" if known != mhc else None
@@ -116,9 +127,6 @@ def _other_options(config: Any, mhc: MHCConfig) -> str | None:
 # A model's configuration, at each of its layers.
 MODEL = (
     _setting("fp32_residual_connection", "drop it: coefficients are applied in fp32 already"),
-    _setting("cuda_graph_impl", _NO_GRAPHS, lambda v: v not in (None, "none")),
-    _setting("enable_cuda_graph", _NO_GRAPHS),
-    _setting("external_cuda_graph", _NO_GRAPHS),
     _setting("cpu_offloading", _NO_OFFLOADING),
     _setting("fine_grained_activation_offloading", _NO_OFFLOADING),
     _setting("inference_fuse_tp_communication", "drop it: it adds the residual inside a linear layer"),
@@ -151,9 +159,20 @@ MODEL = (
         "drop --mhc-recompute-layer-num, or use --recompute-granularity selective",
     ),
     Refusal(
+        _sampled_in_one_graph,
+        "--mhc-log-interval {value} with --cuda-graph-impl full_iteration, in whose graph no hook runs",
+        "set it to 0, or use --cuda-graph-impl local or transformer_engine, whose layers run eagerly at a "
+        "logging step",
+    ),
+    Refusal(
         _other_options,
         "two mHC configurations in one model",
         "{value}; give all layers the same --mhc-num-residual-streams and options",
+    ),
+    Refusal(
+        _untried_graphs,
+        "--cuda-graph-impl {value} has not run on a GPU with mHC, and is proven on CPU stand-ins alone",
+        f"set {TRY_GRAPHS}=1 to try it (docs/cuda_graphs.md), or drop it",
     ),
 )
 
@@ -209,6 +228,40 @@ DELAYED = (
     ),
 )
 
+
+def _replayed_by_layers(layer: Any, mhc: MHCConfig) -> str | None:
+    return mhc.recompute_layer_num if any(layer.held) and mhc.recompute_layer_num != "off" else None
+
+
+def _without_gradients(layer: Any, mhc: MHCConfig) -> str | None:
+    # Stock Megatron: a local graph asks for gradients of the parameters that autograd knows, and Megatron's
+    # checkpoint of a module keeps its parameters to itself.
+    if layer.config.cuda_graph_impl != "local":
+        return None
+    routed = hasattr(layer, "cudagraph_manager_router")
+    if layer.held.attention and layer.recompute_input_layernorm:
+        return "layernorm"
+    if (layer.held.mlp or routed) and layer.recompute_pre_mlp_layernorm:
+        return "layernorm"
+    up_projection = getattr(layer.self_attention, "recompute_up_proj", False)
+    return "mla_up_proj" if layer.held.attention and up_projection else None
+
+
+# A built layer, whose `held` is what its CUDA graph holds of it.
+LAYER = (
+    Refusal(
+        _replayed_by_layers,
+        "--mhc-recompute-layer-num {value} with CUDA graphs of single layers",
+        "a block is replayed from its first streams through several layers, and a graph replays one; use "
+        "--recompute-granularity selective, or --cuda-graph-impl full_iteration, or drop it",
+    ),
+    Refusal(
+        _without_gradients,
+        "--recompute-modules {value} with --cuda-graph-impl local leaves its parameters without a gradient",
+        "recompute without it, or use --cuda-graph-impl transformer_engine",
+    ),
+)
+
 # The schedules: Megatron's, the two that overlap, and of these `fused`; then the `split` boundary.
 MEGATRONS_SCHEDULE = (
     Refusal(
@@ -224,6 +277,8 @@ OVERLAPPED = _settings(
     ("num_microbatches_with_partial_activation_checkpoints", "drop it", lambda v: v is not None),
     ("moe_paged_stash", "drop it"),
     ("hybrid_context_parallel", "drop it"),
+    # They are captured in the order of Megatron's schedule, and by its end.
+    ("cuda_graph_impl", "drop it", lambda v: v not in (None, "none")),
 )
 FUSED = (
     *_settings(

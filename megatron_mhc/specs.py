@@ -27,7 +27,11 @@ from megatron_mhc.chunk import ModelChunk, ModelChunks
 from megatron_mhc.config import MHCConfig, flag, refuse_environment
 from megatron_mhc.diagnostics.training import check_loop, check_writers
 from megatron_mhc.hooks.uses import SPEC_USES
-from megatron_mhc.layer import HyperConnectionTransformerLayer, unsupported_submodule
+from megatron_mhc.layer import (
+    HyperConnectionMoELayer,
+    HyperConnectionTransformerLayer,
+    unsupported_submodule,
+)
 from megatron_mhc.pipeline.comm import sms_of_receives
 from megatron_mhc.pipeline.options import check_config
 from megatron_mhc.recompute.chunk import DroppingChunk
@@ -56,17 +60,20 @@ def wrap_layer_spec(spec: ModuleSpec, mhc: MHCConfig, chunks: ModelChunks | None
             f"{flag('recompute_layer_num')} {mhc.recompute_layer_num} needs to know all layers of a model "
             "chunk: wrap them by wrap_block_spec, not one by one by wrap_layer_spec"
         )
-    if spec.module is HyperConnectionTransformerLayer:
+    if spec.module in (HyperConnectionTransformerLayer, HyperConnectionMoELayer):
         return spec
-    # MoETransformerLayer differs from its base in CUDA graphs alone, which are refused.
-    if spec.module not in (TransformerLayer, MoETransformerLayer):
+    layer = {
+        TransformerLayer: HyperConnectionTransformerLayer,
+        MoETransformerLayer: HyperConnectionMoELayer,
+    }.get(spec.module)
+    if layer is None:
         name = getattr(spec.module, "__name__", spec.module)
         raise ValueError(f"cannot wrap layers of {name}: mHC wraps megatron.core's TransformerLayer")
     if (part := unsupported_submodule(spec.submodules)) is not None:
         raise ValueError(f"cannot wrap a layer with {part}: mHC needs self-attention and an MLP, no more")
     submodules = dataclasses.replace(spec.submodules, self_attn_bda=bias_dropout, mlp_bda=bias_dropout)
     return ModuleSpec(
-        module=HyperConnectionTransformerLayer,
+        module=layer,
         params={**spec.params, "mhc": mhc, "chunks": chunks},
         submodules=submodules,
         metainfo=spec.metainfo,

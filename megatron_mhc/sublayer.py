@@ -91,6 +91,9 @@ class SubLayer:
         f: `attention` or `mlp`.
         position: in the chunk.
 
+    Attributes:
+        read_in, written_in: the layer in whose CUDA graph `pre` and `post_res` run; None for in none.
+
     Source: arXiv 2512.24880 Eq. (3).
     """
 
@@ -98,6 +101,8 @@ class SubLayer:
         self, connection: HyperConnectionModule, f: Callable[..., Tensor], chunk: ModelChunk, position: int
     ):
         self.connection, self.f, self.chunk, self.position = connection, f, chunk, position
+        self.read_in: HyperConnectionTransformerLayer | None = None
+        self.written_in: HyperConnectionTransformerLayer | None = None
 
     def pre(self, streams: Tensor) -> Visit:
         """Read the layer input from streams: [s, b, n*C]."""

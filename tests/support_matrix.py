@@ -197,8 +197,8 @@ FEATURES = (
     Feature(
         "CUDA graphs",
         REFUSED,
-        "they capture inputs of one stream",
-        (_REFUSALS + "unsupported_setting_is_refused",),
+        "not run on a GPU yet; `MEGATRON_MHC_CUDA_GRAPHS=1` lets them start: [docs/cuda_graphs.md](docs/cuda_graphs.md)",
+        (_REFUSALS + "graphs_are_refused_unless_asked_for_and_under_the_overlapping_schedules_ever",),
     ),
     Feature(
         "`--overlap-moe-expert-parallel-comm`",

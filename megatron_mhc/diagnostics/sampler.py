@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from megatron_mhc.carried import options_of
 from megatron_mhc.diagnostics.report import Report, reduce_samples
+from megatron_mhc.graphs import eagerly
 from megatron_mhc.hyper_connection import HyperConnectionModule
 from megatron_mhc.ops import reference
 
@@ -63,7 +64,7 @@ class Sampler:
         tokens = mhc.log_tokens if tokens is None else tokens
         if tokens < 1:
             raise ValueError(f"tokens={tokens}: sample at least 1")
-        self.mhc, self.config = mhc, config
+        self.model, self.mhc, self.config = model, mhc, config
         self.connections = connections(model)
         shards = config.context_parallel_size
         if config.sequence_parallel:
@@ -71,16 +72,14 @@ class Sampler:
         # The same on all ranks, so that pipeline stages exchange blocks of one size.
         self.capacity = max(1, tokens // shards)
         self.samples: dict[int, Sample] = {}
-        self._handles: list[Any] = []
+        self._hooked = ExitStack()
 
     def __enter__(self) -> Sampler:
-        self._handles = [c.register_forward_hook(self._hook) for c in self.connections]
+        self._hooked.enter_context(hooked(self.model, self.connections, self._hook))
         return self
 
     def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        self._hooked.close()
 
     def _hook(self, module: nn.Module, args: tuple[Any, ...], output: tuple[Tensor, Any]) -> None:
         assert isinstance(module, HyperConnectionModule)
@@ -99,6 +98,20 @@ class Sampler:
         if missing:
             raise ValueError(f"sub-layers {missing} did not run: run the model inside the sampler's block")
         return reduce_samples(self.samples, self.config, self.mhc, self.capacity)
+
+
+@contextmanager
+def hooked(
+    model: nn.Module | Sequence[nn.Module], found: list[HyperConnectionModule], hook: Callable[..., None]
+) -> Iterator[None]:
+    """Call a forward hook on these connections of a model, whose layers then run without CUDA graphs."""
+    handles = [connection.register_forward_hook(hook) for connection in found]
+    try:
+        with eagerly(model):
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def connections(model: nn.Module | Sequence[nn.Module]) -> list[HyperConnectionModule]:
@@ -173,9 +186,5 @@ def capture_h_res(model: nn.Module | Sequence[nn.Module]) -> Iterator[list[Tenso
     def hook(module: nn.Module, args: Any, output: Any) -> None:
         captured.append(output[1].h_res.detach())
 
-    handles = [connection.register_forward_hook(hook) for connection in found]
-    try:
+    with hooked(model, found, hook):
         yield captured
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 _LAYER = "megatron.core.transformer.transformer_layer:TransformerLayer"
+_MOE_LAYER = "megatron.core.transformer.transformer_layer:MoETransformerLayer"
+_GRAPHABLE = "megatron.core.transformer.module:GraphableMegatronModule"
 _BLOCK = "megatron.core.transformer.transformer_block"
 _MOE = "megatron.core.transformer.moe.moe_layer:MoELayer"
 _SHARDED = "megatron.core.dist_checkpointing.optimizer"
@@ -62,6 +64,18 @@ USES: tuple[Use, ...] = (
         "cross_attn_bda, pre_mlp_layernorm, mlp, mlp_bda, sharded_state_dict_keys_map",
     ),
     Use("megatron.core.utils:make_viewless_tensor", "inp, requires_grad, keep_graph"),
+    # layer.py, graphs.py: CUDA graphs
+    Use(f"{_GRAPHABLE}.get_layer_static_inputs", "self, seq_length, micro_batch_size"),
+    Use(f"{_GRAPHABLE}._get_submodules_under_cudagraphs", "self"),
+    Use(f"{_GRAPHABLE}._should_call_local_cudagraph", "self, args, kwargs"),
+    Use(f"{_GRAPHABLE}._te_cuda_graph_capture", "self, args, kwargs"),
+    Use(f"{_LAYER}._te_cuda_graph_replay_impl", "self, args, kwargs, context", ("_te_cuda_graph_replay",)),
+    Use(f"{_LAYER}.create_mcore_cudagraph_manager", "self, config", ("cudagraph_manager",)),
+    Use(f"{_GRAPHABLE}._te_cuda_graph_replay", "self, args, kwargs"),
+    Use(f"{_GRAPHABLE}._should_call_te_cudagraph", "self, args, kwargs"),
+    Use(f"{_MOE_LAYER}.transition_cudagraph_scope", "self, mode", ("cudagraph_manager_router",)),
+    Use(f"{_MOE_LAYER}._forward_mlp_router", "self, hidden_states, padding_mask"),
+    Use(f"{_MOE_LAYER}._forward_mlp_postprocess", "self, residual, output, shared_expert_output, mlp_bias"),
     # hooks/messages.py
     Use(
         "megatron.core.pipeline_parallel.p2p_communication:P2PCommunicator.__init__",

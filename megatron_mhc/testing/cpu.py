@@ -9,7 +9,7 @@ The arguments need `--distributed-backend gloo --transformer-impl local --no-rop
 In a program: `install()` before the first `import megatron`, `patch_megatron()` after it. Both redirect
 the "cuda" that Megatron hard-codes and fill what gloo, the wheel and the local modules lack. Collectives,
 schedules, RNG tracker, optimizers and checkpoints are the real ones. What a CPU cannot show: stream
-races, NCCL, fused kernels, CUDA graphs, bf16 as a GPU rounds it.
+races, NCCL, fused kernels, bf16 as a GPU rounds it. CUDA graphs: `graphs`.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ from megatron_mhc import MHCConfig, carried, parallel, refusals, specs
 from megatron_mhc.config import flag
 from megatron_mhc.hooks.messages import widen_messages
 from megatron_mhc.hyper_connection import check_width
+from megatron_mhc.pipeline.options import check_config
 
 
 def config(**settings):
@@ -35,10 +36,6 @@ def config(**settings):
     [
         ("fp32_residual_connection", True),
         ("overlap_moe_expert_parallel_comm", True),
-        ("cuda_graph_impl", "local"),
-        ("cuda_graph_impl", "transformer_engine"),
-        ("enable_cuda_graph", True),
-        ("external_cuda_graph", True),
         ("cpu_offloading", True),
         ("fine_grained_activation_offloading", True),
         ("inference_fuse_tp_communication", True),
@@ -52,6 +49,23 @@ def test_unsupported_setting_is_refused(name, value):
     with pytest.raises(ValueError) as error:
         parallel.validate(config(**{name: value}), MHCConfig())
     assert f"--{name.replace('_', '-')} {value}: " in str(error.value)
+
+
+@pytest.mark.parametrize("impl", ["none", "local", "transformer_engine", "full_iteration"])
+def test_graphs_are_refused_unless_asked_for_and_under_the_overlapping_schedules_ever(monkeypatch, impl):
+    settings = config(cuda_graph_impl=impl)
+    if impl != "none":
+        with pytest.raises(ValueError, match=f"--cuda-graph-impl {impl} .*{refusals.TRY_GRAPHS}=1"):
+            parallel.validate(settings, MHCConfig())
+        monkeypatch.setenv(refusals.TRY_GRAPHS, "1")
+    parallel.validate(settings, MHCConfig())
+    check_config(settings, MHCConfig())
+    overlapped = MHCConfig(pipeline_schedule="interleaved")
+    if impl == "none":
+        check_config(settings, overlapped)
+        return
+    with pytest.raises(ValueError, match=f"interleaved does not support --cuda-graph-impl {impl}"):
+        check_config(settings, overlapped)
 
 
 @pytest.mark.parametrize(
