@@ -197,7 +197,8 @@ FEATURES = (
     Feature(
         "CUDA graphs",
         REFUSED,
-        "not run on a GPU yet; `MEGATRON_MHC_CUDA_GRAPHS=1` lets them start: [docs/cuda_graphs.md](docs/cuda_graphs.md)",
+        "not run on a GPU yet; `MEGATRON_MHC_CUDA_GRAPHS=1` lets them start: "
+        "[docs/cuda_graphs.md](docs/cuda_graphs.md)",
         (_REFUSALS + "graphs_are_refused_unless_asked_for_and_under_the_overlapping_schedules_ever",),
     ),
     Feature(
