@@ -2,12 +2,10 @@
 
 import pytest
 import torch
-from test_triton import DEVICE, ON_GPU, inputs
+from ops_cases import DEVICE, ON_GPU, OPTIONS, inputs
+from ops_chains import bias_like, biased, eighths
 
 from megatron_mhc.ops import autograd
-from megatron_mhc.ops.autograd import NextPre
-from megatron_mhc.ops.kernels import TRITON
-from megatron_mhc.ops.options import Options
 from megatron_mhc.ops.triton import replay
 from megatron_mhc.ops.triton.post_res import post_res_forward
 
@@ -19,51 +17,14 @@ CASES = [
     (3, 8, 16, torch.float32),
     (0, 4, 32, torch.bfloat16),
 ]
-OPTIONS = Options(1e-6, 20, False)
 if ON_GPU:
     CASES += [(4096, 4, 2560, torch.bfloat16), (333, 2, 272, torch.bfloat16), (130, 8, 1024, torch.float16)]
-
-
-def bias_like(f):
-    return torch.randn(f.shape[1], generator=torch.Generator().manual_seed(5)).to(f.detach())
-
-
-class Eighths(torch.autograd.Function):
-    """Triton's interpreter truncates to bf16 where torch rounds: sums that bf16 holds, with gradients."""
-
-    @staticmethod
-    def forward(ctx, t):
-        return t.clone() if ON_GPU or t.dtype != torch.bfloat16 else (t * 8).round() / 8
-
-    @staticmethod
-    def backward(ctx, g):
-        return g
-
-
-eighths = Eighths.apply
-
-
-def run(case, fold, linked=True, ahead=False):
-    """Output and gradients of two connections whose F has a bias, which post_res adds if `fold`."""
-    tokens, n, channels, dtype = case
-    x, weight, bias, *alphas, f = (t.clone().requires_grad_() for t in inputs(tokens, n, channels, dtype))
-    f_bias = eighths(bias_like(f)).requires_grad_()
-    out = x
-    for k in range(2):
-        layer_input, mappings = autograd.pre(out, weight, bias, tuple(alphas), OPTIONS)
-        raw = eighths(f if k == 0 else layer_input)
-        raw = raw if fold else raw + f_bias
-        next_pre = NextPre(TRITON, weight, bias, tuple(alphas), OPTIONS) if ahead else None
-        out = autograd.post_res(raw, mappings, f_bias if fold else None, linked, next_pre)
-    g = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
-    leaves = [x, weight, bias, *alphas, f, f_bias]
-    return [out, *torch.autograd.grad(out, leaves, g)]
 
 
 @pytest.mark.parametrize("options", [{}, dict(linked=False), dict(ahead=True)], ids=["", "apart", "ahead"])
 @pytest.mark.parametrize("case", CASES)
 def test_a_bias_that_post_res_adds_has_the_bits_of_one_added_before(case, options):
-    got, want = run(case, True, **options), run(case, False, **options)
+    got, want = biased(case, True, **options), biased(case, False, **options)
     for a, b in zip(got, want, strict=True):
         assert a.dtype == b.dtype and torch.equal(a, b)
     assert not case[0] or all(grad.abs().max() > 0 for grad in got[-2:])

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from test_triton import DEVICE, ON_GPU, error, inputs, reference_connection
+from ops_cases import DEVICE, ON_GPU, OPTIONS, error, inputs
+from ops_chains import chain
 
-from megatron_mhc.ops import autograd, reference
+from megatron_mhc.ops import autograd
 from megatron_mhc.ops.autograd import NextPre
-from megatron_mhc.ops.kernels import HOPPER, TRITON
-from megatron_mhc.ops.options import Options
+from megatron_mhc.ops.kernels import TRITON
 from megatron_mhc.ops.triton.post_res import post_res_forward
 from megatron_mhc.ops.triton.post_res_project import post_res_project
 
@@ -15,7 +15,6 @@ CASES = [(5, 4, 48, False), (17, 4, 80, True), (9, 2, 32, False), (3, 1, 16, Fal
 if ON_GPU:
     CASES += [(4096, 4, 2560, False), (1000, 4, 4096, True), (257, 2, 1040, False), (70, 1, 272, False)]
 BF16 = torch.bfloat16
-OPTIONS = Options(1e-6, 20, False)
 # The interpreter truncates to bf16 where a GPU rounds.
 STREAM, COEFFICIENT = (5e-3, 1e-3) if ON_GPU else (1e-2, 2e-2)
 
@@ -29,25 +28,6 @@ def test_output_has_the_bits_of_post_res_and_the_parts_are_its_projection(tokens
     exact = out.double().view(tokens, n * channels)
     assert error(parts[..., :-1].sum(0), exact @ weight.double().T) <= 2e-5
     assert error(parts[..., -1].sum(0), exact.square().sum(1)) <= 1e-6
-
-
-def chain(tensors, ahead):
-    """Output and gradients of three connections with the same parameters.
-
-    ahead: None is the reference; else post_res makes nothing of the next one, its projection, or "all".
-    """
-    leaves = [(t.double() if ahead is None else t.clone()).requires_grad_() for t in tensors]
-    out, weight, bias, *alphas, f = leaves
-    for _ in range(3):
-        if ahead is None:
-            layer_input, mixed, h = reference_connection(out, weight, bias, *alphas, f, False)
-            out = reference.post_res(out, f + layer_input, h.h_post, h.h_res)
-            continue
-        layer_input, mappings = autograd.pre(out, weight, bias, tuple(alphas), OPTIONS)
-        next_pre = NextPre(HOPPER if ahead == "all" else TRITON, weight, bias, tuple(alphas), OPTIONS)
-        out = autograd.post_res(f + layer_input, mappings, next_pre=next_pre if ahead else None)
-    g = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE)
-    return [out, *torch.autograd.grad(out, leaves, g.to(out.dtype))]
 
 
 @pytest.fixture

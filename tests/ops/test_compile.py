@@ -4,13 +4,13 @@ import functools
 
 import pytest
 import torch
-from test_triton import ON_GPU, inputs
+from ops_cases import ON_GPU, inputs
+from ops_chains import apart, connections, optimize, results, same, sublayer
 
 from megatron_mhc import MHCConfig
 from megatron_mhc.backend import choose
 from megatron_mhc.ops import autograd, compiled, reference
 from megatron_mhc.ops.options import Options
-from megatron_mhc.testing import ranks
 
 MHC = MHCConfig()
 CASES = [
@@ -24,53 +24,9 @@ if ON_GPU:
     CASES += [(1000, 4, 2560, torch.bfloat16, False), (65, 8, 144, torch.float32, True)]
 
 
-def optimize(fn, backend="aot_eager", fullgraph=True, dynamic=False):
-    """torch.compile, which testing.cpu takes away."""
-    return torch._dynamo.optimize(backend, nopython=fullgraph, dynamic=dynamic)(fn)
-
-
-def sublayer(layer_input, f):
-    return layer_input * 0.5 + f
-
-
 def broken(layer_input, f):
     torch._dynamo.graph_break()
     return layer_input * 0.5 + f
-
-
-def connections(x, weight, bias, a_pre, a_post, a_res, f, v4, branch=sublayer):
-    """Two connections in a row around `branch`."""
-    for _ in range(2):
-        layer_input, mappings = autograd.pre(x, weight, bias, (a_pre, a_post, a_res), Options(1e-6, 20, v4))
-        x = autograd.post_res(branch(layer_input, f), mappings)
-    return layer_input, x
-
-
-def results(run, tensors, *args):
-    """Outputs and the gradient of every input."""
-    leaves = [t.clone().requires_grad_() for t in tensors]
-    outputs = run(*leaves, *args)
-    generator = torch.Generator().manual_seed(1)
-    grads = [torch.randn(o.shape, generator=generator).to(o) for o in outputs]
-    return [*outputs, *torch.autograd.grad(outputs, leaves, grads)]
-
-
-def same(got, want):
-    assert len(got) == len(want)
-    for a, b in zip(got, want, strict=True):
-        assert a.dtype == b.dtype and a.stride() == b.stride()
-        assert torch.equal(a, b)
-
-
-def apart(test):
-    """Run a test in a process of its own: one that has compiled cannot fork ranks that go backward."""
-
-    @functools.wraps(test)
-    def run(*args, **kwargs):
-        body = functools.partial(test, *args, **kwargs)
-        body() if ON_GPU else ranks.run_ranks(1, body)
-
-    return run
 
 
 def graphs():

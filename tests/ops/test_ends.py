@@ -5,14 +5,14 @@ On a CPU in Triton's interpreter; with MEGATRON_MHC_GPU_TESTS=1 on the GPU, at l
 
 import pytest
 import torch
-from test_triton import CASES, DEVICE, STREAM, error
-from test_triton import poisoned as poisoned  # buffers start as NaN
+from ops_cases import CASES, DEVICE, STREAM, error
 
 from megatron_mhc import MHCConfig
 from megatron_mhc.backend import Backend
 from megatron_mhc.ops import reference
 from megatron_mhc.ops.triton import expand_contract
 
+pytestmark = pytest.mark.usefixtures("poisoned")
 SHAPES = [(tokens, n, channels, dtype) for tokens, n, channels, dtype, v4 in CASES if not v4]
 
 

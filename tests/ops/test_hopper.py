@@ -6,14 +6,9 @@ MEGATRON_MHC_GPU_TESTS=1 python -m pytest tests/ops/test_hopper.py
 import functools
 
 import pytest
-import test_boundary
-import test_replay
 import torch
-from test_bias import run as two_with_a_bias
-from test_compile import connections, optimize, results
-from test_linked import run as linked
-from test_triton import COEFFICIENT, DEVICE, ON_GPU, STREAM, compare, error, inputs, triton_connection
-from test_triton import poisoned as poisoned  # buffers start as NaN here too
+from ops_cases import COEFFICIENT, DEVICE, ON_GPU, STREAM, compare, error, inputs, triton_connection
+from ops_chains import biased, chain, check_replay, connections, optimize, results, two_in_a_row
 
 from megatron_mhc import MHCConfig
 from megatron_mhc.backend import choose
@@ -25,7 +20,10 @@ from megatron_mhc.ops.triton.post_res import post_res_forward
 
 BF16 = torch.bfloat16
 ON_HOPPER = ON_GPU and torch.cuda.get_device_capability() == (9, 0)
-pytestmark = pytest.mark.skipif(not ON_HOPPER, reason="needs an H100 or H200: MEGATRON_MHC_GPU_TESTS=1")
+pytestmark = [
+    pytest.mark.skipif(not ON_HOPPER, reason="needs an H100 or H200: MEGATRON_MHC_GPU_TESTS=1"),
+    pytest.mark.usefixtures("poisoned"),
+]
 
 # (tokens, channels)
 SHAPES = [(1, 16), (16, 16), (37, 48), (257, 1040), (1000, 4096), (4096, 2560), (5, 7168), (0, 32)]
@@ -104,7 +102,7 @@ def test_tiny_and_huge_streams_match_float64():
 @pytest.mark.parametrize("tokens, channels", [*SHAPES[:4], (4096, 2560), (0, 32)])
 def test_a_bias_of_f_gives_what_an_addition_before_gives(tokens, channels, linked):
     case = (tokens, 4, channels, BF16)
-    got, want = (two_with_a_bias(case, fold, linked) for fold in (True, False))
+    got, want = (biased(case, fold, linked) for fold in (True, False))
     for a, b in zip(got, want, strict=True):
         # f + f_bias is rounded there alone, so the gradient of h_post is another in the ninth bit; and of a
         # single number, as d alpha is, up to a few parts in 256.
@@ -117,9 +115,9 @@ def test_linked_connections_give_the_gradients_of_unlinked_ones(monkeypatch, tok
     made, original = [], autograd.post_backward
     monkeypatch.setattr(autograd, "post_backward", lambda *args: (made.append(0), original(*args))[1])
     case = (tokens, 4, channels, BF16, v4)
-    want = linked(case, linked=False)
+    want = two_in_a_row(case, linked=False)
     assert len(made) == 2
-    got = linked(case)
+    got = two_in_a_row(case)
     assert len(made) == (3 if tokens else 4)  # the last one has its own
     for a, b in zip(got, want, strict=True):
         assert error(a, b.double()) <= STREAM[BF16]
@@ -129,7 +127,7 @@ def test_linked_connections_give_the_gradients_of_unlinked_ones(monkeypatch, tok
 def test_a_chain_that_works_ahead_has_the_bits_of_one_that_does_not(tokens, channels):
     """--mhc-boundary fused."""
     tensors = inputs(tokens, 4, channels, BF16)
-    same(test_boundary.chain(tensors, "all"), test_boundary.chain(tensors, False))
+    same(chain(tensors, "all"), chain(tensors, False))
 
 
 @pytest.mark.parametrize("v4", [False, True])
@@ -159,11 +157,9 @@ def test_one_way_by_these_kernels_and_the_other_by_tritons(monkeypatch, tokens, 
 
 
 @pytest.mark.parametrize("tokens, channels", [*SHAPES[:3], (4096, 2560), (333, 1040)])
-def test_a_replay_has_the_bits_of_the_forward_pass(monkeypatch, tokens, channels):
+def test_a_replay_has_the_bits_of_the_forward_pass(tokens, channels):
     """Recompute writes layer inputs again from the coefficients, by a Triton kernel."""
-    monkeypatch.setattr(test_replay, "pre_forward", pre.pre_forward)
-    case = (tokens, 4, channels, BF16, 3)
-    test_replay.test_streams_and_layer_inputs_have_the_bits_of_the_forward_pass(case, True)
+    check_replay((tokens, 4, channels, BF16, 3), True, pre.pre_forward)
 
 
 @pytest.mark.parametrize("tokens, channels", [(37, 48), (2000, 1024), (1000, 4096)])

@@ -6,10 +6,8 @@ import types
 import pytest
 import torch
 from megatron.core.transformer import TransformerConfig
-from test_boundary import chain
-from test_compile import apart, connections, optimize, results, same
-from test_linked import run as linked
-from test_triton import DEVICE, inputs
+from ops_cases import DEVICE, inputs
+from ops_chains import apart, chain, connections, optimize, results, same, two_in_a_row
 
 import megatron_mhc.backend
 from megatron_mhc import MHCConfig
@@ -48,10 +46,10 @@ def by_hopper(monkeypatch, calls):
 
 @pytest.mark.parametrize("links", [True, False])
 def test_forward_and_backward_are_hoppers(calls, links, request):
-    want = linked((*CASE, True), linked=links)
+    want = two_in_a_row((*CASE, True), linked=links)
     assert not calls
     request.getfixturevalue("by_hopper")
-    same(linked((*CASE, True), linked=links), want)
+    same(two_in_a_row((*CASE, True), linked=links), want)
     assert calls == ["pre_forward"] * 2 + ["pre_backward"] * 2
 
 

@@ -9,11 +9,8 @@ import re
 import pytest
 import torch
 from emulator.launch import Emulator, EmulatorError, Schedule, compiler
-from test_bias import run as two_with_a_bias
-from test_boundary import chain
-from test_linked import run as linked
-from test_triton import COEFFICIENT, ON_GPU, STREAM, compare, error, inputs
-from test_triton import poisoned as poisoned  # buffers start as NaN here too
+from ops_cases import COEFFICIENT, ON_GPU, STREAM, compare, error, inputs
+from ops_chains import biased, chain, two_in_a_row
 
 from megatron_mhc.ops import autograd
 from megatron_mhc.ops.hopper import compile, pre, pre_backward
@@ -23,6 +20,7 @@ from megatron_mhc.ops.options import Options
 pytestmark = [
     pytest.mark.skipif(ON_GPU, reason="the GPU is there: test_hopper.py"),
     pytest.mark.skipif(compiler() is None, reason="the emulator needs g++"),
+    pytest.mark.usefixtures("poisoned"),
 ]
 BF16 = torch.bfloat16
 WIDE = ("layer_input", "streams", "d x", "d f")
@@ -201,7 +199,7 @@ def test_bits_of_a_token_do_not_depend_on_others(emulate, v4):
 def test_a_linked_connection_gets_the_gradients_of_an_unlinked_one(emulate, v4):
     emulate(SHAPES[1])
     case = (37, 4, 80, BF16, v4)
-    for a, b in zip(linked(case), linked(case, linked=False), strict=True):
+    for a, b in zip(two_in_a_row(case), two_in_a_row(case, linked=False), strict=True):
         # Unlinked, df is Triton's, whose interpreter truncates; d alpha is one number.
         assert error(a, b.double()) <= (STREAM[BF16] if b.numel() > 1 else 1e-2)
 
@@ -217,7 +215,7 @@ def test_df_of_the_connection_that_wrote_x_matches_float64(emulate, shape):
 
 def test_a_bias_of_f_gives_what_an_addition_before_gives(emulate):
     emulate(SHAPES[1])
-    got, want = (two_with_a_bias((37, 4, 80, BF16), fold, True) for fold in (True, False))
+    got, want = (biased((37, 4, 80, BF16), fold, True) for fold in (True, False))
     for a, b in zip(got, want, strict=True):
         assert error(a, b.double()) <= (STREAM[BF16] if b.numel() > 1 else 3e-2)
 

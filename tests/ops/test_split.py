@@ -5,15 +5,15 @@ On a CPU in Triton's interpreter; with MEGATRON_MHC_GPU_TESTS=1 on the GPU, at l
 
 import pytest
 import torch
-from test_triton import (  # noqa: F401
+from ops_cases import (
     CASES,
     COEFFICIENT,
     DEVICE,
     ON_GPU,
+    OPTIONS,
     STREAM,
     error,
     inputs,
-    poisoned,
     reference_connection,
 )
 
@@ -26,8 +26,8 @@ from megatron_mhc.ops.triton.pre import pre_forward
 from megatron_mhc.ops.triton.pre_backward import pre_backward
 from megatron_mhc.pipeline.nodes import StageEntry, pack, unpack
 
+pytestmark = pytest.mark.usefixtures("poisoned")
 PARAMETERS = ("x", "weight", "bias", "alpha_pre", "alpha_post", "alpha_res")
-OPTIONS = Options(1e-6, 20, False)
 
 
 def noise(seed, *shapes):

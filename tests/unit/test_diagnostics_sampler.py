@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from diagnostics_cases import C, N, T, config_of, connections, random_samples
 from megatron.core.transformer.transformer_config import TransformerConfig
-from test_diagnostics import C, N, T, config_of, connections, random_samples
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -7,7 +7,7 @@ import re
 
 import pytest
 import torch
-from test_diagnostics import C, N, T, config_of, connections, random_samples
+from diagnostics_cases import C, N, T, config_of, connections, random_samples
 
 from megatron_mhc import MHCConfig
 from megatron_mhc.diagnostics.report import Report, reduce_samples, sublayer_name

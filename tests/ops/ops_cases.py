@@ -1,0 +1,94 @@
+"""What the operations are given here, in which sizes, and how near to float64 they must come."""
+
+import os
+
+import torch
+
+from megatron_mhc.ops import autograd, reference
+from megatron_mhc.ops.options import Options
+
+ON_GPU = bool(os.environ.get("MEGATRON_MHC_GPU_TESTS"))
+DEVICE = "cuda" if ON_GPU else "cpu"
+OPTIONS = Options(1e-6, 20, False)
+
+# (tokens, streams, channels, dtype, deepseek_v4)
+CASES = [
+    (5, 4, 48, torch.float32, False),
+    (5, 4, 48, torch.float32, True),
+    (3, 2, 32, torch.float32, False),
+    (2, 1, 16, torch.float32, False),
+    (3, 8, 16, torch.float32, False),
+    (7, 4, 80, torch.bfloat16, False),
+    (9, 2, 48, torch.float16, True),
+    (1, 4, 16, torch.float32, False),
+    (0, 4, 32, torch.bfloat16, False),
+]
+if ON_GPU:
+    CASES += [
+        (257, 4, 1040, torch.bfloat16, False),
+        (4096, 4, 2560, torch.bfloat16, False),
+        (1000, 4, 4096, torch.bfloat16, True),
+        (333, 2, 272, torch.float16, False),
+        (300, 4, 512, torch.float32, True),
+        (130, 8, 1024, torch.bfloat16, False),
+        (65, 1, 144, torch.bfloat16, False),
+    ]
+# Relative L2 error. Streams are rounded once; coefficients and parameter gradients stay fp32. The
+# interpreter truncates to bf16 where a GPU rounds; TF32 takes part in a GPU's dx.
+STREAM = {torch.float32: 2e-6, torch.float16: 6e-4, torch.bfloat16: 2.5e-3 if ON_GPU else 5e-3}
+# d alpha is one number, and a sum over tokens in which much cancels.
+COEFFICIENT = {torch.float32: 3e-5, torch.float16: 3e-4, torch.bfloat16: 5e-4}
+
+
+def inputs(tokens, n, channels, dtype, scale=1.0, logits=1.0):
+    generator = torch.Generator().manual_seed(tokens + n)
+    rows = n * n + 2 * n
+
+    def rand(*shape):
+        return torch.randn(*shape, generator=generator).to(DEVICE)
+
+    x, f = (rand(tokens, n, channels) * scale).to(dtype), rand(tokens, channels).to(dtype)
+    weight, bias = rand(rows, n * channels) * 0.05, rand(rows) * logits
+    alphas = [torch.tensor([value], device=DEVICE) for value in (0.5, 0.7, 0.9)]
+    return [x, weight, bias, *alphas, f]
+
+
+def reference_connection(x, weight, bias, a_pre, a_post, a_res, f, v4, iterations=20):
+    logits = reference.mapping_logits(x, weight, (a_pre, a_post, a_res), bias, 1e-6)
+    h = reference.mhc_mappings(logits, x.shape[1], deepseek_v4=v4, sinkhorn_iterations=iterations)
+    return reference.pre(x, h.h_pre), reference.post_res(x, f, h.h_post, h.h_res), h
+
+
+def triton_connection(x, weight, bias, a_pre, a_post, a_res, f, v4, iterations=20):
+    layer_input, mappings = autograd.pre(
+        x, weight, bias, (a_pre, a_post, a_res), Options(1e-6, iterations, v4)
+    )
+    return layer_input, autograd.post_res(f, mappings), mappings
+
+
+def error(got, want):
+    assert got.shape == want.shape
+    if not want.numel():
+        return 0.0
+    assert got.isfinite().all()
+    return ((got.double() - want).norm() / want.norm().clamp_min(1e-20)).item()
+
+
+NAMES = ("x", "weight", "bias", "alpha_pre", "alpha_post", "alpha_res", "f")
+
+
+def compare(tensors, dtype, v4, iterations=20):
+    """Errors of outputs and gradients by name, Triton against float64."""
+    exact = [t.double().requires_grad_() for t in tensors]
+    ours = [t.clone().requires_grad_() for t in tensors]
+    want_l, want_x, want_h = reference_connection(*exact, v4, iterations)
+    got_l, got_x, got_h = triton_connection(*ours, v4, iterations)
+    generator = torch.Generator().manual_seed(1)
+    dl, dx = (torch.randn(o.shape, generator=generator).to(DEVICE).to(dtype) for o in (got_l, got_x))
+    torch.autograd.backward([want_l, want_x], [dl.double(), dx.double()])
+    torch.autograd.backward([got_l, got_x], [dl, dx])
+    errors = {"layer_input": error(got_l, want_l), "streams": error(got_x, want_x)}
+    for name in ("h_pre", "h_post", "h_res"):
+        errors[name] = error(getattr(got_h, name), getattr(want_h, name))
+    errors |= {"d " + name: error(a.grad, b.grad) for name, a, b in zip(NAMES, ours, exact, strict=True)}
+    return errors
