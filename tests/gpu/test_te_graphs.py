@@ -1,6 +1,6 @@
 """Steps in CUDA graphs against steps without, of mHC and of the same model without mHC, on one GPU.
 
-MEGATRON_MHC_GPU_TESTS=1 python -m pytest tests/gpu/test_cuda_graphs.py -rA -s
+MEGATRON_MHC_GPU_TESTS=1 python -m pytest tests/gpu/test_te_graphs.py -rA -s
 
 Every side of a case is a process of its own (graphed.py), six at a time. A case prints a line: the largest
 relative difference of losses and gradient norms that graphs make, milliseconds of a step and MiB, eager and
