@@ -22,9 +22,12 @@ from harness import ps as parallel_state
 
 from megatron_mhc import MHCConfig
 from megatron_mhc.pipeline import engine
+from megatron_mhc.pipeline.step import observers
 from megatron_mhc.testing import ranks
 from megatron_mhc.testing.parameters import fill
 
+ERROR = 1e-10
+BOUNDARIES, SCHEDULES = ("whole", "split"), ("interleaved", "fused")
 LAYERS = 12  # unless the number of stages does not divide it
 
 
@@ -112,3 +115,73 @@ def gradients(chunks: list[Any]) -> dict[str, torch.Tensor]:
 
 def pipeline_rank() -> int:
     return parallel_state.get_pipeline_model_parallel_rank()
+
+
+def check(run_ranks, world, layout, kind, cases, layers=LAYERS, **options):
+    """`cases`: (options of the schedule, micro-batches)."""
+    full = []
+    for mhc, count in cases:
+        plain = MHCConfig(
+            num_residual_streams=mhc.num_residual_streams,
+            contract=mhc.contract,
+            preset=mhc.preset,
+            h_res=mhc.h_res,
+        )
+        full.append((mhc, count, reference_of(kind, plain, count, layers)))
+    results = run_ranks(world, compare_all, layout, kind, full, *options.values())[0]
+    for (mhc, count), result in zip(cases, results, strict=True):
+        error, name = result.worst
+        assert result.loss <= ERROR, (mhc.to_options(), count)
+        assert error <= ERROR, (name, mhc.to_options(), count)
+
+
+def cases(counts, streams=(4,), boundaries=BOUNDARIES, schedules=SCHEDULES, **options):
+    return [
+        (interleaved(boundary, schedule, num_residual_streams=n, **options), count)
+        for schedule in schedules
+        for boundary in boundaries
+        for n in streams
+        for count in counts
+    ]
+
+
+def overlap(align, config, chunks):
+    """As megatron.training sets up --overlap-grad-reduce, with or without --align-grad-reduce."""
+    config.no_sync_func = [chunk.no_sync for chunk in chunks]
+    if align:
+        config.grad_sync_func = [chunk.start_grad_sync for chunk in chunks]
+    if len(chunks) == 1:
+        config.no_sync_func = config.no_sync_func[0]
+        config.grad_sync_func = config.grad_sync_func[0] if align else None
+    # In a first batch the wrappers only count which gradients come.
+    iterate(chunks, config, count=6, schedule=engine.forward_backward)
+    order = []
+    for at, chunk in enumerate(chunks):
+        for group in chunk.bucket_groups:
+            start = group.start_grad_sync
+
+            def watched(*args, start=start, at=at, **kwargs):
+                order.append((at, len(config.ran)))
+                return start(*args, **kwargs)
+
+            group.start_grad_sync = watched
+    config.ran = []
+    observers[:] = [lambda op, step: config.ran.append(op) if op.kind == "backward" else None]
+    finalize = config.finalize_model_grads_func
+
+    def after(*args, **kwargs):
+        # Every bucket was reduced by itself before the end, once, behind its chunk's last backward.
+        assert sorted({at for at, _ in order}) == list(range(len(chunks)))
+        assert len(order) == sum(len(chunk.bucket_groups) for chunk in chunks)
+        last = max(op.microbatch for op in config.ran)
+        for at, ran in order:
+            stage = at * config.pipeline_model_parallel_size
+            mine = [
+                i
+                for i, op in enumerate(config.ran)
+                if op.microbatch == last and stage <= op.stage < stage + config.pipeline_model_parallel_size
+            ]
+            assert ran > mine[0]
+        return finalize(*args, **kwargs)
+
+    config.finalize_model_grads_func = after

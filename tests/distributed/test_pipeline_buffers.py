@@ -2,8 +2,7 @@
 
 import pytest
 from harness import Layout
-from pipeline import compare_partly_trained, interleaved
-from test_pipeline_schedule import ERROR, cases, check
+from pipeline import ERROR, cases, check, compare_partly_trained, interleaved
 
 ALLGATHER = dict(num_layers=4, moe_token_dispatcher_type="allgather")
 LAYOUTS = {

@@ -8,8 +8,7 @@ import delayed
 import pytest
 import torch
 from harness import Layout, build, differences, iterate
-from pipeline import interleaved, pipeline_rank, reference_of
-from test_pipeline_schedule import ERROR, overlap
+from pipeline import BOUNDARIES, ERROR, interleaved, overlap, pipeline_rank, reference_of
 
 from megatron_mhc import MHCConfig
 from megatron_mhc.pipeline import comm, engine
@@ -18,8 +17,6 @@ from megatron_mhc.pipeline.step import observers
 from megatron_mhc.schedule import program
 from megatron_mhc.schedule.program import Op
 from megatron_mhc.testing import ranks
-
-BOUNDARIES = ("whole", "split")
 
 
 def timers():

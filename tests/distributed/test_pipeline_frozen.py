@@ -3,8 +3,7 @@
 import pytest
 import torch
 from harness import Layout
-from pipeline import compare_partly_trained, interleaved
-from test_pipeline_schedule import BOUNDARIES, ERROR, SCHEDULES
+from pipeline import BOUNDARIES, ERROR, SCHEDULES, compare_partly_trained, interleaved
 
 TRAINED = {
     "second_half": [r"layers\.[23]\.", "final_layernorm", "output_layer"],

@@ -6,8 +6,7 @@ from datetime import timedelta
 
 import pytest
 from harness import Layout, build, gpt, tokens
-from pipeline import interleaved, pipeline_rank
-from test_pipeline_schedule import BOUNDARIES, SCHEDULES
+from pipeline import BOUNDARIES, SCHEDULES, interleaved, pipeline_rank
 
 from megatron_mhc.pipeline import comm, engine
 from megatron_mhc.pipeline.step import observers

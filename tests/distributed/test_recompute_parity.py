@@ -3,7 +3,7 @@
 import pytest
 import torch
 from harness import MICRO_BATCHES, Layout, build, global_parameters, gradient, iterate, reference
-from test_parity import CORE, CORE_CASES, FOUR_RANKS, SETTINGS, TWO_RANKS
+from layout_cases import CORE, CORE_CASES, FOUR_RANKS, SETTINGS, TWO_RANKS
 
 from megatron_mhc import MHCConfig
 from megatron_mhc.chunk import chunk_of

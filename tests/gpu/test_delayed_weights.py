@@ -11,7 +11,7 @@ from megatron.core import tensor_parallel
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
-from test_te import BATCH, SEQ, make_config, relative, te_spec, wake  # skips where there is no GPU
+from te_cases import BATCH, SEQ, make_config, relative, te_spec, wake  # skips where there is no GPU
 
 from megatron_mhc import MHCConfig
 from megatron_mhc.pipeline.comm import Transport

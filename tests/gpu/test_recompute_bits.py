@@ -14,7 +14,7 @@ from megatron.core import tensor_parallel
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer.transformer_block import TransformerBlock
-from test_te import MLA, MOE, make_config  # skips where there is no GPU
+from te_cases import MLA, MOE, make_config  # skips where there is no GPU
 
 from megatron_mhc import MHCConfig, recompute
 from megatron_mhc.specs import wrap_block_spec

@@ -15,71 +15,14 @@ pytest.importorskip("transformer_engine")
 from megatron.core import tensor_parallel
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import (
-    get_gpt_decoder_block_spec,
-    get_gpt_layer_with_transformer_engine_spec,
-)
-from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.training import global_vars
+from te_cases import BATCH, LAYERS, SEQ, WIDTH, make_config, relative, te_spec, wake
 
 from megatron_mhc import MHCConfig
 from megatron_mhc.diagnostics import sampler as sampler_module
 from megatron_mhc.specs import wrap_block_spec
-
-SEQ, BATCH, WIDTH, LAYERS = 128, 2, 256, 4
-MOE = dict(
-    num_moe_experts=4,
-    moe_router_topk=2,
-    moe_ffn_hidden_size=256,
-    moe_grouped_gemm=True,
-    moe_token_dispatcher_type="alltoall",
-    moe_shared_expert_intermediate_size=256,
-    moe_router_load_balancing_type="none",
-    moe_layer_freq=[0, 1, 1, 1],
-)
-MLA = dict(
-    kv_lora_rank=64, q_lora_rank=64, qk_head_dim=64, qk_pos_emb_head_dim=32, v_head_dim=64, rope_type="rope"
-)
-
-
-def make_config(kind="dense", **settings):
-    base = dict(
-        num_layers=LAYERS,
-        hidden_size=WIDTH,
-        ffn_hidden_size=512,
-        num_attention_heads=4,
-        normalization="RMSNorm",
-        gated_linear_unit=True,
-        activation_func=torch.nn.functional.silu,
-        add_bias_linear=False,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        bf16=True,
-        params_dtype=torch.bfloat16,
-        pipeline_dtype=torch.bfloat16,
-        gradient_accumulation_fusion=False,
-    )
-    base.update(MOE if kind == "moe" else {}, **(MLA if kind == "mla" else {}))
-    base.update(settings)
-    return (MLATransformerConfig if kind == "mla" else TransformerConfig)(**base)
-
-
-def te_spec(config, kind):
-    if kind == "moe":
-        return get_gpt_decoder_block_spec(config, use_transformer_engine=True)
-    return get_gpt_layer_with_transformer_engine_spec(multi_latent_attention=kind == "mla")
-
-
-def wake(model):
-    """Give phi and the gates values that make the mappings depend on the token."""
-    generator = torch.Generator().manual_seed(7)
-    for name, parameter in model.named_parameters():
-        if "mapping_proj" in name:
-            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
-        elif "alpha_" in name:
-            parameter.data.fill_(0.5)
 
 
 def run_block(kind="dense", seed=3, mhc=None, **settings):
@@ -121,10 +64,6 @@ def test_mapping_parameters_stay_fp32_and_everything_gets_a_gradient(kind):
     assert {dtypes[name] for name in dtypes if name not in mapping} == {torch.bfloat16}
     assert all(grad.isfinite().all() for grad in grads.values())
     assert all(grads[name].abs().max() > 0 for name in mapping)
-
-
-def relative(a, b):
-    return ((a - b).norm() / b.norm().clamp_min(1e-30)).item()
 
 
 @pytest.mark.parametrize("kind", ["dense", "moe"])

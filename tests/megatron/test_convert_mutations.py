@@ -13,9 +13,9 @@ from importlib.util import find_spec
 import gpt
 import pytest
 import torch
+from convert_cases import save, scrambled
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
-from test_convert_checkpoint import save, scrambled
 
 from megatron_mhc import MHCConfig, convert
 from megatron_mhc.checkpoint_keys import ARITHMETIC

@@ -10,9 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from gpt import batch, build, forward_backward
+from pretrain_runs import ARGUMENTS, MHC, ROOT
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.util import tensor_util
-from test_pretrain import ARGUMENTS, MHC, ROOT
 
 from megatron_mhc import MHCConfig, hooks
 from megatron_mhc.diagnostics import Sampler

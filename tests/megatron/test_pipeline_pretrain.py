@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_pretrain import MHC, STEPS, launch, tensors
+from pretrain_runs import MHC, STEPS, launch, tensors
 
 PIPELINE = ["--pipeline-model-parallel-size", "2", "--num-layers-per-virtual-pipeline-stage", "1"]
 SPLIT = [*MHC, *PIPELINE, "--mhc-pipeline-schedule", "interleaved", "--mhc-pp-boundary", "split"]

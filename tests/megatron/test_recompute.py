@@ -6,6 +6,7 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer import MLATransformerConfig
+from recompute_cases import LIVELY, losses, replaying
 
 from megatron_mhc import MHCConfig, recompute
 from megatron_mhc.chunk import chunk_of
@@ -13,17 +14,12 @@ from megatron_mhc.layer import InOrder
 from megatron_mhc.recompute.sublayer import DroppingSubLayer
 from megatron_mhc.specs import wrap_block_spec
 
-LIVELY = dict(init="uniform", init_gating_factor=0.5)  # mappings that depend on the token
 MOE = gpt.MOE | dict(moe_layer_freq=[0, 1, 1, 1])
 DROPOUT = dict(add_bias_linear=True, hidden_dropout=0.1, attention_dropout=0.1)
 
 
 def selective(*modules):
     return dict(recompute_granularity="selective", recompute_modules=list(modules))
-
-
-def replaying(**options):
-    return MHCConfig(**(LIVELY | dict(recompute_layer_num="3") | options))
 
 
 # options of mHC, settings of Megatron
@@ -165,11 +161,6 @@ def test_replay_before_the_gradient_arrives_is_the_only_one(run_ranks, monkeypat
         recompute.replay(None)
 
     run_ranks(1, check)
-
-
-def losses(model, seed):
-    inputs, labels = gpt.batch(seed)
-    return model(*inputs, labels=labels).mean()
 
 
 def test_several_micro_batches_in_flight_and_an_evaluation_between(run_ranks):

@@ -8,7 +8,7 @@ import gpt
 import pytest
 import torch
 from live_bytes import LiveBytes
-from test_recompute import LIVELY, losses, replaying
+from recompute_cases import LIVELY, losses, replaying
 
 from megatron_mhc import MHCConfig, recompute
 from megatron_mhc.chunk import chunk_of

@@ -13,6 +13,7 @@ import sys
 import types
 from pathlib import Path
 
+import pretrain_runs
 import pytest
 
 from megatron_mhc import MHCConfig, launch
@@ -181,8 +182,6 @@ def test_contradictions_are_refused(monkeypatch, words, environment, model, mess
 @pytest.mark.slow
 def test_real_script_trains_alike_through_patch_launch_and_spec(tmp_path):
     """Ten steps on two pipeline stages; every loss of Megatron-LM's own pretrain_gpt.py is the same."""
-    import test_pretrain
-
     scripts = tmp_path / "patched"
     scripts.mkdir()
     for name in ("pretrain_gpt.py", "gpt_builders.py", "model_provider.py"):
@@ -192,20 +191,20 @@ def test_real_script_trains_alike_through_patch_launch_and_spec(tmp_path):
     options = "init=uniform,init_gating_factor=0.5"
     spec = ["--spec", "megatron_mhc.specs", "gpt_mhc_spec"]
     runs = {
-        "patch": ([str(scripts / "pretrain_gpt.py")], test_pretrain.MHC, {}),
-        "launch": (["-m", "megatron_mhc.launch", real], test_pretrain.MHC, {}),
+        "patch": ([str(scripts / "pretrain_gpt.py")], pretrain_runs.MHC, {}),
+        "launch": (["-m", "megatron_mhc.launch", real], pretrain_runs.MHC, {}),
         "spec": ([real], spec, {"MEGATRON_MHC": options}),
-        "own": (["-m", "megatron_mhc.pretrain_gpt"], test_pretrain.MHC, {}),
+        "own": (["-m", "megatron_mhc.pretrain_gpt"], pretrain_runs.MHC, {}),
     }
     losses = {}
     for name, (door, mhc, variables) in runs.items():
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        command += ["-m", "megatron_mhc.testing.cpu", *door, *test_pretrain.ARGUMENTS, *mhc]
+        command += ["-m", "megatron_mhc.testing.cpu", *door, *pretrain_runs.ARGUMENTS, *mhc]
         command += ["--pipeline-model-parallel-size", "2", "--tensorboard-dir", str(tmp_path / name)]
         done = subprocess.run(
             command, cwd=ROOT, env={**os.environ, **variables}, capture_output=True, text=True, timeout=280
         )
         assert done.returncode == 0, done.stderr[-2000:]
-        losses[name] = test_pretrain.losses(tmp_path / name)
-    assert len(losses["own"]) == test_pretrain.STEPS
+        losses[name] = pretrain_runs.losses(tmp_path / name)
+    assert len(losses["own"]) == pretrain_runs.STEPS
     assert all(values == losses["own"] for values in losses.values()), losses
