@@ -106,6 +106,10 @@ USES: tuple[Use, ...] = (
     Use(f"{_BLOCK}:get_num_layers_to_build", "config, vp_stage, pp_rank"),
     Use(f"{_BLOCK}:LayerNormImpl", None),
     # hyper_connection.py, parallel.py
+    Use(
+        "megatron.core.distributed.distributed_data_parallel:DistributedDataParallel._make_forward_pre_hook",
+        "self",
+    ),
     Use("torch.nn:Module._apply", "self, fn, recurse"),
     Use(
         "torch.nn:Module._load_from_state_dict",
@@ -144,6 +148,11 @@ TRAINING_USES: tuple[Use, ...] = (
 
 # Beside targets.SCHEDULE_HOOKS: pipeline/.
 SCHEDULE_USES: tuple[Use, ...] = (
+    # buffers.py, which replaces it for the length of a fused step
+    Use(
+        "megatron.core.utils:GlobalMemoryBuffer.get_tensor",
+        "self, tensor_shape, dtype, name, mem_alloc_context",
+    ),
     Use(
         f"{_SCHEDULES}:forward_step",
         "forward_step_func, data_iterator, model, num_microbatches, input_tensor, forward_data_store, "

@@ -1,4 +1,4 @@
-"""One case of test_cuda_graphs.py in a process of its own: trains a small GPT of Transformer Engine's layers.
+"""One case of test_te_graphs.py in a process of its own: trains a small GPT of Transformer Engine's layers.
 
     python tests/gpu/graphed.py '{"kind": "dense", "impl": "local", "modules": [], "mhc": {}, "steps": 20}'
 
