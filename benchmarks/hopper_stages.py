@@ -87,19 +87,17 @@ def calls(tokens: int, width: int) -> dict[str, Any]:
         return torch.randn(*shape, generator=generator, device="cuda").to(dtype)
 
     x, g, f, dl = rand(tokens, 4, width), rand(tokens, 4, width), rand(tokens, width), rand(tokens, width)
-    weight, bias = rand(24, 4 * width, dtype=torch.float32) * 0.02, rand(24, dtype=torch.float32)
-    alphas = tuple(torch.full((1,), 0.5, device="cuda") for _ in range(3))
+    weight, affine = rand(24, 4 * width, dtype=torch.float32) * 0.02, rand(27, dtype=torch.float32)
     options = Options(1e-6, 20, False)
-    _, saved, _ = pre.pre_forward(x, weight, bias, alphas, options)
+    _, saved, _ = pre.pre_forward(x, weight, affine, options)
 
     def backward() -> None:
-        writer = saved, bias, alphas[1]
-        pre_backward.pre_backward(x, g, f, dl, weight, bias, alphas, saved, options, writer=writer)
+        pre_backward.pre_backward(x, g, f, dl, weight, affine, saved, options, writer=(saved, affine))
 
-    _, _, before = pre.pre_forward(x, weight, bias, alphas, options)
+    _, _, before = pre.pre_forward(x, weight, affine, options)
     return {
-        "pre": lambda: pre.pre_forward(x, weight, bias, alphas, options),
-        "pre_mix": lambda: pre.post_res_pre(x, f, before, None, weight, bias, alphas, options),
+        "pre": lambda: pre.pre_forward(x, weight, affine, options),
+        "pre_mix": lambda: pre.post_res_pre(x, f, before, None, weight, affine, options),
         "pre_backward": backward,
     }
 

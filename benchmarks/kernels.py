@@ -56,7 +56,7 @@ class Connections(NamedTuple):
     """Connections in a row: what they compute, and what gradients are taken of.
 
     Args:
-        forward: streams -> streams. leaves: the streams, then each connection's phi, bias and alphas.
+        forward: streams -> streams. leaves: the streams, then each connection's parameters.
         read: streams -> the first layer input.
     """
 
@@ -66,8 +66,8 @@ class Connections(NamedTuple):
 
 
 def parameters(connection: Any) -> list[Tensor]:
-    """phi, bias and alphas of a connection, as leaves."""
-    return [connection.mapping_proj.weight, connection.bias, *connection.alphas()]
+    """phi and affine of a connection, as leaves."""
+    return [connection.mapping_proj.weight, connection.affine]
 
 
 def set_parameters(connection: Any, values: list[Tensor]) -> None:
@@ -77,15 +77,16 @@ def set_parameters(connection: Any, values: list[Tensor]) -> None:
 
 
 def draw(tokens: int, width: int, n: int, dtype: torch.dtype, seed: int) -> list[Tensor]:
-    """Streams [T, n, C] and the parameters of a connection."""
+    """Streams [T, n, C], phi and affine: a bias of each of its rows, then the alphas."""
     generator = torch.Generator(device="cuda" if ON_GPU else "cpu").manual_seed(seed)
 
     def rand(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, device="cuda")
 
     rows = n * n + 2 * n
-    alphas = [torch.full((1,), 0.5, device="cuda") for _ in range(3)]
-    return [rand(tokens, n, width).to(dtype), rand(rows, n * width) * 0.02, rand(rows), *alphas]
+    alphas = torch.full((3,), 0.5, device="cuda")
+    x, weight = rand(tokens, n, width).to(dtype), rand(rows, n * width) * 0.02
+    return [x, weight, torch.cat([rand(rows), alphas])]
 
 
 def plugin(
@@ -159,8 +160,9 @@ def ours(parameter: Tensor, width: int, n: int) -> Tensor:
 def transformer_engine(drawn: list[Tensor], count: int, split_k: bool = False) -> Connections:
     from transformer_engine.pytorch.triton import mhc
 
-    x, weight, bias, *alphas = drawn
+    x, weight, affine = drawn
     tokens, n, width = x.shape
+    bias, *alphas = affine.split([len(weight), 1, 1, 1])
     values = [theirs(weight, width, n), theirs(bias, width, n), *alphas]
     row = [[v.detach().clone().requires_grad_() for v in values] for _ in range(count)]
     leaf = x.detach().transpose(1, 2).contiguous().unsqueeze(1).requires_grad_()  # [T, 1, C, n]
@@ -295,6 +297,8 @@ def errors(make: Provider, width: int, options: argparse.Namespace) -> Row:
                 for at in (1, 2):
                     found[at] = found[at].view(tokens, width, n).transpose(1, 2)
                 found[3:5] = [ours(t, width, n) for t in found[3:5]]
+            else:
+                found[4:] = found[4].split([drawn[1].shape[0], 1, 1, 1])
             results.append(found)
         for name, wanted, got in zip(missed, *results, strict=True):
             missed[name] += (got.reshape(wanted.shape).double() - wanted).square().sum().item()

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
-from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedTensor, ShardedTensorFactory
 from torch import Tensor, nn
 
 from megatron_mhc.checkpoint_keys import (
@@ -36,6 +36,11 @@ _REMEDY = (
     "the checkpoint has none of these parameters (a plain GPT's, or one's with fixed mappings): pass "
     f"{flag('load_dense')} together with --finetune or --no-load-optim to start from a plain GPT's weights, "
     f"or load an mHC checkpoint of the same options{in_options('load_dense', True)}"
+)
+OTHER_LAYOUT = (
+    "it goes by the places of parameters, not by their names, and those are others here: of another parallel "
+    "layout, or of megatron_mhc 0.1, in which four parameters stood for what is one (`affine`) since 0.2. Save it "
+    "where it fits by --dist-ckpt-optim-fully-reshardable and load that, or load with --no-load-optim"
 )
 _FOREIGN = (
     "is an mHC model's: add --spec megatron_mhc.specs gpt_mhc_spec and the --mhc-* options of its training "
@@ -90,7 +95,7 @@ def adapt_request(request: dict[str, Any], checkpoint_dir: str) -> dict[str, Any
     """
     from megatron.core.dist_checkpointing import load_tensors_metadata
 
-    items = [item for item in _leaves(request) if isinstance(item, ShardedBase)]
+    items = [item for leaf in _leaves(request) for item in _built(leaf) if isinstance(item, ShardedBase)]
     keys = [item.key for item in items]
     if not any(key.startswith("decoder.") for key in keys):
         return request
@@ -103,6 +108,7 @@ def adapt_request(request: dict[str, Any], checkpoint_dir: str) -> dict[str, Any
     if is_mhc(there):
         _refuse_branch(there, checkpoint_dir)
         _compare_options(items, there, checkpoint_dir)
+        _compare_buckets(items, there, checkpoint_dir)
         return request
     if any(key.startswith("optimizer") for key in request):
         raise ValueError(f"{checkpoint_dir}: {_REMEDY}")
@@ -125,6 +131,21 @@ def _compare_options(items: list[ShardedBase], there: dict[str, Any], checkpoint
                     f"{item.key} is {shape} in {checkpoint_dir}, of shape {tuple(item.global_shape)} here: "
                     f"pass the options that it was trained with, {trained}, and the same model sizes"
                 )
+
+
+def _compare_buckets(items: list[ShardedBase], there: dict[str, Any], checkpoint_dir: str) -> None:
+    """Raise ValueError where a distributed optimizer asks for buckets of gradients that others had filled."""
+    for item in items:
+        if isinstance(item, ShardedTensor) and ".bucket_idx_" in item.key:
+            found = there.get(item.key)
+            if found is None or tuple(found.global_shape) != tuple(item.global_shape):
+                raise ValueError(f"{checkpoint_dir}: its optimizer state cannot be loaded; {OTHER_LAYOUT}")
+
+
+def _built(leaf: Any) -> Iterable[Any]:
+    """What a factory of ours asks for; else the leaf itself."""
+    ours = isinstance(leaf, ShardedTensorFactory) and MAPPING in leaf.key
+    return leaf.build().values() if ours else (leaf,)
 
 
 def _read_arithmetic(checkpoint_dir: str) -> dict[str, Any]:

@@ -33,6 +33,8 @@ class ModelChunk:
         size: number of its sub-layers, once all are built.
     """
 
+    keeps_streams = True  # in the graph, from the sub-layer that writes them on
+
     def __init__(self, config: TransformerConfig, mhc: MHCConfig, size: int):
         self.config, self.mhc, self.size = config, mhc, size
         self.sublayers: list[SubLayer] = []

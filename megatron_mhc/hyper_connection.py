@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from megatron_mhc.backend import H100, Backend, choose, triton_obstacle
 from megatron_mhc.checkpoint import take_or_refuse
+from megatron_mhc.checkpoint_parts import InParts
 from megatron_mhc.config import MHCConfig, flag
 from megatron_mhc.ops import reference
 from megatron_mhc.ops.options import Options
@@ -67,7 +68,7 @@ class MappingParameters(MegatronModule):
         return super()._apply(keep_dtype, recurse)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        take_or_refuse(self.mhc, state_dict, prefix, self.named_parameters())
+        take_or_refuse(self.mhc, state_dict, prefix, self.state_dict().items())
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def scalar(self, value: float) -> nn.Parameter:
@@ -75,12 +76,13 @@ class MappingParameters(MegatronModule):
         return nn.Parameter(torch.full((1,), value, dtype=self.dtype, device=self.device))
 
 
-class HyperConnectionModule(MappingParameters):
+class HyperConnectionModule(MappingParameters, InParts):
     """One mHC connection around one sub-layer: `forward` reads its input, `post_res` writes its output.
 
-    Parameters (fp32), for n streams of C channels: `mapping_proj.weight [n*n+2n, n*C]`,
-    `bias [n*n+2n]`, `alpha_pre`, `alpha_post`, `alpha_res` `[1]`; rows are pre, post, res. A part
-    that the configuration fixes has no rows and no alpha.
+    Parameters (fp32), for n streams of C channels, M = n*n + 2n: `mapping_proj.weight [M, n*C]`, whose rows
+    are pre, post, res, and `affine [M+3]`, what becomes of a projection: biases [M], then an alpha of each
+    part. A part that the configuration fixes has no rows and no alpha. To a data-parallel wrapper and an
+    optimizer `affine` is one parameter; checkpoints have `bias`, `alpha_pre`, `alpha_post`, `alpha_res`.
 
     Args:
         config: Megatron's transformer config.
@@ -91,6 +93,8 @@ class HyperConnectionModule(MappingParameters):
 
     Source: arXiv 2512.24880 Eqs. (3), (14)-(19).
     """
+
+    whole = "affine"
 
     def __init__(self, config: TransformerConfig, mhc: MHCConfig, sublayer_index: int, reserved_sms: int = 0):
         super().__init__(config, mhc)
@@ -109,21 +113,21 @@ class HyperConnectionModule(MappingParameters):
         }
         sizes = {"pre": n, "post": n, "res": n * n}
         biases = sum(sizes[part] for part, on in self.dynamic.items() if on)
+        self.parts = {}
         if biases:
+            self.parts = {"bias": biases, **{"alpha_" + part: 1 for part, on in self.dynamic.items() if on}}
             # Plain HC reads each stream with the same C-wide rows, so n times fewer of them.
             rows = biases // n if mhc.is_hc else biases
             columns = width if mhc.is_hc else n * width
             self.mapping_proj = MappingProjection(rows, columns, self.dtype, self.device)
-            self.bias = nn.Parameter(torch.empty(biases, dtype=self.dtype, device=self.device))
+            values = torch.empty(sum(self.parts.values()), dtype=self.dtype, device=self.device)
+            self.affine: nn.Parameter = nn.Parameter(values)
             self.reset_parameters()
-        for part, on in self.dynamic.items():
-            alpha = self.scalar(mhc.init_gating_factor) if on else None
-            self.register_parameter("alpha_" + part, alpha)
         mark_replicated(self, config)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Initialise phi and the biases by `--mhc-init`."""
+        """Initialise phi by `--mhc-init`, biases too, and alphas by `--mhc-init-gating-factor`."""
         n, uniform = self.mhc.num_residual_streams, self.mhc.init == "uniform"
         home = torch.zeros(n)
         home[self.sublayer_index % n] = 1.0
@@ -138,13 +142,14 @@ class HyperConnectionModule(MappingParameters):
                 "post": torch.zeros(n),
                 "res": HOME_MIX_LOGIT * eye - HOME_MIX_LOGIT / 2,
             }
+        self.affine.fill_(self.mhc.init_gating_factor)
         self.bias.copy_(torch.cat([parts[part] for part, on in self.dynamic.items() if on]))
         if uniform and self.config.perform_initialization:
             nn.init.xavier_uniform_(self.mapping_proj.weight)
 
     def coefficients(self, x: Tensor) -> reference.Coefficients:
         """Coefficients of the streams x: [T, n, C], by the reference."""
-        mhc, alphas = self.mhc, (self.alpha_pre, self.alpha_post, self.alpha_res)
+        mhc, alphas = self.mhc, self.alphas
         if mhc.is_hc:
             return reference.hc_mappings(x, self.mapping_proj(), alphas, self.bias, mhc.norm_eps)
         if any(self.dynamic.values()):
@@ -171,15 +176,19 @@ class HyperConnectionModule(MappingParameters):
             layer input [s, b, C] in the streams' dtype, and the mappings that `post_res` needs, with
             h_pre, h_post [s*b, n] and h_res [s*b, n, n].
         """
-        s, b, _ = streams.shape
-        x = streams.view(s * b, self.mhc.num_residual_streams, -1)
-        kernels = self.backend.kernels(x, x.shape[-1])
-        if kernels is not None:
-            from megatron_mhc.ops import autograd  # imports triton, which a CPU may lack
+        s, b, wide = streams.shape
+        n = self.mhc.num_residual_streams
+        kernels = self.backend.kernels(streams, wide // n)
+        if kernels is not None and not torch.compiler.is_compiling() and hasattr(streams, "mhc_ahead"):
+            from megatron_mhc.ops import boundary  # imports triton, which a CPU may lack
 
-            layer_input, mappings = autograd.pre(
-                x, self.mapping_proj(), self.bias, self.alphas(), self.options, kernels
-            )
+            if (made := boundary.take(streams, self.mapping_proj(), self.affine)) is not None:
+                return made
+        x = streams.view(s * b, n, -1)
+        if kernels is not None:
+            from megatron_mhc.ops import autograd
+
+            layer_input, mappings = autograd.pre(x, self.mapping_proj(), self.affine, self.options, kernels)
             return layer_input.view(s, b, -1), mappings
         coefficients = self.coefficients(x)
         if self.mhc.num_residual_streams == 1 and not self.dynamic["pre"]:
@@ -194,14 +203,23 @@ class HyperConnectionModule(MappingParameters):
         mappings: Mappings,
         f_bias: Tensor | None = None,
         next_pre: NextPre | None = None,
+        one_node: bool = True,
     ) -> Tensor:
         """Mix the streams and write the sub-layer's output f: [s, b, C] into them; returns [s, b, n*C].
 
         Args:
             mappings: of `forward`. f_bias: [C], which kernels add to f as they read it.
             next_pre: of the next connection, for which kernels then work ahead.
+            one_node: the graph may keep what this returns, see `ops.boundary`.
         """
         s, b, width = f.shape
+        # A replayed `saved` must not be held by the graph as well.
+        linked = self.mhc.boundary != "apart" and not self.mhc.recompute_coefficients
+        if next_pre is not None and linked and one_node and not isinstance(mappings, reference.Coefficients):
+            from megatron_mhc.ops import boundary
+
+            if boundary.can_join(mappings, f, next_pre):
+                return boundary.post_res_pre(f, mappings, next_pre, f_bias)
         f = f.reshape(s * b, width)
         if isinstance(mappings, reference.Coefficients):
             x = streams.view(s * b, self.mhc.num_residual_streams, width)
@@ -209,8 +227,6 @@ class HyperConnectionModule(MappingParameters):
         else:
             from megatron_mhc.ops import autograd
 
-            # A replayed `saved` must not be held by the graph as well.
-            linked = self.mhc.boundary != "apart" and not self.mhc.recompute_coefficients
             mixed = autograd.post_res(f, mappings, f_bias, linked, next_pre if linked else None)
         return mixed.view(s, b, -1)
 
@@ -232,9 +248,7 @@ class HyperConnectionModule(MappingParameters):
             return layer_input, (streams, mappings.h_post.contiguous(), mappings.h_res.contiguous())
         from megatron_mhc.ops import compiled  # imports triton, which a CPU may lack
 
-        layer_input, *tensors = compiled.pre(
-            x, self.mapping_proj(), self.bias, *self.alphas(), *self.options, kernels.name
-        )
+        layer_input, *tensors = compiled.pre(x, self.mapping_proj(), self.affine, *self.options, kernels.name)
         # `pre` alone gives the streams their gradient.
         return layer_input.view(s, b, -1), (streams.detach(), *tensors)
 
@@ -246,7 +260,7 @@ class HyperConnectionModule(MappingParameters):
         from megatron_mhc.ops.autograd import KernelMappings, Saved
 
         *tunnels, projection, coefficients = tensors
-        saved = Saved(projection, self.bias.detach(), self.alpha_post.detach())
+        saved = Saved(projection, self.affine.detach())
         x = streams.view(tunnels[0].shape)
         return streams, KernelMappings(tuple(tunnels), coefficients, saved, streams=x)
 
@@ -273,15 +287,23 @@ class HyperConnectionModule(MappingParameters):
             return None
         from megatron_mhc.ops.autograd import NextPre
 
-        if kernels.post_res_pre is not None:  # it reads the bias and the alphas too
+        if kernels.post_res_pre is not None:  # it reads `affine` too
             # A data-parallel wrapper gathers parameters just before a module runs (--overlap-param-gather).
             for hook in self._forward_pre_hooks.values():
                 if hook.__module__ == _DATA_PARALLEL:
                     hook(self, ())
-        return NextPre(kernels, self.mapping_proj(), self.bias, self.alphas(), self.options)
+        return NextPre(kernels, self.mapping_proj(), self.affine, self.options)
 
-    def alphas(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.alpha_pre, self.alpha_post, self.alpha_res
+    @property
+    def bias(self) -> Tensor:
+        """Of `affine`, [n*n+2n] where no part is fixed."""
+        return self.split(self.affine)["bias"]
+
+    @property
+    def alphas(self) -> tuple[Any, Any, Any]:
+        """Of `affine`: alpha_pre, alpha_post, alpha_res, [1] each; None of a fixed part."""
+        parts = self.split(self.affine) if self.parts else {}
+        return parts.get("alpha_pre"), parts.get("alpha_post"), parts.get("alpha_res")
 
 
 _built: WeakSet[HyperConnectionModule] = WeakSet()

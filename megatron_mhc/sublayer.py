@@ -127,7 +127,8 @@ class SubLayer:
         next_pre = None
         if work_ahead and torch.is_grad_enabled():
             next_pre = self.chunk.next_pre(self, visit.streams)
-        return self.connection.post_res(visit.streams, f, visit.mappings, bias, next_pre)
+        one_node = self.chunk.keeps_streams
+        return self.connection.post_res(visit.streams, f, visit.mappings, bias, next_pre, one_node)
 
     def leave(self, streams: Tensor) -> tuple[Visit, Tensor, Tensor]:
         """`pre` where a pipeline stage ends inside this sub-layer.

@@ -137,7 +137,9 @@ def take(connection: HyperConnectionModule, streams: Tensor, mappings: Any, capa
     )
     parts = [part for part, on in connection.dynamic.items() if on]
     alphas = {
-        part: getattr(connection, "alpha_" + part).detach().to(torch.float64, copy=True) for part in parts
+        part: alpha.detach().to(torch.float64, copy=True)
+        for part, alpha in zip(("pre", "post", "res"), connection.alphas, strict=True)
+        if alpha is not None
     }
     if connection.mhc.is_hc:  # no map between its logits and its mappings
         whole = {"pre": h_pre, "post": h_post, "res": h_res.flatten(1)}
@@ -153,10 +155,9 @@ def mapping_logits(connection: HyperConnectionModule, x: Tensor, parts: list[str
     if not parts:
         return {}
     n = connection.mhc.num_residual_streams
-    alphas = (connection.alpha_pre, connection.alpha_post, connection.alpha_res)
     # Not called like a module: a wrapper that gathers parameters has done so for the forward pass.
     weight = connection.mapping_proj.weight
-    logits = reference.mapping_logits(x, weight, alphas, connection.bias, connection.mhc.norm_eps)
+    logits = reference.mapping_logits(x, weight, connection.alphas, connection.bias, connection.mhc.norm_eps)
     sizes = {"pre": n, "post": n, "res": n * n}
     return dict(zip(parts, logits.split([sizes[part] for part in parts], dim=-1), strict=True))
 

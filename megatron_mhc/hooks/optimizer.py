@@ -3,6 +3,8 @@
 Megatron's optimizers train such a model correctly, but number its parameters in two different orders
 when they save: DistributedOptimizer counts them as they lie in the gradient buffers, while its groups
 list fp32 parameters first; Float16OptimizerWithFloat16Params numbers the bf16 ones alone.
+
+A state that goes by parameters' places is refused in words that help where those places are others.
 """
 
 from collections.abc import Callable
@@ -10,6 +12,9 @@ from itertools import chain
 from typing import Any
 
 import torch
+
+from megatron_mhc.checkpoint import OTHER_LAYOUT
+from megatron_mhc.hyper_connection import operations
 
 
 def number_float32_first(build: Callable[..., Any]) -> Callable[..., Any]:
@@ -108,3 +113,17 @@ def master_every_parameter(divide: Callable[..., Any]) -> Callable[..., Any]:
         return divided
 
     return divide_masters
+
+
+def explain_other_layout(load: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap what loads an optimizer's state of --ckpt-format torch, and fails where it does not fit."""
+
+    def load_or_explain(self: Any, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return load(self, state_dict, *args, **kwargs)
+        except (AssertionError, ValueError) as error:
+            if not operations():  # no model of ours
+                raise
+            raise ValueError(f"the optimizer state cannot be loaded ({error}); {OTHER_LAYOUT}") from error
+
+    return load_or_explain

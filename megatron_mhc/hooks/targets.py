@@ -17,6 +17,7 @@ from megatron_mhc.hooks.load import guard_load, guard_load_state_dict
 from megatron_mhc.hooks.messages import widen_messages, widen_receive_buffer
 from megatron_mhc.hooks.optimizer import (
     detach_float32_shards,
+    explain_other_layout,
     master_every_parameter,
     number_all_parameters,
     number_float32_first,
@@ -131,6 +132,21 @@ HOOKS: tuple[Hook, ...] = (
         parameters=("self", "model_sharded_state_dict", "is_loading", "metadata"),
         replacement=number_all_parameters,
         reason="it numbers only the bf16 parameters, and saving the fp32 ones fails",
+    ),
+    *(
+        Hook(
+            target=f"{module}:{name}",
+            defined_in=module,
+            parameters=("self", "state_dict", *more),
+            replacement=explain_other_layout,
+            reason="a torch-format state goes by the places of parameters: of an older checkpoint none fits, and "
+            "the error says no remedy",
+        )
+        for module, name, *more in (
+            (_OPTIMIZER, "FP32Optimizer.load_state_dict"),
+            (_OPTIMIZER, "Float16OptimizerWithFloat16Params.load_state_dict"),
+            (_DISTRIBUTED, "DistributedOptimizer.load_parameter_state_from_dp_zero", "update_legacy_format"),
+        )
     ),
     Hook(
         target="megatron.core.transformer.transformer_block:checkpointed_forward",

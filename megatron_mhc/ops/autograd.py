@@ -33,15 +33,12 @@ from megatron_mhc.ops.triton import stage_ends
 from megatron_mhc.ops.triton.post_res import post_backward, post_res_forward
 from megatron_mhc.ops.triton.post_res_project import can_project
 
-Ahead = Tensor | tuple[Tensor, Tensor, Tensor]  # a projection in parts, or all that `pre_forward` returns
-
 
 class Saved(NamedTuple):
-    """What h_post is made of again: `saved` [T, M+1] of `pre_forward`, bias [M], alpha_post [1]; fp32."""
+    """What h_post is made of again: `saved` [T, M+1] of `pre_forward`, and affine [M+3]; fp32."""
 
     projection: Tensor
-    bias: Tensor
-    alpha_post: Tensor
+    affine: Tensor
 
 
 class NextPre(NamedTuple):
@@ -49,41 +46,45 @@ class NextPre(NamedTuple):
 
     kernels: Kernels
     weight: Tensor
-    bias: Tensor
-    alphas: tuple[Tensor, Tensor, Tensor]
+    affine: Tensor
     options: Options
+
+
+class Ahead:
+    """What was made of a post_res's output, by parameters of the `pre` that reads it, for that `pre` to take."""
+
+    def __init__(self, out: Tensor, made_by: tuple[Tensor, ...], made: Any):
+        self._version, self._made_by = out._version, [(t, t._version) for t in made_by]
+        self._made = made
+
+    def take(self, x: Tensor, *parameters: Tensor) -> Any:
+        """What was made of x, this output, if it was of these very values; else None, and after the first call.
+
+        Args:
+            parameters: phi and affine of the connection that reads x; of fewer it may have been made.
+        """
+        made, self._made = self._made, None
+        if x._version != self._version:
+            return None
+        for now, (then, version) in zip(parameters, self._made_by, strict=False):
+            if now._version != version:
+                return None
+            if now is not then and (now.data_ptr(), now.shape) != (then.data_ptr(), then.shape):
+                return None
+        return made
 
 
 class Link:
     """Joins a post_res with the `pre` that reads its output.
 
-    Forward, it brings that `pre` what post_res made ahead; backward, it brings post_res its df.
+    Forward, it brings that `pre` what post_res made ahead: a projection in parts, or all that `pre_forward`
+    returns; backward, it brings post_res its df.
     """
 
     def __init__(self, writer: Saved):
         self.writer = writer
+        self.ahead: Ahead | None = None
         self._df: tuple[Tensor, int, int | None, Tensor] | None = None
-        self._ahead: tuple[int, list[tuple[Tensor, int]], Ahead] | None = None
-
-    def put_ahead(self, out: Tensor, made_by: tuple[Tensor, ...], ahead: Ahead) -> None:
-        """Keep what was made of this output by these parameters of the next `pre`."""
-        self._ahead = (out._version, [(t, t._version) for t in made_by], ahead)
-
-    def take_ahead(self, x: Tensor, *parameters: Tensor) -> Ahead | None:
-        """What was made of x, this output, if it was of these very values; else None.
-
-        Args:
-            parameters: phi, bias and alphas of the connection that reads x; of fewer it may have been made.
-        """
-        kept, self._ahead = self._ahead, None
-        if kept is None or x._version != kept[0]:
-            return None
-        for now, (then, version) in zip(parameters, kept[1], strict=False):
-            if now._version != version:
-                return None
-            if now is not then and (now.data_ptr(), now.shape) != (then.data_ptr(), then.shape):
-                return None
-        return kept[2]
 
     def put_df(self, g: Tensor, df: Tensor) -> None:
         """Keep df, made of this g: the two of one launch."""
@@ -198,24 +199,22 @@ class _Pre(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         weight: Tensor,
-        bias: Tensor,
-        alpha_pre: Tensor,
-        alpha_post: Tensor,
-        alpha_res: Tensor,
+        affine: Tensor,
         visit: _Visit,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         kernels, options, upstream, _ = visit
-        alphas = (alpha_pre, alpha_post, alpha_res)
-        ahead = None if upstream is None else upstream.take_ahead(x, weight, bias, *alphas)
+        ahead = None
+        if upstream is not None and upstream.ahead is not None:
+            ahead = upstream.ahead.take(x, weight, affine)
         if ahead is None:
-            made = kernels.pre_forward(x, weight, bias, alphas, options)
+            made = kernels.pre_forward(x, weight, affine, options)
         elif isinstance(ahead, Tensor):
             kernels = kernels if kernels.takes_projection else TRITON
-            made = kernels.pre_forward(x, weight, bias, alphas, options, parts=ahead)
+            made = kernels.pre_forward(x, weight, affine, options, parts=ahead)
         else:
             made = ahead
         layer_input, saved, coefficients = made
-        ctx.save_for_backward(x, weight, bias, *alphas, saved)
+        ctx.save_for_backward(x, weight, affine, saved)
         ctx.visit = visit
         ctx.mark_non_differentiable(saved, coefficients)
         ctx.set_materialize_grads(False)  # else autograd fills zeros for saved and coefficients
@@ -225,30 +224,44 @@ class _Pre(torch.autograd.Function):
     def backward(  # type: ignore[override]
         ctx: Any, dl: Tensor | None, g: Tensor | None, *_: Any
     ) -> tuple[Tensor | None, ...]:
-        x, weight, bias, alpha_pre, alpha_post, alpha_res, saved = ctx.saved_tensors
+        x, weight, affine, saved = ctx.saved_tensors
         kernels, options, upstream, handoff = ctx.visit
-        f, f_bias, dh_post = handoff.take()
-        dl = torch.zeros_like(x[:, 0]) if dl is None else dl  # the layer input reaches no loss
-        if g is None or (f is None and dh_post is None):  # no post_res downstream, so f counts for nothing
-            g, f, f_bias = torch.zeros_like(x), torch.zeros_like(dl), None
-        arrived = {} if dh_post is None else {"dh_post": dh_post}
-        dx, d_weight, d_bias, d_alphas, df = kernels.backward_of(x, f).pre_backward(
-            x,
-            g.contiguous(),
-            f,
-            dl.contiguous(),
-            weight,
-            bias,
-            (alpha_pre, alpha_post, alpha_res),
-            saved,
-            options,
-            writer=None if upstream is None else upstream.writer,
-            f_bias=f_bias,
-            **arrived,
+        writer = None if upstream is None else upstream.writer
+        dx, d_weight, d_affine, df = gradients_of_pre(
+            kernels, options, handoff, x, weight, affine, saved, dl, g, writer
         )
         if df is not None:
             upstream.put_df(dx, df)
-        return dx, d_weight, d_bias, d_alphas[:1], d_alphas[1:2], d_alphas[2:], None
+        return dx, d_weight, d_affine, None
+
+
+def gradients_of_pre(
+    kernels: Kernels,
+    options: Options,
+    handoff: BackwardHandoff,
+    x: Tensor,
+    weight: Tensor,
+    affine: Tensor,
+    saved: Tensor,
+    dl: Tensor | None,
+    g: Tensor | None,
+    writer: tuple[Tensor, Tensor] | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """dx, d_weight, d_affine and df of the writer, of what has arrived of the two gradients and of f.
+
+    Args:
+        x, g: [T, n, C]; dl, and f of the handoff: [T, C], or [s, b, C] where kernels take that.
+    """
+    f, f_bias, dh_post = handoff.take()
+    dl = x.new_zeros(x.shape[::2]) if dl is None else dl.contiguous()  # the layer input reaches no loss
+    if g is None or (f is None and dh_post is None):  # no post_res downstream, so f counts for nothing
+        g, f, f_bias = torch.zeros_like(x), torch.zeros_like(dl), None
+    serving, more = kernels.backward_of(x, f), {} if dh_post is None else {"dh_post": dh_post}
+    if serving is not kernels:
+        f, dl = None if f is None else f.view(x.shape[::2]), dl.view(x.shape[::2])
+    return serving.pre_backward(
+        x, g.contiguous(), f, dl, weight, affine, saved, options, writer=writer, f_bias=f_bias, **more
+    )
 
 
 class _PostRes(torch.autograd.Function):
@@ -267,14 +280,14 @@ class _PostRes(torch.autograd.Function):
         ctx.handoff, ctx.link = mappings.handoff, Link(saved) if linked else None
         if ctx.link is None or next_pre is None or f.dtype != tunnel.dtype or not can_project(tunnel):
             return post_res_forward(tunnel, f, coefficients, f_bias)
-        kernels, weight, bias, alphas, options = next_pre
+        kernels, weight, affine, options = next_pre
         if kernels.post_res_pre is not None:
-            out, *made = kernels.post_res_pre(tunnel, f, coefficients, f_bias, weight, bias, alphas, options)
-            ctx.link.put_ahead(out, (weight, bias, *alphas), tuple(made))
+            out, *made = kernels.post_res_pre(tunnel, f, coefficients, f_bias, weight, affine, options)
+            ctx.link.ahead = Ahead(out, (weight, affine), tuple(made))
         else:
             assert kernels.post_res_project is not None
             out, parts = kernels.post_res_project(tunnel, f, coefficients, weight, f_bias)
-            ctx.link.put_ahead(out, (weight,), parts)
+            ctx.link.ahead = Ahead(out, (weight,), parts)
         return out
 
     @staticmethod
@@ -305,8 +318,7 @@ class _Mix(torch.autograd.Function):
 def pre(
     x: Tensor,
     weight: Tensor,
-    bias: Tensor,
-    alphas: tuple[Tensor, Tensor, Tensor],
+    affine: Tensor,
     options: Options,
     kernels: Kernels = TRITON,
 ) -> tuple[Tensor, KernelMappings]:
@@ -320,13 +332,13 @@ def pre(
     """
     if torch.compiler.is_compiling():
         layer_input, *tunnels, projection, coefficients = compiled.pre(
-            x, weight, bias, *alphas, *options, kernels.name
+            x, weight, affine, *options, kernels.name
         )
-        saved = Saved(projection, bias, alphas[1])  # whose gradients, and that of x, all leave `pre`
+        saved = Saved(projection, affine)  # whose gradients, and that of x, all leave `pre`
         return layer_input, KernelMappings(tuple(tunnels), coefficients, saved, streams=x)
     visit = _Visit(kernels, options, _link_of(x), BackwardHandoff())
-    layer_input, tunnel, projection, coefficients = _Pre.apply(x.contiguous(), weight, bias, *alphas, visit)
-    saved = Saved(projection, bias, alphas[1])
+    layer_input, tunnel, projection, coefficients = _Pre.apply(x.contiguous(), weight, affine, visit)
+    saved = Saved(projection, affine)
     return layer_input, KernelMappings((tunnel,), coefficients, saved, handoff=visit.handoff)
 
 

@@ -35,10 +35,7 @@ def _tunnels(x: Tensor) -> tuple[Tensor, Tensor]:
 def pre(
     x: Tensor,
     weight: Tensor,
-    bias: Tensor,
-    alpha_pre: Tensor,
-    alpha_post: Tensor,
-    alpha_res: Tensor,
+    affine: Tensor,
     norm_eps: float,
     iterations: int,
     deepseek_v4: bool,
@@ -49,8 +46,7 @@ def pre(
     layer_input, saved, coefficients = BY_NAME[backend].pre_forward(
         x.contiguous(),
         weight.contiguous(),
-        bias,
-        (alpha_pre, alpha_post, alpha_res),
+        affine,
         Options(norm_eps, iterations, deepseek_v4, reserved_sms),
     )
     return layer_input, *_tunnels(x), saved, coefficients
@@ -63,18 +59,15 @@ def _pre_backward(
     f: Tensor,
     dl: Tensor,
     weight: Tensor,
-    bias: Tensor,
-    alpha_pre: Tensor,
-    alpha_post: Tensor,
-    alpha_res: Tensor,
+    affine: Tensor,
     saved: Tensor,
     norm_eps: float,
     iterations: int,
     deepseek_v4: bool,
     reserved_sms: int,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dx, d_weight, d_bias, d_alphas, _ = (
+) -> tuple[Tensor, Tensor, Tensor]:
+    dx, d_weight, d_affine, _ = (
         BY_NAME[backend]
         .backward_of(x, f)
         .pre_backward(
@@ -83,13 +76,12 @@ def _pre_backward(
             f.contiguous(),
             dl.contiguous(),
             weight.contiguous(),
-            bias,
-            (alpha_pre, alpha_post, alpha_res),
+            affine,
             saved.contiguous(),
             Options(norm_eps, iterations, deepseek_v4, reserved_sms),
         )
     )
-    return dx, d_weight, d_bias, d_alphas
+    return dx, d_weight, d_affine
 
 
 @custom_op("megatron_mhc::post_res", mutates_args=())
@@ -100,16 +92,15 @@ def post_res(
     f: Tensor,
     coefficients: Tensor,
     saved: Tensor,
-    bias: Tensor,
-    alpha_post: Tensor,
+    affine: Tensor,
 ) -> Tensor:
     """`post_res_forward`, given what `pre` returned; `pre` alone gives x a gradient."""
     return post_res_forward(x.contiguous(), f.contiguous(), coefficients.contiguous())
 
 
 @custom_op("megatron_mhc::post_res_backward", mutates_args=())
-def _post_backward(g: Tensor, saved: Tensor, bias: Tensor, alpha_post: Tensor) -> Tensor:
-    return post_backward(g.contiguous(), saved.contiguous(), bias, alpha_post)
+def _post_backward(g: Tensor, saved: Tensor, affine: Tensor) -> Tensor:
+    return post_backward(g.contiguous(), saved.contiguous(), affine)
 
 
 @register_fake("megatron_mhc::pre")
@@ -120,10 +111,8 @@ def _(x: Tensor, *_: Any) -> tuple[Tensor, ...]:
 
 
 @register_fake("megatron_mhc::pre_backward")
-def _(x: Tensor, g: Tensor, f: Tensor, dl: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, ...]:
-    f32, M = torch.float32, weight.shape[0]
-    parameters = (x.new_empty(*shape, dtype=f32) for shape in (weight.shape, (M,), (3,)))
-    return x.new_empty(x.shape), *parameters
+def _(x: Tensor, g: Tensor, f: Tensor, dl: Tensor, weight: Tensor, affine: Tensor, *_: Any) -> Any:
+    return tuple(t.new_empty(t.shape) for t in (x, weight, affine))
 
 
 @register_fake("megatron_mhc::post_res")
@@ -138,29 +127,28 @@ def _(g: Tensor, *_: Any) -> Tensor:
 
 def _keep_for_pre(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *_, saved, coefficients = output
-    ctx.save_for_backward(*inputs[:6], saved)
-    ctx.options = inputs[6:]
+    ctx.save_for_backward(*inputs[:3], saved)
+    ctx.options = inputs[3:]
     ctx.mark_non_differentiable(saved, coefficients)
     ctx.set_materialize_grads(False)
 
 
 def _gradients_of_pre(ctx: Any, dl: Tensor | None, g: Tensor | None, f: Tensor | None, *_: Any) -> Any:
-    x, weight, *small, saved = ctx.saved_tensors
+    x, weight, affine, saved = ctx.saved_tensors
     dl = torch.zeros_like(x[:, 0]) if dl is None else dl  # the layer input reaches no loss
     if g is None or f is None:  # no post_res downstream, so f counts for nothing
         g, f = torch.zeros_like(x), torch.zeros_like(dl)
-    dx, d_weight, d_bias, d_alphas = _pre_backward(x, g, f, dl, weight, *small, saved, *ctx.options)
-    return dx, d_weight, d_bias, d_alphas[:1], d_alphas[1:2], d_alphas[2:], *[None] * 5
+    return *_pre_backward(x, g, f, dl, weight, affine, saved, *ctx.options), *[None] * 5
 
 
 def _keep_for_post_res(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    *_, f, _coefficients, saved, bias, alpha_post = inputs
-    ctx.save_for_backward(f, saved, bias, alpha_post)
+    *_, f, _coefficients, saved, affine = inputs
+    ctx.save_for_backward(f, saved, affine)
 
 
 def _gradients_of_post_res(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-    f, saved, bias, alpha_post = ctx.saved_tensors
-    return g, f, None, _post_backward(g, saved, bias, alpha_post), *[None] * 4
+    f, saved, affine = ctx.saved_tensors
+    return g, f, None, _post_backward(g, saved, affine), *[None] * 3
 
 
 register_autograd(pre, _gradients_of_pre, setup_context=_keep_for_pre)

@@ -20,9 +20,9 @@ class Kernels(NamedTuple):
 
     Args:
         name: of --mhc-backend.
-        pre_forward: (x, weight, bias, alphas, options) -> layer input, saved, coefficients.
-        pre_backward: (x, g, f, dl, weight, bias, alphas, saved, options, writer, f_bias) -> dx, d_weight,
-            d_bias, d_alphas, df of the writer.
+        pre_forward: (x, weight, affine, options) -> layer input, saved, coefficients.
+        pre_backward: (x, g, f, dl, weight, affine, saved, options, writer, f_bias) -> dx, d_weight, d_affine,
+            df of the writer.
         dtypes, streams: of x, and its n.
         max_iterations: of Sinkhorn-Knopp.
         channels_per_sm: most of C for each SM of the GPU.
@@ -36,7 +36,7 @@ class Kernels(NamedTuple):
 
     name: str
     pre_forward: Callable[..., tuple[Tensor, Tensor, Tensor]]
-    pre_backward: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]]
+    pre_backward: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor | None]]
     dtypes: tuple[torch.dtype, ...]
     streams: tuple[int, ...]
     max_iterations: int | None = None

@@ -38,6 +38,7 @@ class DroppingChunk(ModelChunk):
     """
 
     sublayers: list[DroppingSubLayer]  # type: ignore[assignment]
+    keeps_streams = False
 
     def __init__(self, *args: Any):
         super().__init__(*args)

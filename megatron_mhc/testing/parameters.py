@@ -69,7 +69,9 @@ def fill(chunks: list[Any], std: float = 0.1) -> None:
         generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
         noise = torch.randn(shape, generator=generator, dtype=torch.float64)
         if "hyper_connection" in name or "layernorm.head" in name:
-            full = noise * (0.1 if "proj" in name else 0.5) + (1.0 if "alpha" in name else 0.0)
+            full = noise * (0.1 if "proj" in name else 0.5)
+            if name.endswith(("affine", "alpha")):
+                full[-3:] += 1.0  # alphas, behind the biases
         elif "norm" in name and name.endswith("weight"):
             full = 1 + 0.1 * noise
         else:

@@ -83,14 +83,15 @@ def test_a_layer_matches_its_formula(run_ranks, preset, n):
         )
         for connection, branch in branches:
             weight, bias = connection.mapping_proj.weight, connection.bias
+            a_pre, a_post, a_res = connection.alphas
             logits = []
             for token in x:
                 flat = token.flatten()
                 logits.append(weight @ (flat / (flat.square().mean() + mhc.norm_eps).sqrt()))
             logits = torch.stack(logits)
-            pre = torch.sigmoid(connection.alpha_pre * logits[:, :n] + bias[:n])
-            post = 2 * torch.sigmoid(connection.alpha_post * logits[:, n : 2 * n] + bias[n : 2 * n])
-            res = (connection.alpha_res * logits[:, 2 * n :] + bias[2 * n :]).view(16, n, n)
+            pre = torch.sigmoid(a_pre * logits[:, :n] + bias[:n])
+            post = 2 * torch.sigmoid(a_post * logits[:, n : 2 * n] + bias[n : 2 * n])
+            res = (a_res * logits[:, 2 * n :] + bias[2 * n :]).view(16, n, n)
             if preset == "paper":
                 h_res = res.exp()
                 for _ in range(20):

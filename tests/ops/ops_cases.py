@@ -49,20 +49,27 @@ def inputs(tokens, n, channels, dtype, scale=1.0, logits=1.0):
 
     x, f = (rand(tokens, n, channels) * scale).to(dtype), rand(tokens, channels).to(dtype)
     weight, bias = rand(rows, n * channels) * 0.05, rand(rows) * logits
-    alphas = [torch.tensor([value], device=DEVICE) for value in (0.5, 0.7, 0.9)]
-    return [x, weight, bias, *alphas, f]
+    return [x, weight, torch.cat([bias, torch.tensor([0.5, 0.7, 0.9], device=DEVICE)]), f]
 
 
-def reference_connection(x, weight, bias, a_pre, a_post, a_res, f, v4, iterations=20):
-    logits = reference.mapping_logits(x, weight, (a_pre, a_post, a_res), bias, 1e-6)
+def each(tensors):
+    """The tensors, and in the place of affine, or of its gradient, the biases and each alpha."""
+    out = []
+    for t in tensors:
+        is_affine = t.dim() == 1 and t.numel() in (n * n + 2 * n + 3 for n in (1, 2, 4, 8))
+        out += t.split([t.numel() - 3, 1, 1, 1]) if is_affine else [t]
+    return out
+
+
+def reference_connection(x, weight, affine, f, v4, iterations=20):
+    bias, *alphas = each([affine])
+    logits = reference.mapping_logits(x, weight, alphas, bias, 1e-6)
     h = reference.mhc_mappings(logits, x.shape[1], deepseek_v4=v4, sinkhorn_iterations=iterations)
     return reference.pre(x, h.h_pre), reference.post_res(x, f, h.h_post, h.h_res), h
 
 
-def triton_connection(x, weight, bias, a_pre, a_post, a_res, f, v4, iterations=20):
-    layer_input, mappings = autograd.pre(
-        x, weight, bias, (a_pre, a_post, a_res), Options(1e-6, iterations, v4)
-    )
+def triton_connection(x, weight, affine, f, v4, iterations=20):
+    layer_input, mappings = autograd.pre(x, weight, affine, Options(1e-6, iterations, v4))
     return layer_input, autograd.post_res(f, mappings), mappings
 
 
@@ -90,5 +97,6 @@ def compare(tensors, dtype, v4, iterations=20):
     errors = {"layer_input": error(got_l, want_l), "streams": error(got_x, want_x)}
     for name in ("h_pre", "h_post", "h_res"):
         errors[name] = error(getattr(got_h, name), getattr(want_h, name))
-    errors |= {"d " + name: error(a.grad, b.grad) for name, a, b in zip(NAMES, ours, exact, strict=True)}
+    grads = (each([t.grad for t in tensors]) for tensors in (ours, exact))
+    errors |= {"d " + name: error(a, b) for name, a, b in zip(NAMES, *grads, strict=True)}
     return errors

@@ -3,7 +3,7 @@
 import functools
 
 import torch
-from ops_cases import DEVICE, ON_GPU, OPTIONS, inputs, reference_connection
+from ops_cases import DEVICE, ON_GPU, OPTIONS, each, inputs, reference_connection
 
 from megatron_mhc.ops import autograd, reference
 from megatron_mhc.ops.autograd import NextPre
@@ -15,23 +15,34 @@ from megatron_mhc.ops.triton.pre import pre_forward
 from megatron_mhc.testing import ranks
 
 
+def _post_res_pre(x, f, before, f_bias, weight, affine, options):
+    """Hopper's, by Triton."""
+    streams = post_res_forward(x, f.view(x[:, 0].shape), before, f_bias)
+    layer_input, *made = pre_forward(streams, weight, affine, options)
+    shape = x.shape if f.dim() == 2 else (*f.shape[:-1], x.shape[1] * x.shape[2])
+    return streams.view(shape).clone(), layer_input.view(f.shape).clone(), *made  # no views, as its are none
+
+
+AHEAD = TRITON._replace(post_res_pre=_post_res_pre)
+
+
 def chain(tensors, ahead):
     """Output and gradients of three connections with the same parameters.
 
     ahead: None is the reference; else post_res makes nothing of the next one, its projection, or "all".
     """
     leaves = [(t.double() if ahead is None else t.clone()).requires_grad_() for t in tensors]
-    out, weight, bias, *alphas, f = leaves
+    out, weight, affine, f = leaves
     for _ in range(3):
         if ahead is None:
-            layer_input, mixed, h = reference_connection(out, weight, bias, *alphas, f, False)
+            layer_input, mixed, h = reference_connection(out, weight, affine, f, False)
             out = reference.post_res(out, f + layer_input, h.h_post, h.h_res)
             continue
-        layer_input, mappings = autograd.pre(out, weight, bias, tuple(alphas), OPTIONS)
-        next_pre = NextPre(HOPPER if ahead == "all" else TRITON, weight, bias, tuple(alphas), OPTIONS)
+        layer_input, mappings = autograd.pre(out, weight, affine, OPTIONS)
+        next_pre = NextPre(HOPPER if ahead == "all" else TRITON, weight, affine, OPTIONS)
         out = autograd.post_res(f + layer_input, mappings, next_pre=next_pre if ahead else None)
     g = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE)
-    return [out, *torch.autograd.grad(out, leaves, g.to(out.dtype))]
+    return [out, *each(torch.autograd.grad(out, leaves, g.to(out.dtype)))]
 
 
 def two_in_a_row(case, linked=True, between=lambda x: x, extra=lambda x: 0.0, keep=False):
@@ -42,8 +53,8 @@ def two_in_a_row(case, linked=True, between=lambda x: x, extra=lambda x: 0.0, ke
     )
     second[1].data.mul_(-1)
     x = first[0]
-    for _, weight, bias, a_pre, a_post, a_res, f in (first, second):
-        layer_input, mappings = autograd.pre(x, weight, bias, (a_pre, a_post, a_res), Options(1e-6, 20, v4))
+    for _, weight, affine, f in (first, second):
+        layer_input, mappings = autograd.pre(x, weight, affine, Options(1e-6, 20, v4))
         x = autograd.post_res(f + layer_input * 0.5, mappings, linked=linked)
         if weight is first[1]:
             x = between(x)
@@ -51,8 +62,8 @@ def two_in_a_row(case, linked=True, between=lambda x: x, extra=lambda x: 0.0, ke
     g = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE).to(dtype)
     loss = (x.float() * g.float()).sum() + extra(middle)
     leaves = [*first, *second[1:]]
-    grads = torch.autograd.grad(loss, leaves, retain_graph=keep)
-    return (grads, torch.autograd.grad(loss, leaves)) if keep else grads
+    grads = each(torch.autograd.grad(loss, leaves, retain_graph=keep))
+    return (grads, each(torch.autograd.grad(loss, leaves))) if keep else grads
 
 
 def bias_like(f):
@@ -77,18 +88,18 @@ eighths = Eighths.apply
 def biased(case, fold, linked=True, ahead=False):
     """Output and gradients of two connections whose F has a bias, which post_res adds if `fold`."""
     tokens, n, channels, dtype = case
-    x, weight, bias, *alphas, f = (t.clone().requires_grad_() for t in inputs(tokens, n, channels, dtype))
+    x, weight, affine, f = (t.clone().requires_grad_() for t in inputs(tokens, n, channels, dtype))
     f_bias = eighths(bias_like(f)).requires_grad_()
     out = x
     for k in range(2):
-        layer_input, mappings = autograd.pre(out, weight, bias, tuple(alphas), OPTIONS)
+        layer_input, mappings = autograd.pre(out, weight, affine, OPTIONS)
         raw = eighths(f if k == 0 else layer_input)
         raw = raw if fold else raw + f_bias
-        next_pre = NextPre(TRITON, weight, bias, tuple(alphas), OPTIONS) if ahead else None
+        next_pre = NextPre(TRITON, weight, affine, OPTIONS) if ahead else None
         out = autograd.post_res(raw, mappings, f_bias if fold else None, linked, next_pre)
     g = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
-    leaves = [x, weight, bias, *alphas, f, f_bias]
-    return [out, *torch.autograd.grad(out, leaves, g)]
+    leaves = [x, weight, affine, f, f_bias]
+    return [out, *each(torch.autograd.grad(out, leaves, g))]
 
 
 def optimize(fn, backend="aot_eager", fullgraph=True, dynamic=False):
@@ -100,10 +111,10 @@ def sublayer(layer_input, f):
     return layer_input * 0.5 + f
 
 
-def connections(x, weight, bias, a_pre, a_post, a_res, f, v4, branch=sublayer):
+def connections(x, weight, affine, f, v4, branch=sublayer):
     """Two connections in a row around `branch`."""
     for _ in range(2):
-        layer_input, mappings = autograd.pre(x, weight, bias, (a_pre, a_post, a_res), Options(1e-6, 20, v4))
+        layer_input, mappings = autograd.pre(x, weight, affine, Options(1e-6, 20, v4))
         x = autograd.post_res(branch(layer_input, f), mappings)
     return layer_input, x
 
@@ -137,10 +148,10 @@ def apart(test):
 
 def run_forward(tokens, n, channels, dtype, count, forward=pre_forward):
     """Streams in front of each connection and behind the last; coefficients, f and layer input of each."""
-    x, weight, bias, *alphas, f = inputs(tokens, n, channels, dtype)
+    x, weight, affine, f = inputs(tokens, n, channels, dtype)
     streams, kept = [x], []
     for k in range(count):
-        layer_input, _, mappings = forward(x, weight * (k + 1), bias, tuple(alphas), OPTIONS)
+        layer_input, _, mappings = forward(x, weight * (k + 1), affine, OPTIONS)
         kept.append((mappings, f * (k + 1) + layer_input, layer_input))
         x = post_res_forward(x, kept[-1][1], mappings)
         streams.append(x)

@@ -31,8 +31,8 @@ def test_a_bias_that_post_res_adds_has_the_bits_of_one_added_before(case, option
 
 
 def test_a_bias_without_a_gradient_gets_none():
-    x, weight, bias, *alphas, f = (t.clone().requires_grad_() for t in inputs(3, 2, 16, torch.float32))
-    _, mappings = autograd.pre(x, weight, bias, tuple(alphas), OPTIONS)
+    x, weight, affine, f = (t.clone().requires_grad_() for t in inputs(3, 2, 16, torch.float32))
+    _, mappings = autograd.pre(x, weight, affine, OPTIONS)
     f_bias = bias_like(f)
     autograd.post_res(f, mappings, f_bias).square().sum().backward()
     assert f_bias.grad is None and f.grad is not None

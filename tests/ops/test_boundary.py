@@ -71,11 +71,11 @@ def cut(x, weight):
 
 @pytest.mark.parametrize("between, launches", [(same, 1), (change_phi, 2), (change_streams, 2), (cut, 2)])
 def test_a_projection_is_taken_for_the_very_values_it_was_made_of(projections, between, launches):
-    x, weight, bias, *alphas, _ = inputs(5, 4, 48, BF16)
+    x, weight, affine, _ = inputs(5, 4, 48, BF16)
     x.requires_grad_()
     for _ in range(2):
-        layer_input, mappings = autograd.pre(x, weight, bias, tuple(alphas), OPTIONS)
-        next_pre = NextPre(TRITON, weight, bias, tuple(alphas), OPTIONS)
+        layer_input, mappings = autograd.pre(x, weight, affine, OPTIONS)
+        next_pre = NextPre(TRITON, weight, affine, OPTIONS)
         x = between(autograd.post_res(layer_input, mappings, next_pre=next_pre), weight)
     assert len(projections) == launches
 

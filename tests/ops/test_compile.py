@@ -4,7 +4,7 @@ import functools
 
 import pytest
 import torch
-from ops_cases import ON_GPU, inputs
+from ops_cases import ON_GPU, each, inputs
 from ops_chains import apart, connections, optimize, results, same, sublayer
 
 from megatron_mhc import MHCConfig
@@ -63,8 +63,8 @@ def test_a_graph_that_breaks_inside_f_gives_the_same():
 def test_one_operation_compiled_and_the_other_not(compiled_pre):
     tensors = inputs(*CASES[0][:4])
 
-    def pre(x, weight, bias, *alphas):
-        return autograd.pre(x, weight, bias, alphas, Options(1e-6, 20, False))
+    def pre(x, weight, affine):
+        return autograd.pre(x, weight, affine, Options(1e-6, 20, False))
 
     def write(layer_input, f, mappings):
         return autograd.post_res(sublayer(layer_input, f), mappings)
@@ -105,18 +105,18 @@ def test_the_choice_of_a_back_end_is_traced(dtype):
 def test_a_layer_input_alone_has_its_gradient():
     tensors = inputs(*CASES[0][:4])[:-1]
 
-    def run(x, weight, bias, *alphas):
-        return autograd.pre(x, weight, bias, alphas, Options(1e-6, 20, False))[:1]
+    def run(x, weight, affine):
+        return autograd.pre(x, weight, affine, Options(1e-6, 20, False))[:1]
 
     same(results(optimize(run), tensors), results(run, tensors))
 
 
 @apart
 def test_a_second_post_res_is_refused():
-    x, weight, bias, *alphas, f = inputs(*CASES[0][:4])
+    x, weight, affine, f = inputs(*CASES[0][:4])
 
     def run():
-        _, mappings = autograd.pre(x, weight, bias, alphas, Options(1e-6, 20, False))
+        _, mappings = autograd.pre(x, weight, affine, Options(1e-6, 20, False))
         return autograd.post_res(f, mappings) + autograd.post_res(f, mappings)
 
     with pytest.raises(Exception, match="post_res was called twice"):
@@ -130,17 +130,15 @@ def test_ops_hold_what_torch_asks_of_custom_ops(monkeypatch):
     # Nobody reads what is in the tunnels; the check compares them all the same.
     monkeypatch.setattr(torch.Tensor, "new_empty_strided", lambda *args: new(*args).fill_(0))
     *tensors, f = inputs(3, 4, 32, torch.float32)
-    x, weight, bias, *alphas = leaves = [t.requires_grad_() for t in tensors]
+    x, weight, affine = leaves = [t.requires_grad_() for t in tensors]
     settings = 1e-6, 20, False, 0, "triton"
     torch.library.opcheck(compiled.pre, (*leaves, *settings))
     layer_input, g_tunnel, f_tunnel, saved, values = (t.detach() for t in compiled.pre(*leaves, *settings))
     tunnels = g_tunnel.requires_grad_(), f_tunnel.requires_grad_()
-    torch.library.opcheck(
-        compiled.post_res, (*tunnels, x, f.requires_grad_(), values, saved, bias, alphas[1])
-    )
+    torch.library.opcheck(compiled.post_res, (*tunnels, x, f.requires_grad_(), values, saved, affine))
     g = torch.randn_like(x)
     plain = [t.detach() for t in leaves]
-    torch.library.opcheck(compiled._post_backward, (g, saved, plain[2], plain[4]))
+    torch.library.opcheck(compiled._post_backward, (g, saved, plain[2]))
     torch.library.opcheck(
         compiled._pre_backward, (plain[0], g, f.detach(), layer_input, *plain[1:], saved, *settings)
     )
@@ -156,8 +154,9 @@ def test_inductor_gives_the_same(tokens, n, channels, dtype, v4, branch):
     same(results(compiled, tensors, v4, branch), results(connections, tensors, v4))
 
 
-def by_reference(x, weight, bias, a_pre, a_post, a_res, f, v4):
-    logits = reference.mapping_logits(x, weight, (a_pre, a_post, a_res), bias, 1e-6)
+def by_reference(x, weight, affine, f, v4):
+    bias, *alphas = each([affine])
+    logits = reference.mapping_logits(x, weight, alphas, bias, 1e-6)
     h = reference.mhc_mappings(logits, x.shape[1], deepseek_v4=v4)
     layer_input = reference.pre(x, h.h_pre)
     return layer_input, reference.post_res(x, sublayer(layer_input, f), h.h_post, h.h_res)

@@ -137,13 +137,13 @@ def test_mixed_streams_have_the_bits_of_post_res_and_are_read_as_by_pre(tokens, 
 
 
 def check_mixed(tokens, channels, v4=False):
-    x, weight, bias, *alphas, f = inputs(tokens, 4, channels, BF16)
+    x, weight, affine, f = inputs(tokens, 4, channels, BF16)
     options = Options(1e-6, 20, v4)
-    _, _, before = pre.pre_forward(x, weight.flip(0).contiguous(), bias, tuple(alphas), options)
+    _, _, before = pre.pre_forward(x, weight.flip(0).contiguous(), affine, options)
     for f_bias in (None, torch.randn(channels, device=DEVICE).to(BF16)):
-        made = pre.post_res_pre(x, f, before, f_bias, weight, bias, tuple(alphas), options)
+        made = pre.post_res_pre(x, f, before, f_bias, weight, affine, options)
         streams = post_res_forward(x, f, before, f_bias)
-        same(made, [streams, *pre.pre_forward(streams, weight, bias, tuple(alphas), options)])
+        same(made, [streams, *pre.pre_forward(streams, weight, affine, options)])
 
 
 @pytest.mark.parametrize("back", [False, True])

@@ -59,9 +59,9 @@ def test_a_projection_made_ahead_is_tritons(calls, by_hopper):
 
 
 def test_the_backward_of_another_dtype_of_f_is_tritons(calls, by_hopper):
-    x, weight, bias, *alphas, f = (t.requires_grad_() for t in inputs(*CASE))
+    x, weight, affine, f = (t.requires_grad_() for t in inputs(*CASE))
     options = Options(1e-6, 20, False)
-    _, mappings = autograd.pre(x, weight, bias, tuple(alphas), options)
+    _, mappings = autograd.pre(x, weight, affine, options)
     autograd.post_res(f.float(), mappings).sum().backward()
     assert calls == ["pre_forward"] and x.grad.isfinite().all()
 
@@ -134,11 +134,11 @@ def test_each_launch_leaves_the_sms_that_its_connection_reserves(monkeypatch, re
         monkeypatch.setattr(module, "_plan", module._plan.__wrapped__)
         monkeypatch.setattr(module, "multiprocessors", lambda _: 132)
     x, f = torch.empty(4096, 4, 512, dtype=BF16), torch.empty(4096, 512, dtype=BF16)
-    weight, bias, alphas = torch.empty(24, 2048), torch.empty(24), (torch.empty(1),) * 3
+    weight, affine = torch.empty(24, 2048), torch.empty(27)
     for options in (Options(1e-6, 20, False, reserved), Options(1e-6, 20, False)):
-        _, saved, before = pre.pre_forward(x, weight, bias, alphas, options)
-        pre.post_res_pre(x, f, before, None, weight, bias, alphas, options)
-        pre_backward.pre_backward(x, x, f, f, weight, bias, alphas, saved, options)
+        _, saved, before = pre.pre_forward(x, weight, affine, options)
+        pre.post_res_pre(x, f, before, None, weight, affine, options)
+        pre_backward.pre_backward(x, x, f, f, weight, affine, saved, options)
     assert blocks == [132 - reserved] * 3 + [132] * 3
 
 

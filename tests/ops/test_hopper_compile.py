@@ -50,17 +50,16 @@ def asked(monkeypatch):
             monkeypatch.setattr(module, "_plan", plans[module])
             monkeypatch.setattr(module, "multiprocessors", lambda device: 132)
         x, f = torch.empty(tokens, 4, channels, dtype=BF16), torch.empty(tokens, channels, dtype=BF16)
-        weight, bias, saved = torch.empty(24, 4 * channels), torch.empty(24), torch.empty(tokens, 25)
-        alphas = tuple(torch.empty(1) for _ in range(3))
+        weight, affine, saved = torch.empty(24, 4 * channels), torch.empty(27), torch.empty(tokens, 25)
         options = Options(1e-6, iterations, v4)
         if call == "pre":
-            pre.pre_forward(x, weight, bias, alphas, options)
+            pre.pre_forward(x, weight, affine, options)
         elif call == "pre_mix":
-            pre.post_res_pre(x, f, saved[:, :24], None, weight, bias, alphas, options)
+            pre.post_res_pre(x, f, saved[:, :24], None, weight, affine, options)
         else:
-            writer = (saved, bias, alphas[1]) if call == "pre_backward_df" else None
+            writer = (saved, affine) if call == "pre_backward_df" else None
             g, dl = torch.empty_like(x), torch.empty_like(f)
-            pre_backward.pre_backward(x, g, f, dl, weight, bias, alphas, saved, options, writer=writer)
+            pre_backward.pre_backward(x, g, f, dl, weight, affine, saved, options, writer=writer)
         return found[0]
 
     return asked

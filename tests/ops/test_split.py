@@ -12,6 +12,7 @@ from ops_cases import (
     ON_GPU,
     OPTIONS,
     STREAM,
+    each,
     error,
     inputs,
     reference_connection,
@@ -39,13 +40,13 @@ def leaves(tensors, exact=False):
     return [(t.double() if exact else t.clone()).requires_grad_() for t in tensors]
 
 
-def leave(x, weight, bias, *alphas, v4=False):
-    layer_input, mappings = autograd.pre(x, weight, bias, alphas, Options(1e-6, 20, v4))
+def leave(x, weight, affine, v4=False):
+    layer_input, mappings = autograd.pre(x, weight, affine, Options(1e-6, 20, v4))
     return layer_input, *autograd.mix(mappings)
 
 
-def reference_leave(x, weight, bias, *alphas, v4=False):
-    layer_input, _, h = reference_connection(x, weight, bias, *alphas, x[:, 0].detach(), v4)
+def reference_leave(x, weight, affine, v4=False):
+    layer_input, _, h = reference_connection(x, weight, affine, x[:, 0].detach(), v4)
     return layer_input, reference.mix(x, h.h_res), h.h_post
 
 
@@ -74,7 +75,8 @@ def test_exit_and_every_gradient_match_float64(tokens, n, channels, dtype, v4):
     torch.autograd.backward(want, [t.double() for t in gradients])
     torch.autograd.backward(got, gradients)
     errors = {name: error(a, b) for name, a, b in zip(("layer_input", "u", "h_post"), got, want, strict=True)}
-    errors |= {"d " + k: error(a.grad, b.grad) for k, a, b in zip(PARAMETERS, ours, exact, strict=True)}
+    grads = (each([t.grad for t in tensors]) for tensors in (ours, exact))
+    errors |= {"d " + k: error(a, b) for k, a, b in zip(PARAMETERS, *grads, strict=True)}
     check(errors, dtype)
 
 
@@ -121,21 +123,21 @@ def test_exit_and_entry_are_pre_and_post_res(tokens, n, channels, dtype, v4):
     torch.autograd.backward([want_l, want_x], [dl.double(), dx.double()])
     got = cross(tensors, dl, dx, v4)
     names = ("layer_input", "streams", *("d " + name for name in PARAMETERS), "d f")
-    want = [want_l, want_x, *(t.grad for t in exact)]
+    got, want = each(got), each([want_l, want_x, *(t.grad for t in exact)])
     # The streams are rounded twice, as u and as x'.
     check({k: error(a, b) for k, a, b in zip(names, got, want, strict=True)}, dtype, factor=2.0)
 
 
 def test_pre_backward_with_the_dh_post_that_f_makes():
     """Against the path that reads f: the same products but for the order of one sum."""
-    x, weight, bias, *alphas, f = inputs(5, 4, 48, torch.float32)
-    _, saved, values = pre_forward(x, weight, bias, alphas, OPTIONS)
+    x, weight, affine, f = inputs(5, 4, 48, torch.float32)
+    _, saved, values = pre_forward(x, weight, affine, OPTIONS)
     g, dl = noise(4, x.shape, f.shape)
-    want = pre_backward(x, g, f, dl, weight, bias, alphas, saved, OPTIONS)
+    want = pre_backward(x, g, f, dl, weight, affine, saved, OPTIONS)
     df, dh_post = torch.empty_like(f), torch.empty_like(values[:, :4].contiguous())
     stage_ends.write_backward(g, f, values[:, 4:8], df, dh_post)
-    got = pre_backward(x, g, None, dl, weight, bias, alphas, saved, OPTIONS, dh_post=dh_post)
-    for a, b in zip(got[:4], want[:4], strict=True):
+    got = pre_backward(x, g, None, dl, weight, affine, saved, OPTIONS, dh_post=dh_post)
+    for a, b in zip(each(got[:3]), each(want[:3]), strict=True):
         assert error(a, b.double()) <= 1e-5
 
 
@@ -158,8 +160,8 @@ def test_gradients_of_a_part_alone():
 
 
 def test_post_res_after_the_boundary_is_refused():
-    x, weight, bias, *alphas, f = inputs(2, 2, 16, torch.float32)
-    _, mappings = autograd.pre(x, weight, bias, tuple(alphas), OPTIONS)
+    x, weight, affine, f = inputs(2, 2, 16, torch.float32)
+    _, mappings = autograd.pre(x, weight, affine, OPTIONS)
     autograd.mix(mappings)
     with pytest.raises(RuntimeError, match="post_res was called twice"):
         autograd.post_res(f, mappings)

@@ -65,16 +65,16 @@ def test_layer_input_alone_has_its_gradient():
     exact = [t.double().requires_grad_() for t in tensors]
     ours = [t.clone().requires_grad_() for t in tensors]
     reference_connection(*exact, False)[0].square().sum().backward()
-    x, weight, bias, *alphas, _ = ours
-    layer_input, _ = autograd.pre(x, weight, bias, tuple(alphas), Options(1e-6, 20, False))
+    x, weight, affine, _ = ours
+    layer_input, _ = autograd.pre(x, weight, affine, Options(1e-6, 20, False))
     layer_input.square().sum().backward()
     assert error(x.grad, exact[0].grad) <= 1e-5
     assert error(weight.grad, exact[1].grad) <= 1e-5
 
 
 def test_second_post_res_is_refused():
-    x, weight, bias, *alphas, f = inputs(2, 2, 16, torch.float32)
-    _, mappings = autograd.pre(x, weight, bias, tuple(alphas), Options(1e-6, 20, False))
+    x, weight, affine, f = inputs(2, 2, 16, torch.float32)
+    _, mappings = autograd.pre(x, weight, affine, Options(1e-6, 20, False))
     autograd.post_res(f, mappings)
     with pytest.raises(RuntimeError, match="post_res was called twice"):
         autograd.post_res(f, mappings)

@@ -99,21 +99,20 @@ def test_the_tunnel_of_the_triton_operations_crosses_a_tape():
     def noise(*shape):
         return torch.randn(*shape, generator=generator).requires_grad_()
 
-    x, weight, bias = noise(3, 4, 16), noise(24, 64), noise(24)
-    alphas = tuple(noise(1) for _ in range(3))
+    x, weight, affine = noise(3, 4, 16), noise(24, 64), noise(27)
     f_bias = noise(16)
-    leaves = (x, weight, bias, *alphas, f_bias)
+    leaves = (x, weight, affine, f_bias)
     dx = torch.randn(3, 4, 16, generator=generator)
     options = Options(1e-6, 3, False)
 
-    layer_input, mappings = autograd.pre(x, weight, bias, alphas, options)
+    layer_input, mappings = autograd.pre(x, weight, affine, options)
     autograd.post_res(torch.tanh(layer_input), mappings, f_bias).backward(dx)
     expected = [leaf.grad for leaf in leaves]
     for leaf in leaves:
         leaf.grad = None
 
     tape = Tape(HostStreams())
-    layer_input, mappings = autograd.pre(x, weight, bias, alphas, options)
+    layer_input, mappings = autograd.pre(x, weight, affine, options)
     visit = Visit(x, layer_input, mappings)
     layer_input, *crossed = tape.cut((0, "experts"), layer_input, *_crossing(visit))
     (f,) = tape.cut((0, "post"), torch.tanh(layer_input))

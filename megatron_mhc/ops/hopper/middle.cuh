@@ -27,12 +27,12 @@ static_assert(D_AT + ROWS <= 3 * COEFFICIENT_ATOMS && 3 * COEFFICIENT_ATOMS <= T
 constexpr int STAGING = TOKEN_FLOATS + 16 + 8 * ITERATIONS;
 
 struct Gradients {
-    float *d_bias, *d_alphas, *coefficients, *partial;
+    float *d_affine, *coefficients, *partial;
     u32* done;
 };
 
-// Sums d_bias and d_alphas over `rows` warps' shares of 48 columns: biases, then alphas' terms in this order.
-__device__ void reduce(const float* partial, int rows, float* d_bias, float* d_alphas, int lane) {
+// Sums d_affine over `rows` warps' shares of 48 columns: biases, then alphas' terms in this order.
+__device__ void reduce(const float* partial, int rows, float* d_affine, int lane) {
     const int half = lane / 16, column = lane % 16;
     float4 total = make_float4(0, 0, 0, 0);
     if (column < 12)
@@ -49,35 +49,34 @@ __device__ void reduce(const float* partial, int rows, float* d_bias, float* d_a
     float res = 0.f;
 #pragma unroll
     for (int k = 8; k < 12; k++) res += __shfl_sync(ALL_LANES, four, k);
-    if (lane < 6) *(float4*)(d_bias + lane * 4) = total;
-    if (lane == 6) d_alphas[0] = four;
-    if (lane == 7) d_alphas[1] = four;
-    if (lane == 8) d_alphas[2] = res;
+    if (lane < 6) *(float4*)(d_affine + lane * 4) = total;
+    if (lane == 6) d_affine[ROWS] = four;
+    if (lane == 7) d_affine[ROWS + 1] = four;
+    if (lane == 8) d_affine[ROWS + 2] = res;
 }
 
 // `rows` warps call it, each after it has stored its row: the last one sums all rows up.
-__device__ __forceinline__ void reduce_by_last(u32* done, const float* partial, int rows, float* d_bias,
-                                               float* d_alphas, int lane) {
+__device__ __forceinline__ void reduce_by_last(u32* done, const float* partial, int rows, float* d_affine,
+                                               int lane) {
     u32 before = 0;
     if (lane == 0) {
         __threadfence();
         before = atomicAdd(done, 1u);
         __threadfence();
     }
-    if (__shfl_sync(ALL_LANES, before, 0) == rows - 1) reduce(partial, rows, d_bias, d_alphas, lane);
+    if (__shfl_sync(ALL_LANES, before, 0) == rows - 1) reduce(partial, rows, d_affine, lane);
 }
 
 // Warp `turn` of MIDDLE, with the tokens that are its slice's.
-__device__ __forceinline__ void
-middle(const Place at, int groups, int T, int turn, int lane, const float* __restrict__ bias,
-       const float* __restrict__ alpha_pre, const float* __restrict__ alpha_post,
-       const float* __restrict__ alpha_res, const float* __restrict__ saved,
-       const float* __restrict__ writer_saved, const float* __restrict__ writer_bias,
-       const float* __restrict__ writer_alpha, const float* parts, float* staging, const Gradients to) {
+__device__ __forceinline__ void middle(const Place at, int groups, int T, int turn, int lane,
+                                       const float* __restrict__ affine, const float* __restrict__ saved,
+                                       const float* __restrict__ writer_saved,
+                                       const float* __restrict__ writer_affine, const float* parts,
+                                       float* staging, const Gradients to) {
     // The warp prepares TOGETHER tokens at once, then awaits their sums one token after the other.
     const int half = TOGETHER == 2 ? lane / 16 : 0, e = lane % 16, i = e / STREAMS, j = e % STREAMS;
-    const float gate_early = e < STREAMS ? *alpha_pre : *alpha_post, gate_res = *alpha_res;
-    const float shift_early = e < 2 * STREAMS ? bias[e] : 0.f, shift_res = bias[2 * STREAMS + e];
+    const float gate_early = affine[e < STREAMS ? ROWS : ROWS + 1], gate_res = affine[ROWS + 2];
+    const float shift_early = e < 2 * STREAMS ? affine[e] : 0.f, shift_res = affine[2 * STREAMS + e];
     const int transpose = V4 ? j * STREAMS + i : e;  // comb's element e in H_res
     float bias_early = 0.f, bias_res = 0.f, alpha_early = 0.f, alpha_late = 0.f;
     float* coefficient = staging + (TOGETHER * turn + half) * STAGING;
@@ -116,8 +115,8 @@ middle(const Place at, int groups, int T, int turn, int lane, const float* __res
         if (e < STREAMS) coefficient[H_PRE_AT + e] = s + (V4 ? EPS : 0.f);
         if (DF && e < STREAMS)
             coefficient[H_POST_AT + e] =
-                2.f * sigmoid(__fmaf_rn(writer_saved[(u64)min(t, T - 1) * 25 + STREAMS + e], *writer_alpha,
-                                        writer_bias[STREAMS + e]));
+                2.f * sigmoid(__fmaf_rn(writer_saved[(u64)min(t, T - 1) * 25 + STREAMS + e],
+                                        writer_affine[ROWS + 1], writer_affine[STREAMS + e]));
         coefficient[H_RES_AT + transpose] = h;
 #pragma unroll 1
         for (int turned = 0; turned < TOGETHER && first + turned * SLICES < at.tiles * TILE; turned++) {
@@ -181,5 +180,5 @@ middle(const Place at, int groups, int T, int turn, int lane, const float* __res
     if (lane < 2 * STREAMS) sums[lane] = bias_early, sums[24 + lane] = alpha_early;
     if (lane < 16) sums[8 + lane] = bias_res, sums[32 + lane] = alpha_late;
     __syncwarp();
-    reduce_by_last(to.done, to.partial, SLICES * groups * MIDDLE, to.d_bias, to.d_alphas, lane);
+    reduce_by_last(to.done, to.partial, SLICES * groups * MIDDLE, to.d_affine, lane);
 }

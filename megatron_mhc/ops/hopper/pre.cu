@@ -115,10 +115,9 @@ __device__ __forceinline__ void mix(unsigned char* tile, const unsigned char* f,
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     pre(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap f,
         const __grid_constant__ TensorMap streams, const bf16* __restrict__ f_bias,
-        const float* __restrict__ before, const float* __restrict__ weight, const float* __restrict__ bias,
-        const float* __restrict__ alpha_pre, const float* __restrict__ alpha_post,
-        const float* __restrict__ alpha_res, bf16* __restrict__ out, float* __restrict__ saved,
-        float* __restrict__ mappings, float* parts, u32* ticket, int T, int groups, float eps) {
+        const float* __restrict__ before, const float* __restrict__ weight, const float* __restrict__ affine,
+        bf16* __restrict__ out, float* __restrict__ saved, float* __restrict__ mappings, float* parts,
+        u32* ticket, int T, int groups, float eps) {
     DYNAMIC_SHARED(memory);
     SHARED_ARRAY(u64, full, STAGES);
     SHARED_ARRAY(u64, known, STAGES);
@@ -303,9 +302,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             // One token at a time; the logits of eight go through Sinkhorn together, four lanes a token.
             float* logits = held + (warp - PROJECTING - AGGREGATING) * (8 * 16);
             const int m = lane < ROWS ? lane : 0;
-            const float gate = m < STREAMS ? *alpha_pre : m < 2 * STREAMS ? *alpha_post : *alpha_res;
-            const float shift = bias[m];
-            const float gate_pre = *alpha_pre, shift_pre = bias[lane % STREAMS];
+            const float* alphas = affine + ROWS;
+            const float gate = alphas[m < STREAMS ? 0 : m < 2 * STREAMS ? 1 : 2];
+            const float shift = affine[m];
+            const float gate_pre = alphas[0], shift_pre = affine[lane % STREAMS];
             int tokens = 0, mine = 0;  // how many are held, and which is this lane's
             const int half = warp - PROJECTING - AGGREGATING & 1, first = half * 8;
             for (int it = (warp - PROJECTING - AGGREGATING) / 2; it < at.tiles; it += FINISHING / 2) {

@@ -29,8 +29,7 @@ SOURCE = Source(
 def pre_forward(
     x: Tensor,
     weight: Tensor,
-    bias: Tensor,
-    alphas: tuple[Tensor, Tensor, Tensor],
+    affine: Tensor,
     options: Options,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`megatron_mhc.ops.triton.pre.pre_forward` of x: [T, 4, C] bf16.
@@ -44,7 +43,7 @@ def pre_forward(
         device = x.get_device()
         plan = _plan(T, C, options, False, device, multiprocessors(device), raw_stream(device), get_ident())
         # The last two maps are not looked at.
-        plan.launch((x, x, x), (None, None, weight, bias, *alphas, out, saved, mappings))
+        plan.launch((x, x, x), (None, None, weight, affine, out, saved, mappings))
     return out, saved, mappings
 
 
@@ -54,13 +53,12 @@ def post_res_pre(
     before: Tensor,
     f_bias: Tensor | None,
     weight: Tensor,
-    bias: Tensor,
-    alphas: tuple[Tensor, Tensor, Tensor],
+    affine: Tensor,
     options: Options,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """x' of `post_res_forward`, and `pre_forward` of x', by one read of x and f.
 
-    The bits are those of the two one after the other.
+    The bits are those of the two one after the other. Of f: [s, b, C] x' is [s, b, 4*C], the layer input as f.
 
     Args:
         before: [T, 24] fp32, mappings of the connection that writes x'; the rest is of the one that reads.
@@ -68,12 +66,13 @@ def post_res_pre(
     Source: arXiv 2512.24880 Eqs. (3), (14)-(19).
     """
     T, _, C = x.shape
-    streams, out = torch.empty_like(x), torch.empty_like(f)
+    streams = torch.empty_like(x) if f.dim() == 2 else f.new_empty((*f.shape[:-1], 4 * C))
+    out = torch.empty_like(f)
     saved, mappings = (x.new_empty((T, rows), dtype=torch.float32) for rows in (25, 24))
     if T:
         device = x.get_device()
         plan = _plan(T, C, options, True, device, multiprocessors(device), raw_stream(device), get_ident())
-        plan.launch((x, f, streams), (f_bias, before, weight, bias, *alphas, out, saved, mappings))
+        plan.launch((x, f, streams), (f_bias, before, weight, affine, out, saved, mappings))
     return streams, out, saved, mappings
 
 

@@ -68,12 +68,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                  const __grid_constant__ TensorMap f, const __grid_constant__ TensorMap dl,
                  const __grid_constant__ TensorMap dx, const __grid_constant__ TensorMap df,
                  const bf16* __restrict__ f_bias, const float* __restrict__ weight,
-                 const float* __restrict__ bias, const float* __restrict__ alpha_pre,
-                 const float* __restrict__ alpha_post, const float* __restrict__ alpha_res,
-                 const float* __restrict__ saved, const float* __restrict__ writer_saved,
-                 const float* __restrict__ writer_bias, const float* __restrict__ writer_alpha,
-                 float* d_weight, float* d_bias, float* d_alphas, float* parts, float* coefficients,
-                 float* partial, u32* counts, int T, int groups) {
+                 const float* __restrict__ affine, const float* __restrict__ saved,
+                 const float* __restrict__ writer_saved, const float* __restrict__ writer_affine,
+                 float* d_weight, float* d_affine, float* parts, float* coefficients, float* partial,
+                 u32* counts, int T, int groups) {
     DYNAMIC_SHARED(memory);
     SHARED_ARRAY(u64, full, STAGES);
     SHARED_ARRAY(u64, finished, STAGES);
@@ -354,8 +352,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             barrier_arrive(empties + 8 * stage);
         }
     } else {
-        const Gradients to = {d_bias, d_alphas, coefficients, partial, done};
-        middle(at, groups, T, warp - DX - DOTS - 3, lane, bias, alpha_pre, alpha_post, alpha_res, saved,
-               writer_saved, writer_bias, writer_alpha, parts, staging, to);
+        const Gradients to = {d_affine, coefficients, partial, done};
+        middle(at, groups, T, warp - DX - DOTS - 3, lane, affine, saved, writer_saved, writer_affine, parts,
+               staging, to);
     }
 }

@@ -37,32 +37,30 @@ def pre_backward(
     f: Tensor,
     dl: Tensor,
     weight: Tensor,
-    bias: Tensor,
-    alphas: tuple[Tensor, Tensor, Tensor],
+    affine: Tensor,
     saved: Tensor,
     options: Options,
     *,
-    writer: tuple[Tensor, Tensor, Tensor] | None = None,
+    writer: tuple[Tensor, Tensor] | None = None,
     f_bias: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """`megatron_mhc.ops.triton.pre_backward.pre_backward` of x, g: [T, 4, C] and f, dl: [T, C] bf16."""
-    T, n, C = x.shape
-    f32 = torch.float32
-    dx, d_weight = torch.empty_like(x), x.new_empty((24, n * C), dtype=f32)
-    d_bias, d_alphas = x.new_empty(24, dtype=f32), x.new_empty(3, dtype=f32)
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """`megatron_mhc.ops.triton.pre_backward.pre_backward` of x, g: [T, 4, C] and f, dl: [T, C] or [s, b, C] bf16."""
+    T, _, C = x.shape
+    dx = torch.empty_like(x)
+    d_weight, d_affine = torch.empty_like(weight), torch.empty_like(affine)
     if T == 0:
-        return dx, d_weight.zero_(), d_bias.zero_(), d_alphas.zero_(), None
+        return dx, d_weight.zero_(), d_affine.zero_(), None
     df = None if writer is None else torch.empty_like(dl)
-    unused = (saved, bias, alphas[1])  # neither read nor, as dl, written
+    unused = (saved, affine)  # neither read nor, as dl, written
     device = x.get_device()
     plan = _plan(
         T, C, options, df is not None, device, multiprocessors(device), raw_stream(device), get_ident()
     )
     plan.launch(
         (x, g, f, dl, dx, dl if df is None else df),
-        (f_bias, weight, bias, *alphas, saved, *(writer or unused), d_weight, d_bias, d_alphas),
+        (f_bias, weight, affine, saved, *(writer or unused), d_weight, d_affine),
     )
-    return dx, d_weight, d_bias, d_alphas, df
+    return dx, d_weight, d_affine, df
 
 
 @functools.lru_cache(maxsize=64)

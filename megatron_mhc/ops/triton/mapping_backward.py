@@ -22,7 +22,7 @@ VECTOR = tl.constexpr(8)  # channels a thread sums before anything is exchanged
 
 @triton.jit
 def _dots_kernel(
-    x, g, f, f_bias, dh_post, dl, saved, bias, alpha_pre, alpha_post, alpha_res, d, mappings, partial, turns,
+    x, g, f, f_bias, dh_post, dl, saved, affine, d, mappings, partial, turns,
     T, C, TURNS,
     N: tl.constexpr, MP: tl.constexpr, ITERATIONS: tl.constexpr, V4: tl.constexpr,
     BT: tl.constexpr, G: tl.constexpr,
@@ -92,10 +92,10 @@ def _dots_kernel(
     u_post = tl.load(row[:, None] + N + n1[None, :], mask=live[:, None], other=0.0)
     u_res = tl.load(row[:, None, None] + 2 * N + ij[None, :, :], mask=live[:, None, None], other=0.0)
     inverse_rms = tl.load(row + M, mask=live, other=0.0)
-    a_pre, a_post, a_res = tl.load(alpha_pre), tl.load(alpha_post), tl.load(alpha_res)
-    s_pre = tl.sigmoid(u_pre * a_pre + tl.load(bias + n1)[None, :])
-    s_post = tl.sigmoid(u_post * a_post + tl.load(bias + N + n1)[None, :])
-    logits = u_res * a_res + tl.load(bias + 2 * N + ij)[None, :, :]
+    a_pre, a_post, a_res = tl.load(affine + M), tl.load(affine + M + 1), tl.load(affine + M + 2)
+    s_pre = tl.sigmoid(u_pre * a_pre + tl.load(affine + n1)[None, :])
+    s_post = tl.sigmoid(u_post * a_post + tl.load(affine + N + n1)[None, :])
+    logits = u_res * a_res + tl.load(affine + 2 * N + ij)[None, :, :]
     h_res, d_res = sinkhorn_bwd(logits, d_res, ITERATIONS, V4)
     d_pre = d_pre * s_pre * (1 - s_pre)
     d_post = d_post * 2 * s_post * (1 - s_post)
@@ -134,8 +134,7 @@ def mapping_backward(
     g: Tensor,
     f: Tensor | None,
     dl: Tensor,
-    bias: Tensor,
-    alphas: tuple[Tensor, Tensor, Tensor],
+    affine: Tensor,
     saved: Tensor,
     turns: Tensor,
     options: Options,
@@ -148,7 +147,7 @@ def mapping_backward(
     Clears `turns` int32, which the launch behind this one counts with.
 
     Args:
-        x, bias, alphas, saved: of `pre_forward`; g: [T, n, C]; f, dl: [T, C].
+        x, affine, saved: of `pre_forward`; g: [T, n, C]; f, dl: [T, C].
         f_bias: as in `post_res_forward`; dh_post: [T, n] fp32 in place of f, which is then not read.
     """
     T, n, C = x.shape
@@ -159,7 +158,7 @@ def mapping_backward(
     d, mappings = torch.empty(T, MP, **f32), torch.empty(T, n + n * n, **f32)
     partial = torch.empty(programs, 2, M, **f32)
     _dots_kernel[(programs,)](
-        x, g, f, f_bias, dh_post, dl, saved, bias, *alphas, d, mappings, partial, turns, T, C, turns.numel(),
+        x, g, f, f_bias, dh_post, dl, saved, affine, d, mappings, partial, turns, T, C, turns.numel(),
         n, MP, options.iterations, options.deepseek_v4, BT, G, num_warps=2 if n < 8 else 4,
     )  # fmt: skip
     return d, mappings, partial

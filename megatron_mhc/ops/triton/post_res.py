@@ -53,21 +53,20 @@ def _post_res_kernel(x, f, f_bias, mappings, out, T, C, N: tl.constexpr, BT: tl.
 
 
 @triton.jit
-def write_weight(saved, bias, alpha_post, t, live, i, N: tl.constexpr):
+def write_weight(saved, affine, t, live, i, N: tl.constexpr):
     """h_post_i of the tokens t, from what pre has saved."""
-    u = tl.load(saved + t * (2 * N + N * N + 1) + N + i, mask=live, other=0.0)
-    return 2 * tl.sigmoid(u * tl.load(alpha_post) + tl.load(bias + N + i))
+    M: tl.constexpr = 2 * N + N * N
+    u = tl.load(saved + t * (M + 1) + N + i, mask=live, other=0.0)
+    return 2 * tl.sigmoid(u * tl.load(affine + M + 1) + tl.load(affine + N + i))
 
 
 @triton.jit
-def _post_backward_kernel(
-    g, saved, bias, alpha_post, df, T, C, N: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr
-):
+def _post_backward_kernel(g, saved, affine, df, T, C, N: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr):
     """df = sum_i h_post_i g_i."""
     t, c, live, keep = tile(T, C, BT, BC)
     acc = tl.zeros([BT, BC], tl.float32)
     for i in tl.static_range(N):
-        h_post = write_weight(saved, bias, alpha_post, t, live, i, N)
+        h_post = write_weight(saved, affine, t, live, i, N)
         gv = tl.load(g + (t * N + i)[:, None] * C + c[None, :], mask=keep, other=0.0)
         acc += h_post[:, None] * gv.to(tl.float32)
     tl.store(df + t[:, None] * C + c[None, :], acc.to(df.dtype.element_ty), mask=keep)
@@ -95,11 +94,11 @@ def post_res_forward(x: Tensor, f: Tensor, mappings: Tensor, f_bias: Tensor | No
     return out
 
 
-def post_backward(g: Tensor, saved: Tensor, bias: Tensor, alpha_post: Tensor) -> Tensor:
+def post_backward(g: Tensor, saved: Tensor, affine: Tensor) -> Tensor:
     """df [T, C] of the gradient g: [T, n, C] of x' and what `pre_forward` saved."""
     T, n, C = g.shape
     df = g.new_empty(T, C)
     if T:
         grid, sizes = programs(T, C)
-        _post_backward_kernel[grid](g, saved, bias, alpha_post, df, T, C, n, *sizes, num_warps=4)
+        _post_backward_kernel[grid](g, saved, affine, df, T, C, n, *sizes, num_warps=4)
     return df

@@ -50,7 +50,7 @@ def _project_kernel(
 
 @triton.jit
 def _aggregate_kernel(
-    x, parts, bias, alpha_pre, alpha_post, alpha_res, out, saved, mappings, T, C, PIECES, eps,
+    x, parts, affine, out, saved, mappings, T, C, PIECES, eps,
     N: tl.constexpr, ITERATIONS: tl.constexpr, V4: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """Finish the projection, keep u = projection / r and 1 / r, write the coefficients and h_pre . x."""
@@ -80,11 +80,11 @@ def _aggregate_kernel(
     tl.store(row[:, None, None] + 2 * N + ij[None, :, :], res, mask=live[:, None, None])
     tl.store(row + M, inverse_rms, mask=live)
 
-    h_pre = tl.sigmoid(pre * tl.load(alpha_pre) + tl.load(bias + i)[None, :])
+    h_pre = tl.sigmoid(pre * tl.load(affine + M) + tl.load(affine + i)[None, :])
     if V4:
         h_pre += 1e-6
-    h_post = 2 * tl.sigmoid(post * tl.load(alpha_post) + tl.load(bias + N + i)[None, :])
-    logits = res * tl.load(alpha_res) + tl.load(bias + 2 * N + ij)[None, :, :]
+    h_post = 2 * tl.sigmoid(post * tl.load(affine + M + 1) + tl.load(affine + N + i)[None, :])
+    logits = res * tl.load(affine + M + 2) + tl.load(affine + 2 * N + ij)[None, :, :]
     h_res = sinkhorn_fwd(logits, ITERATIONS, V4)
     row = mappings + t * M
     tl.store(row[:, None] + i[None, :], h_pre, mask=live[:, None])
@@ -124,8 +124,7 @@ def _project(x: Tensor, weight: Tensor) -> Tensor:
 def pre_forward(
     x: Tensor,
     weight: Tensor,
-    bias: Tensor,
-    alphas: tuple[Tensor, Tensor, Tensor],
+    affine: Tensor,
     options: Options,
     parts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -133,7 +132,8 @@ def pre_forward(
 
     Args:
         x: [T, n, C] bf16, fp16 or fp32, contiguous; C a multiple of 16.
-        weight: [M, n*C] fp32; bias: [M] fp32; alphas: three [1] fp32.
+        weight: [M, n*C] fp32.
+        affine: [M+3] fp32, the biases, then alpha_pre, alpha_post and alpha_res.
         parts: [pieces, T, M+1] fp32, the projection in parts, where x's writer has made it.
 
     Returns:
@@ -153,7 +153,7 @@ def pre_forward(
         parts = _project(x, weight)
     BT, BC = (8, power_of_two(C)) if INTERPRETED else (2, min(512, power_of_two(C)))
     _aggregate_kernel[(triton.cdiv(T, BT),)](
-        x, parts, bias, *alphas, out, saved, mappings, T, C, parts.shape[0], options.norm_eps,
+        x, parts, affine, out, saved, mappings, T, C, parts.shape[0], options.norm_eps,
         n, options.iterations, options.deepseek_v4, BT, BC, num_warps=2, num_stages=2,
     )  # fmt: skip
     return out, saved, mappings

@@ -42,8 +42,8 @@ def _store_dphi(d_weight, total, k, inside, K, M: tl.constexpr, MP: tl.constexpr
 
 
 @triton.jit
-def _reduce(partial, d_bias, d_alphas, part, P, N: tl.constexpr, BP: tl.constexpr):
-    """Sum the parts of dbias and dalpha of pre, post or res."""
+def _reduce(partial, d_affine, part, P, N: tl.constexpr, BP: tl.constexpr):
+    """Sum the parts of the biases' and the alpha's gradient of pre, post or res."""
     M: tl.constexpr = 2 * N + N * N
     m = tl.arange(0, N * N)
     columns = tl.where(part == 2, N * N, N)
@@ -56,19 +56,19 @@ def _reduce(partial, d_bias, d_alphas, part, P, N: tl.constexpr, BP: tl.constexp
         row = partial + (p0 + p)[:, None].to(tl.int64) * (2 * M) + place[None, :]
         logits += tl.load(row, mask=keep, other=0.0)
         gates += tl.load(row + M, mask=keep, other=0.0)
-    tl.store(d_bias + place, tl.sum(logits, axis=0), mask=m < columns)
-    tl.store(d_alphas + part, tl.sum(tl.sum(gates, axis=0), axis=0))
+    tl.store(d_affine + place, tl.sum(logits, axis=0), mask=m < columns)
+    tl.store(d_affine + M + part, tl.sum(tl.sum(gates, axis=0), axis=0))
 
 
 @triton.jit
 def _dx_kernel(
-    x, g, dl, weight, d, mappings, writer, writer_bias, writer_alpha, dx, df, d_weight,
-    turns, partial, d_bias, d_alphas, T, C, SLICES, RANGES, P,
+    x, g, dl, weight, d, mappings, writer, writer_affine, dx, df, d_weight,
+    turns, partial, d_affine, T, C, SLICES, RANGES, P,
     N: tl.constexpr, MP: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr,
     STAGES: tl.constexpr, PAIR: tl.constexpr, DPHI: tl.constexpr, DF: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """dx_j = sum_i h_res[i, j] g_i + h_pre_j dl + (d . weight)_j + d[M] x_j, BC channels of every RANGES-th
-    block of tokens; with DPHI also d_weight, and three programs more for d_bias and d_alphas; with DF also
+    block of tokens; with DPHI also d_weight, and three programs more for d_affine; with DF also
     the df of the connection that wrote x, from what that has saved.
 
     turns [0] counts tickets out, turns [1 + slice] the programs that have added to that slice's d_weight.
@@ -76,7 +76,7 @@ def _dx_kernel(
     M: tl.constexpr = 2 * N + N * N
     ticket = tl.atomic_add(turns, 1, sem="relaxed")
     if DPHI and ticket >= SLICES * RANGES:
-        _reduce(partial, d_bias, d_alphas, ticket - SLICES * RANGES, P, N, BP)
+        _reduce(partial, d_affine, ticket - SLICES * RANGES, P, N, BP)
     else:
         piece = ticket // SLICES
         mine = ticket % SLICES
@@ -129,7 +129,7 @@ def _dx_kernel(
                 rounded = acc.to(dx.dtype.element_ty)
                 tl.store(dx + place, rounded, mask=keep)
                 if DF:
-                    h_post = write_weight(writer, writer_bias, writer_alpha, t, live, j, N)
+                    h_post = write_weight(writer, writer_affine, t, live, j, N)
                     dfv += h_post[:, None] * rounded.to(tl.float32)
             if DF:
                 tl.store(df + t[:, None] * C + c[None, :], dfv.to(df.dtype.element_ty), mask=keep)
@@ -142,15 +142,15 @@ def _dx_kernel(
 
 @triton.jit
 def _dphi_kernel(
-    x, d, d_weight, turns, partial, d_bias, d_alphas, T, K, TS, SLICES, RANGES, P,
+    x, d, d_weight, turns, partial, d_affine, T, K, TS, SLICES, RANGES, P,
     N: tl.constexpr, MP: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BP: tl.constexpr,
     STAGES: tl.constexpr, PAIR: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """d_weight = d^T x where `_dx_kernel` has no registers for it, TS tokens a program; d_bias, d_alphas."""
+    """d_weight = d^T x where `_dx_kernel` has no registers for it, TS tokens a program; d_affine."""
     M: tl.constexpr = 2 * N + N * N
     ticket = tl.atomic_add(turns, 1, sem="relaxed")
     if ticket >= SLICES * RANGES:
-        _reduce(partial, d_bias, d_alphas, ticket - SLICES * RANGES, P, N, BP)
+        _reduce(partial, d_affine, ticket - SLICES * RANGES, P, N, BP)
     else:
         piece = ticket // SLICES
         mine = ticket % SLICES
@@ -175,31 +175,30 @@ def pre_backward(
     f: Tensor | None,
     dl: Tensor,
     weight: Tensor,
-    bias: Tensor,
-    alphas: tuple[Tensor, Tensor, Tensor],
+    affine: Tensor,
     saved: Tensor,
     options: Options,
     *,
-    writer: tuple[Tensor, Tensor, Tensor] | None = None,
+    writer: tuple[Tensor, Tensor] | None = None,
     f_bias: Tensor | None = None,
     dh_post: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients of x [T, n, C] in x's dtype, weight [M, n*C], bias [M], alphas [3] in fp32; df or None.
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of x [T, n, C] in x's dtype, weight [M, n*C] and affine [M+3] in fp32; df or None.
 
     Args:
-        x, weight, bias, alphas: as given to `pre_forward`; saved: as it returned.
+        x, weight, affine: as given to `pre_forward`; saved: as it returned.
         g: [T, n, C], gradient of x'; f: [T, C], the sub-layer's output; dl: [T, C], gradient of its input.
-        writer: saved, bias and alpha_post of the connection that wrote x, whose df [T, C] is made too.
+        writer: saved and affine of the connection that wrote x, whose df [T, C] is made too.
         f_bias: [C], what post_res added to f, if anything.
         dh_post: [T, n] fp32, where another pipeline stage has made it of f; f is then not read.
     """
     T, n, C = x.shape
     M, MP, K = mapping_rows(n), mapping_block(n), n * C
     f32 = dict(device=x.device, dtype=torch.float32)
-    dx, d_weight = torch.empty_like(x), torch.empty(M, K, **f32)
-    d_bias, d_alphas = torch.empty(M, **f32), torch.empty(3, **f32)
+    dx = torch.empty_like(x)
+    d_weight, d_affine = torch.empty(M, K, **f32), torch.empty(M + 3, **f32)
     if T == 0:
-        return dx, d_weight.zero_(), d_bias.zero_(), d_alphas.zero_(), None
+        return dx, d_weight.zero_(), d_affine.zero_(), None
     is_pair = x.dtype == torch.bfloat16
     with_dphi = is_pair and n < 8  # elsewhere the sums of dphi do not fit beside the rest
     BT, BC = 16, 64 if n < 8 else 32
@@ -211,11 +210,11 @@ def pre_backward(
     BK = 64 if INTERPRETED else 128
     turns = torch.empty(1 + max(slices, triton.cdiv(K, BK)), device=x.device, dtype=torch.int32)
     d, mappings, partial = mapping_backward(
-        x, g, f, dl, bias, alphas, saved, turns, options, f_bias=f_bias, dh_post=dh_post
+        x, g, f, dl, affine, saved, turns, options, f_bias=f_bias, dh_post=dh_post
     )
     df = None if writer is None else torch.empty_like(dl)
-    unused = (saved, bias, alphas[1])  # neither read nor, as dl, written
-    sums = (turns, partial, d_bias, d_alphas)
+    unused = (saved, affine)  # neither read nor, as dl, written
+    sums = (turns, partial, d_affine)
     P, BP = partial.shape[0], 256 if n < 8 else 64
     _dx_kernel[(slices * ranges + 3 * with_dphi,)](
         x, g, dl, weight, d, mappings, *(writer or unused), dx, dl if df is None else df, d_weight, *sums,
@@ -231,4 +230,4 @@ def pre_backward(
             x, d, d_weight, *sums, T, K, TS, slices, ranges, P,
             n, MP, BT, BK, BP, 3 if n < 8 else 2, is_pair, INTERPRETED, num_warps=4 if n < 8 else 8,
         )  # fmt: skip
-    return dx, d_weight, d_bias, d_alphas, df
+    return dx, d_weight, d_affine, df

@@ -64,8 +64,8 @@ class _Map:
     def __init__(self, tensor: torch.Tensor, box: Any):
         assert tensor.dtype == torch.bfloat16 and tensor.is_contiguous()
         self.tensor = tensor
-        self.shape = tensor.shape if tensor.dim() == 3 else (tensor.shape[0], 1, tensor.shape[1])
-        assert self.shape == (box.tokens, box.n, box.channels)
+        self.shape = box.tokens, box.n, box.channels
+        assert tensor.numel() == box.tokens * box.n * box.channels
 
 
 class _Guarded:

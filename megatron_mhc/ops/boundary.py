@@ -1,0 +1,106 @@
+"""A post_res and the next connection's `pre` as one node of the autograd graph (--mhc-boundary fused).
+
+    tunnel, f --[ post_res, pre ]--> streams, layer input, tunnel
+
+One launch makes all three, and one launch all gradients: what comes back through the tunnel and the layer input
+is turned into dx, which is the g of the tunnel taken, and into df. The `pre` that is called next finds its
+results on the streams. Where it does not, being of another connection or called for other streams, it computes
+them by itself, and gradients come by the streams alone.
+
+The node keeps the streams that it makes. Who drops those, or puts hooks on gradients between the two, has them
+separate (`autograd`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_mhc.ops.autograd import Ahead, BackwardHandoff, KernelMappings, NextPre, Saved, gradients_of_pre
+from megatron_mhc.ops.triton.post_res import post_backward
+
+
+class _Boundary(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        tunnel: Tensor,
+        f: Tensor,
+        f_bias: Tensor | None,
+        weight: Tensor,
+        affine: Tensor,
+        written: KernelMappings,
+        read: NextPre,
+        handoff: BackwardHandoff,
+        made: list[Tensor],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        assert read.kernels.post_res_pre is not None
+        streams, layer_input, saved, coefficients = read.kernels.post_res_pre(
+            tunnel, f, written.coefficients, f_bias, weight, affine, read.options
+        )
+        made += saved, coefficients
+        x = streams.view(tunnel.shape)
+        ctx.save_for_backward(f, f_bias, *written.saved, x, weight, affine, saved)
+        ctx.visit = written.handoff, read, handoff
+        ctx.set_materialize_grads(False)
+        return streams, layer_input, x
+
+    @staticmethod
+    def backward(  # type: ignore[override]
+        ctx: Any, g_streams: Tensor | None, dl: Tensor | None, g: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        f, f_bias, *writer, x, weight, affine, saved = ctx.saved_tensors
+        written, read, handoff = ctx.visit
+        written.f, written.f_bias = f, f_bias
+        g_f_bias = d_weight = d_affine = df = None
+        if g is None and dl is None:
+            assert g_streams is not None
+            dx = g_streams.contiguous().view(x.shape)
+        else:
+            dx, d_weight, d_affine, df = gradients_of_pre(
+                read.kernels, read.options, handoff, x, weight, affine, saved, dl, g, tuple(writer)
+            )
+            if g_streams is not None:
+                dx, df = dx + g_streams.view(x.shape), None
+        df = post_backward(dx, *writer) if df is None else df
+        if ctx.needs_input_grad[2]:
+            g_f_bias = df.view(-1, f.shape[-1]).sum(0)
+        return dx, df.view(f.shape), g_f_bias, d_weight, d_affine, None, None, None, None
+
+
+def can_join(mappings: KernelMappings, f: Tensor, next_pre: NextPre) -> bool:
+    """Whether `post_res_pre` serves these; f: [..., C]."""
+    if next_pre.kernels.post_res_pre is None or mappings.streams is not None or torch.compiler.is_compiling():
+        return False
+    return f.dtype in next_pre.kernels.dtypes
+
+
+def post_res_pre(
+    f: Tensor, mappings: KernelMappings, next_pre: NextPre, f_bias: Tensor | None = None
+) -> Tensor:
+    """`autograd.post_res` of f: [s, b, C], and ahead of its call the `pre` that reads what this returns.
+
+    Returns:
+        the streams [s, b, n*C], on which `take` finds what that `pre` returns.
+    """
+    (tunnel,) = mappings.take_tunnel()
+    weight, affine = next_pre.weight, next_pre.affine
+    handoff, made = BackwardHandoff(), list[Tensor]()
+    streams, layer_input, next_tunnel = _Boundary.apply(
+        tunnel, f.contiguous(), f_bias, weight, affine, mappings, next_pre, handoff, made
+    )
+    saved, coefficients = made
+    next_mappings = KernelMappings((next_tunnel,), coefficients, Saved(saved, affine), handoff=handoff)
+    streams.mhc_ahead = Ahead(streams, (weight, affine), (layer_input, next_mappings))
+    return streams
+
+
+def take(streams: Tensor, weight: Tensor, affine: Tensor) -> tuple[Tensor, KernelMappings] | None:
+    """Layer input [s, b, C] and mappings of the streams, if `post_res_pre` has made them by these parameters."""
+    ahead = getattr(streams, "mhc_ahead", None)
+    # Hooks are for the gradient of the streams, which otherwise is a matter of the node alone.
+    if ahead is None or streams._backward_hooks:
+        return None
+    return ahead.take(streams, weight, affine)

@@ -1,0 +1,81 @@
+"""A model whose connections share nodes of the autograd graph (--mhc-boundary fused) has the bits of one without."""
+
+import gpt
+import pytest
+import torch
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from ops_chains import AHEAD
+from test_layer import VARIANTS
+
+from megatron_mhc import MHCConfig
+
+
+def run(joined, mhc, settings, watched=False, train=True):
+    """Loss and gradients, and how many connections were joined with the one before."""
+    from megatron_mhc.ops import autograd, boundary, kernels
+
+    alone, forward = autograd._Pre.forward, autograd._Pre.forward
+    read = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(autograd._Pre, "forward", staticmethod(lambda *a: (read.append(0), forward(*a))[1]))
+        if joined:
+            patch.setitem(kernels.BY_NAME, "triton", AHEAD)
+        options = dict(init="uniform", init_gating_factor=0.5, backend="triton") | mhc
+        model = gpt.build(MHCConfig(**options), **settings)
+        if watched:
+            for layer in model.modules():
+                if isinstance(layer, TransformerLayer):
+                    layer.register_full_backward_hook(lambda *args: None)
+        if not train:
+            with torch.no_grad():
+                inputs, labels = gpt.batch(0)
+                return (model(*inputs, labels=labels).mean(), {}), len(read)
+        results = gpt.forward_backward(model)
+    assert boundary._Boundary and alone is autograd._Pre.forward
+    return results, len(read)
+
+
+@pytest.mark.parametrize(
+    "variant, mhc, settings, alone",
+    [
+        ("dense", {}, {}, 1),
+        ("moe", {}, {}, 1),
+        ("dense", {}, dict(add_bias_linear=True), 1),
+        ("dense", {}, dict(hidden_dropout=0.1), 1),
+        ("dense", dict(boundary="linked"), {}, 4),
+        ("dense", dict(boundary="apart"), {}, 4),
+        ("dense", dict(recompute_layer_num="3"), {}, 4),  # whose streams are dropped
+        ("dense", dict(recompute_layer_num="3", recompute_coefficients=True), {}, 4 + 4),
+        ("recompute", {}, {}, None),
+    ],
+)
+def test_joined_connections_give_the_bits_of_others(run_ranks, variant, mhc, settings, alone):
+    def both():
+        settings_ = VARIANTS[variant] | settings
+        want, _ = run(False, dict(boundary="apart"), settings_)
+        return want, *run(True, mhc, settings_)
+
+    want, got, read = run_ranks(1, both)[0]
+    gpt.same_bits(got, want)
+    assert alone is None or read == alone
+
+
+def test_hooks_of_layers_part_their_connections_and_leave_the_bits(run_ranks):
+    """torch puts its own nodes around a layer then."""
+
+    def both():
+        want, _ = run(False, {}, {}, watched=True)
+        return want, *run(True, {}, {}, watched=True)
+
+    want, got, read = run_ranks(1, both)[0]
+    gpt.same_bits(got, want)
+    assert read == 2
+
+
+def test_evaluation_joins_nothing(run_ranks):
+    def both():
+        want, _ = run(False, {}, {}, train=False)
+        return want, *run(True, {}, {}, train=False)
+
+    want, got, read = run_ranks(1, both)[0]
+    assert torch.equal(got[0], want[0]) and read == 4
