@@ -176,15 +176,15 @@ class HyperConnectionModule(MappingParameters, InParts):
             layer input [s, b, C] in the streams' dtype, and the mappings that `post_res` needs, with
             h_pre, h_post [s*b, n] and h_res [s*b, n, n].
         """
-        s, b, wide = streams.shape
-        n = self.mhc.num_residual_streams
-        kernels = self.backend.kernels(streams, wide // n)
-        if kernels is not None and not torch.compiler.is_compiling() and hasattr(streams, "mhc_ahead"):
+        if not torch.compiler.is_compiling() and hasattr(streams, "mhc_ahead"):
             from megatron_mhc.ops import boundary  # imports triton, which a CPU may lack
 
-            if (made := boundary.take(streams, self.mapping_proj(), self.affine)) is not None:
+            # `next_pre` has called what gathers the parameters.
+            if (made := boundary.taken(streams, self.mapping_proj.weight, self.affine)) is not None:
                 return made
-        x = streams.view(s * b, n, -1)
+        s, b, _ = streams.shape
+        x = streams.view(s * b, self.mhc.num_residual_streams, -1)
+        kernels = self.backend.kernels(x, x.shape[-1])
         if kernels is not None:
             from megatron_mhc.ops import autograd
 

@@ -1,6 +1,7 @@
 """The mHC operations: `reference` defines them in plain torch; kernels run them, by Triton or CUDA.
 
 reference.py   the definition
+boundary.py    post_res and the next `pre` in one node of autograd's graph
 autograd.py    the kernels under autograd, and what connections in a row share
 compiled.py    the same as ops of torch.library, which torch.compile traces
 kernels.py     the back ends, and what each can do

@@ -83,7 +83,7 @@ def post_res_pre(
     """`autograd.post_res` of f: [s, b, C], and ahead of its call the `pre` that reads what this returns.
 
     Returns:
-        the streams [s, b, n*C], on which `take` finds what that `pre` returns.
+        the streams [s, b, n*C], which carry what that `pre` returns, for `taken`.
     """
     (tunnel,) = mappings.take_tunnel()
     weight, affine = next_pre.weight, next_pre.affine
@@ -97,10 +97,10 @@ def post_res_pre(
     return streams
 
 
-def take(streams: Tensor, weight: Tensor, affine: Tensor) -> tuple[Tensor, KernelMappings] | None:
+def taken(streams: Tensor, weight: Tensor, affine: Tensor) -> tuple[Tensor, KernelMappings] | None:
     """Layer input [s, b, C] and mappings of the streams, if `post_res_pre` has made them by these parameters."""
     ahead = getattr(streams, "mhc_ahead", None)
-    # Hooks are for the gradient of the streams, which otherwise is a matter of the node alone.
+    # Hooks are for the whole gradient of the streams, of which the node keeps a part to itself.
     if ahead is None or streams._backward_hooks:
         return None
     return ahead.take(streams, weight, affine)

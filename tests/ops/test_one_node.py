@@ -29,7 +29,7 @@ def row(case, joined, between=lambda x, weight: x, loss=lambda streams: 0.0, kee
     f_bias = eighths(bias_like(f)).requires_grad_() if biased else None
     streams, all_streams = x.view(tokens, 1, n * channels), []
     for k in range(3):
-        made = boundary.take(streams, weight, affine) if joined else None
+        made = boundary.taken(streams, weight, affine)
         if made is None:
             layer_input, mappings = autograd.pre(
                 streams.view(tokens, n, channels), weight, affine, OPTIONS, kernels
@@ -121,12 +121,12 @@ def test_what_another_phi_has_made_is_not_taken():
     _, mappings = autograd.pre(x, weight, affine, OPTIONS, kernels)
     for changed in (0, 1):
         streams = boundary.post_res_pre(f, mappings, NextPre(kernels, weight, affine, OPTIONS))
-        assert boundary.take(streams, weight.clone(), affine) is None
-        assert boundary.take(streams, weight, affine) is None  # one asks once
+        assert boundary.taken(streams, weight.clone(), affine) is None
+        assert boundary.taken(streams, weight, affine) is None  # one asks once
         _, mappings = autograd.pre(x, weight, affine, OPTIONS, kernels)
         streams = boundary.post_res_pre(f, mappings, NextPre(kernels, weight, affine, OPTIONS))
         (weight, affine)[changed].add_(0)
-        assert boundary.take(streams, weight, affine) is None
+        assert boundary.taken(streams, weight, affine) is None
         _, mappings = autograd.pre(x, weight, affine, OPTIONS, kernels)
 
 
@@ -153,7 +153,7 @@ def test_gradients_by_one_output_alone(reader):
         next_pre = NextPre(kernels_of(4), weight, affine, OPTIONS)
         if joined:
             streams = boundary.post_res_pre(f, mappings, next_pre)
-            layer_input, _ = boundary.take(streams, weight, affine)
+            layer_input, _ = boundary.taken(streams, weight, affine)
         else:
             streams = autograd.post_res(f, mappings)
             layer_input, _ = autograd.pre(streams, weight, affine, OPTIONS, kernels_of(4))
