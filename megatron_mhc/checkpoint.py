@@ -39,8 +39,8 @@ _REMEDY = (
 )
 OTHER_LAYOUT = (
     "it goes by the places of parameters, not by their names, and those are others here: of another parallel "
-    "layout, or of megatron_mhc 0.1, in which four parameters stood for what is one (`affine`) since 0.2. Save it "
-    "where it fits by --dist-ckpt-optim-fully-reshardable and load that, or load with --no-load-optim"
+    "layout, or of megatron_mhc 0.1, where four parameters stood for what is one (`affine`) since 0.2. Save "
+    "it where it fits by --dist-ckpt-optim-fully-reshardable and load that, or load with --no-load-optim"
 )
 _FOREIGN = (
     "is an mHC model's: add --spec megatron_mhc.specs gpt_mhc_spec and the --mhc-* options of its training "

@@ -66,6 +66,16 @@ class InParts(MegatronModule):
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
 
+    # By these names Megatron asks for parameters of several entries (--load-main-params-from-ckpt), see
+    # DistributedOptimizer._synthesize_state_dict_params_for_model.
+
+    def _synthetic_state_dict_key_suffixes(self) -> list[str]:
+        return list(self.parts)[:1]
+
+    def _synthesize_fused_qkv_down_weight(self, state_dict: dict[str, Any], prefix: str) -> None:
+        if prefix + self.whole not in state_dict:
+            state_dict[prefix + self.whole] = torch.cat([state_dict[prefix + name] for name in self.parts])
+
     def sharded_state_dict(
         self,
         prefix: str = "",

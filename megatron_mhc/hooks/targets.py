@@ -139,8 +139,8 @@ HOOKS: tuple[Hook, ...] = (
             defined_in=module,
             parameters=("self", "state_dict", *more),
             replacement=explain_other_layout,
-            reason="a torch-format state goes by the places of parameters: of an older checkpoint none fits, and "
-            "the error says no remedy",
+            reason="a torch-format state goes by the places of parameters: of megatron_mhc 0.1 none fits, "
+            "and the error names no remedy",
         )
         for module, name, *more in (
             (_OPTIMIZER, "FP32Optimizer.load_state_dict"),

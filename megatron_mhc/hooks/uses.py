@@ -64,6 +64,11 @@ USES: tuple[Use, ...] = (
         "cross_attn_bda, pre_mlp_layernorm, mlp, mlp_bda, sharded_state_dict_keys_map",
     ),
     Use("megatron.core.utils:make_viewless_tensor", "inp, requires_grad, keep_graph"),
+    # checkpoint_parts.py: it calls ours
+    Use(
+        "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer._synthesize_state_dict_params_for_model",
+        "state_dict_flat, model_chunk",
+    ),
     # layer.py, graphs.py: CUDA graphs
     Use(f"{_GRAPHABLE}.get_layer_static_inputs", "self, seq_length, micro_batch_size"),
     Use(f"{_GRAPHABLE}._get_submodules_under_cudagraphs", "self"),

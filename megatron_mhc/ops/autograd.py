@@ -51,14 +51,14 @@ class NextPre(NamedTuple):
 
 
 class Ahead:
-    """What was made of a post_res's output, by parameters of the `pre` that reads it, for that `pre` to take."""
+    """What was made of a post_res's output by parameters of the `pre` that reads it, for that `pre`."""
 
     def __init__(self, out: Tensor, made_by: tuple[Tensor, ...], made: Any):
         self._version, self._made_by = out._version, [(t, t._version) for t in made_by]
         self._made = made
 
     def take(self, x: Tensor, *parameters: Tensor) -> Any:
-        """What was made of x, this output, if it was of these very values; else None, and after the first call.
+        """What was made of x, this output, if it was of these very values; once, else None.
 
         Args:
             parameters: phi and affine of the connection that reads x; of fewer it may have been made.

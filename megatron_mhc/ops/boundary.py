@@ -2,13 +2,12 @@
 
     tunnel, f --[ post_res, pre ]--> streams, layer input, tunnel
 
-One launch makes all three, and one launch all gradients: what comes back through the tunnel and the layer input
-is turned into dx, which is the g of the tunnel taken, and into df. The `pre` that is called next finds its
-results on the streams. Where it does not, being of another connection or called for other streams, it computes
-them by itself, and gradients come by the streams alone.
+One launch makes all three, and one all gradients: what comes back through the tunnel and the layer input is
+turned into dx, which is the g of the tunnel taken, and into df. The `pre` that is called next finds its
+results on the streams. Of another connection, or called for other streams, it computes them by itself, and
+gradients come by the streams alone.
 
-The node keeps the streams that it makes. Who drops those, or puts hooks on gradients between the two, has them
-separate (`autograd`).
+The node keeps the streams that it makes, so who drops those has the two separate (`autograd`).
 """
 
 from __future__ import annotations
@@ -98,7 +97,7 @@ def post_res_pre(
 
 
 def taken(streams: Tensor, weight: Tensor, affine: Tensor) -> tuple[Tensor, KernelMappings] | None:
-    """Layer input [s, b, C] and mappings of the streams, if `post_res_pre` has made them by these parameters."""
+    """Layer input [s, b, C] and mappings of the streams, if `post_res_pre` made them by these parameters."""
     ahead = getattr(streams, "mhc_ahead", None)
     # Hooks are for the whole gradient of the streams, of which the node keeps a part to itself.
     if ahead is None or streams._backward_hooks:

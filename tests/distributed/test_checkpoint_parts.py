@@ -1,4 +1,4 @@
-"""Checkpoints have biases and alphas by themselves: those of 0.1, where each was a parameter, and ours are one kind."""
+"""Checkpoints of 0.1, where biases and alphas were parameters by themselves, and ours are of one kind."""
 
 import zlib
 
@@ -109,3 +109,24 @@ def torch_format(layout, dtype):
 @pytest.mark.parametrize("layout, dtype", [(SINGLE, FP32), (SINGLE, BF16), (SHARDED, BF16)])
 def test_a_state_of_the_torch_format_is_refused_with_the_remedy(run_ranks, layout, dtype):
     run_ranks(1, torch_format, layout, dtype)
+
+
+def reloaded():
+    """Masters after --load-main-params-from-ckpt of a torch-format state dict, and what it has; by name."""
+    chunks, _, optimizer = begin(SHARDED, "dense", BF16, before=False)
+    state = {name: value + 1 for name, value in states(chunks).items()}
+    optimizer.reload_model_params(state_dict={"model": dict(state)})
+    (inner,) = optimizer.chained_optimizers
+    got = {}
+    for name, parameter in global_parameters(chunks):
+        if name.endswith("affine"):
+            got[name] = inner._get_main_param_and_optimizer_states(parameter)["param"]
+    return got, state
+
+
+def test_masters_are_made_of_the_parts_of_a_state_dict(run_ranks):
+    got, state = run_ranks(1, reloaded)[0]
+    assert len(got) == 8
+    for name, value in got.items():
+        at = name.removesuffix("affine")
+        assert torch.equal(value, torch.cat([state[at + part] for part, _ in PARTS]))

@@ -21,7 +21,7 @@ def kernels_of(n):
 
 
 def row(case, joined, between=lambda x, weight: x, loss=lambda streams: 0.0, keep=False, biased=False):
-    """Output and gradients of three connections; `between` stands behind the first, `loss` takes all streams."""
+    """Output and gradients of three connections; `between` stands behind the first, `loss` takes all."""
     tokens, n, channels = case
     kernels = kernels_of(n)
     leaves = [t.clone().requires_grad_() for t in inputs(tokens, n, channels, BF16)]

@@ -58,7 +58,7 @@ def post_res_pre(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """x' of `post_res_forward`, and `pre_forward` of x', by one read of x and f.
 
-    The bits are those of the two one after the other. Of f: [s, b, C] x' is [s, b, 4*C], the layer input as f.
+    The bits are those of the two one after the other. Where f is [s, b, C], x' is [s, b, 4*C].
 
     Args:
         before: [T, 24] fp32, mappings of the connection that writes x'; the rest is of the one that reads.

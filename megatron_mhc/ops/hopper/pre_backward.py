@@ -44,7 +44,7 @@ def pre_backward(
     writer: tuple[Tensor, Tensor] | None = None,
     f_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """`megatron_mhc.ops.triton.pre_backward.pre_backward` of x, g: [T, 4, C] and f, dl: [T, C] or [s, b, C] bf16."""
+    """`megatron_mhc.ops.triton.pre_backward.pre_backward` of bf16; f and dl may be [s, b, C] too."""
     T, _, C = x.shape
     dx = torch.empty_like(x)
     d_weight, d_affine = torch.empty_like(weight), torch.empty_like(affine)
