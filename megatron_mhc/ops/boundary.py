@@ -21,6 +21,14 @@ from megatron_mhc.ops.autograd import Ahead, BackwardHandoff, KernelMappings, Ne
 from megatron_mhc.ops.triton.post_res import post_backward
 
 
+class _Visit:
+    """One pass: the mappings that post_res takes, the `pre` that reads, and the mappings that it makes."""
+
+    def __init__(self, written: KernelMappings, read: NextPre):
+        self.written, self.read, self.handoff = written, read, BackwardHandoff()
+        self.values: tuple[Tensor, Tensor] | None = None  # saved and coefficients
+
+
 class _Boundary(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -30,19 +38,17 @@ class _Boundary(torch.autograd.Function):
         f_bias: Tensor | None,
         weight: Tensor,
         affine: Tensor,
-        written: KernelMappings,
-        read: NextPre,
-        handoff: BackwardHandoff,
-        made: list[Tensor],
+        visit: _Visit,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        written, read = visit.written, visit.read
         assert read.kernels.post_res_pre is not None
         streams, layer_input, saved, coefficients = read.kernels.post_res_pre(
             tunnel, f, written.coefficients, f_bias, weight, affine, read.options
         )
-        made += saved, coefficients
+        visit.values = saved, coefficients
         x = streams.view(tunnel.shape)
         ctx.save_for_backward(f, f_bias, *written.saved, x, weight, affine, saved)
-        ctx.visit = written.handoff, read, handoff
+        ctx.visit = written.handoff, read.kernels, read.options, visit.handoff
         ctx.set_materialize_grads(False)
         return streams, layer_input, x
 
@@ -51,22 +57,24 @@ class _Boundary(torch.autograd.Function):
         ctx: Any, g_streams: Tensor | None, dl: Tensor | None, g: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         f, f_bias, *writer, x, weight, affine, saved = ctx.saved_tensors
-        written, read, handoff = ctx.visit
+        written, kernels, options, handoff = ctx.visit
         written.f, written.f_bias = f, f_bias
         g_f_bias = d_weight = d_affine = df = None
         if g is None and dl is None:
-            assert g_streams is not None
-            dx = g_streams.contiguous().view(x.shape)
+            if g_streams is None:
+                return (None,) * 6
+            dx = g_streams.reshape(x.shape).contiguous()
         else:
             dx, d_weight, d_affine, df = gradients_of_pre(
-                read.kernels, read.options, handoff, x, weight, affine, saved, dl, g, tuple(writer)
+                kernels, options, handoff, x, weight, affine, saved, dl, g, tuple(writer)
             )
             if g_streams is not None:
-                dx, df = dx + g_streams.view(x.shape), None
+                dx, df = dx + g_streams.reshape(x.shape), None
         df = post_backward(dx, *writer) if df is None else df
+        df = df if df.shape == f.shape else df.view(f.shape)
         if ctx.needs_input_grad[2]:
             g_f_bias = df.view(-1, f.shape[-1]).sum(0)
-        return dx, df.view(f.shape), g_f_bias, d_weight, d_affine, None, None, None, None
+        return dx, df, g_f_bias, d_weight, d_affine, None
 
 
 def can_join(mappings: KernelMappings, f: Tensor, next_pre: NextPre) -> bool:
@@ -86,12 +94,11 @@ def post_res_pre(
     """
     (tunnel,) = mappings.take_tunnel()
     weight, affine = next_pre.weight, next_pre.affine
-    handoff, made = BackwardHandoff(), list[Tensor]()
-    streams, layer_input, next_tunnel = _Boundary.apply(
-        tunnel, f.contiguous(), f_bias, weight, affine, mappings, next_pre, handoff, made
-    )
-    saved, coefficients = made
-    next_mappings = KernelMappings((next_tunnel,), coefficients, Saved(saved, affine), handoff=handoff)
+    visit = _Visit(mappings, next_pre)
+    streams, layer_input, next_tunnel = _Boundary.apply(tunnel, f.contiguous(), f_bias, weight, affine, visit)
+    assert visit.values is not None
+    saved, coefficients = visit.values
+    next_mappings = KernelMappings((next_tunnel,), coefficients, Saved(saved, affine), handoff=visit.handoff)
     streams.mhc_ahead = Ahead(streams, (weight, affine), (layer_input, next_mappings))
     return streams
 
