@@ -15,7 +15,6 @@ import time
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[2])]
-os.environ.setdefault("MEGATRON_MHC_CUDA_GRAPHS", "1")
 os.environ.setdefault("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
