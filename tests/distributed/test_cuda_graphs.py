@@ -145,6 +145,29 @@ def test_parts_of_moe_layers(run_ranks, kind, graphed):
     run_ranks(1, compare, Layout(), kind, MHCConfig(), graphed)
 
 
+@pytest.mark.parametrize(
+    "mhc",
+    [
+        dict(num_residual_streams=1),
+        dict(preset="deepseek_v4"),
+        dict(h_res="unconstrained"),
+        dict(h_pre="fixed", h_post="fixed", h_res="identity"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(
+    "kind, graphed", [("dense", local()), ("dense", te()), ("moe", te("attn", *PREPROCESS))], ids=name
+)
+def test_other_mappings(run_ranks, kind, graphed, mhc):
+    run_ranks(1, compare, Layout(), kind, MHCConfig(**mhc), graphed, {}, False, 2)
+
+
+@pytest.mark.parametrize("graphed", [local(), te("attn"), te(), full()], ids=name)
+def test_mtp(run_ranks, graphed):
+    bf16 = dict(bf16=True, params_dtype=torch.bfloat16)  # as Megatron's static inputs of a plain layer are
+    run_ranks(1, compare, Layout(), "mtp", MHCConfig(), graphed, bf16, False, 2)
+
+
 PADDED = dict(moe_expert_capacity_factor=1.0, moe_pad_expert_input_to_capacity=True)
 
 
@@ -218,6 +241,26 @@ def test_expert_parallel(run_ranks, graphed):
 def test_selective_recompute(run_ranks, parts, graphed):
     recompute = dict(recompute_granularity="selective", recompute_modules=[parts])
     run_ranks(1, compare, Layout(), "dense", MHCConfig(), graphed, recompute)
+
+
+@pytest.mark.parametrize("parts", ["shared_experts", "moe"])
+@pytest.mark.parametrize("graphed", [local(), te(), full()], ids=name)
+def test_selective_recompute_of_experts(run_ranks, parts, graphed):
+    recompute = dict(recompute_granularity="selective", recompute_modules=[parts])
+    run_ranks(1, compare, Layout(), "moe_shared", MHCConfig(), graphed, PADDED | recompute, False, 2)
+
+
+def norms_without_a_gradient(layout):
+    recompute = dict(recompute_granularity="selective", recompute_modules=["layernorm"])
+    _, plain, _ = train(layout, "dense", None, recompute)
+    _, graphed, _ = train(layout, "dense", None, recompute | local())
+    return [name for name in plain[1] if not torch.equal(plain[1][name], graphed[1][name])]
+
+
+def test_stock_local_graphs_lose_the_gradients_of_recomputed_norms(run_ranks):
+    """Why `refusals.LAYER` refuses them."""
+    lost = run_ranks(1, norms_without_a_gradient, Layout())[0]
+    assert len(lost) == 8 and all(name.endswith("layernorm.weight") for name in lost)
 
 
 def test_recompute_of_the_norm_in_front_of_a_router(run_ranks):
