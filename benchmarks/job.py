@@ -87,6 +87,7 @@ class Turns:
         found = {"steps_ms": steps, "turn_ms": whole, "host_ms": self.hosts, "loss": loss}
         found["peak_MiB"] = torch.cuda.max_memory_allocated() / 2**20
         found["states_MiB"] = torch.cuda.memory_allocated() / 2**20
+        found["reserved_MiB"] = torch.cuda.max_memory_reserved() / 2**20
         self.answer(found)
 
     def profile(self, run: Callable[[], Any]) -> dict[str, float]:

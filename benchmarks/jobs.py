@@ -27,7 +27,7 @@ from pathlib import Path
 from benchmarks.harness import ON_GPU, ROOT, Row
 
 PROFILE = "profile"
-KEYS = ("wall_ms", "kernels_ms", "host_ms_per_layer", "launches_per_layer", "peak_MiB")
+KEYS = ("wall_ms", "kernels_ms", "host_ms_per_layer", "launches_per_layer", "peak_MiB", "reserved_MiB")
 
 
 @dataclass
@@ -214,7 +214,8 @@ def _row(one: _Running) -> Row:
         row["busy"] = profiled["any_ms"] / row["wall_ms"]
     row |= profiled
     row["peak_MiB"] = max(rank["peak_MiB"] for rank in timed[-1])
-    row["states_MiB"] = max(rank["states_MiB"] for rank in timed[-1])
+    for key in ("states_MiB", "reserved_MiB"):
+        row[key] = max(rank[key] for rank in timed[-1])
     return row | {"loss": timed[-1][-1].get("loss")}
 
 

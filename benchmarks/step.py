@@ -1,7 +1,7 @@
 """Whole training steps with mHC beside vanilla's, alternating in one call, by the recipes of examples/.
 
     python -m benchmarks.step --out step.json [--model llama-1b] [--batches 1,2,4] [--forms mhc,mhc/auto]
-        [--tp 2] [--graphs local] [--together 2]
+        [--tp 2] [--graphs none,local] [--together 2]
 
 Every job is `examples/train.sh MODEL FORM` on mock data: Transformer Engine's layers, Megatron's DDP and
 distributed optimizer, clipping and Adam. `vanilla` is Megatron's own; a form `mhc/WHAT[/BOUNDARY]` has WHAT
@@ -14,9 +14,10 @@ kernels_ms          GPU time summed over kernels and copies, any_ms: in which an
 busy                any_ms / wall_ms; below 0.95 the host sets the pace
 host_ms_per_layer   until forward and backward have returned on the host, a layer and micro-batch
 launches_per_layer  kernels and copies of the whole step, a layer and micro-batch
-peak_MiB            of a step; states_MiB: what of it is there between steps
+peak_MiB            of a step; states_MiB: what of it is there between steps; reserved_MiB: with graphs' pools
 
---graphs gives all jobs --cuda-graph-impl. A form that Megatron or the plugin refuses is a failed row.
+--graphs names values of --cuda-graph-impl, each for a comparison of its own: all its jobs have it, and graphs
+are made in the warm-up. A form that Megatron or the plugin refuses is a failed row.
 Without a GPU, to check the program and no speed: --tiny.
 """
 
@@ -34,7 +35,10 @@ LAYERS = {"llama-1b": 16, "3b": 12, "9b": 18, "27b": 30}
 VANILLA, AGAIN = "vanilla", "vanilla again"
 
 
-def job(form: str, batch: int, options: argparse.Namespace) -> Job:
+GRAPHS = {"full_iteration": ["--no-check-for-nan-in-loss-and-grad"]}  # which Megatron demands
+
+
+def job(form: str, batch: int, graphs: str, options: argparse.Namespace) -> Job:
     """A side of a comparison."""
     what, _, more = form.partition("/")
     recompute, _, boundary = more.partition("/")
@@ -50,17 +54,18 @@ def job(form: str, batch: int, options: argparse.Namespace) -> Job:
     if what != VANILLA:
         arguments += ["--mhc-recompute-layer-num", recompute or "off"]
         arguments += ["--mhc-boundary", boundary] if boundary else []
-    if options.graphs:
-        arguments += ["--cuda-graph-impl", options.graphs]
-    environment = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}  # which Megatron demands under TP
+    if graphs != "none":
+        arguments += ["--cuda-graph-impl", graphs, *GRAPHS.get(graphs, [])]
+    # Which Megatron demands under TP, and of graphs beside segments that expand.
+    environment = {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "NCCL_GRAPH_REGISTER": "0"}
     environment["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
     return Job(form, arguments, ranks, environment, layers * micro_batches)
 
 
-def run(report: Report, batch: int, options: argparse.Namespace) -> None:
-    """All forms at one micro-batch, each group with a vanilla of its own."""
+def run(report: Report, batch: int, graphs: str, options: argparse.Namespace) -> None:
+    """All forms at one micro-batch and in one kind of graphs, each group with a vanilla of its own."""
     layout = f"TP{options.tp}" if options.tp > 1 else "one GPU"
-    section = f"{options.model}, {layout}" + (f", graphs {options.graphs}" if options.graphs else "")
+    section = f"{options.model}, {layout}" + (f", graphs {graphs}" if graphs != "none" else "")
     turns = Turns(options.warm_up, options.turns, options.steps)
     size = max(1, options.together - 1)
     groups = [options.forms[at : at + size] for at in range(0, len(options.forms), size)]
@@ -69,7 +74,7 @@ def run(report: Report, batch: int, options: argparse.Namespace) -> None:
         names[VANILLA] = f"micro-batch {batch}, {VANILLA}" + (f" {number + 1}" if number else "")
         if all(report.row(section, name) for name in names.values()):
             continue
-        jobs = [job(form, batch, options) for form in (VANILLA, *forms)]
+        jobs = [job(form, batch, graphs, options) for form in (VANILLA, *forms)]
         if options.together > 1:
             found = take_turns(jobs, turns, options.logs)
             base = found[VANILLA]
@@ -111,7 +116,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--batches", type=lambda text: list(map(int, text.split(","))), default=[1, 2, 4])
     add("--micro-batches", type=int, help="of a step; default 4, and 8 of one sequence")
     add("--tp", type=int, default=1, help="with sequence parallelism; a GPU for each")
-    add("--graphs", choices=("local", "transformer_engine", "full_iteration"))
+    add("--graphs", type=lambda text: text.split(","), default=["none"], help="none, local, ...")
     add("--together", type=int, default=3, help="jobs in memory at once, vanilla among them")
     for name, default in (("warm-up", 4), ("turns", 3), ("steps", 4)):
         add("--" + name, type=int, default=default, help=f"default {default}")
@@ -121,7 +126,8 @@ def main(argv: list[str] | None = None) -> None:
     settings: Row = {k: v for k, v in vars(options).items() if k not in apart}
     report = Report(options.out, "step", settings)
     for batch in options.batches:
-        run(report, batch, options)
+        for graphs in options.graphs:
+            run(report, batch, graphs, options)
     if options.out:
         draw(report, options.out.with_suffix(".png"))
     report.end()

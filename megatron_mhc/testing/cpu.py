@@ -366,6 +366,10 @@ def main() -> None:
     patch_megatron()
     use_plain_adam()
     use_local_modules()
+    if "--cuda-graph-impl" in argv:
+        from megatron_mhc.testing import graphs
+
+        graphs.install()
     sys.argv = argv[as_module:]
     if as_module:
         runpy.run_module(argv[1], run_name="__main__", alter_sys=True)

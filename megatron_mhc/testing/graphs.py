@@ -327,7 +327,8 @@ def install() -> None:
     cuda_graphs._ensure_generator_state_is_cudagraph_safe = lambda generator: generator
     for module in (cuda_graphs, transformer_layer):
         module.is_te_min_version = lambda *_, **__: True
-    full.get_shared_capture_stream = lambda: None
+    full.get_shared_capture_stream = torch.cuda.Stream
+    _allow_helper(cuda_graphs.TECudaGraphHelper)
     for module in (layers, mappings, param_and_grad_buffer):
         module.dist_reduce_scatter_func = _reduce_scatter
     tp_random._get_cuda_rng_state, tp_random._set_cuda_rng_state = _Generator.get, _Generator.put
@@ -359,14 +360,28 @@ def _interpret_in_graphs() -> None:
 
 
 def helper(chunks: list[Any], config: Any, sequence: int, micro_batch: int, micro_batches: int) -> Any:
-    """Megatron's TECudaGraphHelper; it needs Transformer Engine's name, and no more of it."""
+    """Megatron's TECudaGraphHelper, for a loop that has no calculator of micro-batches."""
     import megatron.core.transformer.cuda_graphs as cuda_graphs
 
-    for name in ("transformer_engine", "transformer_engine.pytorch"):
-        sys.modules.setdefault(name, types.ModuleType(name))
     cuda_graphs.get_num_microbatches = lambda: micro_batches
-    cuda_graphs.HAVE_TE_GRAPHS = True
-    try:
-        return cuda_graphs.TECudaGraphHelper(chunks, config, sequence, micro_batch)
-    finally:
-        cuda_graphs.HAVE_TE_GRAPHS = False
+    return cuda_graphs.TECudaGraphHelper(chunks, config, sequence, micro_batch)
+
+
+def _allow_helper(kind: Any) -> None:
+    """Let Megatron make a TECudaGraphHelper, which needs Transformer Engine's name and no more of it."""
+    if hasattr(kind, "_allowed"):
+        return
+    init = kind.__init__
+
+    def initialise(*args: Any, **kwargs: Any) -> None:
+        names = init.__globals__
+        for name in ("transformer_engine", "transformer_engine.pytorch"):
+            sys.modules.setdefault(name, types.ModuleType(name))
+        names["HAVE_TE_GRAPHS"] = True
+        try:
+            init(*args, **kwargs)
+        finally:
+            names["HAVE_TE_GRAPHS"] = False
+
+    kind.__init__ = initialise
+    kind._allowed = True
