@@ -220,9 +220,8 @@ class MHCConfig:
     pipeline_transport: str = _option(
         "auto",
         "how messages travel under interleaved and fused: push has the sender's copy engine write into the "
-        "receiver's memory, which takes no SM, where the stages of a pipeline are GPUs of one host that reach "
-        "each other's memory; nccl sends them over the process groups; auto is push where it can be: "
-        "docs/schedules.md",
+        "receiver's memory, which takes no SM, and needs a pipeline's GPUs on one host; nccl sends them over "
+        "the process groups; auto is push where it can be: docs/schedules.md",
         choices=("auto", "push", "nccl"),
     )
     pp_boundary: str = _option(

@@ -99,9 +99,8 @@ def _connect(channels: Channels) -> None:
             else:
                 dist.recv(number, ends[0], group=group)
         except RuntimeError as error:
-            raise PipelineError(
-                f"pipeline rank {channels.ranks.index(me)}: no connection: {silent(channels.ranks, peer, channels.timeout)}"
-            ) from error
+            said = silent(channels.ranks, peer, channels.timeout)
+            raise PipelineError(f"pipeline rank {channels.ranks.index(me)}: no connection: {said}") from error
     if device == "cuda":
         torch.cuda.synchronize()  # nothing of this is pending when the step begins, see loading.py
 

@@ -81,7 +81,8 @@ class DeviceMemory(Memory):
 
     @contextmanager
     def aside(self) -> Iterator[Any]:
-        torch.cuda.set_device(self._device)  # by a thread that had none
+        torch.cuda.set_device(self._device)
+        self._free.query()  # by a thread that has no context yet: the runtime makes it current
         with torch.cuda.stream(self._free):
             yield self._free
 

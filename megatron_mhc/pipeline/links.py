@@ -1,4 +1,4 @@
-"""How the messages of a pipeline travel: pushed over peer memory, or by process groups. All ranks choose alike."""
+"""How a pipeline's messages travel, pushed over peer memory or by process groups: all ranks choose alike."""
 
 from __future__ import annotations
 
@@ -94,7 +94,9 @@ def obstacle_of(cards: list[Card]) -> str | None:
             if peer != rank and other.gpu == card.gpu and card.gpu:
                 return f"ranks {rank} and {peer} share a GPU"
             if card.gpu and other.gpu not in card.reaches:
-                return f"the GPU of rank {rank} does not reach the memory of rank {peer}'s, or does not see it"
+                return (
+                    f"the GPU of rank {rank} does not reach the memory of rank {peer}'s, or does not see it"
+                )
     return None
 
 

@@ -1,4 +1,4 @@
-"""Memory that all ranks of a pipeline write: what `push` needs of a device, and hosts' memory with the same rules.
+"""Memory that all ranks of a pipeline write: what `push` needs of a device, and hosts' with the same rules.
 
 A rank copies a tensor into another rank's memory and then sets a word there; a stream waits until a word of
 its own rank's memory has reached a value. Words are counts of 32 bits that wrap around.
@@ -89,6 +89,7 @@ class Memory(ABC):
 
     def finish(self, check: Callable[[], None]) -> None:
         """Have the host wait for the current stream and those of `behind`; it calls `check` meanwhile."""
+        check()
 
     def holds(self, tensor: Tensor) -> bool:
         """Whether a tensor lies in this rank's memory."""
@@ -96,6 +97,9 @@ class Memory(ABC):
 
     def noted(self, index: int) -> int:
         return int(self.notes[index]) % WRAP
+
+    def noted_from(self, index: int, count: int) -> list[int]:
+        return [value % WRAP for value in self.notes[index : index + count].tolist()]
 
 
 class _Done:

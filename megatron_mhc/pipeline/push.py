@@ -13,6 +13,7 @@ from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -133,8 +134,8 @@ class Pool:
         dist.all_gather_object(kinds, kind, group=self._group)
         if other := next((k for k in kinds if k != kind), None):
             raise ValueError(
-                f"pipeline rank {self.rank} begins a step of {kind}, another rank one of {other}: every stage "
-                "needs the same micro-batches, sequence length, micro-batch size, "
+                f"pipeline rank {self.rank} begins a step of {kind}, another rank one of {other}: every "
+                "stage needs the same micro-batches, sequence length, micro-batch size, "
                 "--mhc-num-residual-streams and pipeline dtype"
             )
         used = tracks(plan)
@@ -199,6 +200,17 @@ class Place(NamedTuple):
     slot: int
 
 
+@lru_cache(maxsize=8)
+def _places(plan: Plan, rank: int) -> dict[Message, Place]:
+    """Those of all messages that a rank sends or receives."""
+    found = {}
+    for lane, track in tracks(plan).items():
+        if rank in lane[:2]:
+            for number, (message, slot) in enumerate(zip(track.messages, track.places, strict=True)):
+                found[message] = Place(lane, number, slot)
+    return found
+
+
 class PushTransport(Transport):
     """Pushes of one rank in one step, see `Transport`."""
 
@@ -207,11 +219,7 @@ class PushTransport(Transport):
         self.pool = pool
         pool.prepare(plan, self.shapes, self.dtype)
         self.tracks: dict[Lane, Track] = tracks(plan)
-        self.at: dict[Message, Place] = {}
-        for lane, track in self.tracks.items():
-            if rank in lane[:2]:
-                for number, (message, slot) in enumerate(zip(track.messages, track.places, strict=True)):
-                    self.at[message] = Place(lane, number, slot)
+        self.at = _places(plan, rank)
         self.done: Counter[tuple[Lane, str]] = Counter()
         self.logged: list[tuple[Message, int]] = []  # what must have been in its slot to the end
         self.leaving: deque[tuple[Any, Tensor]] = deque()
@@ -291,13 +299,11 @@ class PushTransport(Transport):
         memory = self.pool.memory
         memory.finish(self.pool.check)
         self.leaving.clear()
-        for number, (message, value) in enumerate(self.logged):
-            found = memory.noted(self.pool.places.log + number)
+        words = memory.noted_from(self.pool.places.log, len(self.logged))
+        for found, (message, value) in zip(words, self.logged, strict=True):
             if found != value % WRAP:
-                self.pool.failed = (
-                    f"{about(self.rank, message, 'was overwritten while it was in use')}: its slot holds message "
-                    f"{found} of its lane, not {value % WRAP}; report this"
-                )
+                said = about(self.rank, message, "was overwritten while it was in use")
+                self.pool.failed = f"{said}: its slot holds message {found} of its lane, not {value % WRAP}"
                 self.pool.check()
         for lane, track in self.tracks.items():
             self.pool.counts[lane] += len(track.messages)

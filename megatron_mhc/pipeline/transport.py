@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from datetime import timedelta
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,6 +74,7 @@ class Transport(ABC):
 
     def release(self, message: Message) -> None:
         """What the current stream does from here on no longer reads a message's tensor."""
+        return None
 
     def kept(self, tensor: Tensor) -> Tensor:
         """A tensor that is to be sent, in memory that stays when a message is let go of."""
@@ -82,6 +82,7 @@ class Transport(ABC):
 
     def sweep(self) -> None:
         """Free messages that have left, without waiting."""
+        return None
 
     @abstractmethod
     def drain(self) -> None:
@@ -89,6 +90,7 @@ class Transport(ABC):
 
     def abandon(self) -> None:
         """The step failed: let go of what pends."""
+        return None
 
     def checked(self, message: Message, tensor: Tensor) -> Tensor:
         """The contiguous tensor to send."""
@@ -100,5 +102,3 @@ class Transport(ABC):
                 "--mhc-num-residual-streams and pipeline dtype"
             )
         return tensor.detach().contiguous()
-
-

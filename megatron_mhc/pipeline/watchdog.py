@@ -15,7 +15,7 @@ LAST_RESORT = 20.0  # seconds that a host may stand still after its device's wai
 class Awaited(NamedTuple):
     """A note that is to reach a value, and the error if it does not."""
 
-    index: int
+    note: int
     value: int
     said: str
 
@@ -65,7 +65,7 @@ class Watchdog:
     def pending(self) -> Awaited | None:
         """The first that is not there."""
         with self._lock:
-            left = [one for one in self._awaited if not self._reached(self._read(one.index), one.value)]
+            left = [one for one in self._awaited if not self._reached(self._read(one.note), one.value)]
             if len(left) < len(self._awaited):
                 self._seen = time.monotonic()
             self._awaited = left
@@ -89,5 +89,7 @@ class Watchdog:
 
 
 def _end_process(said: str) -> None:
-    print(f"PipelineError: {said}; its device stands still, so this process ends", file=sys.stderr, flush=True)
+    print(
+        f"PipelineError: {said}; its device stands still, so this process ends", file=sys.stderr, flush=True
+    )
     os._exit(1)

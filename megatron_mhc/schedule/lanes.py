@@ -9,7 +9,6 @@ the receiver has let go of k + 1 - slots.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -23,7 +22,6 @@ from megatron_mhc.schedule.program import (
     Op,
     Plan,
     build_program,
-    inputs,
 )
 
 AHEAD = 2  # messages of a lane that may arrive while the receiver holds as many as it needs
@@ -116,37 +114,45 @@ class InOrder:
     """
 
     def __init__(self, plan: Plan, programs: list[list[Op]], slots: dict[Lane, int]):
-        self.plan, self.programs, self.slots = plan, programs, slots
+        self.slots = slots
         self.at = [0] * len(programs)
-        self.ends = [let_go(plan, program) for program in programs]
         self.sent: set[Message] = set()
         self.used: dict[Lane, int] = defaultdict(int)
-
-    def blocked(self, rank: int) -> bool:
-        op = self.programs[rank][self.at[rank]]
-        if op.kind == WAIT:
-            return op.message not in self.sent
-        return op.kind == SEND and self.used[lane_of(self.plan, op.message)] >= self._count(op)
-
-    def _count(self, op: Op) -> int:
-        return self.slots.get(lane_of(self.plan, op.message), 1)
+        # Of each operation: (message that it waits for, message that it sends, messages that it lets go of).
+        self._does: list[list[tuple[Message | None, Message | None, list[Message]]]] = []
+        self._lanes: dict[Message, Lane] = {}
+        for program in programs:
+            ends = let_go(plan, program)
+            does = []
+            for at, op in enumerate(program):
+                message = op.message if op.kind in (SEND, WAIT) else None
+                if message is not None:
+                    self._lanes[message] = lane_of(plan, message)
+                waits, sends = (message if op.kind == kind else None for kind in (WAIT, SEND))
+                does.append((waits, sends, ends.get(at, [])))
+            self._does.append(does)
 
     def go(self) -> list[int]:
         """Run as far as possible; returns the ranks that stand still before their end."""
         moved = True
         while moved:
             moved = False
-            for rank, program in enumerate(self.programs):
-                while self.at[rank] < len(program) and not self.blocked(rank):
-                    op = program[self.at[rank]]
-                    if op.kind == SEND:
-                        self.sent.add(op.message)
-                        self.used[lane_of(self.plan, op.message)] += 1
-                    for message in self.ends[rank].get(self.at[rank], ()):
-                        self.used[lane_of(self.plan, message)] -= 1
-                    self.at[rank] += 1
+            for rank, does in enumerate(self._does):
+                for at in range(self.at[rank], len(does)):
+                    waits, sends, done = does[at]
+                    if waits is not None and waits not in self.sent:
+                        break
+                    if sends is not None:
+                        lane = self._lanes[sends]
+                        if self.used[lane] >= self.slots.get(lane, 1):
+                            break
+                        self.sent.add(sends)
+                        self.used[lane] += 1
+                    for message in done:
+                        self.used[self._lanes[message]] -= 1
+                    self.at[rank] = at + 1
                     moved = True
-        return [rank for rank, program in enumerate(self.programs) if self.at[rank] < len(program)]
+        return [rank for rank, does in enumerate(self._does) if self.at[rank] < len(does)]
 
 
 def slots_for(plan: Plan, programs: list[list[Op]]) -> dict[Lane, int]:
@@ -186,13 +192,3 @@ def _track(messages: list[Message], done: list[Message], slots: int) -> Track:
     for number, message in enumerate(messages):
         places[message] = number if number < slots else places[done[number - slots]]
     return Track(tuple(messages), tuple(places[m] for m in messages), tuple(done), slots)
-
-
-def overwritten(plan: Plan, track: Track, programs: list[list[Op]]) -> Iterator[tuple[Message, Message]]:
-    """(earlier, later) messages of a lane that would share a slot at a time; none, unless `track` is wrong."""
-    released = {message: number for number, message in enumerate(track.let_go)}
-    last: dict[int, Message] = {}
-    for number, (message, place) in enumerate(zip(track.messages, track.places, strict=True)):
-        if place in last and released[last[place]] > number - track.slots:
-            yield last[place], message
-        last[place] = message

@@ -29,7 +29,7 @@ torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # before anything else tou
 
 from benchmarks.harness import ON_GPU, Report, Row  # noqa: E402
 from megatron_mhc import MHCConfig  # noqa: E402
-from megatron_mhc.pipeline import links  # noqa: E402
+from megatron_mhc.pipeline import links, push  # noqa: E402
 from megatron_mhc.pipeline.memory import Memory  # noqa: E402
 from megatron_mhc.pipeline.push import Pool, PushTransport, Shapes  # noqa: E402
 from megatron_mhc.pipeline.streams import streams_for  # noqa: E402
@@ -68,6 +68,7 @@ def messages(pool: Pool, mode: str, boundary: str, ahead: int, options: argparse
     """Drive steps of changing numbers of micro-batches and odd sizes."""
     lanes.AHEAD = ahead
     lanes.tracks.cache_clear()
+    push._places.cache_clear()
     pool._known.clear()  # the same plans have other slots now
     wrong, count, work = torch.zeros((), dtype=torch.int64, device="cuda"), 0, gemm(options.gemm)
     began = time.perf_counter()
@@ -102,7 +103,7 @@ def beside(pool: Pool, options: argparse.Namespace) -> Row:
         events[1].synchronize()
         return float(events[0].elapsed_time(events[1])) / count
 
-    def push(count: int) -> None:
+    def send(count: int) -> None:
         nonlocal done
         for _ in range(count):
             done += 1
@@ -119,16 +120,16 @@ def beside(pool: Pool, options: argparse.Namespace) -> Row:
             memory.until(0, 1)
         row["a wait pends"] = milliseconds()
     dist.barrier()
-    push(1)
+    send(1)
     memory.finish(lambda: None)
     dist.barrier()
-    push(20)
+    send(20)
     row["copies both ways"] = milliseconds()
     memory.finish(lambda: None)
     dist.barrier()
     torch.cuda.synchronize()
     began = time.perf_counter()
-    push(10)
+    send(10)
     memory.until(0, done)
     memory.finish(lambda: None)
     row["GB/s each way"] = 10 * size / 1e9 / (time.perf_counter() - began)
