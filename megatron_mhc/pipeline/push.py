@@ -4,6 +4,9 @@
     wait     the current stream waits for that count; the slot is the tensor
     release  side stream, behind the current one: set the count of free slots at the sender
 
+The sender writes a message's number into its slot. The receiver notes which one is there when it has waited
+for a message and when it lets go of it; at the end of the step its host compares.
+
 `schedule.lanes` says which slot, and why that cannot deadlock with one hardware queue either.
 """
 
@@ -27,6 +30,7 @@ from megatron_mhc.schedule.lanes import NARROW, Lane, Track, all_lanes, tracks
 from megatron_mhc.schedule.program import Message, Plan, channel
 
 LINE = 128  # bytes between two counts
+BESIDE = "beside"  # the stream of what a receiver notes and gives back
 HEAD = 256  # bytes in front of a slot's payload: the count of the message that is in it
 
 Shapes = dict[str, tuple[int, ...]]
@@ -143,7 +147,7 @@ class Pool:
         for lane, track in used.items():
             need = Room(track.slots, _bytes(shapes[lane.name], dtype))
             rooms[lane] = rooms[lane].join(need) if lane in rooms else need
-            notes += len(track.messages) if self.rank == lane.target else 0
+            notes += 2 * len(track.messages) if self.rank == lane.target else 0
         # A whole step's words are read at its end; ranks receive differently many.
         most: list[Any] = [None] * len(self.ranks)
         dist.all_gather_object(most, notes, group=self._group)
@@ -221,7 +225,7 @@ class PushTransport(Transport):
         self.tracks: dict[Lane, Track] = tracks(plan)
         self.at = _places(plan, rank)
         self.done: Counter[tuple[Lane, str]] = Counter()
-        self.logged: list[tuple[Message, int]] = []  # what must have been in its slot to the end
+        self.logged: list[tuple[Message, str, int]] = []  # what must have been in its slot
         self.leaving: deque[tuple[Any, Tensor]] = deque()
         self.most_leaving = 0
 
@@ -248,7 +252,9 @@ class PushTransport(Transport):
             memory.until(places.arrived(lane), value)
         except Silent:
             raise PipelineError(said) from None
-        memory.note(places.came(lane), value)
+        with memory.behind(BESIDE):
+            memory.note(places.came(lane), value)
+            self._log(message, "came too early or too late", places.slot(lane, slot), value)
         self.pool.expect(places.came(lane), value, said)
         shape = self.shapes[message.name]
         tensor = memory.tensor(places.slot(lane, slot) + HEAD, shape, self.dtype)
@@ -282,10 +288,15 @@ class PushTransport(Transport):
         lane, number, slot = self._next(message, "freed")
         memory, places = self.pool.memory, self.pool.places
         freed = self.pool.counts[lane] + self.done[lane, "freed"]
-        with memory.behind("freed"):
-            memory.note_word(places.log + len(self.logged), places.slot(lane, slot))
+        with memory.behind(BESIDE):
+            value = self.pool.counts[lane] + number + 1
+            self._log(message, "was overwritten while it was in use", places.slot(lane, slot), value)
             memory.put(lane.source, places.freed(lane), freed)
-        self.logged.append((message, self.pool.counts[lane] + number + 1))
+
+    def _log(self, message: Message, wrong: str, offset: int, value: int) -> None:
+        """Note which message is in a slot; `wrong` is what is said at the step's end if it is another."""
+        self.pool.memory.note_word(self.pool.places.log + len(self.logged), offset)
+        self.logged.append((message, wrong, value))
 
     def kept(self, tensor: Tensor) -> Tensor:
         # A stage without layers hands on what it got.
@@ -300,9 +311,9 @@ class PushTransport(Transport):
         memory.finish(self.pool.check)
         self.leaving.clear()
         words = memory.noted_from(self.pool.places.log, len(self.logged))
-        for found, (message, value) in zip(words, self.logged, strict=True):
+        for found, (message, wrong, value) in zip(words, self.logged, strict=True):
             if found != value % WRAP:
-                said = about(self.rank, message, "was overwritten while it was in use")
+                said = about(self.rank, message, wrong)
                 self.pool.failed = f"{said}: its slot holds message {found} of its lane, not {value % WRAP}"
                 self.pool.check()
         for lane, track in self.tracks.items():

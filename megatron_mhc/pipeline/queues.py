@@ -49,6 +49,6 @@ def check_variable(schedule: str, why: str) -> None:
             f"{name} {schedule} over NCCL ({why}) with {VARIABLE}={value}: all streams then share one "
             "hardware queue, where a receive that was posted ahead can hold up what its message follows "
             f"from, and the step would hang; put `export {VARIABLE}=32` into the launch script, or use "
-            f"{name} megatron (under TP > 1 or CP > 1 on Hopper and older GPUs, where Megatron demands 1, there is no other "
-            "over NCCL)"
+            f"{name} megatron (under TP > 1 or CP > 1 on Hopper and older GPUs, where Megatron demands 1, "
+            "there is no other over NCCL)"
         )

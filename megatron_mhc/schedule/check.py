@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megatron_mhc.schedule.lanes import InOrder, Lane, Track, lane_of, slots_for, tracks
+from megatron_mhc.schedule.lanes import InOrder, Lane, Track, in_order
 from megatron_mhc.schedule.program import (
     BACKWARD,
     COMPUTE,
@@ -58,7 +58,7 @@ def check_in_order(
 
     Args:
         programs: of ranks 0 to pp - 1; `build_program`'s where None.
-        slots: of each lane; `lanes.slots_for`'s where None.
+        slots: of each lane; `lanes.in_order`'s where None.
 
     Raises:
         Deadlock: ranks that wait for each other; the message names where each stands.
@@ -66,15 +66,14 @@ def check_in_order(
             in one slot at a time.
     """
     built = programs or [build_program(plan, rank) for rank in range(plan.pp)]
-    run = InOrder(plan, built, slots or slots_for(plan, built))
+    run = InOrder(plan, built, slots) if slots else in_order(plan, built)
     if stuck := run.go():
         raise Deadlock("; ".join(f"rank {rank} at {built[rank][run.at[rank]]}" for rank in stuck))
-    sent, waited = (_by_lane(plan, built, kind) for kind in (SEND, WAIT))
+    sent, waited = run.by_lane(SEND), run.by_lane(WAIT)
     if wrong := next((lane for lane in sent if sent[lane] != waited.get(lane)), None):
         raise ValueError(f"{wrong}: messages are waited for in another order than they are sent")
-    if programs is None and slots is None:
-        for lane, track in tracks(plan).items():
-            check_slots(lane, track)
+    for lane, track in run.tracks().items():
+        check_slots(lane, track)
 
 
 def check_slots(lane: Lane, track: Track) -> None:
@@ -85,15 +84,6 @@ def check_slots(lane: Lane, track: Track) -> None:
         if slot in last and number[last[slot]] > at - track.slots:
             raise ValueError(f"{lane}: {message} would overwrite {last[slot]}")
         last[slot] = message
-
-
-def _by_lane(plan: Plan, programs: list[list[Op]], kind: str) -> dict[Lane, list[Message]]:
-    found: dict[Lane, list[Message]] = {}
-    for program in programs:
-        for op in program:
-            if op.kind == kind:
-                found.setdefault(lane_of(plan, op.message), []).append(op.message)
-    return found
 
 
 def held_up(plan: Plan, programs: list[list[Op]] | None = None) -> Iterator[tuple[int, Op, list[Op]]]:

@@ -91,21 +91,6 @@ def let_go(plan: Plan, program: list[Op]) -> dict[int, list[Message]]:
     return ends
 
 
-def held(plan: Plan, program: list[Op]) -> dict[Lane, int]:
-    """Most messages of each lane that a receiver has waited for and not let go of."""
-    now: dict[Lane, int] = defaultdict(int)
-    most: dict[Lane, int] = defaultdict(int)
-    ends = let_go(plan, program)
-    for at, op in enumerate(program):
-        if op.kind == WAIT:
-            lane = lane_of(plan, op.message)
-            now[lane] += 1
-            most[lane] = max(most[lane], now[lane])
-        for message in ends.get(at, ()):
-            now[lane_of(plan, message)] -= 1
-    return most
-
-
 class InOrder:
     """Programs of which every operation ends before its rank's next one starts; `at`: the next of each.
 
@@ -114,7 +99,7 @@ class InOrder:
     """
 
     def __init__(self, plan: Plan, programs: list[list[Op]], slots: dict[Lane, int]):
-        self.slots = slots
+        self.programs, self.slots = programs, slots
         self.at = [0] * len(programs)
         self.sent: set[Message] = set()
         self.used: dict[Lane, int] = defaultdict(int)
@@ -123,7 +108,7 @@ class InOrder:
         self._lanes: dict[Message, Lane] = {}
         for program in programs:
             ends = let_go(plan, program)
-            does = []
+            does: list[tuple[Message | None, Message | None, list[Message]]] = []
             for at, op in enumerate(program):
                 message = op.message if op.kind in (SEND, WAIT) else None
                 if message is not None:
@@ -131,6 +116,38 @@ class InOrder:
                 waits, sends = (message if op.kind == kind else None for kind in (WAIT, SEND))
                 does.append((waits, sends, ends.get(at, [])))
             self._does.append(does)
+
+    def held(self) -> dict[Lane, int]:
+        """Most messages of each lane that its receiver has waited for and not let go of."""
+        most: dict[Lane, int] = defaultdict(int)
+        now: dict[Lane, int] = defaultdict(int)
+        for does in self._does:
+            for waits, _, done in does:
+                if waits is not None:
+                    lane = self._lanes[waits]
+                    now[lane] += 1
+                    most[lane] = max(most[lane], now[lane])
+                for message in done:
+                    now[self._lanes[message]] -= 1
+        return most
+
+    def by_lane(self, kind: str) -> dict[Lane, tuple[Message, ...]]:
+        """The messages of each lane, in the order of the SENDs or of the WAITs.
+
+        Without a kind: in the order in which the receiver lets go of them.
+        """
+        found: dict[Lane, list[Message]] = defaultdict(list)
+        for does in self._does:
+            for waits, sends, done in does:
+                one = sends if kind == SEND else waits if kind == WAIT else None
+                for message in done if not kind else [one] if one else []:
+                    found[self._lanes[message]].append(message)
+        return {lane: tuple(messages) for lane, messages in found.items()}
+
+    def tracks(self) -> dict[Lane, Track]:
+        """Every lane, with its slots."""
+        sent, done = self.by_lane(SEND), self.by_lane("")
+        return {lane: _track(sent[lane], done[lane], self.slots[lane]) for lane in sorted(self.slots)}
 
     def go(self) -> list[int]:
         """Run as far as possible; returns the ranks that stand still before their end."""
@@ -155,40 +172,31 @@ class InOrder:
         return [rank for rank, does in enumerate(self._does) if self.at[rank] < len(does)]
 
 
-def slots_for(plan: Plan, programs: list[list[Op]]) -> dict[Lane, int]:
-    """Slots of each lane: what its receiver holds, and AHEAD; more where a send would wait for ever."""
-    slots = {lane: most + AHEAD for program in programs for lane, most in held(plan, program).items()}
-    run = InOrder(plan, programs, slots)
+def in_order(plan: Plan, programs: list[list[Op]]) -> InOrder:
+    """The programs as they end with `slots`: of each lane what its receiver holds, and AHEAD.
+
+    More where a send would wait for ever; programs that do not end even so stand still.
+    """
+    run = InOrder(plan, programs, {})
+    run.slots = {lane: most + AHEAD for lane, most in run.held().items()}
     while stuck := run.go():
         ops = [programs[rank][run.at[rank]] for rank in stuck]
         full = [lane_of(plan, op.message) for op in ops if op.kind == SEND]
         if not full:
-            break  # no slot would help: `check.check_in_order` names it
+            break
         for lane in full:
-            slots[lane] += 1
-    return slots
+            run.slots[lane] += 1
+    return run
 
 
 @lru_cache(maxsize=8)
 def tracks(plan: Plan) -> dict[Lane, Track]:
     """Every lane that a plan's programs use."""
-    programs = [build_program(plan, rank) for rank in range(plan.pp)]
-    slots = slots_for(plan, programs)
-    sent: dict[Lane, list[Message]] = defaultdict(list)
-    done: dict[Lane, list[Message]] = defaultdict(list)
-    for program in programs:
-        for op in program:
-            if op.kind == SEND:
-                sent[lane_of(plan, op.message)].append(op.message)
-        ends = let_go(plan, program)
-        for at in sorted(ends):
-            for message in ends[at]:
-                done[lane_of(plan, message)].append(message)
-    return {lane: _track(sent[lane], done[lane], slots[lane]) for lane in sorted(slots)}
+    return in_order(plan, [build_program(plan, rank) for rank in range(plan.pp)]).tracks()
 
 
-def _track(messages: list[Message], done: list[Message], slots: int) -> Track:
+def _track(messages: tuple[Message, ...], done: tuple[Message, ...], slots: int) -> Track:
     places: dict[Message, int] = {}
     for number, message in enumerate(messages):
         places[message] = number if number < slots else places[done[number - slots]]
-    return Track(tuple(messages), tuple(places[m] for m in messages), tuple(done), slots)
+    return Track(messages, tuple(places[m] for m in messages), done, slots)

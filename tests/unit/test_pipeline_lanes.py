@@ -7,13 +7,13 @@ import pytest
 
 from megatron_mhc.schedule import program as p
 from megatron_mhc.schedule.check import Deadlock, check_in_order, check_slots
-from megatron_mhc.schedule.lanes import AHEAD, InOrder, Lane, all_lanes, held, let_go, slots_for, tracks
+from megatron_mhc.schedule.lanes import AHEAD, InOrder, Lane, all_lanes, in_order, let_go, tracks
 from megatron_mhc.schedule.program import Message, Op, Plan, build_program
 
 MODES = {
     "unfused": {},
     "replay": dict(replay=True),
-    "fused": dict(fused=True, layers=2, replay=True),
+    "fused": dict(fused=True, replay=True),
     "evaluation": dict(forward_only=True),
     "one hop": dict(hops=1),
 }
@@ -21,6 +21,10 @@ MODES = {
 
 def programs(plan):
     return [build_program(plan, rank) for rank in range(plan.pp)]
+
+
+def held(plan):
+    return InOrder(plan, programs(plan), {}).held()
 
 
 def sweep(pipelines, chunks, groups):
@@ -43,31 +47,30 @@ def test_every_program_runs_in_order_with_its_slots(mode):
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_and_thousands_more(mode):
+    layers = dict(layers=2) if mode == "fused" else {}
     for settings in sweep(range(2, 9), (1, 2, 3, 4), (1, 2, 5)):
-        check_in_order(Plan(**settings, **MODES[mode]))
+        check_in_order(Plan(**settings, **MODES[mode], **layers))
 
 
 def test_slots_are_what_a_receiver_holds_and_two_more():
     plan = Plan(2, 2, 8)
-    most = {lane: n for program in programs(plan) for lane, n in held(plan, program).items()}
+    most = held(plan)
     assert most == {
         Lane(0, 1, "streams"): 3,  # of both chunks: what is saved for backward stays where it came
-        Lane(1, 0, "streams"): 3,
+        Lane(1, 0, "streams"): 2,
         Lane(0, 1, "d_streams"): 1,
         Lane(1, 0, "d_streams"): 1,
     }
-    assert slots_for(plan, programs(plan)) == {lane: n + AHEAD for lane, n in most.items()}
+    assert in_order(plan, programs(plan)).slots == {lane: n + AHEAD for lane, n in most.items()}
     assert {t.slots for t in tracks(Plan(2, 2, 8, boundary=p.SPLIT)).values()} == {1 + AHEAD}
     assert set(tracks(plan)) <= set(all_lanes(2)) and len(all_lanes(2)) == 10 and len(all_lanes(4)) == 40
 
 
 def test_a_ring_that_closes_late_has_as_many_as_wait_there():
-    """Groups above pp: the first rank runs on with its first chunk while the last one sends for its second."""
+    """Groups above pp: the first rank is still at its first chunk when the last one sends for its second."""
     plan = Plan(8, 2, 32, group=9, hops=1)
     built = programs(plan)
-    slots, tight = slots_for(plan, built), {}
-    for program in built:
-        tight |= {lane: most + AHEAD for lane, most in held(plan, program).items()}
+    slots, tight = in_order(plan, built).slots, {lane: most + AHEAD for lane, most in held(plan).items()}
     more = {lane for lane in slots if slots[lane] > tight[lane]}
     assert more == {Lane(7, 0, "streams"), Lane(0, 7, "d_streams")}
     with pytest.raises(Deadlock, match="rank 0 at .*rank 7 at .*send"):
@@ -77,11 +80,11 @@ def test_a_ring_that_closes_late_has_as_many_as_wait_there():
 
 def test_one_slot_less_than_a_receiver_holds_is_a_deadlock():
     plan = Plan(2, 1, 6)
-    most = held(plan, build_program(plan, 1))[Lane(0, 1, "streams")]
+    most = held(plan)[Lane(0, 1, "streams")]
     check_in_order(plan, programs(plan), dict.fromkeys(tracks(plan), most))
     deep = Plan(4, 1, 8)  # whose second rank holds several
     slots = {lane: track.slots for lane, track in tracks(deep).items()}
-    need = held(deep, build_program(deep, 1))[Lane(0, 1, "streams")]
+    need = held(deep)[Lane(0, 1, "streams")]
     check_in_order(deep, programs(deep), slots | {Lane(0, 1, "streams"): need})
     with pytest.raises(Deadlock, match="rank 0 at Op.kind='send', what='streams'"):
         check_in_order(deep, programs(deep), slots | {Lane(0, 1, "streams"): need - 1})
