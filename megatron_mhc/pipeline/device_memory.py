@@ -53,7 +53,7 @@ class DeviceMemory(Memory):
 
         super().__init__(group.rank(), torch.zeros(notes, dtype=torch.int32).pin_memory())
         self._driver = driver
-        self._device = torch.device("cuda", torch.cuda.current_device())
+        self._device = torch.empty(0, device="cuda").device  # the current one
         torch.cuda.empty_cache()  # this memory is not the caching allocator's
         with _without_multicast():
             self._own = _SymmetricMemory.empty_strided_p2p((size,), (1,), torch.uint8, self._device)
