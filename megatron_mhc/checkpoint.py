@@ -37,6 +37,11 @@ _REMEDY = (
     f"{flag('load_dense')} together with --finetune or --no-load-optim to start from a plain GPT's weights, "
     f"or load an mHC checkpoint of the same options{in_options('load_dense', True)}"
 )
+_OPTIMIZER = (
+    "is of a model without mHC's parameters (a plain GPT, or fixed mappings), and so is the optimizer "
+    f"state in it: pass --finetune, or --no-load-optim, and {flag('load_dense')}, which both need"
+    f"{in_options('load_dense', True)}"
+)
 _FOREIGN = (
     "is an mHC model's: add --spec megatron_mhc.specs gpt_mhc_spec and the --mhc-* options of its training "
     "(with megatron_mhc.pretrain_gpt, drop --no-mhc), or load a plain checkpoint"
@@ -105,7 +110,7 @@ def adapt_request(request: dict[str, Any], checkpoint_dir: str) -> dict[str, Any
         _compare_options(items, there, checkpoint_dir)
         return request
     if any(key.startswith("optimizer") for key in request):
-        raise ValueError(f"{checkpoint_dir}: {_REMEDY}")
+        raise ValueError(f"{checkpoint_dir} {_OPTIMIZER}")
     return _without_mhc(request)
 
 

@@ -13,6 +13,7 @@ A table stands between `<!-- NAME -->` and `<!-- /NAME -->`:
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import sys
@@ -159,6 +160,9 @@ def filled(page: str, name: str, text: str) -> str:
 
 def main() -> None:
     """Fill all tables."""
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     from megatron_mhc.testing import cpu
 
     cpu.install()  # the hooks import Megatron
