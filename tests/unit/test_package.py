@@ -18,16 +18,7 @@ import megatron_mhc
 
 ROOT = Path(__file__).resolve().parents[2]
 LEFT_OUT = (".git", ".*_cache", ".venv", "__pycache__", "*.egg-info", "build", "dist", "runs", ".te_hopper")
-ARGUMENTS = """
-    --distributed-backend gloo --transformer-impl local --no-create-attention-mask-in-dataloader
-    --no-rope-fusion --no-persist-layer-norm --no-gradient-accumulation-fusion --no-masked-softmax-fusion
-    --no-bias-swiglu-fusion --no-bias-dropout-fusion --num-workers 0
-    --num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 32 --max-position-embeddings 32
-    --position-embedding-type rope --swiglu --disable-bias-linear --normalization RMSNorm
-    --attention-dropout 0 --hidden-dropout 0 --mock-data --tokenizer-type NullTokenizer --vocab-size 128
-    --micro-batch-size 1 --global-batch-size 4 --lr 1e-2 --split 90,10,0 --train-iters 3
-    --log-interval 1 --eval-iters 1 --eval-interval 1000 --mhc-num-residual-streams 2
-"""
+ARGUMENTS = (ROOT / "tests" / "unit" / "cpu_model.args").read_text()
 
 
 @pytest.fixture(scope="module")
