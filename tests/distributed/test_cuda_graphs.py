@@ -6,12 +6,12 @@ The graphs are those of `megatron_mhc.testing.graphs`; the loop is what megatron
 import pytest
 import torch
 from harness import MICRO_BATCH, SEQUENCE, Layout, build, gpt, ps, tokens
+from held_state import state
 from megatron.core import tensor_parallel
 from megatron.core.full_cuda_graph import FullCudaGraphWrapper
 from megatron.core.models.gpt import gpt_layer_specs
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.transformer_layer import MoETransformerLayer
-from test_state_of_calls import state
 
 from megatron_mhc import MHCConfig, refusals
 from megatron_mhc.chunk import chunk_of
