@@ -11,6 +11,7 @@
 # left). Pieces that need more GPUs than there are are left out. PYTHON names the interpreter; MHC_COMMIT the
 # commit, where there is no git.
 set -uo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/../scripts/help.sh"
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 NCCL_NVLS_ENABLE=0
 PYTHON=${PYTHON:-python3}

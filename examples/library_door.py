@@ -1,8 +1,9 @@
-"""Door 4: mHC in a training loop of your own. Runs on one process, with or without a GPU:
+"""Door 4: mHC in a training loop of your own. Runs on one process, with or without a GPU.
 
 python examples/library_door.py
 """
 
+import argparse
 import os
 
 import torch
@@ -40,6 +41,7 @@ def build() -> GPTModel:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     gpu = torch.cuda.is_available()
     if not gpu:
         cpu.patch_megatron()

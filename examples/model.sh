@@ -1,4 +1,5 @@
 # Sourced by the *_door.sh examples: one small GPT (100M parameters) on mock data, on $GPUS GPUs.
+source "$(dirname "${BASH_SOURCE[0]}")/../scripts/help.sh"
 GPUS=${GPUS:-1}
 MODEL=(
     --num-layers 12 --hidden-size 768 --num-attention-heads 12

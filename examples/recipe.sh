@@ -7,6 +7,7 @@
 #   TP PP VPP EP MBS   parallel layout and micro-batch; VPP counts the chunks of a pipeline rank
 #   WITH       further argument files, by spaces: fp8, deepep
 #   STEPS      optimizer steps, if not the recipe's; the schedule of the learning rate scales with it
+source "$(dirname "${BASH_SOURCE[0]}")/../scripts/help.sh"
 RECIPES=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)/recipes
 
 # Of the environment; what is set stays.

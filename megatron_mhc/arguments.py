@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import difflib
+import re
 import sys
+from collections.abc import Callable, Iterable
 from dataclasses import Field, fields
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 from megatron_mhc.config import MHCConfig, flag, read, refuse_environment
 from megatron_mhc.version import check_version
@@ -32,7 +35,27 @@ def add_mhc_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         else:
             settings |= dict(type=partial(_read, option), metavar="|".join((*rules["choices"], "N")))
         group.add_argument(flag(option.name), **settings)
+    parser.error = partial(_explain, parser.error)  # type: ignore[method-assign]
     return parser
+
+
+def no_such_flags(words: Iterable[str]) -> list[str]:
+    """What to say of each --mhc-* flag in `words` that there is not: those that it may stand for."""
+    known = {option.name.replace("_", "-"): flag(option.name) for option in fields(MHCConfig)}
+    found = dict.fromkeys(name for word in words for name in re.findall(r"(?<!\S)--mhc[\w-]*", word))
+    said = []
+    for name in (name for name in found if name not in known.values()):
+        word = re.sub("^--mhc[-_]?", "", name).replace("_", "-")
+        near = [long for long in known if word and set(word.split("-")) <= set(long.split("-"))]
+        near = near or difflib.get_close_matches(word, known)
+        remedy = f"give {' or '.join(known[long] for long in near)}" if near else "see --help"
+        said.append(f"{name}: no such flag, {remedy}")
+    return said
+
+
+def _explain(error: Callable[[str], NoReturn], message: str) -> NoReturn:
+    """A parser's `error`, which also says what a misspelt --mhc-* flag looks like."""
+    error("; ".join([message, *no_such_flags([message])]))
 
 
 def _read(option: Field[Any], text: str) -> Any:

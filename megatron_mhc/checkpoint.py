@@ -42,6 +42,11 @@ OTHER_LAYOUT = (
     "layout, or of megatron_mhc 0.1, where four parameters stood for what is one (`affine`) since 0.2. Save "
     "it where it fits by --dist-ckpt-optim-fully-reshardable and load that, or load with --no-load-optim"
 )
+_OPTIMIZER = (
+    "is of a model without mHC's parameters (a plain GPT, or fixed mappings), and so is the optimizer "
+    f"state in it: pass --finetune, or --no-load-optim, and {flag('load_dense')}, which both need"
+    f"{in_options('load_dense', True)}"
+)
 _FOREIGN = (
     "is an mHC model's: add --spec megatron_mhc.specs gpt_mhc_spec and the --mhc-* options of its training "
     "(with megatron_mhc.pretrain_gpt, drop --no-mhc), or load a plain checkpoint"
@@ -111,7 +116,7 @@ def adapt_request(request: dict[str, Any], checkpoint_dir: str) -> dict[str, Any
         _compare_buckets(items, there, checkpoint_dir)
         return request
     if any(key.startswith("optimizer") for key in request):
-        raise ValueError(f"{checkpoint_dir}: {_REMEDY}")
+        raise ValueError(f"{checkpoint_dir} {_OPTIMIZER}")
     return _without_mhc(request)
 
 

@@ -13,7 +13,7 @@ import os
 import runpy
 import sys
 
-from megatron_mhc.arguments import add_mhc_args
+from megatron_mhc.arguments import add_mhc_args, no_such_flags
 from megatron_mhc.config import ENVIRONMENT, MHCConfig
 from megatron_mhc.version import check_version
 
@@ -35,6 +35,7 @@ def prepare(argv: list[str]) -> tuple[list[str], MHCConfig]:
         prog="python -m megatron_mhc.launch",
         usage="%(prog)s SCRIPT [arguments] [--mhc-...]",
         exit_on_error=False,
+        allow_abbrev=False,  # as Megatron's
     )
     add_mhc_args(parser)
     if not argv or argv[0] in ("-h", "--help"):
@@ -50,8 +51,8 @@ def prepare(argv: list[str]) -> tuple[list[str], MHCConfig]:
         given, others = parser.parse_known_args(rest)
     except argparse.ArgumentError as error:
         raise ValueError(str(error)) from error
-    if unknown := [word for word in others if word.startswith("--mhc-")]:
-        raise ValueError(f"{unknown[0]}: no such flag; see python -m megatron_mhc.launch --help")
+    if unknown := no_such_flags(others):
+        raise ValueError("; ".join(unknown))
     mhc = MHCConfig.from_args(given)
     if os.environ.get(ENVIRONMENT):
         if mhc != MHCConfig():

@@ -10,6 +10,7 @@ sequences, ModelOpt) runs with mHC through `megatron_mhc.launch`.
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.util import find_spec
@@ -51,9 +52,14 @@ BATCH_KEYS = ("tokens", "position_ids", "labels", "loss_mask", "attention_mask")
 
 
 def add_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add the --mhc-* flags and --no-mhc."""
+    """Add the --mhc-* flags and --no-mhc; --help then works, which Megatron's own texts break."""
     add_mhc_args(parser)
     parser.add_argument("--no-mhc", action="store_true", help="train the plain GPT, as a baseline")
+    for action in parser._actions:
+        try:
+            (action.help or "") % {**vars(action), "prog": parser.prog}
+        except (KeyError, TypeError, ValueError):  # a bare % where argparse reads a format
+            action.help = re.sub(r"%%|%(?!\(\w+\))", "%%", str(action.help))
     return parser
 
 

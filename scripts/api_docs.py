@@ -1,11 +1,11 @@
 """Write API pages of the public names by pdoc, which the docs extra has; a warning of pdoc's fails.
 
-python scripts/api_docs.py [FOLDER]     default: build/api
+python scripts/api_docs.py [FOLDER]
 """
 
 from __future__ import annotations
 
-import sys
+import argparse
 import warnings
 from importlib import import_module
 from pathlib import Path
@@ -21,9 +21,11 @@ MODULES = (
 
 def main() -> None:
     """Write them."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", nargs="?", type=Path, default=Path("build/api"), help="default: build/api")
+    folder = parser.parse_args().folder
     import pdoc
 
-    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "build/api")
     for name in MODULES:
         module = import_module(name)
         for public in getattr(module, "__all__", ()):

@@ -5,6 +5,7 @@
 #   MHC_VENV=/path/to/venv       where to make the venv (default: .venv in the checkout)
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+source "$ROOT/scripts/help.sh"
 
 die() {
     echo "$(basename "$0"): $*" >&2

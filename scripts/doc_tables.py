@@ -9,12 +9,19 @@ A table stands between `<!-- NAME -->` and `<!-- /NAME -->`:
     matrix     README.md          tests/support_matrix.py
     simulated  docs/schedules.md  pipeline/simulate.py, its default times
     costs      README.md          step*.json of the newest folder in docs/results
+    memory     README.md          recompute/estimate.py, of recipes in examples/
 """
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 import json
+import multiprocessing
+import os
 import re
+import shlex
+import subprocess
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import Field, fields
@@ -103,16 +110,11 @@ def costs() -> str:
     source = f"[{folder.name}](docs/results/{folder.name})"
     about = f"{head['device']}, {head['date']}, commit {head['commit']}, {versions}; raw data: {source}.\n\n"
     found = {(row["section"], row["name"]): row for report in reports for row in report["rows"]}
-    columns = [
-        "recipe",
-        "micro-batch",
-        "vanilla, ms",
-        "mHC, ms",
-        "over vanilla",
-        "with `auto` recompute",
-        "runs apart",
-    ]
-    return about + table(columns, _costs(found))
+    columns = ["recipe", "micro-batch", "vanilla, ms", "mHC, ms", "over vanilla", "with `auto` recompute"]
+    columns += ["runs apart", "peak, GiB: vanilla", "mHC", "`auto`"]
+    rows = list(_costs(found))
+    used = [i for i, _ in enumerate(columns) if any(row[i] != "-" for row in rows)]
+    return about + table([columns[i] for i in used], ([row[i] for i in used] for row in rows))
 
 
 def _costs(found: dict[tuple[str, str], Any]) -> Iterable[list[str]]:
@@ -123,7 +125,8 @@ def _costs(found: dict[tuple[str, str], Any]) -> Iterable[list[str]]:
             continue
         mhc, auto = (found.get((section, f"{batch}, {form}"), {}) for form in ("mhc", "mhc/auto"))
         if over in mhc:
-            spread = [row[apart] for row in (vanilla, mhc, auto) if apart in row]
+            forms = vanilla, mhc, auto
+            spread = [row[apart] for row in forms if apart in row]
             yield [
                 section,
                 batch.removeprefix("micro-batch "),
@@ -132,7 +135,33 @@ def _costs(found: dict[tuple[str, str], Any]) -> Iterable[list[str]]:
                 f"**{mhc[over]:+.1f} %**",
                 f"{auto[over]:+.1f} %" if over in auto else "-",
                 f"{max(spread):.0f} %" if spread else "-",
+                *(f"{row['peak_MiB'] / 2**10:.1f}" if "peak_MiB" in row else "-" for row in forms),
             ]
+
+
+def memory() -> str:
+    """Activations of recipes: vanilla, mHC and its recompute; in a process that may take a CPU for a GPU."""
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        rows = pool.map(_memory, (("llama-1b", 1, 1), ("llama-1b", 4, 1), ("3b", 4, 1), ("27b", 1, 2)))
+    return table(["recipe", "micro-batch", "vanilla, GiB", "mHC, GiB", "with `auto` recompute, GiB"], rows)
+
+
+def _memory(of: tuple[str, int, int]) -> list[str]:
+    from megatron_mhc import command_line
+    from megatron_mhc.recompute.estimate import ranks
+
+    recipe, batch, stages = of
+    variables = dict(DATA="mock", DRY_RUN="1", GPUS_PER_NODE="8", MBS=str(batch), PP=str(stages))
+    words = ["bash", str(ROOT / "examples" / "train.sh"), recipe, "mhc"]
+    done = subprocess.run(words, env=os.environ | variables, capture_output=True, text=True, check=True)
+    command = command_line.take_apart(shlex.split(done.stdout))
+    args, config, mhc = command_line.parse(command.arguments, command.world)
+    mhc = dataclasses.replace(mhc, recompute_layer_num="auto")
+    micro_batches = args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
+    found = ranks(config, mhc, args.seq_length, args.micro_batch_size, micro_batches)
+    values = zip(*((r.vanilla, r.mhc(), r.with_blocks("auto")) for r in found), strict=True)
+    layout = "one stage" if stages == 1 else f"the fullest of {stages} stages"
+    return [f"{recipe}, {layout}", f"{batch}", *(f"{max(column) / 2**30:.1f}" for column in values)]
 
 
 TABLES: dict[str, tuple[str, Callable[[], str]]] = {
@@ -140,6 +169,7 @@ TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "hooks": ("docs/hooks.md", hooks),
     "matrix": ("README.md", matrix),
     "costs": ("README.md", costs),
+    "memory": ("README.md", memory),
     "simulated": ("docs/schedules.md", simulated),
 }
 
@@ -159,6 +189,9 @@ def filled(page: str, name: str, text: str) -> str:
 
 def main() -> None:
     """Fill all tables."""
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     from megatron_mhc.testing import cpu
 
     cpu.install()  # the hooks import Megatron

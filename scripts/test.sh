@@ -1,5 +1,7 @@
 #!/bin/bash
-# Lint, types, layers and tests, in a venv that the first run makes. Arguments go to pytest, e.g. -m slow.
+# Lint, types, layers and tests, in a venv that the first run makes.
+#
+#   bash scripts/test.sh [arguments of pytest, as -m slow]
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 cd "$ROOT"

@@ -44,6 +44,8 @@ def gains(h_res: list[Tensor]) -> dict[str, list[float]]:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] in ([], ["-h"], ["--help"]):  # the rest is pretrain_gpt's
+        raise SystemExit(__doc__)
     result = Path(sys.argv.pop(1))
     pretrain_gpt.main(forward_step)
     # The first micro-batch is enough: the gains are averages over its tokens.

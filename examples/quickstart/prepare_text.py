@@ -9,8 +9,8 @@ that some distributions ship along are left out. Train with `--tokenizer-type Nu
 
 from __future__ import annotations
 
+import argparse
 import random
-import sys
 import sysconfig
 from pathlib import Path
 
@@ -36,9 +36,11 @@ def sources() -> list[Path]:
 
 
 def main() -> None:
-    if len(sys.argv) != 2:
-        raise SystemExit(__doc__)
-    prefix = Path(sys.argv[1])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("prefix", type=Path)
+    prefix = parser.parse_args().prefix
     prefix.parent.mkdir(parents=True, exist_ok=True)
     # Written under other names first, so that an interrupted run leaves no half dataset.
     part = prefix.with_name(prefix.name + ".part")

@@ -5,8 +5,8 @@ python report.py runs/quickstart        writes runs/quickstart/quickstart.png
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -66,7 +66,9 @@ def plot_gains(axes: Any, gains: dict[str, list[float]]) -> None:
 
 
 def main() -> None:
-    out = Path(sys.argv[1])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("out", type=Path, help="folder of the quickstart's results")
+    out = parser.parse_args().out
     plt.rcParams.update({"font.size": 11, "axes.grid": True, "grid.alpha": 0.3, "legend.fontsize": 9})
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(17, 5), layout="constrained")
     losses = json.loads((out / "losses.json").read_text())

@@ -113,6 +113,7 @@ def train(kind: str, machine: Machine, steps: int, out: Path) -> dict[str, list]
         common += ["--no-mhc"]
     else:
         common += ["--save", str(folder / "checkpoint"), "--save-interval", str(steps)]
+        common += ["--mhc-log-interval", str(max(steps // 20, 1))]
     write_script(folder / "train.sh", common + ["--train-iters", str(steps)])
     if kind == "mhc":
         more = ["--train-iters", str(2 * steps), "--load", str(folder / "checkpoint")]
@@ -156,7 +157,7 @@ def quickstart(machine: Machine, steps: int, out: Path) -> None:
         print(f"    {name:16} {losses[kind]['final'][-1][1]:.4f}")
     print(f"plot        {out / 'quickstart.png'}")
     print(f"checkpoint  {out / 'mhc' / 'checkpoint'}")
-    print(f"resume it   bash {out / 'mhc' / 'resume.sh'}      ({steps} more steps)")
+    print(f"resume it   bash {out / 'mhc' / 'resume.sh'}      ({steps} more steps, at the lowest rate)")
 
 
 def main() -> int:

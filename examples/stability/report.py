@@ -8,6 +8,7 @@ have reached.
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import re
@@ -96,7 +97,11 @@ def table(rows: list[dict]) -> str:
 
 
 def main() -> None:
-    out = Path(sys.argv[1]).resolve()
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("out", type=Path, help="folder of the experiment's runs")
+    out = parser.parse_args().out.resolve()
     figures = out / "figures"
     arguments = started(out)
     if not arguments:

@@ -9,16 +9,19 @@ import os
 import re
 from contextlib import redirect_stderr
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron_mhc import command_line
+from megatron_mhc.arguments import no_such_flags
 from megatron_mhc.config import ENVIRONMENT, MHCConfig, flag
-from megatron_mhc.doctor.machine import VARIABLE, kernels
+from megatron_mhc.doctor.machine import ON_CPU, VARIABLE, choose, explained
 from megatron_mhc.doctor.part import Part, one_line
 from megatron_mhc.version import check_version
 
 SPEC = ("megatron_mhc.specs", "gpt_mhc_spec")
 WHEEL, LAUNCH = "megatron_mhc.pretrain_gpt", "megatron_mhc.launch"
+CPU = "megatron_mhc.testing.cpu"
 
 
 class Launch(Part):
@@ -58,6 +61,7 @@ class Launch(Part):
         program, arguments = self.command.program, self.command.arguments
         self.flags = any(word.startswith("--mhc-") for word in arguments)
         self.plain, self.ours = "--no-mhc" in arguments, WHEEL in program or not program
+        self.on_cpu = CPU in program
         spec = arguments[arguments.index("--spec") + 1 :][:2] if "--spec" in arguments else []
         if not program:
             self.say("door", f"none, arguments alone: judged as those of python -m {WHEEL}")
@@ -71,8 +75,6 @@ class Launch(Part):
             self.asks(lambda: launch.prepare(after + arguments))
         elif tuple(spec) == SPEC:
             self.say("door", "spec, --spec megatron_mhc.specs gpt_mhc_spec")
-            if self.flags:
-                self.say("--mhc-* flags", "known to a script that calls add_mhc_args alone: patches/")
         elif self.flags:
             self.say("door", "flags of the script's own, as a tree has that is patched by patches/")
         else:
@@ -81,6 +83,9 @@ class Launch(Part):
             self.in_the_way.append(
                 f"nothing asks for mHC: add --spec {' '.join(SPEC)}, or start it by python -m {LAUNCH}"
             )
+        if self.flags and program and program[-1].endswith(".py") and LAUNCH not in program:
+            self.asks(lambda: _takes_flags(program[-1]))
+        self.in_the_way += no_such_flags(arguments)
 
     def options(self, flags: MHCConfig) -> MHCConfig | None:
         """The mHC options, from flags or from MEGATRON_MHC."""
@@ -117,8 +122,11 @@ class Launch(Part):
                 if unknown == last:
                     self.in_the_way.append(f"Megatron's parser: {last}")
                     return None
-                names = " ".join(re.findall(r"(?<!\S)--[\w-]+", unknown))  # a value may be a secret
-                if self.ours:
+                found = re.findall(r"(?<!\S)--[\w-]+", unknown)  # no values: one may be a secret
+                names = " ".join(name for name in found if not name.startswith("--mhc"))  # `door` names those
+                if not names:
+                    pass
+                elif self.ours:
                     self.in_the_way.append(f"Megatron's parser knows no {names}")
                 else:
                     self.say("not Megatron's", f"{names}: the script's own, or a mistake")
@@ -179,12 +187,13 @@ class Launch(Part):
 
     def kernels(self, mhc: MHCConfig, width: int, dtype: str, config: Any) -> None:
         """Which back end serves, and what two connections in a row do together."""
-        said = self.asks(lambda: kernels(mhc, width, dtype, self.gpus))
-        self.say("back end", said or "none can serve")
-        if said is None:
+        gpus = ON_CPU if self.on_cpu else self.gpus
+        chosen = self.asks(lambda: choose(mhc, width, dtype, gpus))
+        self.say("back end", explained(chosen, mhc, width, dtype, gpus) if chosen else "none can serve")
+        if chosen is None:
             return
         full = config is not None and config.recompute_granularity == "full"
-        self.say("boundary", boundary(mhc, said.split(",")[0], full))
+        self.say("boundary", boundary(mhc, chosen, full))
         if mhc.recompute_layer_num != "off":
             self.say("recompute of mHC", f"{flag('recompute_layer_num')} {mhc.recompute_layer_num}")
 
@@ -201,7 +210,8 @@ class Launch(Part):
         overlapped = mhc.pipeline_schedule in OVERLAPPED
         self.say("schedule", f"{mhc.pipeline_schedule}, {flag('pp_boundary')} {mhc.pp_boundary}")
         over_nccl = (
-            "receives posted ahead, over NCCL; those of a model's first step by way of the hosts, over gloo"
+            f"receives posted ahead, over {args.distributed_backend}; those of a model's first step by way "
+            "of the hosts, over gloo"
         )
         pushed = (
             "pushed over peer memory, if the GPUs of each pipeline are of one host and reach each other's"
@@ -223,6 +233,19 @@ class Launch(Part):
                 self.asks(lambda: check_variable(mhc.pipeline_schedule, why))
 
 
+def _takes_flags(script: str) -> None:
+    """Raise ValueError for a script whose parser has no --mhc-* flags, as that of a stock Megatron."""
+    remedy = (
+        f"start it by python -m {LAUNCH}, which takes them, or give the options in {ENVIRONMENT} beside "
+        f"--spec {' '.join(SPEC)}"
+    )
+    path = Path(script)
+    if not path.is_file():
+        raise ValueError(f"{script} is not here to look at; unless it has --mhc-* flags, {remedy}")
+    if not any("add_mhc_args" in file.read_text(errors="replace") for file in path.parent.glob("*.py")):
+        raise ValueError(f"{script} has no --mhc-* flags, its parser would refuse them: {remedy}")
+
+
 class _Guess(NamedTuple):
     mhc: MHCConfig
     hidden_size: int
@@ -237,7 +260,7 @@ def _first_look(arguments: list[str]) -> _Guess:
     """
     from megatron_mhc.arguments import add_mhc_args
 
-    parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
+    parser = argparse.ArgumentParser(add_help=False, exit_on_error=False, allow_abbrev=False)
     add_mhc_args(parser)
     parser.add_argument("--hidden-size", type=int, default=4096)
     parser.add_argument("--bf16", action="store_true")

@@ -21,6 +21,7 @@ from megatron_mhc.doctor.part import Part, one_line
 from megatron_mhc.version import SUPPORTED, check_version
 
 VARIABLE = "CUDA_DEVICE_MAX_CONNECTIONS"
+ON_CPU = "not used"  # what `choose` takes for GPUs where a command runs on a CPU
 # Not what may hold a name, an address or a key.
 VARIABLES = (
     VARIABLE,
@@ -49,7 +50,8 @@ class Machine(Part):
         self.say("python", f"{platform.python_version()}, {platform.system()} {platform.machine()}")
         self.say("torch", _package("torch", "torch", lambda torch: f", CUDA {torch.version.cuda}"))
         nccl = _or_none(lambda: ".".join(map(str, _torch().cuda.nccl.version())))
-        serves = _or_none(lambda: kernels(MHCConfig(), 4096, "bfloat16", self.gpus))
+        asked = MHCConfig(), 4096, "bfloat16", self.gpus
+        serves = _or_none(lambda: explained(choose(*asked), *asked))
         environment = {name: os.environ[name] for name in VARIABLES if name in os.environ}
         self.megatron()
         for name, module in (
@@ -96,26 +98,45 @@ class Machine(Part):
             self.say("Megatron's symbols", "all as expected")
 
 
-def kernels(mhc: MHCConfig, width: int, dtype: str, gpus: str) -> str:
-    """The back end for streams on this machine's GPU, without one on an H100, and why no better one.
+def choose(mhc: MHCConfig, width: int, dtype: str, gpus: str) -> str:
+    """The back end for streams on this machine's GPU, without one on an H100, or on its CPU.
+
+    Args:
+        gpus: as `Machine.gpus`, or ON_CPU.
 
     Raises:
         ValueError: one is asked for that cannot serve.
     """
     from megatron_mhc import backend
 
-    asked = (mhc, width, getattr(_torch(), dtype), "cuda")
-    gpu = backend.H100 if gpus == "none" else None
-    chosen = backend.choose(*asked, gpu)
+    return backend.choose(*_asked(mhc, width, dtype, gpus))
+
+
+def explained(chosen: str, mhc: MHCConfig, width: int, dtype: str, gpus: str) -> str:
+    """What `choose` says, where it holds, and why it is no better one."""
+    from megatron_mhc import backend
+
     said = f"{chosen}, for {mhc.num_residual_streams} streams of {width} channels in {dtype}"
-    said += ", if this were an H100" if gpu else ""
+    if gpus == "none" and chosen != "reference":
+        here = "reference" if mhc.backend == "auto" else "refused"
+        said = f"{here} here, since there is no GPU; on an H100 {said}"
     if mhc.backend != "auto":
         return f"{said}, as {flag('backend')} asks"
+    if gpus == ON_CPU:
+        return f"{said}, since it runs on a CPU"
+    asked = _asked(mhc, width, dtype, gpus)
     if chosen != "hopper":
-        said += f"; not hopper, since {backend.hopper_obstacle(*asked, gpu)}"
+        said += f"; not hopper, since {backend.hopper_obstacle(*asked)}"
     if chosen == "reference":
-        said += f"; not triton, since {backend.triton_obstacle(*asked)}"
+        said += f"; not triton, since {backend.triton_obstacle(*asked[:4])}"
     return said
+
+
+def _asked(mhc: MHCConfig, width: int, dtype: str, gpus: str) -> tuple[Any, ...]:
+    from megatron_mhc import backend
+
+    device = "cpu" if gpus == ON_CPU else "cuda"
+    return mhc, width, getattr(_torch(), dtype), device, backend.H100 if gpus == "none" else None
 
 
 def links(topology: str) -> str:

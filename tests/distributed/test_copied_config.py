@@ -14,7 +14,7 @@ from megatron_mhc.diagnostics import Sampler
 from megatron_mhc.hooks import train_step
 from megatron_mhc.hooks.schedule import by_model
 from megatron_mhc.pipeline import engine
-from megatron_mhc.testing import gpt
+from megatron_mhc.testing import gpt, ranks
 from megatron_mhc.testing.ranks import RankError
 
 ERROR = 1e-10
@@ -122,10 +122,17 @@ def sampled(layout, make, stages=None):
     return sampler.report().statistics, len(seen)
 
 
-@pytest.mark.parametrize("kind", COPIES)
-@pytest.mark.parametrize("pp, stages", [(1, None), (2, None), (2, "Etttt|L")])
-def test_diagnostics_see_the_model_of_a_copied_config(run_ranks, pp, stages, kind):
-    expected, _ = run_ranks(1, sampled, Layout(), lambda config: config)[0]
+@pytest.fixture(scope="module")
+def statistics_of_one():
+    return ranks.run_ranks(1, sampled, Layout(), lambda config: config)[0][0]
+
+
+@pytest.mark.parametrize(
+    "kind, pp, stages",
+    [(kind, 2, None) for kind in COPIES] + [("replace", 1, None), ("field_by_field", 2, "Etttt|L")],
+)
+def test_diagnostics_see_the_model_of_a_copied_config(run_ranks, statistics_of_one, pp, stages, kind):
+    expected = statistics_of_one
     for statistics, written in run_ranks(pp, sampled, Layout(pp=pp), COPIES[kind], stages):
         assert written == 1
         for name, values in expected.items():

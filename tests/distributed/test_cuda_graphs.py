@@ -6,12 +6,12 @@ The graphs are those of `megatron_mhc.testing.graphs`; the loop is what megatron
 import pytest
 import torch
 from harness import MICRO_BATCH, SEQUENCE, Layout, build, gpt, ps, tokens
+from held_state import state
 from megatron.core import tensor_parallel
 from megatron.core.full_cuda_graph import FullCudaGraphWrapper
 from megatron.core.models.gpt import gpt_layer_specs
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.transformer_layer import MoETransformerLayer
-from test_state_of_calls import state
 
 from megatron_mhc import MHCConfig
 from megatron_mhc.chunk import chunk_of
@@ -38,7 +38,7 @@ class WholeSteps:
         )
 
 
-def train(layout, kind, mhc, settings, moe_class=False, count=4):
+def train(layout, kind, mhc, settings, moe_class=False, count=2):
     """Losses and every step's gradients of steps with an evaluation between them, and the replays."""
     layout.initialize()
     graphs.install()
@@ -77,7 +77,7 @@ def train(layout, kind, mhc, settings, moe_class=False, count=4):
     return losses, found, graphs.Graph.all_replays
 
 
-def compare(layout, kind, mhc, graphed, common=None, moe_class=False, count=4):
+def compare(layout, kind, mhc, graphed, common=None, moe_class=False, count=2):
     common = common or {}
     plain, plain_grads, none = train(layout, kind, mhc, common, moe_class, count)
     losses, grads, replays = train(layout, kind, mhc, graphed | common, moe_class, count)
@@ -103,11 +103,28 @@ def full():
 def name(value):
     if isinstance(value, dict) and "cuda_graph_impl" in value:
         return "-".join([value["cuda_graph_impl"], *value["cuda_graph_modules"]])
+    if isinstance(value, Layout):
+        return "sp" if value.sp else "tp"
     return None
 
 
-@pytest.mark.parametrize("graphed", [local(), te(), full()], ids=name)
-@pytest.mark.parametrize("kind", ["dense", "biased", "mla"])
+def product(firsts, seconds, chosen):
+    """All pairs: by default those at `chosen`, which has every value; the others under -m slow."""
+    assert {i for i, _ in chosen} == set(range(len(firsts)))
+    return [
+        pytest.param(first, second, marks=[] if (i, j) in chosen else pytest.mark.slow)
+        for i, first in enumerate(firsts)
+        for j, second in enumerate(seconds)
+    ]
+
+
+@pytest.mark.parametrize(
+    "kind, graphed",
+    product(
+        ["dense", "biased", "mla"], [local(), te(), full()], {(0, 0), (0, 1), (0, 2), (1, 1), (2, 0), (2, 1)}
+    ),
+    ids=name,
+)
 def test_whole_layers(run_ranks, kind, graphed):
     run_ranks(1, compare, Layout(), kind, MHCConfig(), graphed)
 
@@ -125,8 +142,15 @@ def test_how_graphs_are_made(run_ranks, graphed):
     run_ranks(1, compare, Layout(), "dense", MHCConfig(), graphed)
 
 
-@pytest.mark.parametrize("graphed", [local("attn"), te("attn"), te("mlp"), te("attn", "mlp")], ids=name)
-@pytest.mark.parametrize("kind", ["dense", "biased"])
+@pytest.mark.parametrize(
+    "kind, graphed",
+    product(
+        ["dense", "biased"],
+        [local("attn"), te("attn"), te("mlp"), te("attn", "mlp")],
+        {(0, 0), (0, 1), (0, 2), (0, 3), (1, 1), (1, 2)},
+    ),
+    ids=name,
+)
 def test_parts_of_dense_layers(run_ranks, kind, graphed):
     run_ranks(1, compare, Layout(), kind, MHCConfig(), graphed)
 
@@ -136,11 +160,14 @@ PREPROCESS = ("moe_router", "moe_preprocess")
 
 
 @pytest.mark.parametrize(
-    "graphed",
-    [te("attn"), te(*ROUTER), te(*PREPROCESS), te("attn", *ROUTER), te("attn", *PREPROCESS)],
+    "kind, graphed",
+    product(
+        ["moe", "moe_shared", "moe_after_dense", "moe_auxiliary_loss"],
+        [te("attn"), te(*ROUTER), te(*PREPROCESS), te("attn", *ROUTER), te("attn", *PREPROCESS)],
+        {(0, 0), (0, 1), (0, 4), (1, 1), (1, 4), (2, 3), (3, 2)},
+    ),
     ids=name,
 )
-@pytest.mark.parametrize("kind", ["moe", "moe_shared", "moe_after_dense", "moe_auxiliary_loss"])
 def test_parts_of_moe_layers(run_ranks, kind, graphed):
     run_ranks(1, compare, Layout(), kind, MHCConfig(), graphed)
 
@@ -176,9 +203,13 @@ def test_moe_layers_with_their_experts(run_ranks, graphed):
     run_ranks(1, compare, Layout(), "moe", MHCConfig(), graphed, PADDED)
 
 
-@pytest.mark.parametrize("kind", ["moe", "moe_shared", "moe_auxiliary_loss"])
 @pytest.mark.parametrize(
-    "recompute", [{}, dict(recompute_granularity="selective", recompute_modules=["moe"])]
+    "kind, recompute",
+    product(
+        ["moe", "moe_shared", "moe_auxiliary_loss"],
+        [{}, dict(recompute_granularity="selective", recompute_modules=["moe"])],
+        {(0, 0), (1, 0), (1, 1), (2, 1)},
+    ),
 )
 def test_local_parts_of_moe_layers(run_ranks, kind, recompute):
     run_ranks(1, compare, Layout(), kind, MHCConfig(), local(*ROUTER), recompute, True)
@@ -206,36 +237,47 @@ def test_kernels(run_ranks, kind, graphed):
     run_ranks(1, compare, Layout(), kind, KERNELS, graphed, common, False, 1, timeout=550)
 
 
-@pytest.mark.parametrize("graphed", [local(), te("attn"), te(), full()], ids=name)
-@pytest.mark.parametrize("layout", [Layout(tp=2), Layout(tp=2, sp=True)], ids=["tp", "sp"])
+@pytest.mark.parametrize(
+    "layout, graphed",
+    product(
+        [Layout(tp=2), Layout(tp=2, sp=True)],
+        [local(), te("attn"), te(), full()],
+        {(0, 2), (1, 0), (1, 1), (1, 3)},
+    ),
+    ids=name,
+)
 def test_tensor_parallel(run_ranks, layout, graphed):
     run_ranks(2, compare, layout, "dense", MHCConfig(), graphed)
 
 
-@pytest.mark.parametrize("kind, graphed", [("dense", te()), ("moe", te("attn", *PREPROCESS))], ids=name)
-@pytest.mark.parametrize("layout", [Layout(pp=2), Layout(pp=2, vpp=2)], ids=["pp", "vpp"])
-def test_pipelines(run_ranks, layout, kind, graphed):
-    run_ranks(2, compare, layout, kind, MHCConfig(), graphed)
+@pytest.mark.parametrize(
+    "layout, model",
+    product(
+        [Layout(pp=2), Layout(pp=2, vpp=2)],
+        [("dense", te()), ("moe", te("attn", *PREPROCESS))],
+        {(0, 1), (1, 0)},
+    ),
+    ids=["pp-dense", "pp-moe", "vpp-dense", "vpp-moe"],
+)
+def test_pipelines(run_ranks, layout, model):
+    kind, graphed = model
+    run_ranks(2, compare, layout, kind, MHCConfig(), graphed, {}, False, 4)
 
 
 @pytest.mark.parametrize("graphed", [local(), te(), full()], ids=name)
 def test_distributed_optimizer(run_ranks, graphed):
-    run_ranks(2, compare, Layout(distributed_optimizer=True), "dense", MHCConfig(), graphed)
+    run_ranks(2, compare, Layout(distributed_optimizer=True), "dense", MHCConfig(), graphed, {}, False, 4)
 
 
 @pytest.mark.parametrize("graphed", [te("attn", *PREPROCESS)], ids=name)
 def test_expert_parallel(run_ranks, graphed):
-    run_ranks(2, compare, Layout(ep=2), "moe_shared", MHCConfig(), graphed)
+    run_ranks(2, compare, Layout(ep=2), "moe_shared", MHCConfig(), graphed, {}, False, 4)
 
 
 @pytest.mark.parametrize(
     "parts, graphed",
-    [
-        (parts, graphed)
-        for parts in ("layernorm", "core_attn", "mlp")
-        for graphed in (local(), te(), te("attn"), full())
-        if (parts, graphed) != ("layernorm", local())
-    ],
+    product(["layernorm"], [te(), te("attn"), full()], {(0, 1), (0, 2)})
+    + product(["core_attn", "mlp"], [local(), te(), te("attn"), full()], {(0, 0), (0, 2), (1, 0), (1, 1)}),
     ids=name,
 )
 def test_selective_recompute(run_ranks, parts, graphed):

@@ -36,9 +36,22 @@ def steps(layout, kind, mhc, pends):
     return found
 
 
-@pytest.mark.parametrize("boundary", ["whole", "split"])
-@pytest.mark.parametrize("schedule", ["interleaved", "fused"])
-@pytest.mark.parametrize("kind, layout", [("dense", Layout(pp=2, vpp=2)), ("moe", Layout(pp=2, ep=2))])
+DENSE, MOE = ("dense", Layout(pp=2, vpp=2)), ("moe", Layout(pp=2, ep=2))
+
+
+@pytest.mark.parametrize(
+    "kind, layout, schedule, boundary",
+    [
+        (*DENSE, "interleaved", "whole"),
+        (*DENSE, "fused", "split"),
+        (*MOE, "interleaved", "split"),
+        (*MOE, "fused", "whole"),
+        pytest.param(*DENSE, "interleaved", "split", marks=pytest.mark.slow),
+        pytest.param(*DENSE, "fused", "whole", marks=pytest.mark.slow),
+        pytest.param(*MOE, "interleaved", "whole", marks=pytest.mark.slow),
+        pytest.param(*MOE, "fused", "split", marks=pytest.mark.slow),
+    ],
+)
 def test_the_first_step_of_each_kind_is_the_same_by_way_of_the_hosts(
     run_ranks, monkeypatch, kind, layout, schedule, boundary
 ):

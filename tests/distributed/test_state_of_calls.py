@@ -4,36 +4,16 @@ from datetime import timedelta
 
 import pytest
 from harness import Layout, build, gpt, tokens
+from held_state import state
 from pipeline import interleaved
 
 from megatron_mhc import MHCConfig
 from megatron_mhc.chunk import chunk_of
-from megatron_mhc.hyper_connection import HyperConnectionModule
-from megatron_mhc.layer import HyperConnectionTransformerLayer
 from megatron_mhc.pipeline import comm, engine
-
-OF_MEGATRON = {"mlp_norm_manager", "current_microbatch"}  # which its own code sets
 
 
 class Raised(Exception):
     pass
-
-
-def state(chunks, config):
-    """By name, the identity of all that layers, connections, their sub-layers and the config hold."""
-    held = dict(config=vars(config))
-    for at, model in enumerate(chunks):
-        for name, module in model.named_modules():
-            if isinstance(module, (HyperConnectionModule, HyperConnectionTransformerLayer)):
-                held[f"{at} {name}"] = vars(module)
-        for sublayer in chunk_of(model).sublayers:
-            held[f"{at} sub-layer {sublayer.position}"] = vars(sublayer)
-    return {
-        f"{owner}.{key}": id(value)
-        for owner, attributes in held.items()
-        for key, value in attributes.items()
-        if key not in OF_MEGATRON
-    }
 
 
 def nth(original, count):

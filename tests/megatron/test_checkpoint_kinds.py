@@ -68,7 +68,7 @@ def test_plain_checkpoints_optimizer_is_refused(run_ranks, tmp_path):
         wrapped = DistributedDataParallel(model.config, DistributedDataParallelConfig(), model)
         optimizer = get_megatron_optimizer(OptimizerConfig(optimizer="adam", lr=1e-3), [wrapped])
         request = optimizer.sharded_state_dict(model.sharded_state_dict())
-        with pytest.raises(ValueError, match="--no-load-optim"):
+        with pytest.raises(ValueError, match="so is the optimizer state in it: pass --finetune, or --no-"):
             load(model, tmp_path / "plain", optimizer=request)
 
     run_ranks(1, attempt)

@@ -1,12 +1,12 @@
-"""Diagnostics in Megatron's own pretrain(), on gloo processes that torchrun starts, and from a checkpoint."""
+"""Diagnostics in Megatron's own pretrain(), on gloo processes, and from a checkpoint."""
 
 import argparse
 import json
 import math
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 
+import pretrain_runs
 import pytest
 import torch
 from gpt import batch, build, forward_backward
@@ -25,19 +25,8 @@ PP2 = ["--pipeline-model-parallel-size", "2"]
 
 
 def run(module: list[str], arguments: list[str], processes: int = 2) -> tuple[int, str]:
-    """Run a module under torchrun on CPU processes: its exit status and output."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(processes), "-m", "megatron_mhc.testing.cpu", "-m", *module]
-    done = subprocess.run(
-        [*command, *ARGUMENTS, *MHC, *arguments],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        timeout=200,
-    )
-    return done.returncode, done.stdout
+    """Exit status and output of a module with the arguments of `pretrain_runs` and these."""
+    return pretrain_runs.run([*module, *ARGUMENTS, *MHC, *arguments], processes)
 
 
 def events(folder) -> EventAccumulator:
@@ -103,8 +92,7 @@ def test_a_checkpoint_measures_the_same_in_every_layout(trained, tmp_path):
         assert status == 0, output[-3000:]
         return json.loads(path.read_text())
 
-    with ThreadPoolExecutor(2) as pool:
-        one, two = pool.map(measure, (1, 2))
+    one, two = measure(1), measure(2)
     assert one["statistics"].keys() == two["statistics"].keys()
     for name, values in one["statistics"].items():
         assert values == pytest.approx(two["statistics"][name], rel=1e-4, abs=1e-5), name

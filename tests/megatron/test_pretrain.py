@@ -1,4 +1,4 @@
-"""Megatron's own pretrain() through megatron_mhc.pretrain_gpt, on gloo processes that torchrun starts.
+"""Megatron's own pretrain() through megatron_mhc.pretrain_gpt, on gloo processes.
 
 Losses come from TensorBoard, which keeps all of their 32 bits; the oracle of a resumed run is the run
 that was never interrupted.
@@ -16,7 +16,9 @@ def unbroken(tmp_path_factory):
     """Ten steps with mHC on two pipeline stages, saved after five and after ten."""
     folder = tmp_path_factory.mktemp("unbroken")
     values, output = launch(
-        folder, *MHC, "--pipeline-model-parallel-size", "2", "--save", str(folder / "checkpoint")
+        folder,
+        *(*MHC, "--pipeline-model-parallel-size", "2", "--save", str(folder / "checkpoint")),
+        by_torchrun=True,
     )
     return folder / "checkpoint", values, output
 

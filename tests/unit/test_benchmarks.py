@@ -63,6 +63,8 @@ def test_memory(tmp_path):
     assert auto["estimate"] > 0 and sum(map(int, auto["blocks"].split(","))) == 4
 
 
+# Their jobs are those of `step`.
+@pytest.mark.slow
 def test_diagnostics(tmp_path):
     found, _ = run(tmp_path / "diagnostics.json", "diagnostics", *QUICK)
     assert names(found) == ["off", "between", "logged"]
@@ -70,6 +72,7 @@ def test_diagnostics(tmp_path):
     assert logged["adds_ms"] == pytest.approx(logged["wall_ms"] - off["wall_ms"])
 
 
+@pytest.mark.slow
 def test_multi_gpu(tmp_path):
     found, _ = run(tmp_path / "multi.json", "multi_gpu", "--forms", "vanilla,fused/split", *QUICK)
     assert names(found) == ["vanilla", "fused/split"]

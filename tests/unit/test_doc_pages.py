@@ -74,6 +74,20 @@ def test_generated_tables_are_current(table):
     assert page == doc_tables.filled(page, table, make())
 
 
+def test_memory_of_a_step_has_columns_where_it_was_measured(tmp_path, monkeypatch):
+    folder = tmp_path / "docs" / "results" / "gpu_2026-12-01"
+    folder.mkdir(parents=True)
+    rows = [{"section": "3b", "name": f"micro-batch 4, {form}", "wall_ms": 8} for form in ("vanilla", "mhc")]
+    rows[1]["wall_ms over vanilla, %"] = 0
+    report = {"device": "GPU", "date": "2026-12-01", "commit": "1", "versions": {}, "rows": rows}
+    monkeypatch.setattr(doc_tables, "ROOT", tmp_path)
+    (folder / "step.json").write_text(json.dumps(report))
+    assert "GiB" not in doc_tables.costs() and "| 3b | 4 | 8 | 8 | **+0.0 %** |\n" in doc_tables.costs()
+    rows[0]["peak_MiB"], rows[1]["peak_MiB"] = 1024, 1536
+    (folder / "step.json").write_text(json.dumps(report))
+    assert "| peak, GiB: vanilla | mHC |\n" in doc_tables.costs() and "| 1.0 | 1.5 |\n" in doc_tables.costs()
+
+
 def test_the_matrix_names_tests_that_exist():
     for feature in FEATURES:
         assert bool(feature.tests) == (feature.state != UNTESTED), feature.name

@@ -46,6 +46,20 @@ def examine(run_ranks, monkeypatch):
     return said
 
 
+@pytest.fixture
+def scripts(tmp_path, monkeypatch):
+    """Scripts by relative paths: a stock one, a patched one, and one that has its parser in another file."""
+    for path, text in {
+        "stock/pretrain_gpt.py": "parse_and_validate_args()",
+        "patched/pretrain_gpt.py": "parse_and_validate_args(add_mhc_args)",
+        "own/train.py": "from arguments import parse",
+        "own/arguments.py": "add_mhc_args(parser)",
+    }.items():
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).write_text(text)
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture(scope="module")
 def machines(tmp_path_factory):
     environment = {k: v for k, v in os.environ.items() if k not in ("MEGATRON_MHC", "TRITON_INTERPRET")}
@@ -69,7 +83,9 @@ def test_a_machine_without_a_gpu_is_examined_as_an_h100(machines):
     assert found["GPU"] == found["driver"] == found["NVLink"] == "none"
     assert found["megatron-core"].endswith(">=0.19.0,<0.20 is supported")
     assert found["Megatron's symbols"] == "all as expected"
-    assert found["back end"].startswith("triton, for 2 streams of 1024 channels in bfloat16, if this were")
+    assert found["back end"].startswith(
+        "reference here, since there is no GPU; on an H100 triton, for 2 streams of 1024 channels in bfloat16"
+    )
     assert found["back end"].endswith("not hopper, since --mhc-num-residual-streams 2 is not 4")
     assert found["layout"] == "TP 1, PP 1, VPP 1, CP 1, EP 1, DP 1, 1 ranks"
 
@@ -83,7 +99,7 @@ def test_without_triton_the_definition_serves_and_megatron_itself_cannot(machine
 
 def test_without_cuda_bindings_triton_runs(machines):
     found, blocked = rows(machines["no cuda-bindings"][0])
-    assert "triton, " in found["default back end"] and not blocked
+    assert "on an H100 triton, " in found["default back end"] and not blocked
     assert found["default back end"].endswith("not hopper, since cuda-bindings is not installed")
 
 
@@ -122,15 +138,57 @@ def test_every_machine_gets_a_whole_report_in_one_order(machines):
     [
         ("torchrun -m megatron_mhc.pretrain_gpt", "wheel, python -m megatron_mhc.pretrain_gpt"),
         ("torchrun pretrain_gpt.py --spec megatron_mhc.specs gpt_mhc_spec", "spec, " + SPEC),
-        ("torchrun pretrain_gpt.py --mhc-num-residual-streams 4", "flags of the script's own"),
+        ("torchrun patched/pretrain_gpt.py --mhc-num-residual-streams 4", "flags of the script's own"),
         ("", "none, arguments alone"),
     ],
 )
-def test_the_door_of_a_command_is_named(examine, launch, door):
+def test_the_door_of_a_command_is_named(examine, scripts, launch, door):
     found, blocked, _ = examine(f"{launch} {MODEL}")
     assert found["door"].startswith(door) and blocked == []
-    assert found["back end"].startswith("hopper, for 4 streams of 1024 channels in bfloat16")
+    assert found["back end"] == (
+        "reference here, since there is no GPU; on an H100 hopper, for 4 streams of 1024 channels in bfloat16"
+    )
     assert found["boundary"] == "fused"
+
+
+@pytest.mark.parametrize("spec", ["", SPEC])
+@pytest.mark.parametrize(
+    "script, words",
+    [
+        ("stock/pretrain_gpt.py", "stock/pretrain_gpt.py has no --mhc-* flags, its parser would refuse them"),
+        ("nowhere/pretrain_gpt.py", "nowhere/pretrain_gpt.py is not here to look at; unless it has"),
+        ("patched/pretrain_gpt.py", None),
+        ("own/train.py", None),
+    ],
+)
+def test_flags_that_a_script_does_not_take_are_in_the_way(examine, scripts, script, words, spec):
+    _, blocked, _ = examine(f"torchrun {script} {MODEL} {spec} --mhc-num-residual-streams 2")
+    if words is None:
+        assert blocked == []
+        return
+    assert len(blocked) == 1 and blocked[0].startswith(words)
+    assert "python -m megatron_mhc.launch" in blocked[0] and "in MEGATRON_MHC beside --spec" in blocked[0]
+
+
+@pytest.mark.parametrize(
+    "launch",
+    ["", "torchrun -m megatron_mhc.launch stock/pretrain_gpt.py", "torchrun patched/pretrain_gpt.py"],
+)
+def test_a_misspelt_flag_is_ours_and_gets_a_hint(examine, scripts, launch):
+    _, blocked, text = examine(f"{launch} {MODEL} --mhc-num-residual-stream 2")
+    assert blocked == ["--mhc-num-residual-stream: no such flag, give --mhc-num-residual-streams"]
+    assert "Megatron's parser" not in text and "not Megatron's" not in text
+
+
+def test_a_run_on_cpus_is_told_what_runs_there(examine):
+    line = f"torchrun --nproc-per-node 2 -m megatron_mhc.testing.cpu -m megatron_mhc.pretrain_gpt {MODEL}"
+    line += " --distributed-backend gloo --pipeline-model-parallel-size 2 --mhc-pipeline-schedule interleaved"
+    found, blocked, text = examine(f"CUDA_DEVICE_MAX_CONNECTIONS=32 {line}")
+    assert found["back end"].endswith("channels in bfloat16, since it runs on a CPU") and blocked == []
+    assert found["back end"].startswith("reference, for 4") and found["boundary"].startswith("apart, since")
+    assert "over gloo; those of" in found["messages"] and "NCCL" not in text.partition("command")[2]
+    _, blocked, _ = examine(f"{line} --mhc-backend hopper")
+    assert any("--mhc-backend hopper: the streams are on cpu" in text for text in blocked)
 
 
 def test_a_script_that_nothing_turns_to_mhc_is_told_how(examine):
@@ -149,7 +207,7 @@ def test_options_come_from_the_environment_of_the_command(examine):
         f"MEGATRON_MHC=num_residual_streams=8,boundary=apart torchrun pretrain_gpt.py {MODEL} {SPEC}"
     )
     assert found["mHC options"] == "num_residual_streams=8, boundary=apart" and blocked == []
-    assert found["back end"].startswith("triton, for 8") and found["boundary"] == "apart"
+    assert "on an H100 triton, for 8" in found["back end"] and found["boundary"] == "apart"
     _, blocked, _ = examine(f"MEGATRON_MHC=h_res=none torchrun pretrain_gpt.py {MODEL} {SPEC}")
     assert any("h_res=none" in text or "h_res" in text for text in blocked)
 
@@ -177,6 +235,7 @@ def test_one_hardware_queue_is_in_the_way_of_overlapped_schedules(examine):
 def test_what_megatron_refuses_is_in_the_way_and_the_back_end_still_named(examine):
     found, blocked, _ = examine(f"{MODEL} --num-attention-heads 7 --mhc-backend hopper")
     assert "Megatron's checks" in blocked[0]
+    assert found["back end"].startswith("refused here, since there is no GPU; on an H100 hopper")
     assert found["back end"].endswith("as --mhc-backend asks")
     _, blocked, _ = examine(f"{MODEL} --mhc-num-residual-streams none")
     assert "--mhc-num-residual-streams" in blocked[0]

@@ -44,7 +44,8 @@ def test_script_runs_as_main(script, monkeypatch, capsys):
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (["--mhc-streams", "4"], "--mhc-streams: no such flag"),
+        (["--mhc-streams", "4"], "--mhc-streams: no such flag, give --mhc-num-residual-streams"),
+        (["--mhc-num-residual", "4"], "--mhc-num-residual: no such flag, give --mhc-num-residual-streams"),
         (["--mhc-preset", "v4"], "invalid choice: 'v4'"),
         (["--mhc-num-residual-streams", "0"], "give a whole number, at least 1"),
         (["--spec", "my.specs", "layer"], "--spec my.specs layer: drop it"),

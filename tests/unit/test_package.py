@@ -18,16 +18,7 @@ import megatron_mhc
 
 ROOT = Path(__file__).resolve().parents[2]
 LEFT_OUT = (".git", ".*_cache", ".venv", "__pycache__", "*.egg-info", "build", "dist", "runs", ".te_hopper")
-ARGUMENTS = """
-    --distributed-backend gloo --transformer-impl local --no-create-attention-mask-in-dataloader
-    --no-rope-fusion --no-persist-layer-norm --no-gradient-accumulation-fusion --no-masked-softmax-fusion
-    --no-bias-swiglu-fusion --no-bias-dropout-fusion --num-workers 0
-    --num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 32 --max-position-embeddings 32
-    --position-embedding-type rope --swiglu --disable-bias-linear --normalization RMSNorm
-    --attention-dropout 0 --hidden-dropout 0 --mock-data --tokenizer-type NullTokenizer --vocab-size 128
-    --micro-batch-size 1 --global-batch-size 4 --lr 1e-2 --split 90,10,0 --train-iters 3
-    --log-interval 1 --eval-iters 1 --eval-interval 1000 --mhc-num-residual-streams 2
-"""
+ARGUMENTS = (ROOT / "tests" / "unit" / "cpu_model.args").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -42,10 +33,8 @@ def built(tmp_path_factory):
     return next(folder.glob("*.whl")), next(folder.glob("*.tar.gz"))
 
 
-@pytest.fixture(scope="module")
-def installed(built, tmp_path_factory):
-    """A fresh environment with the wheel, beside the packages of this one; returns its Python."""
-    folder = tmp_path_factory.mktemp("environment")
+def environment(folder, *what):
+    """A fresh environment, beside the packages of this one, with what pip installs; returns its Python."""
     venv.create(folder, with_pip=False, symlinks=True)
     python = folder / "bin" / "python"
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
@@ -53,19 +42,26 @@ def installed(built, tmp_path_factory):
     beside = [sysconfig.get_path("purelib"), *(p for p in sys.path if p.endswith("site-packages"))]
     (folder / "lib" / version / "site-packages" / "beside.pth").write_text("\n".join(beside))
     command = [sys.executable, "-m", "pip", "--python", str(python), "install", "--no-deps", "--no-index"]
-    done = subprocess.run([*command, str(built[0])], capture_output=True, text=True, timeout=100)
+    command += ["--no-build-isolation", *map(str, what)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
     return python
 
 
-def run(python, *words, **environment):
+@pytest.fixture(scope="module")
+def installed(built, tmp_path_factory):
+    """An environment with the wheel."""
+    return environment(tmp_path_factory.mktemp("environment"), built[0])
+
+
+def run(python, *words, cwd=None, **environment):
     """Run it outside of the checkout."""
     clean = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "MEGATRON_MHC")}
     command = [str(python), *words]
     return subprocess.run(
         command,
         env=clean | environment,
-        cwd=python.parent,
+        cwd=cwd or python.parent,
         capture_output=True,
         text=True,
         timeout=200,
@@ -115,6 +111,16 @@ def test_wheel_is_imported_and_has_its_program(installed):
     ], done.stderr
     done = run(installed.with_name("megatron-mhc"), "--help")
     assert done.returncode == 0 and "doctor" in done.stdout
+
+
+def test_an_editable_installation_is_found_from_the_folder_that_holds_the_clone(tmp_path):
+    """`import megatron_mhc` there finds the clone itself first, a folder without __init__.py."""
+    clone = tmp_path / "megatron_mhc"
+    shutil.copytree(ROOT, clone, ignore=shutil.ignore_patterns(*LEFT_OUT, "tests", "docs"))
+    python = environment(tmp_path / "environment", "-e", clone)
+    for folder in (tmp_path, clone, tmp_path / "environment"):
+        done = run(python, "-c", "import megatron_mhc as m; print(m.__file__, m.MHCConfig)", cwd=folder)
+        assert done.stdout.split()[0] == str(clone / "megatron_mhc" / "__init__.py"), done.stderr
 
 
 def test_wheel_trains_three_steps_by_its_door(installed):
