@@ -186,10 +186,7 @@ FEATURES = (
         "`--async-save`",
         YES,
         "",
-        (
-            "megatron/test_pretrain.py::"
-            "test_run_resumed_under_a_switch_equals_the_unbroken_one_bit_for_bit",
-        ),
+        ("megatron/test_pretrain.py::test_run_resumed_under_a_switch_equals_the_unbroken_one_bit_for_bit",),
     ),
     Feature(
         "`--use-cpu-initialization`",
