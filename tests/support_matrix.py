@@ -125,6 +125,15 @@ FEATURES = (
         ("distributed/test_pipeline_frozen.py::test_what_is_trained_gets_its_gradients",),
     ),
     Feature(
+        "adapters (LoRA in the manner of Megatron-Bridge): mappings, adapters or both are trained",
+        YES,
+        "",
+        (
+            "distributed/test_adapters.py::test_what_is_trained_gets_the_gradients_of_one_process",
+            "distributed/test_adapters.py::test_bf16_training_resumed_matches_unbroken_run_bit_for_bit",
+        ),
+    ),
+    Feature(
         "Transformer Engine, bf16, grouped GEMM, gradient-accumulation fusion",
         YES,
         "one GPU",
@@ -216,7 +225,7 @@ FEATURES = (
     ),
     Feature("FP8 (Transformer Engine)", UNTESTED, "F's linears alone; 50 steps trained by hand on one H100"),
     Feature(
-        "packed sequences (THD), LoRA, `--use-precision-aware-optimizer`; inference engines; Blackwell",
+        "packed sequences (THD), `--use-precision-aware-optimizer`; inference engines; Blackwell",
         UNTESTED,
         "",
     ),
