@@ -125,6 +125,15 @@ FEATURES = (
         ("distributed/test_pipeline_frozen.py::test_what_is_trained_gets_its_gradients",),
     ),
     Feature(
+        "adapters (LoRA in the manner of Megatron-Bridge): mappings, adapters or both are trained",
+        YES,
+        "",
+        (
+            "distributed/test_adapters.py::test_what_is_trained_gets_the_gradients_of_one_process",
+            "distributed/test_adapters.py::test_bf16_training_resumed_matches_unbroken_run_bit_for_bit",
+        ),
+    ),
+    Feature(
         "Transformer Engine, bf16, grouped GEMM, gradient-accumulation fusion",
         YES,
         "one GPU",
@@ -183,6 +192,28 @@ FEATURES = (
         ("distributed/test_checkpoint.py::test_offloaded_optimizer_resumes_bit_for_bit",),
     ),
     Feature(
+        "Muon, also with `--use-distributed-optimizer` (layer-wise)",
+        YES,
+        "it takes the mappings' projections, Adam their biases and gating factors, as in DeepSeek-V4",
+        (
+            "distributed/test_muon.py::test_projections_go_to_muon_and_the_rest_of_a_mapping_to_adam",
+            "distributed/test_muon.py::test_layout_matches_single_process",
+            "distributed/test_muon.py::test_training_resumed_matches_unbroken_run_bit_for_bit",
+        ),
+    ),
+    Feature(
+        "`--async-save`",
+        YES,
+        "",
+        ("megatron/test_pretrain.py::test_run_resumed_under_a_switch_equals_the_unbroken_one_bit_for_bit",),
+    ),
+    Feature(
+        "`--use-cpu-initialization`",
+        YES,
+        "",
+        (_PARITY + "core_layout_matches_single_process",),
+    ),
+    Feature(
         "diagnostics in every layout",
         YES,
         "",
@@ -203,7 +234,11 @@ FEATURES = (
         ("unit/test_optional_parts.py::test_losses_and_norms_match_those_without_fused_parts",),
     ),
     Feature("FP8 (Transformer Engine)", UNTESTED, "F's linears alone; 50 steps trained by hand on one H100"),
-    Feature("packed sequences (THD), LoRA, Muon, async save; inference engines; Blackwell", UNTESTED, ""),
+    Feature(
+        "packed sequences (THD), `--use-precision-aware-optimizer`; inference engines; Blackwell",
+        UNTESTED,
+        "",
+    ),
     Feature(
         "`--overlap-moe-expert-parallel-comm`",
         REFUSED,

@@ -46,20 +46,24 @@ def number_all_parameters(shard: Callable[..., Any]) -> Callable[..., Any]:
 
         if is_loading:
             self.init_state_fn(self.optimizer, self.config)
+        # Checkpoints do not keep the place of an empty list among lists.
+        for parameters in (self.float16_groups, self.fp32_from_float16_groups):
+            parameters[:] = filter(None, parameters)
         state = self.state_dict()
         pairs = zip(chain(*self.fp32_from_float16_groups), chain(*self.float16_groups), strict=True)
         model_parameter = {id(main): parameter for main, parameter in pairs}
         groups = [group["params"] for group in self.optimizer.param_groups]
         ordered = [model_parameter.get(id(p), p) for p in chain(*groups)]
         numbered = get_param_id_to_sharded_param_map(model_sharded_state_dict, ordered)
-        state["fp32_from_fp16_params"] = [
+        masters = (
             [
                 make_sharded_optimizer_tensor(numbered[number], p, prefix="optimizer.state.fp32_param")
                 for number, p in zip(saved["params"], group, strict=True)
                 if id(p) in model_parameter
             ]
             for saved, group in zip(state["optimizer"]["param_groups"], groups, strict=True)
-        ]
+        )
+        state["fp32_from_fp16_params"] = list(filter(None, masters))
         step = self._extract_common_per_param_step(state["optimizer"])
         optim_state_to_sharding_state(state["optimizer"], numbered, exclude_keys="step")
         if step:

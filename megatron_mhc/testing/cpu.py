@@ -283,6 +283,7 @@ def _patch_gloo() -> None:
 def patch_megatron() -> None:
     """Replace what Megatron cannot do, or only slowly, without CUDA and TransformerEngine."""
     import megatron.core.datasets.utils as dataset_utils
+    import megatron.core.dist_checkpointing.strategies.async_utils as async_utils
     import megatron.core.dist_checkpointing.strategies.filesystem_async as filesystem_async
     import megatron.core.tensor_parallel.random as tp_random
 
@@ -302,10 +303,22 @@ def patch_megatron() -> None:
 
     # A C++ extension built on first use (25 s); copying the bytes has the same result.
     tp_random._get_share_storage = lambda: share_storage
-    # A synchronous save passes its results through a manager process per rank (6 s, 0.5 GB).
-    filesystem_async._results_queue = queue.Queue()
+    if "--async-save" in sys.argv:
+        async_utils.PersistentAsyncCaller.async_loop = staticmethod(_async_loop)
+    else:
+        # A synchronous save passes its results through a manager process per rank (6 s, 0.5 GB).
+        filesystem_async._results_queue = queue.Queue()
     # The wheel has the compiled helpers but not their Makefile, without which this exits.
     dataset_utils.compile_helpers = lambda: None
+
+
+def _async_loop(*args: Any, **kwargs: Any) -> None:
+    """What the process that saves for a rank does: it is no fork of the rank, so nothing is patched in it."""
+    torch.cuda.device_count = lambda: 1
+    _patch_cuda(torch.cuda, pretend_cuda=True)
+    from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
+
+    PersistentAsyncCaller.async_loop(*args, **kwargs)
 
 
 def use_plain_adam() -> None:

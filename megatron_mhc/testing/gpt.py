@@ -163,6 +163,7 @@ def build(
     sizes: Sizes = SMALL,
     te: bool = False,
     weights: Callable[[list[Any]], None] = fill,
+    wrap: Callable[..., list[DistributedDataParallel]] | None = None,
 ) -> list[DistributedDataParallel]:
     """This rank's model chunks, filled by `weights` and wrapped in DDP.
 
@@ -170,6 +171,7 @@ def build(
         mhc: None for Megatron's own model.
         ddp: more of DDP's configuration.
         te: Transformer Engine's layers, not Megatron's local ones.
+        wrap: what wraps the chunks instead, given (chunks, config, DDP's configuration).
     """
     dtype = torch.bfloat16 if config.bf16 else config.params_dtype
     if dtype == torch.float64:
@@ -202,6 +204,8 @@ def build(
         **(ddp or {}),
     )
     config.finalize_model_grads_func = finalize_model_grads
+    if wrap is not None:
+        return wrap(chunks, config, ddp_config)
     return [
         DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=i > 0)
         for i, chunk in enumerate(chunks)

@@ -13,6 +13,7 @@ from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 
 from megatron_mhc import MHCConfig, register
 from megatron_mhc.testing import cpu
+from megatron_mhc.testing.parameters import fill
 from megatron_mhc.testing.ranks import run_ranks as run
 
 FLOAT32_ERROR = 1e-6
@@ -21,23 +22,26 @@ MHC = MHCConfig(contract="learned_head")  # the contraction has parameters too
 SINGLE = Layout()
 
 
-def start(layout, kind, dtype, **options):
-    """A filled model in DDP and its optimizer: (chunks, config, optimizer); options of the optimizer."""
+def start(layout, kind, dtype, wrap=None, weights=fill, **options):
+    """A filled model in DDP and its optimizer: (chunks, config, optimizer); options of the optimizer.
+
+    Args:
+        wrap, weights: of `gpt.build`.
+    """
     cpu.use_plain_adam()
     layout.initialize()
     bf16 = dtype == torch.bfloat16
     precision = dict(params_dtype=dtype, bf16=bf16)
     config = layout.config(kind, **precision)
-    chunks = build(layout, config, kind, MHC)
-    settings = OptimizerConfig(
+    chunks = build(layout, config, kind, MHC, wrap=wrap, weights=weights)
+    settings = dict(
         optimizer="adam",
         lr=1e-2,
         weight_decay=0.1,
         clip_grad=1.0,
         use_distributed_optimizer=layout.distributed_optimizer,
-        **precision,
-        **options,
     )
+    settings = OptimizerConfig(**settings | precision | options)
     return chunks, config, get_megatron_optimizer(settings, chunks)
 
 

@@ -89,6 +89,22 @@ def test_fully_parallel_save_and_load_resume_bit_for_bit(tmp_path, optimizer):
     assert resumed == values[5:]
 
 
+LAYER_WISE = "--optimizer muon --use-distributed-optimizer --bf16".split()
+ASYNC = "--async-save --use-persistent-ckpt-worker --async-strategy mcore --bf16".split()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arguments", [LAYER_WISE, ASYNC], ids=["layer_wise_muon", "async_save"])
+def test_run_resumed_under_a_switch_equals_the_unbroken_one_bit_for_bit(tmp_path, arguments):
+    if arguments is LAYER_WISE:
+        pytest.importorskip("emerging_optimizers")
+    folder = str(tmp_path / "checkpoint")
+    values, _ = launch(tmp_path / "whole", *MHC, *arguments, "--save", folder)
+    assert values[-1] < values[0] - 0.2
+    resumed, _ = launch(tmp_path / "resumed", *MHC, *arguments, "--load", folder, "--ckpt-step", "5")
+    assert resumed == values[5:]
+
+
 def test_mhc_options_contradict_no_mhc():
     from argparse import ArgumentParser
 
