@@ -291,7 +291,7 @@ def train(case):
 def main():
     case = json.loads(sys.argv[1])
     alone = dict(MASTER_ADDR="127.0.0.1", RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
-    one = "RANK" not in os.environ
+    one = "LOCAL_RANK" not in os.environ
     os.environ.update(alone if one else {})
     rank, ranks, device = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     torch.cuda.set_device(device)
