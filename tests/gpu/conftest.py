@@ -1,7 +1,5 @@
 """One NCCL process for each file of this folder; where they are skipped, nothing is imported."""
 
-import os
-
 import pytest
 
 
@@ -11,8 +9,9 @@ def one_process():
     import torch.distributed as dist
     from megatron.core import parallel_state
 
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29712", RANK="0", WORLD_SIZE="1")
-    dist.init_process_group("nccl", device_id=torch.device("cuda:0"))
+    dist.init_process_group(
+        "nccl", store=dist.HashStore(), rank=0, world_size=1, device_id=torch.device("cuda:0")
+    )
     parallel_state.initialize_model_parallel()
     yield
     parallel_state.destroy_model_parallel()
