@@ -182,14 +182,14 @@ class HyperConnectionModule(MappingParameters, InParts):
             # `next_pre` has called what gathers the parameters.
             if (made := boundary.taken(streams, self.mapping_proj.weight, self.affine)) is not None:
                 return made
-        s, b, _ = streams.shape
-        x = streams.view(s * b, self.mhc.num_residual_streams, -1)
-        kernels = self.backend.kernels(x, x.shape[-1])
+        n = self.mhc.num_residual_streams
+        kernels = self.backend.kernels(streams, streams.shape[-1] // n)
         if kernels is not None:
             from megatron_mhc.ops import autograd
 
-            layer_input, mappings = autograd.pre(x, self.mapping_proj(), self.affine, self.options, kernels)
-            return layer_input.view(s, b, -1), mappings
+            return autograd.pre(streams, self.mapping_proj(), self.affine, self.options, kernels, n)
+        s, b, _ = streams.shape
+        x = streams.view(s * b, n, -1)
         coefficients = self.coefficients(x)
         if self.mhc.num_residual_streams == 1 and not self.dynamic["pre"]:
             # 1 * x is x; handing on x itself also keeps the order in which autograd sums its gradient.
@@ -212,23 +212,19 @@ class HyperConnectionModule(MappingParameters, InParts):
             next_pre: of the next connection, for which kernels then work ahead.
             one_node: the graph may keep what this returns, see `ops.boundary`.
         """
-        s, b, width = f.shape
+        if isinstance(mappings, reference.Coefficients):
+            s, b, width = f.shape
+            x = streams.view(s * b, self.mhc.num_residual_streams, width)
+            mixed = reference.post_res(x, f.reshape(s * b, width), mappings.h_post, mappings.h_res)
+            return mixed.view(s, b, -1)
+        from megatron_mhc.ops import autograd, boundary
+
         # A replayed `saved` must not be held by the graph as well.
         linked = self.mhc.boundary != "apart" and not self.mhc.recompute_coefficients
-        if next_pre is not None and linked and one_node and not isinstance(mappings, reference.Coefficients):
-            from megatron_mhc.ops import boundary
-
-            if boundary.can_join(mappings, f, next_pre):
-                return boundary.post_res_pre(f, mappings, next_pre, f_bias)
-        f = f.reshape(s * b, width)
-        if isinstance(mappings, reference.Coefficients):
-            x = streams.view(s * b, self.mhc.num_residual_streams, width)
-            mixed = reference.post_res(x, f, mappings.h_post, mappings.h_res)
-        else:
-            from megatron_mhc.ops import autograd
-
-            mixed = autograd.post_res(f, mappings, f_bias, linked, next_pre if linked else None)
-        return mixed.view(s, b, -1)
+        next_pre = next_pre if linked else None
+        if next_pre is not None and one_node and boundary.can_join(mappings, f, next_pre):
+            return boundary.post_res_pre(f, mappings, next_pre, f_bias)
+        return autograd.post_res(f, mappings, f_bias, linked, next_pre)
 
     def read_across(self, streams: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """`forward` in a CUDA graph whose edge lies in front of `post_res`.

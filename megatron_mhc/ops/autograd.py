@@ -191,21 +191,24 @@ class _Visit(NamedTuple):
     options: Options
     upstream: Link | None  # from the post_res that made the streams
     handoff: BackwardHandoff
+    shape: tuple[int, ...]  # of x in kernels: [T, n, C]
+    read: tuple[int, ...]  # shape of the layer input: [T, C] or [s, b, C]
 
 
 class _Pre(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        x: Tensor,
+        streams: Tensor,
         weight: Tensor,
         affine: Tensor,
         visit: _Visit,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        kernels, options, upstream, _ = visit
+        kernels, options, upstream, _, shape, read = visit
         ahead = None
         if upstream is not None and upstream.ahead is not None:
-            ahead = upstream.ahead.take(x, weight, affine)
+            ahead = upstream.ahead.take(streams, weight, affine)
+        x = streams.view(shape)
         if ahead is None:
             made = kernels.pre_forward(x, weight, affine, options)
         elif isinstance(ahead, Tensor):
@@ -214,22 +217,24 @@ class _Pre(torch.autograd.Function):
         else:
             made = ahead
         layer_input, saved, coefficients = made
+        layer_input = layer_input if layer_input.shape == read else layer_input.view(read)
         ctx.save_for_backward(x, weight, affine, saved)
-        ctx.visit = visit
+        ctx.visit, ctx.shape = visit, streams.shape
         ctx.mark_non_differentiable(saved, coefficients)
         ctx.set_materialize_grads(False)  # else autograd fills zeros for saved and coefficients
-        return layer_input, x.view_as(x), saved, coefficients
+        return layer_input, x, saved, coefficients
 
     @staticmethod
     def backward(  # type: ignore[override]
         ctx: Any, dl: Tensor | None, g: Tensor | None, *_: Any
     ) -> tuple[Tensor | None, ...]:
         x, weight, affine, saved = ctx.saved_tensors
-        kernels, options, upstream, handoff = ctx.visit
+        kernels, options, upstream, handoff, *_ = ctx.visit
         writer = None if upstream is None else upstream.writer
         dx, d_weight, d_affine, df = gradients_of_pre(
             kernels, options, handoff, x, weight, affine, saved, dl, g, writer
         )
+        dx = dx if dx.shape == ctx.shape else dx.view(ctx.shape)
         if df is not None:
             upstream.put_df(dx, df)
         return dx, d_weight, d_affine, None
@@ -277,7 +282,7 @@ class _PostRes(torch.autograd.Function):
     ) -> Tensor:
         coefficients, saved = mappings.coefficients, mappings.saved
         ctx.save_for_backward(f, *saved, f_bias)
-        ctx.handoff, ctx.link = mappings.handoff, Link(saved) if linked else None
+        ctx.handoff, ctx.link, ctx.shape = mappings.handoff, Link(saved) if linked else None, tunnel.shape
         if ctx.link is None or next_pre is None or f.dtype != tunnel.dtype or not can_project(tunnel):
             return post_res_forward(tunnel, f, coefficients, f_bias)
         kernels, weight, affine, options = next_pre
@@ -296,10 +301,15 @@ class _PostRes(torch.autograd.Function):
         ctx.handoff.f, ctx.handoff.f_bias = f, f_bias
         g = g.contiguous()
         df = None if ctx.link is None else ctx.link.take_df(g)
-        if df is None:
-            df = post_backward(g, *saved)
         # g is not the gradient of the tunnel's streams: pre's backward makes it so.
-        return g, df, df.sum(0) if ctx.needs_input_grad[2] else None, None, None, None
+        g = g if g.shape == ctx.shape else g.view(ctx.shape)
+        return g, *gradients_of_f(ctx, f, post_backward(g, *saved) if df is None else df), None, None, None
+
+
+def gradients_of_f(ctx: Any, f: Tensor, df: Tensor) -> tuple[Tensor, Tensor | None]:
+    """df in the shape of f, and what its bias gets of it, the third input of a node."""
+    df = df if df.shape == f.shape else df.view(f.shape)
+    return df, df.view(-1, f.shape[-1]).sum(0) if ctx.needs_input_grad[2] else None
 
 
 class _Mix(torch.autograd.Function):
@@ -321,22 +331,27 @@ def pre(
     affine: Tensor,
     options: Options,
     kernels: Kernels = TRITON,
+    n: int | None = None,
 ) -> tuple[Tensor, KernelMappings]:
     """Read the layer input from the streams; see `triton.pre.pre_forward` for shapes.
 
     Args:
         kernels: Triton's run what these cannot: a projection made ahead, an f of another dtype.
+        n: of streams that come as x: [s, b, n*C].
 
     Returns:
-        layer input [T, C] in x's dtype, and the mappings that `post_res` takes, once.
+        layer input [T, C], or [s, b, C], in x's dtype, and the mappings that `post_res` takes, once.
     """
+    shape = x.shape if n is None else (x.shape[0] * x.shape[1], n, x.shape[2] // n)
+    read = shape[::2] if n is None else (*x.shape[:2], shape[2])
     if torch.compiler.is_compiling():
+        x = x.view(shape)
         layer_input, *tunnels, projection, coefficients = compiled.pre(
             x, weight, affine, *options, kernels.name
         )
         saved = Saved(projection, affine)  # whose gradients, and that of x, all leave `pre`
-        return layer_input, KernelMappings(tuple(tunnels), coefficients, saved, streams=x)
-    visit = _Visit(kernels, options, _link_of(x), BackwardHandoff())
+        return layer_input.view(read), KernelMappings(tuple(tunnels), coefficients, saved, streams=x)
+    visit = _Visit(kernels, options, _link_of(x), BackwardHandoff(), shape, read)
     layer_input, tunnel, projection, coefficients = _Pre.apply(x.contiguous(), weight, affine, visit)
     saved = Saved(projection, affine)
     return layer_input, KernelMappings((tunnel,), coefficients, saved, handoff=visit.handoff)
@@ -349,18 +364,21 @@ def post_res(
     linked: bool = True,
     next_pre: NextPre | None = None,
 ) -> Tensor:
-    """Mix the streams that `mappings` came from and write f: [T, C] into them; returns [T, n, C].
+    """Mix the streams that `mappings` came from and write f into them.
 
     Args:
+        f: [T, C], and the result is [T, n, C]; or [s, b, C], and it is [s, b, n*C].
         f_bias: [C], which is added to f with the bits of an addition of its own.
         linked: let the next connection's backward make f's gradient; its graph then holds what pre saved.
         next_pre: reads the output; it then need not read the streams, or once instead of twice.
     """
     if mappings.streams is not None:  # of a compiled pre
         f = f if f_bias is None else f + f_bias  # fused by the compiler
-        return compiled.post_res(
-            *mappings.take_tunnel(), mappings.streams, f, mappings.coefficients, *mappings.saved
+        T, n, C = mappings.streams.shape
+        mixed = compiled.post_res(
+            *mappings.take_tunnel(), mappings.streams, f.reshape(T, C), mappings.coefficients, *mappings.saved
         )
+        return mixed if f.dim() == 2 else mixed.view(*f.shape[:2], n * C)
     if torch.compiler.is_compiling():  # but the graph broke in front of pre
         return _post_res_uncompiled(f, mappings, f_bias, linked, next_pre)
     (tunnel,) = mappings.take_tunnel()

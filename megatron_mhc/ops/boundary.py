@@ -17,7 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_mhc.ops.autograd import Ahead, BackwardHandoff, KernelMappings, NextPre, Saved, gradients_of_pre
+from megatron_mhc.ops.autograd import (
+    Ahead,
+    BackwardHandoff,
+    KernelMappings,
+    NextPre,
+    Saved,
+    gradients_of_f,
+    gradients_of_pre,
+)
 from megatron_mhc.ops.triton.post_res import post_backward
 
 
@@ -59,7 +67,7 @@ class _Boundary(torch.autograd.Function):
         f, f_bias, *writer, x, weight, affine, saved = ctx.saved_tensors
         written, kernels, options, handoff = ctx.visit
         written.f, written.f_bias = f, f_bias
-        g_f_bias = d_weight = d_affine = df = None
+        d_weight = d_affine = df = None
         if g is None and dl is None:
             if g_streams is None:
                 return (None,) * 6
@@ -71,10 +79,7 @@ class _Boundary(torch.autograd.Function):
             if g_streams is not None:
                 dx, df = dx + g_streams.reshape(x.shape), None
         df = post_backward(dx, *writer) if df is None else df
-        df = df if df.shape == f.shape else df.view(f.shape)
-        if ctx.needs_input_grad[2]:
-            g_f_bias = df.view(-1, f.shape[-1]).sum(0)
-        return dx, df, g_f_bias, d_weight, d_affine, None
+        return dx, *gradients_of_f(ctx, f, df), d_weight, d_affine, None
 
 
 def can_join(mappings: KernelMappings, f: Tensor, next_pre: NextPre) -> bool:

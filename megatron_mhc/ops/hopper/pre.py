@@ -11,6 +11,7 @@ from torch import Tensor
 from megatron_mhc.ops.hopper.compile import AHEAD, SHARED, Source, kernel, layout, loads, multiprocessors
 from megatron_mhc.ops.hopper.launch import Box, raw_stream
 from megatron_mhc.ops.options import Options
+from megatron_mhc.ops.triton.post_res import streams_like
 
 WIDEST = 256
 WARPS = dict(PROJECTING=8, AGGREGATING=3, FINISHING=4)  # and one that loads
@@ -58,7 +59,8 @@ def post_res_pre(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """x' of `post_res_forward`, and `pre_forward` of x', by one read of x and f.
 
-    The bits are those of the two one after the other. Where f is [s, b, C], x' is [s, b, 4*C].
+    The bits are those of the two one after the other. Where f is [s, b, C], so is the layer input, and x' is
+    [s, b, 4*C].
 
     Args:
         before: [T, 24] fp32, mappings of the connection that writes x'; the rest is of the one that reads.
@@ -66,8 +68,7 @@ def post_res_pre(
     Source: arXiv 2512.24880 Eqs. (3), (14)-(19).
     """
     T, _, C = x.shape
-    streams = torch.empty_like(x) if f.dim() == 2 else f.new_empty((*f.shape[:-1], 4 * C))
-    out = torch.empty_like(f)
+    streams, out = streams_like(x, f), torch.empty_like(f)
     saved, mappings = (x.new_empty((T, rows), dtype=torch.float32) for rows in (25, 24))
     if T:
         device = x.get_device()

@@ -19,6 +19,7 @@ from megatron_mhc.ops.triton.common import (
     mapping_rows,
     split,
 )
+from megatron_mhc.ops.triton.post_res import streams_like
 
 
 @triton.jit
@@ -88,7 +89,7 @@ def post_res_project(
     Args:
         x: [T, n, C] bf16; f: [T, C] bf16; mappings: [T, M] fp32, of this connection.
         weight: [M, n*C] fp32, of the next one.
-        f_bias: as in `post_res_forward`.
+        f_bias, and f: [s, b, C]: as in `post_res_forward`.
 
     Source: arXiv 2512.24880 Eqs. (3), (14)-(16).
     """
@@ -97,7 +98,7 @@ def post_res_project(
     BT, BC = (16, 16) if INTERPRETED else (64, 32)
     # One program a multiprocessor is resident: two rounds of 132 of them, however few tokens there are.
     size, pieces = split(C, max(1, min(16, 264 * BT // max(T, 1))), BC)
-    out = torch.empty_like(x)
+    out = streams_like(x, f)
     parts = torch.empty(pieces, T, M + 1, device=x.device, dtype=torch.float32)
     if T:
         _boundary_kernel[(triton.cdiv(T, BT), pieces)](
