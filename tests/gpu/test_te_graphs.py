@@ -294,10 +294,14 @@ def two(split, mhc={}):  # noqa: B006
     return [case | dict(impl="none", modules=[]), case | dict(impl=impl, modules=modules)]
 
 
+def two_and_vanilla(split):
+    return two(split) + (two(split, None) if split == "pp local" else [])  # which vanilla does not support
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("split", TWO)
-@needs(two)
+@needs(two_and_vanilla)
 def test_two_gpus(split, runs):
     eager, graphed = runs(two(split))
     if not {"error"} & {*eager, *graphed} and difference(graphed, eager) == 0:
