@@ -18,14 +18,21 @@ PYTHON=${PYTHON:-python3}
 
 # piece, GPUs, expected minutes, command; {out} is its JSON, {folder} a folder of its own
 PIECES=$(cat <<'LIST'
-step_b1          1 4 -m benchmarks.step --out {out} --logs {folder} --batches 1
-step_b2          1 4 -m benchmarks.step --out {out} --logs {folder} --batches 2
-step_b4          1 6 -m benchmarks.step --out {out} --logs {folder} --batches 4 --together 2
+step_b1          1 2 -m benchmarks.step --out {out} --logs {folder} --batches 1 --forms mhc
+step_b2          1 2 -m benchmarks.step --out {out} --logs {folder} --batches 2 --forms mhc
+step_b4          1 2 -m benchmarks.step --out {out} --logs {folder} --batches 4 --forms mhc --together 2
+step_graphs_b1   1 2 -m benchmarks.step --out {out} --logs {folder} --batches 1 --forms mhc --graphs full_iteration
+step_local_b1    1 2 -m benchmarks.step --out {out} --logs {folder} --batches 1 --forms mhc --graphs local
+step_te_b1       1 2 -m benchmarks.step --out {out} --logs {folder} --batches 1 --forms mhc --graphs transformer_engine
+step_graphs_b2   1 2 -m benchmarks.step --out {out} --logs {folder} --batches 2 --forms mhc --graphs full_iteration
+step_graphs_b4   1 3 -m benchmarks.step --out {out} --logs {folder} --batches 4 --forms mhc --graphs full_iteration --together 2
+step_auto_b1     1 2 -m benchmarks.step --out {out} --logs {folder} --batches 1 --forms mhc/auto
+step_auto_b4     1 2 -m benchmarks.step --out {out} --logs {folder} --batches 4 --forms mhc/auto --together 2
 step_3b_b1       1 6 -m benchmarks.step --out {out} --logs {folder} --model 3b --batches 1 --together 2
-step_3b_b4       1 7 -m benchmarks.step --out {out} --logs {folder} --model 3b --batches 4 --together 1
-step_graphs_b1   1 3 -m benchmarks.step --out {out} --logs {folder} --batches 1 --forms mhc --graphs local
-step_tp2_b1      2 4 -m benchmarks.step --out {out} --logs {folder} --batches 1 --tp 2 --forms mhc
-step_tp2_b2      2 4 -m benchmarks.step --out {out} --logs {folder} --batches 2 --tp 2 --forms mhc
+step_3b_b4       1 5 -m benchmarks.step --out {out} --logs {folder} --model 3b --batches 4 --together 1 --forms mhc
+step_3b_auto_b4  1 5 -m benchmarks.step --out {out} --logs {folder} --model 3b --batches 4 --together 1 --forms mhc/auto
+step_tp2_b1      2 3 -m benchmarks.step --out {out} --logs {folder} --batches 1 --tp 2 --forms mhc
+step_tp2_b2      2 3 -m benchmarks.step --out {out} --logs {folder} --batches 2 --tp 2 --forms mhc
 ops_2560         1 2 -m benchmarks.kernels --out {out} --only ops --shapes 4096x2560
 ops_4096         1 3 -m benchmarks.kernels --out {out} --only ops --shapes 8192x4096
 ops_7168         1 3 -m benchmarks.kernels --out {out} --only ops --shapes 4096x7168
@@ -47,6 +54,10 @@ parity_float64   2 5 -m pytest -q -p no:cacheprovider tests/multi_gpu/test_parit
 curves           2 8 -m pytest -q -p no:cacheprovider tests/multi_gpu/test_curves.py
 resume           2 8 -m pytest -q -p no:cacheprovider tests/multi_gpu/test_resume.py
 recompute_bits   1 3 -m pytest -q -p no:cacheprovider tests/gpu/test_recompute_bits.py
+many_lengths     1 2 -m pytest -q -rA -p no:cacheprovider tests/gpu/test_memory.py
+graphs_memory    1 2 -m pytest -q -rA -p no:cacheprovider tests/gpu/test_te_graphs.py -k costs
+graphs_bits      1 5 -m pytest -q -rA -p no:cacheprovider tests/gpu/test_te_graphs.py -k graphed_equals
+graphs_tp_pp     2 3 -m pytest -q -rA -p no:cacheprovider tests/gpu/test_te_graphs.py -k two_gpus
 losses           1 6 scripts/gpu_check.py --out {folder} --jobs 4
 stability        1 9 examples/stability/run.py --out {folder} --steps 400 --batch 8 --lr 1e-2 --seeds 1,2,3 --jobs 9 --log-interval 20 --save-interval 0
 LIST

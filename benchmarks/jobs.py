@@ -193,7 +193,7 @@ def _started(jobs: list[Job], turns: Turns, folder: str) -> Iterator[list[_Runni
         for one in running:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 if not one.failure and len(one.answers) == turns.turns + 2:
-                    one.process.wait(timeout=60)  # the job ends by itself
+                    one.process.wait(timeout=15)  # the job ends by itself
             one.stop()
 
 

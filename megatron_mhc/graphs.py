@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from megatron.core.full_cuda_graph import FullCudaGraphWrapper
+from megatron.core.transformer.cuda_graphs import delete_cuda_graphs
 from megatron.core.transformer.enums import CudaGraphModule
 from megatron.core.transformer.module import GraphableMegatronModule
 from torch import Tensor, nn
@@ -96,3 +97,10 @@ def _without_whole_steps() -> Iterator[None]:
     finally:
         for table, before in zip(tables, kept, strict=True):
             table.update(before)
+
+
+def release() -> None:
+    """Delete the graphs of models that are gone: NCCL destroys no group whose collectives a graph holds."""
+    for table in (FullCudaGraphWrapper.cuda_graph, FullCudaGraphWrapper.result):
+        table.update(dict.fromkeys(table))
+    delete_cuda_graphs()  # of local, and collects what is gone

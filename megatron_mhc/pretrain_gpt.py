@@ -45,6 +45,7 @@ from torch import Tensor
 from megatron_mhc import hooks
 from megatron_mhc.arguments import add_mhc_args
 from megatron_mhc.config import MHCConfig
+from megatron_mhc.graphs import release
 from megatron_mhc.hooks.uses import PRETRAIN_USES, SPEC_USES
 from megatron_mhc.refusals import ENTRY_POINT, refuse
 
@@ -257,6 +258,8 @@ def finish() -> None:
     """Close what Megatron leaves open: a process that ends in the midst of gloo's threads may abort."""
     if (writer := get_tensorboard_writer()) is not None:
         writer.close()
+    if get_args().cuda_graph_impl != "none":
+        release()
     torch.distributed.barrier()
     mpu.destroy_model_parallel()
     torch.distributed.destroy_process_group()

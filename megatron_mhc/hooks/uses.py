@@ -82,6 +82,7 @@ USES: tuple[Use, ...] = (
     Use(f"{_MOE_LAYER}.transition_cudagraph_scope", "self, mode", ("cudagraph_manager_router",)),
     Use(f"{_MOE_LAYER}._forward_mlp_router", "self, hidden_states, padding_mask"),
     Use(f"{_MOE_LAYER}._forward_mlp_postprocess", "self, residual, output, shared_expert_output, mlp_bias"),
+    Use("megatron.core.transformer.cuda_graphs:delete_cuda_graphs", ""),
     Use(f"{_WHOLE_STEP}.reset_cuda_graph", "self, stage", ("cuda_graph", "result", "curr_iteration")),
     # hooks/messages.py
     Use(

@@ -339,8 +339,10 @@ def _reduce_scatter(
     output: Tensor, input: Tensor, op: Any = dist.ReduceOp.SUM, group: Any = None, **_: Any
 ) -> Any:
     """For gloo's own, which copies its result where its handle is waited for, out of a graph's sight."""
-    total = input.clone()
-    dist.all_reduce(total, op=op, group=group)
+    total, options = input.clone(), dist.AllreduceOptions()
+    options.reduceOp = op
+    # Not dist.all_reduce, which puts it off where calls are coalesced.
+    (group or dist.group.WORLD).allreduce([total], options).wait()
     output.copy_(total.view(dist.get_world_size(group), -1)[dist.get_rank(group)].view_as(output))
     return dist.all_reduce(torch.zeros(1), group=group, async_op=True)
 

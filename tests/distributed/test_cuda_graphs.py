@@ -3,6 +3,8 @@
 The graphs are those of `megatron_mhc.testing.graphs`; the loop is what megatron.training does about them.
 """
 
+import gc
+
 import pytest
 import torch
 from harness import MICRO_BATCH, SEQUENCE, Layout, build, gpt, ps, tokens
@@ -16,6 +18,7 @@ from megatron.core.transformer.transformer_layer import MoETransformerLayer
 from megatron_mhc import MHCConfig
 from megatron_mhc.chunk import chunk_of
 from megatron_mhc.diagnostics.sampler import Sampler
+from megatron_mhc.graphs import release
 from megatron_mhc.testing import graphs, parity
 from megatron_mhc.testing.parameters import global_parameters, gradient
 
@@ -411,6 +414,17 @@ def replayed(layout, kind, settings):
 @pytest.mark.parametrize("settings", [local(), te(), te("attn"), te("attn", *PREPROCESS)], ids=name)
 def test_a_replay_leaves_nothing_behind(run_ranks, settings):
     run_ranks(1, replayed, Layout(), "moe" if settings == te("attn", *PREPROCESS) else "dense", settings)
+
+
+def released(layout, settings):
+    train(layout, "dense", MHCConfig(), settings)
+    release()
+    return sum(isinstance(one, graphs.Graph) for one in gc.get_objects())
+
+
+@pytest.mark.parametrize("settings", [local(), full()], ids=name)
+def test_graphs_end_with_their_model(run_ranks, settings):
+    assert run_ranks(1, released, Layout(), settings) == [0]
 
 
 def sampled(layout, kind, settings):

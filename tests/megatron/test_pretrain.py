@@ -118,3 +118,24 @@ def test_mhc_options_contradict_no_mhc():
     args = parser.parse_args(["--spec", "a", "b"])
     with pytest.raises(ValueError, match="--spec a b: drop it"):
         check_args(args)
+
+
+def sampled(folder, *graphs):
+    """Losses of six steps, of which the fifth is sampled."""
+    few = "--train-iters 6 --num-layers 2 --global-batch-size 2 --use-distributed-optimizer".split()
+    few += ["--overlap-grad-reduce", "--overlap-param-gather", "--no-check-for-nan-in-loss-and-grad"]
+    few += ["--mhc-log-interval", "5"]
+    values, output = launch(folder, *MHC, *few, *graphs)
+    assert "validation loss at iteration 6 on validation set" in output
+    return values
+
+
+@pytest.fixture(scope="module")
+def without_graphs(tmp_path_factory):
+    return sampled(tmp_path_factory.mktemp("without_graphs"))
+
+
+@pytest.mark.parametrize("impl", ["local", "full_iteration"])
+def test_a_run_in_graphs_has_the_losses_of_one_without(without_graphs, tmp_path, impl):
+    assert sampled(tmp_path, "--cuda-graph-impl", impl) == without_graphs
+    assert without_graphs[-1] < without_graphs[0]

@@ -56,6 +56,17 @@ def test_steps_of_sides_that_take_turns_one_of_which_is_refused(tmp_path):
 FORMS = ("vanilla", "mhc", "mhc/off/none")
 
 
+def test_steps_in_graphs(tmp_path):
+    options = ["--batches", "1", "--forms", "mhc", "--graphs", "none,full_iteration"]
+    found, _ = run(tmp_path / "step.json", "step", *options, "--micro-batches", "1", *QUICK, "--warm-up", "4")
+    assert names(found) == 2 * [f"micro-batch 1, {n}" for n in FORMS[:2]]
+    assert [row["section"] for row in found["rows"]][1::2] == ["llama-1b, one GPU" + g for g in GRAPHED]
+    assert [row["loss"] for row in found["rows"][:2]] == [row["loss"] for row in found["rows"][2:]]
+
+
+GRAPHED = ("", ", graphs full_iteration")
+
+
 def test_memory(tmp_path):
     found, _ = run(tmp_path / "memory.json", "memory", on_cpu=True)
     assert "4 sub-layers, mHC, auto" in names(found)

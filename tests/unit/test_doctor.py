@@ -296,3 +296,22 @@ def test_programs_are_named_on_the_command_line(tmp_path):
     assert run("nothing").returncode == 2 and "doctor" in run("--help").stdout
     done = run("memory", "--config", str(tmp_path / "missing"))
     assert done.returncode == 2 and "cannot be read" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        ("--cuda-graph-impl local", "local, of each layer all, with the connections of what it holds"),
+        (
+            "--cuda-graph-impl transformer_engine --cuda-graph-modules attn mlp",
+            "transformer_engine, of each layer attn mlp, with the connections of what it holds",
+        ),
+        (
+            "--cuda-graph-impl full_iteration --no-check-for-nan-in-loss-and-grad",
+            "full_iteration, one of the forward and backward passes of a step",
+        ),
+    ],
+)
+def test_graphs_are_named(examine, flags, said):
+    found, blocked, _ = examine(f"{MODEL} {flags}")
+    assert found["CUDA graphs"] == said and blocked == []
