@@ -324,6 +324,7 @@ class PushTransport(Transport):
             self.pool.failed = "an earlier step failed, and its messages with it: start the job again"
         self.leaving.clear()
         self.pool.let_go()
+        self.pool.memory.give_up()
 
     def _said(self, message: Message, what: str, peer: int) -> str:
         return f"{about(self.rank, message, what)}: {silent(self.pool.ranks, peer, self.pool.timeout)}"
