@@ -4,8 +4,8 @@
     wait     the current stream waits for that count; the slot is the tensor
     release  side stream, behind the current one: set the count of free slots at the sender
 
-The sender writes a message's number into its slot once it is whole. The receiver notes which one is there when it has waited
-for a message and when it lets go of it; at the end of the step its host compares.
+The sender writes a message's number into its slot once it is whole. The receiver notes which one is there
+when it has waited for a message and when it lets go of it; at the end of the step its host compares.
 
 `schedule.lanes` says which slot, and why that cannot deadlock with one hardware queue either.
 """
