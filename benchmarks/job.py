@@ -79,13 +79,16 @@ class Turns:
 
     def end(self, result: Any) -> None:
         """Answer what a turn took."""
+        from megatron_mhc.pipeline.links import slots_bytes  # Megatron is imported in `main`
+
         torch.cuda.synchronize()
         whole = 1e3 * (time.perf_counter() - self.began) / (len(self.marks) - 1)
         steps = [a.elapsed_time(b) for a, b in itertools.pairwise(self.marks)]
         losses = result[0] if isinstance(result[0], dict) else {}
         loss = next((float(value.float().mean()) for value in losses.values()), None)
         found = {"steps_ms": steps, "turn_ms": whole, "host_ms": self.hosts, "loss": loss}
-        found["peak_MiB"] = torch.cuda.max_memory_allocated() / 2**20
+        # With the slots of pushed messages, which are not the allocator's.
+        found["peak_MiB"] = (torch.cuda.max_memory_allocated() + slots_bytes()) / 2**20
         found["states_MiB"] = torch.cuda.memory_allocated() / 2**20
         found["reserved_MiB"] = torch.cuda.max_memory_reserved() / 2**20
         self.answer(found)

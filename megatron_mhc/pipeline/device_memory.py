@@ -5,6 +5,7 @@ Nothing here runs on an SM, of the sender or of the receiver.
 
 from __future__ import annotations
 
+import atexit
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from megatron_mhc.ops.hopper.launch import checked
 from megatron_mhc.pipeline.memory import WRAP, Memory, inside, placed
+from megatron_mhc.pipeline.watchdog import LAST_RESORT
 
 GREATER_OR_EQUAL, WITH_BARRIER = 0, 0  # flags of a stream's wait and of its write
 NO_MULTICAST = "TORCH_SYMM_MEM_DISABLE_MULTICAST"
@@ -126,12 +128,28 @@ class DeviceMemory(Memory):
         return torch.cuda.current_stream(self._device).record_event()
 
     def finish(self, check: Callable[[], None]) -> None:
-        events = [stream.record_event() for stream in self._streams.values()] + [self.event()]
-        for event in events:
+        for event in self._events():
             while not event.query():
                 check()
                 time.sleep(1e-4)
         check()
 
+    def give_up(self) -> None:
+        # Freeing memory waits for the device. With one hardware queue nothing may end its waits.
+        atexit.register(_end_unless, self._events())
+
+    def _events(self) -> list[torch.cuda.Event]:
+        """What all streams have to do so far."""
+        return [*(stream.record_event() for stream in self._streams.values()), self.event()]
+
     def holds(self, tensor: Tensor) -> bool:
         return inside(self._own, tensor)
+
+
+def _end_unless(events: list[torch.cuda.Event]) -> None:
+    """End the process at its exit, unless the device has done all of this."""
+    deadline = time.monotonic() + LAST_RESORT
+    while not all(event.query() for event in events):
+        if time.monotonic() > deadline:
+            os._exit(1)  # its error has been printed
+        time.sleep(0.1)

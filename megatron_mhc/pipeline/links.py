@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.utils import log_single_rank
 
 from megatron_mhc.config import MHCConfig, flag
 from megatron_mhc.pipeline import comm
@@ -62,9 +63,8 @@ def choose(pp_group: Any, mhc: MHCConfig) -> Choice:
         name = flag("pipeline_transport")
         raise ValueError(f"{name} push: {choice.why}; use {name} auto or nccl, or put a pipeline on one host")
     _chosen.append((pp_group, asked, choice))
-    if dist.get_rank() == 0:
-        means = "pushed over peer memory" if choice.pushes else f"sent over {dist.get_backend(pp_group)}"
-        logger.warning("mHC pipeline messages are %s: %s", means, choice.why)
+    means = "pushed over peer memory" if choice.pushes else f"sent over {dist.get_backend(pp_group)}"
+    log_single_rank(logger, logging.INFO, f"mHC pipeline messages are {means}: {choice.why}")
     return choice
 
 
@@ -151,8 +151,15 @@ def pool_of(pp_group: Any) -> Pool:
     return pool
 
 
+def slots_bytes() -> int:
+    """Memory of this rank that holds slots; torch's allocator does not count it."""
+    return sum(pool.places.size for _, pool in _pools if pool.places.rooms)
+
+
 def _maker(pp_group: Any) -> Any:
     def make(size: int, notes: int) -> Memory:
+        said = f"mHC pipeline messages have slots of {size / 2**20:.0f} MiB on every rank"
+        log_single_rank(logger, logging.INFO, said)
         if dist.get_backend(pp_group) != "nccl":
             return SharedMemory(pp_group, size, notes, comm.timeout_of(pp_group))
         from megatron_mhc.pipeline.device_memory import DeviceMemory

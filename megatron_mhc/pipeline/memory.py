@@ -91,6 +91,10 @@ class Memory(ABC):
         """Have the host wait for the current stream and those of `behind`; it calls `check` meanwhile."""
         check()
 
+    def give_up(self) -> None:
+        """A step failed. The process may still end, whatever its device waits for."""
+        return None
+
     def holds(self, tensor: Tensor) -> bool:
         """Whether a tensor lies in this rank's memory."""
         return False

@@ -4,8 +4,8 @@
     wait     the current stream waits for that count; the slot is the tensor
     release  side stream, behind the current one: set the count of free slots at the sender
 
-The sender writes a message's number into its slot. The receiver notes which one is there when it has waited
-for a message and when it lets go of it; at the end of the step its host compares.
+The sender writes a message's number into its slot once it is whole. The receiver notes which one is there
+when it has waited for a message and when it lets go of it; at the end of the step its host compares.
 
 `schedule.lanes` says which slot, and why that cannot deadlock with one hardware queue either.
 """
@@ -276,8 +276,9 @@ class PushTransport(Transport):
                 memory.until(places.freed(lane), free)
             except Silent:
                 raise PipelineError(said) from None
-            memory.put(lane.target, at, base + number + 1)
+            memory.put(lane.target, at, ~(base + number + 1))  # no message is whole here meanwhile
             memory.copy(lane.target, at + HEAD, tensor)
+            memory.put(lane.target, at, base + number + 1)
             memory.put(lane.target, places.arrived(lane), base + number + 1)
             memory.note(places.left(lane), base + number + 1)
             self.leaving.append((memory.event(), tensor))
@@ -324,6 +325,7 @@ class PushTransport(Transport):
             self.pool.failed = "an earlier step failed, and its messages with it: start the job again"
         self.leaving.clear()
         self.pool.let_go()
+        self.pool.memory.give_up()
 
     def _said(self, message: Message, what: str, peer: int) -> str:
         return f"{about(self.rank, message, what)}: {silent(self.pool.ranks, peer, self.pool.timeout)}"

@@ -67,7 +67,7 @@ def faulty(fault):
     step, work = transport(slots, PLAN), None
     memory, places = slots.memory, slots.places
     (lane,) = step.tracks
-    until, put = memory.until, memory.put
+    put = memory.put
     if slots.rank == 0:
         if fault == "overwritten":
             memory.until = lambda offset, value: None
@@ -76,7 +76,8 @@ def faulty(fault):
                 put(rank, offset, value) if (offset, value) != (places.arrived(lane), 6) else None
             )
         elif fault == "wrong number":
-            more = {places.arrived(lane): 1}
+            more, copy = {places.arrived(lane): 1}, memory.copy
+            memory.copy = lambda *where: (time.sleep(0.3), copy(*where))  # the receiver is first
             memory.put = lambda rank, offset, value: put(rank, offset, value + more.get(offset, 0))
         elif fault == "old message":  # tells of one more than it has sent
             memory.copy = lambda *_: time.sleep(0.2)
@@ -92,8 +93,6 @@ def faulty(fault):
 
     elif fault == "never lets go":
         memory.put = lambda *_: None
-    elif fault == "wrong number":
-        memory.until = until
     start = time.monotonic()
     try:
         wrong = drive(PLAN, slots.rank, step, 0, work or (lambda op: None))

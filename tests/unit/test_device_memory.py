@@ -116,3 +116,19 @@ def test_the_host_looks_at_the_clock_while_it_waits(memory):
     assert asked
     with memory.aside() as stream:
         assert stream is memory._free
+
+
+def test_a_process_that_gave_up_ends_whatever_its_device_waits_for(memory, monkeypatch):
+    registered, ended = [], []
+    monkeypatch.setattr(device_memory.atexit, "register", lambda *call: registered.append(call))
+    monkeypatch.setattr(
+        device_memory.os, "_exit", lambda status: ended.append(status) or (_ for _ in ()).throw(SystemExit)
+    )
+    monkeypatch.setattr(device_memory, "LAST_RESORT", 0.2)
+    memory.give_up()
+    ((end, events),) = registered
+    end(events)
+    assert events and not ended
+    with pytest.raises(SystemExit):
+        end([types.SimpleNamespace(query=lambda: False)])
+    assert ended == [1]
