@@ -50,7 +50,9 @@ def run(module: list[str], processes: int) -> tuple[int, str]:
     with tempfile.NamedTemporaryFile("r", errors="replace") as output:
         asked = dict(module=module, processes=processes, output=output.name, seconds=200)
         print(json.dumps(asked), file=server.stdin, flush=True)
-        return int(server.stdout.readline()), output.read()
+        status = server.stdout.readline()
+        assert status, "pretrain_server.py ended; what it said stands above"
+        return int(status), output.read()
 
 
 @functools.cache

@@ -1,6 +1,7 @@
 """The example scripts' command lines against Megatron's own parser and checks; nothing is trained."""
 
 import os
+import runpy
 import shlex
 import subprocess
 from pathlib import Path
@@ -51,6 +52,18 @@ def test_door_is_valid(tmp_path, run_ranks, script):
     argv = [*words[words.index("--num-layers") :], "--no-rope-fusion"]  # the fusion needs TransformerEngine
     args, _, mhc = run_ranks(1, parsed, argv, 1)[0]
     assert (args["num_layers"], mhc.num_residual_streams) == (12, 4)
+
+
+def test_the_quickstart_logs_what_plot_draws(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES / "quickstart"))
+    run = runpy.run_path(str(EXAMPLES / "quickstart" / "run.py"))
+    run["train"].__globals__["run"] = lambda *_: {}  # nothing is trained
+    machine = run["Machine"](gpu=False, processes=2)
+    for kind in run["NAMES"]:
+        run["train"](kind, machine, 240, tmp_path)
+    assert "--mhc-log-interval 12" in (tmp_path / "mhc" / "train.sh").read_text()
+    assert "--mhc-log-interval 12" in (tmp_path / "mhc" / "resume.sh").read_text()
+    assert "--mhc" not in (tmp_path / "plain" / "train.sh").read_text()
 
 
 @pytest.mark.parametrize("script", sorted(p.name for p in EXAMPLES.glob("*.s*") if p.suffix != ".py"))
