@@ -119,6 +119,22 @@ FEATURES = (
         ),
     ),
     Feature(
+        "packed sequences (THD): TP, PP, VPP, EP, CP, every schedule",
+        YES,
+        "with stand-ins for attention, which only Transformer Engine's packs; "
+        "`megatron_mhc.pretrain_gpt` has no `--sft`",
+        (
+            "distributed/test_packed.py::test_packed_sequences_match_the_sequences_one_by_one",
+            "distributed/test_packed.py::test_packed_sequences_over_context_ranks_match_a_single_process",
+        ),
+    ),
+    Feature(
+        "`--reset-attention-mask`, `--reset-position-ids`",
+        YES,
+        "",
+        ("distributed/test_packed.py::test_reset_attention_masks_match_the_sequences_one_by_one",),
+    ),
+    Feature(
         "frozen stages and embeddings",
         YES,
         "",
@@ -225,7 +241,7 @@ FEATURES = (
     ),
     Feature("FP8 (Transformer Engine)", UNTESTED, "F's linears alone; 50 steps trained by hand on one H100"),
     Feature(
-        "packed sequences (THD), `--use-precision-aware-optimizer`; inference engines; Blackwell",
+        "`--use-precision-aware-optimizer`; inference engines; Blackwell",
         UNTESTED,
         "",
     ),
