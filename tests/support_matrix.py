@@ -156,6 +156,13 @@ FEATURES = (
         ("gpu/test_te.py::test_fused_gradient_accumulation_matches_unfused",),
     ),
     Feature(
+        "`--fp32-residual-connection`",
+        YES,
+        "fp32 streams, F in bf16; the Hopper kernels take bf16 streams alone. In stock too the norm has to "
+        "return bf16, or autocast be on",
+        ("distributed/test_fp32_residual.py::test_layout_matches_single_process",),
+    ),
+    Feature(
         "`torch.autocast`, `enable_autocast`",
         YES,
         "coefficients and streams stay fp32; MoE needs Transformer Engine, in stock too",
@@ -265,7 +272,7 @@ FEATURES = (
         ("unit/test_options.py::test_fully_sharded_data_parallelism_is_refused",),
     ),
     Feature(
-        "activation offloading, fp32 residual, heterogeneous layers, standalone MTP",
+        "activation offloading, heterogeneous layers, standalone MTP",
         REFUSED,
         "",
         (_REFUSALS + "unsupported_setting_is_refused",),
