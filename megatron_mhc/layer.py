@@ -92,7 +92,7 @@ class HyperConnectionTransformerLayer(TransformerLayer, GraphEdge):
     def get_layer_static_inputs(self, seq_length: int, micro_batch_size: int) -> dict[str, Tensor]:
         """Megatron's sample of what the graph reads, with streams [s, b, n*C] where it reads those."""
         inputs = super().get_layer_static_inputs(seq_length, micro_batch_size)
-        sample = inputs["hidden_states"].to(self.config.params_dtype)
+        sample = inputs["hidden_states"].to(parallel.streams_dtype(self.config))
         if self.layer_number > 1 or not self.held.attention:
             sample = sample.repeat(1, 1, self.mhc.num_residual_streams)
         inputs["hidden_states"] = sample.detach().requires_grad_()

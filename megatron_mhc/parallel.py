@@ -11,6 +11,7 @@ Mapping parameters are replicated over TP. Every reduction is one that Megatron 
 
 from __future__ import annotations
 
+import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
@@ -22,6 +23,11 @@ def mark_replicated(module: nn.Module, config: TransformerConfig) -> None:
     """Mark a module's parameters as replicated over TP, to be summed over it under sequence parallel."""
     for parameter in module.parameters():
         parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+
+def streams_dtype(config: TransformerConfig) -> torch.dtype:
+    """Of the streams: fp32 under --fp32-residual-connection, as the hidden states between stock's layers."""
+    return torch.float32 if config.fp32_residual_connection else config.params_dtype
 
 
 def validate(config: TransformerConfig, mhc: MHCConfig) -> None:

@@ -114,7 +114,11 @@ def _other_options(config: Any, mhc: MHCConfig) -> str | None:
 
 # A model's configuration, at each of its layers.
 MODEL = (
-    _setting("fp32_residual_connection", "drop it: coefficients are applied in fp32 already"),
+    Refusal(
+        lambda config, mhc: config.fp32_residual_connection and mhc.backend == "hopper",
+        "--mhc-backend hopper does not support --fp32-residual-connection {value}",
+        "its kernels take streams of bf16; use --mhc-backend auto, or drop it",
+    ),
     _setting("cpu_offloading", _NO_OFFLOADING),
     _setting("fine_grained_activation_offloading", _NO_OFFLOADING),
     _setting("inference_fuse_tp_communication", "drop it: it adds the residual inside a linear layer"),

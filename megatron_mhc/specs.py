@@ -156,7 +156,7 @@ class GPTScriptsCallThis:
         hooks.require(schedule=mhc.pipeline_schedule in OVERLAPPED)
         spec = wrap_block_spec(default_layer_spec(model_config, vp_stage), mhc, transformer, vp_stage)
         device = torch.empty(0, device=torch.cuda.current_device()).device.type
-        backend = choose(mhc, transformer.hidden_size, transformer.params_dtype, device)
+        backend = choose(mhc, transformer.hidden_size, parallel.streams_dtype(transformer), device)
         log_single_rank(logger, logging.INFO, f"mHC: {mhc.to_options()}; operations: {backend}")
         return spec
 

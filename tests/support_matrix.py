@@ -119,6 +119,22 @@ FEATURES = (
         ),
     ),
     Feature(
+        "packed sequences (THD): TP, PP, VPP, EP, CP, every schedule",
+        YES,
+        "with stand-ins for attention, which only Transformer Engine's packs; "
+        "`megatron_mhc.pretrain_gpt` has no `--sft`",
+        (
+            "distributed/test_packed.py::test_packed_sequences_match_the_sequences_one_by_one",
+            "distributed/test_packed.py::test_packed_sequences_over_context_ranks_match_a_single_process",
+        ),
+    ),
+    Feature(
+        "`--reset-attention-mask`, `--reset-position-ids`",
+        YES,
+        "",
+        ("distributed/test_packed.py::test_reset_attention_masks_match_the_sequences_one_by_one",),
+    ),
+    Feature(
         "frozen stages and embeddings",
         YES,
         "",
@@ -138,6 +154,13 @@ FEATURES = (
         YES,
         "one GPU",
         ("gpu/test_te.py::test_fused_gradient_accumulation_matches_unfused",),
+    ),
+    Feature(
+        "`--fp32-residual-connection`",
+        YES,
+        "fp32 streams, F in bf16; the Hopper kernels take bf16 streams alone. In stock too the norm has to "
+        "return bf16, or autocast be on",
+        ("distributed/test_fp32_residual.py::test_layout_matches_single_process",),
     ),
     Feature(
         "`torch.autocast`, `enable_autocast`",
@@ -235,7 +258,7 @@ FEATURES = (
     ),
     Feature("FP8 (Transformer Engine)", UNTESTED, "F's linears alone; 50 steps trained by hand on one H100"),
     Feature(
-        "packed sequences (THD), `--use-precision-aware-optimizer`; inference engines; Blackwell",
+        "`--use-precision-aware-optimizer`; inference engines; Blackwell",
         UNTESTED,
         "",
     ),
@@ -252,7 +275,7 @@ FEATURES = (
         ("unit/test_options.py::test_fully_sharded_data_parallelism_is_refused",),
     ),
     Feature(
-        "activation offloading, fp32 residual, heterogeneous layers, standalone MTP",
+        "activation offloading, heterogeneous layers, standalone MTP",
         REFUSED,
         "",
         (_REFUSALS + "unsupported_setting_is_refused",),

@@ -52,7 +52,7 @@ def ranks(config: Any, mhc: MHCConfig, sequence: int, micro_batch: int, micro_ba
     tokens = sequence * micro_batch // config.context_parallel_size
     if config.sequence_parallel:
         tokens //= config.tensor_model_parallel_size
-    one = tokens * config.hidden_size * inventory.itemsize(config)
+    one = tokens * config.hidden_size * (4 if config.fp32_residual_connection else inventory.itemsize(config))
     found = []
     for rank in range(config.pipeline_model_parallel_size):
         chunks = layers_of_rank(config, rank)

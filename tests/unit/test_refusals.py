@@ -34,7 +34,6 @@ def config(**settings):
 @pytest.mark.parametrize(
     "name, value",
     [
-        ("fp32_residual_connection", True),
         ("overlap_moe_expert_parallel_comm", True),
         ("cpu_offloading", True),
         ("fine_grained_activation_offloading", True),
@@ -49,6 +48,13 @@ def test_unsupported_setting_is_refused(name, value):
     with pytest.raises(ValueError) as error:
         parallel.validate(config(**{name: value}), MHCConfig())
     assert f"--{name.replace('_', '-')} {value}: " in str(error.value)
+
+
+def test_fp32_streams_are_refused_under_the_kernels_that_take_bf16():
+    settings = config(fp32_residual_connection=True)
+    with pytest.raises(ValueError, match="hopper does not support --fp32-residual-connection True"):
+        parallel.validate(settings, MHCConfig(backend="hopper"))
+    parallel.validate(settings, MHCConfig())
 
 
 @pytest.mark.parametrize("impl", ["none", "local", "transformer_engine", "full_iteration"])
