@@ -1,5 +1,6 @@
 """The benchmarks: each of them at toy sizes on the CPU, what they make of known numbers, and all.sh."""
 
+import argparse
 import json
 import os
 import subprocess
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import harness, jobs, report, trace
+from benchmarks import harness, jobs, report, step, trace
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICK = ["--turns", "1", "--steps", "2", "--warm-up", "1"]
@@ -96,6 +97,19 @@ def test_recipes_are_those_of_the_examples():
     assert not {"--save", "--load", "--tensorboard-dir", "--exit-signal-handler"} & set(words)
     with pytest.raises(ValueError, match="no model"):
         jobs.recipe("5b", "mhc")
+
+
+@pytest.mark.parametrize(
+    "model, tp, graphs", [("llama-1b", 1, "full_iteration"), ("llama-1b", 2, "none"), ("3b", 1, "none")]
+)
+def test_nothing_is_in_the_way_of_a_step_but_what_a_cpu_lacks(model, tp, graphs):
+    options = argparse.Namespace(model=model, tp=tp, micro_batches=None, tiny=False)
+    arguments = step.job("mhc/auto", 1, graphs, options).arguments
+    torchrun = ["torchrun", "--nproc-per-node", str(tp), "-m", "megatron_mhc.pretrain_gpt"]
+    command = [sys.executable, "-m", "megatron_mhc", "doctor", "--", *torchrun, *arguments]
+    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
+    in_the_way = said.partition("in the way\n")[2].strip().splitlines()
+    assert in_the_way and all("No module named 'transformer_engine'" in line for line in in_the_way), said
 
 
 # Reports
