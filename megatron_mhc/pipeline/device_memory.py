@@ -58,7 +58,14 @@ class DeviceMemory(Memory):
         self._device = torch.empty(0, device="cuda").device  # the current one
         torch.cuda.empty_cache()  # this memory is not the caching allocator's
         with _without_multicast():
-            self._own = _SymmetricMemory.empty_strided_p2p((size,), (1,), torch.uint8, self._device)
+            try:
+                self._own = _SymmetricMemory.empty_strided_p2p((size,), (1,), torch.uint8, self._device)
+            except RuntimeError as error:
+                raise RuntimeError(
+                    f"no memory for {size / 2**20:.0f} MiB of slots for pipeline messages ({error}): take "
+                    "--mhc-pp-boundary split, whose slots are fewer, smaller micro-batches, or "
+                    "--mhc-pipeline-transport nccl"
+                ) from error
             self._own.zero_()
             torch.cuda.synchronize(self._device)
             self._handle = rendezvous(self._own, group)

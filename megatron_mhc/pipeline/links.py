@@ -133,7 +133,9 @@ def sms_of_receives(config: Any, mhc: MHCConfig) -> int:
         return 0
     # A training loop may have groups of its own, or none yet.
     group = parallel_state.get_pipeline_model_parallel_group(check_initialized=False)
-    if not dist.is_initialized() or dist.get_backend(group) != "nccl" or choose(group, mhc).pushes:
+    if not dist.is_initialized() or dist.get_backend(group) != "nccl":
+        return 0
+    if group is not None and choose(group, mhc).pushes:
         return 0
     return comm.PENDING * int(os.environ.get("NCCL_MAX_CTAS") or comm.CTAS)
 

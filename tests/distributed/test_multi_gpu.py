@@ -158,6 +158,8 @@ def test_a_models_kernels_leave_sms_to_the_receives_of_its_own_schedule(
     monkeypatch.setattr(links.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(links.dist, "get_backend", lambda group: backend)
     monkeypatch.setattr(links, "choose", lambda *_: Choice(chosen, ""))
+    group = "get_pipeline_model_parallel_group"
+    monkeypatch.setattr(links.parallel_state, group, lambda check_initialized: "a group")
     monkeypatch.delenv("NCCL_MAX_CTAS", raising=False)
     if limit:
         monkeypatch.setenv("NCCL_MAX_CTAS", limit)

@@ -104,6 +104,16 @@ def test_what_came_is_there_and_a_count_may_wrap_around(memory):
     assert not memory.holds(torch.zeros(3))
 
 
+def test_slots_that_do_not_fit_are_told_with_what_to_do(memory, monkeypatch):
+    def full(*_):
+        raise RuntimeError("CUDA driver error: out of memory")
+
+    monkeypatch.setattr("torch._C._distributed_c10d._SymmetricMemory.empty_strided_p2p", full)
+    group = types.SimpleNamespace(rank=lambda: 0, size=lambda: 2)
+    with pytest.raises(RuntimeError, match="no memory for 3 MiB of slots.*out of memory.*boundary split"):
+        device_memory.DeviceMemory(group, 3 * 2**20, 8)
+
+
 def test_a_driver_that_fails_says_at_what(memory):
     memory._driver.cuStreamWaitValue32 = lambda *_: (801,)
     with pytest.raises(RuntimeError, match="cuStreamWaitValue32 failed"):
