@@ -44,22 +44,22 @@ class ModelChunk:
 
     def add(self, layer: HyperConnectionTransformerLayer) -> tuple[SubLayer, ...]:
         """Take in the next layer; returns its sub-layers."""
-        added = attention, mlp = self.sublayers_of(layer)
-        if layer.held.attention:
-            attention.read_in = attention.written_in = layer
-        if layer.held.mlp or layer.held.router:
-            mlp.read_in = layer
-        if layer.held.mlp:
-            mlp.written_in = layer
+        added = self.sublayers_of(layer)
+        for sublayer in added:
+            if sublayer.f is attention and layer.held.attention:
+                sublayer.read_in = sublayer.written_in = layer
+            if sublayer.f is mlp and (layer.held.mlp or layer.held.router):
+                sublayer.read_in = layer
+            if sublayer.f is mlp and layer.held.mlp:
+                sublayer.written_in = layer
         self.sublayers += added
         return added
 
     def sublayers_of(self, layer: HyperConnectionTransformerLayer) -> tuple[SubLayer, ...]:
+        parts = (layer.self_attention_hyper_connection, attention), (layer.mlp_hyper_connection, mlp)
+        there = [(connection, f) for connection, f in parts if connection is not None]
         first = len(self.sublayers)
-        return (
-            SubLayer(layer.self_attention_hyper_connection, attention, self, first),
-            SubLayer(layer.mlp_hyper_connection, mlp, self, first + 1),
-        )
+        return tuple(SubLayer(connection, f, self, first + at) for at, (connection, f) in enumerate(there))
 
     def next_pre(self, sublayer: SubLayer, streams: Tensor) -> NextPre | None:
         """The next connection's `pre`, if this sub-layer computes it ahead; streams: [s, b, n*C]."""

@@ -17,6 +17,7 @@ from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
 
 from megatron_mhc import parallel
+from megatron_mhc.backend import Backend
 from megatron_mhc.carried import remember
 from megatron_mhc.chunk import ModelChunks
 from megatron_mhc.config import MHCConfig
@@ -33,7 +34,8 @@ class HyperConnectionTransformerLayer(TransformerLayer, GraphEdge):
 
     Attention and MLP are Megatron's own, run by its own `_forward_attention` and `_forward_mlp` with
     their norms, dropout and recompute, but without the addition of the residual (see
-    `sublayer.bias_dropout`). The model's first layer copies the embedding into the streams.
+    `sublayer.bias_dropout`). The model's first layer copies the embedding into the streams. Where a layer
+    has no attention or no MLP (`IdentityOp`), the streams pass unchanged.
 
     Args:
         chunks: shared by the layers of a model chunk; a layer without makes a chunk of its own.
@@ -61,12 +63,20 @@ class HyperConnectionTransformerLayer(TransformerLayer, GraphEdge):
         first = 2 * (self.layer_number - 1)
         chunks = chunks or ModelChunks(config, mhc, layers=1)
         reserved = chunks.reserved_sms
-        self.self_attention_hyper_connection = HyperConnectionModule(config, mhc, first, reserved)
-        self.mlp_hyper_connection = HyperConnectionModule(config, mhc, first + 1, reserved)
+        self.self_attention_hyper_connection, self.mlp_hyper_connection = (
+            None if isinstance(f, IdentityOp) else HyperConnectionModule(config, mhc, first + at, reserved)
+            for at, f in enumerate((self.self_attention, self.mlp))
+        )
+        self.expanding = Backend(mhc)
         self.held, self.eager = Held.of(self), False
         refuse(LAYER, self, mhc)
         self.chunk = chunks.of(self)
         self.sublayers = self.chunk.add(self)
+
+    def connections(self) -> list[HyperConnectionModule]:
+        """Of its attention and its MLP, as far as it has them."""
+        both = self.self_attention_hyper_connection, self.mlp_hyper_connection
+        return [connection for connection in both if connection is not None]
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """Run the layer.
@@ -85,7 +95,7 @@ class HyperConnectionTransformerLayer(TransformerLayer, GraphEdge):
         width, n = self.config.hidden_size, self.mhc.num_residual_streams
         first = self.layer_number == 1
         check_width(hidden_states, width if first else n * width, f"layer {self.layer_number}")
-        return self.self_attention_hyper_connection.backend.expand(hidden_states) if first else hidden_states
+        return self.expanding.expand(hidden_states) if first else hidden_states
 
     # Of Megatron's CUDA graphs, see `graphs`.
 
@@ -207,10 +217,4 @@ def viewless(streams: Tensor) -> Tensor:
 
 def unsupported_submodule(submodules: TransformerLayerSubmodules) -> str | None:
     """Name the part of a layer that mHC cannot wrap, or None."""
-    if submodules.cross_attention is not IdentityOp:
-        return "cross_attention"
-    if submodules.self_attention is IdentityOp:
-        return "self_attention=IdentityOp"
-    if submodules.mlp is IdentityOp:
-        return "mlp=IdentityOp"
-    return None
+    return None if submodules.cross_attention is IdentityOp else "cross_attention"

@@ -123,7 +123,6 @@ MODEL = (
     _setting("fine_grained_activation_offloading", _NO_OFFLOADING),
     _setting("inference_fuse_tp_communication", "drop it: it adds the residual inside a linear layer"),
     _setting("transformer_impl", "use transformer_engine or local", lambda v: v == "inference_optimized"),
-    _setting("heterogeneous_block_specs", "use layers of one kind (MoE frequency lists are fine)"),
     _setting("is_hybrid_model", "use a GPT model: Mamba layers are not wrapped"),
     _setting("mtp_standalone", "put the MTP layer on the stage of the last decoder layer and the loss"),
     Refusal(
@@ -228,6 +227,15 @@ def _without_gradients(layer: Any, mhc: MHCConfig) -> str | None:
     return "mla_up_proj" if layer.held.attention and up_projection else None
 
 
+def _lacking(found: Callable[[Any, MHCConfig], Any], what: str, remedy: str) -> Refusal:
+    """A row of layers without attention or without an MLP."""
+    return Refusal(
+        lambda layer, mhc: found(layer, mhc) if len(layer.connections()) < 2 else None,
+        f"{what} does not support layers without attention or without an MLP",
+        remedy,
+    )
+
+
 # A built layer, whose `held` is what its CUDA graph holds of it.
 LAYER = (
     Refusal(
@@ -241,6 +249,22 @@ LAYER = (
         "--recompute-modules {value} with --cuda-graph-impl local leaves its parameters without a gradient",
         "recompute without it, or use --cuda-graph-impl transformer_engine",
     ),
+    _lacking(
+        lambda layer, mhc: mhc.recompute_layer_num != "off",
+        "--mhc-recompute-layer-num {mhc.recompute_layer_num}",
+        "use Megatron's --recompute-granularity, or drop it",
+    ),
+    _lacking(
+        lambda layer, mhc: mhc.pipeline_schedule == "fused" or mhc.pp_boundary == "split",
+        "--mhc-pipeline-schedule {mhc.pipeline_schedule} --mhc-pp-boundary {mhc.pp_boundary}",
+        "use --mhc-pp-boundary whole, with --mhc-pipeline-schedule interleaved or megatron",
+    ),
+    _lacking(
+        lambda layer, mhc: mhc.log_interval or None,
+        "--mhc-log-interval {value}",
+        "drop it: its gains are of all sub-layers",
+    ),
+    _lacking(lambda layer, mhc: any(layer.held), "--cuda-graph-impl", "drop it"),
 )
 
 # The schedules: Megatron's, the two that overlap, and of these `fused`; then the `split` boundary.

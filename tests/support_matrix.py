@@ -163,6 +163,16 @@ FEATURES = (
         ("distributed/test_fp32_residual.py::test_layout_matches_single_process",),
     ),
     Feature(
+        "`--heterogeneous-layers-config-path`, layers without attention or without an MLP",
+        YES,
+        "streams pass what is not there unchanged; not with `--mhc-recompute-layer-num`, `fused`, `split` "
+        "or diagnostics",
+        (
+            "distributed/test_heterogeneous.py::test_layout_matches_single_process",
+            "distributed/test_heterogeneous.py::test_resharded_training_matches_unbroken_run",
+        ),
+    ),
+    Feature(
         "`torch.autocast`, `enable_autocast`",
         YES,
         "coefficients and streams stay fp32; MoE needs Transformer Engine, in stock too",
@@ -275,7 +285,7 @@ FEATURES = (
         ("unit/test_options.py::test_fully_sharded_data_parallelism_is_refused",),
     ),
     Feature(
-        "activation offloading, heterogeneous layers, standalone MTP",
+        "activation offloading, standalone MTP",
         REFUSED,
         "",
         (_REFUSALS + "unsupported_setting_is_refused",),
