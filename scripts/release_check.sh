@@ -33,7 +33,8 @@ for base in "$@"; do
     "$python" -m torch.distributed.run --standalone --nproc-per-node 1 -m megatron_mhc.testing.cpu \
         -m megatron_mhc.pretrain_gpt $(cat "$folder/tree/tests/unit/cpu_model.args") >"$folder/train.log" 2>&1 ||
         { tail -n 20 "$folder/train.log"; die "training failed"; }
-    [ "$(grep -c 'lm loss: ' "$folder/train.log")" = 3 ] || die "these are not three steps: $folder/train.log"
+    [ "$(grep -c 'lm loss: ' "$folder/train.log")" = 3 ] ||
+        { tail -n 20 "$folder/train.log"; die "these are not three steps"; }
     grep -o 'lm loss: [^|]*' "$folder/train.log"
     if [ -n "${TESTS:-}" ]; then
         step "tests/unit"
