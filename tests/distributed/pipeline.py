@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import re
 from collections.abc import Callable
 from typing import Any
@@ -27,11 +28,13 @@ from megatron_mhc.testing import ranks
 from megatron_mhc.testing.parameters import fill
 
 ERROR = 1e-10
+TRANSPORT = os.environ.get("MEGATRON_MHC_TEST_TRANSPORT", "auto")  # of all tests that name none
 BOUNDARIES, SCHEDULES = ("whole", "split"), ("interleaved", "fused")
 LAYERS = 12  # unless the number of stages does not divide it
 
 
 def interleaved(boundary: str = "whole", schedule: str = "interleaved", **options: Any) -> MHCConfig:
+    options = dict(pipeline_transport=TRANSPORT) | options
     return MHCConfig(pipeline_schedule=schedule, pp_boundary=boundary, **options)
 
 
