@@ -82,6 +82,13 @@ SPEC_DOOR = tuple(
 _NO_OFFLOADING = "drop it, and use --recompute-granularity to save memory"
 
 
+def _offloaded_streams(config: Any, mhc: MHCConfig) -> str | None:
+    # Megatron frees what a norm has read. With one stream that nothing maps, that is the streams.
+    if not config.fine_grained_activation_offloading or mhc.num_residual_streams > 1 or mhc.h_pre != "fixed":
+        return None
+    return " ".join(name for name in config.offload_modules or [] if name.endswith("_norm")) or None
+
+
 def _taken_apart(config: Any, mhc: MHCConfig) -> bool:
     # It asks for Megatron's combined 1F1B, in whose place `fused` runs; --delay-wgrad-compute asks for it.
     fused = mhc.pipeline_schedule == "fused" and config.pipeline_model_parallel_size > 1
@@ -120,7 +127,17 @@ MODEL = (
         "its kernels take streams of bf16; use --mhc-backend auto, or drop it",
     ),
     _setting("cpu_offloading", _NO_OFFLOADING),
-    _setting("fine_grained_activation_offloading", _NO_OFFLOADING),
+    Refusal(
+        lambda config, mhc: config.fine_grained_activation_offloading and mhc.recompute_layer_num != "off",
+        "--mhc-recompute-layer-num {mhc.recompute_layer_num} does not support "
+        "--fine-grained-activation-offloading {value}",
+        "both take the layer inputs from memory; drop one of them",
+    ),
+    Refusal(
+        _offloaded_streams,
+        "--offload-modules {value} with --mhc-num-residual-streams 1 and --mhc-h-pre fixed",
+        "the norm's input is the stream itself, which post_res reads later; offload other modules",
+    ),
     _setting("inference_fuse_tp_communication", "drop it: it adds the residual inside a linear layer"),
     _setting("transformer_impl", "use transformer_engine or local", lambda v: v == "inference_optimized"),
     _setting("is_hybrid_model", "use a GPT model: Mamba layers are not wrapped"),
@@ -289,6 +306,8 @@ OVERLAPPED = (
         ("variable_seq_lengths", "messages have one shape; pack sequences to one length"),
         ("num_microbatches_with_partial_activation_checkpoints", "drop it", lambda v: v is not None),
         ("moe_paged_stash", "drop it"),
+        # Its chunks come back in the order of Megatron's schedule.
+        ("fine_grained_activation_offloading", "drop it"),
         ("hybrid_context_parallel", "drop it"),
     ),
     Refusal(

@@ -33,6 +33,12 @@ _REFUSALS = "unit/test_refusals.py::test_"
 
 FEATURES = (
     Feature(
+        "random combinations of the switches below, on two ranks",
+        YES,
+        "each trains as one process does, or is refused as it is built; 12 of 300 without `-m slow`",
+        ("distributed/test_switches.py::test_combination_trains_as_its_twin_or_is_refused_by_name",),
+    ),
+    Feature(
         "TP, TP + sequence parallel",
         YES,
         "n = 1, 2, 4",
@@ -173,6 +179,12 @@ FEATURES = (
         ),
     ),
     Feature(
+        "`--fine-grained-activation-offloading`",
+        YES,
+        "under Megatron's schedule, shown on a CPU; not with `--mhc-recompute-layer-num`",
+        ("distributed/test_offloading.py::test_offloaded_activations_give_the_gradients_of_stored_ones",),
+    ),
+    Feature(
         "`torch.autocast`, `enable_autocast`",
         YES,
         "coefficients and streams stay fp32; MoE needs Transformer Engine, in stock too",
@@ -285,7 +297,7 @@ FEATURES = (
         ("unit/test_options.py::test_fully_sharded_data_parallelism_is_refused",),
     ),
     Feature(
-        "activation offloading, standalone MTP",
+        "`--cpu-offloading`, standalone MTP",
         REFUSED,
         "",
         (_REFUSALS + "unsupported_setting_is_refused",),

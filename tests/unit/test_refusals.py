@@ -35,7 +35,6 @@ def config(**settings):
     [
         ("overlap_moe_expert_parallel_comm", True),
         ("cpu_offloading", True),
-        ("fine_grained_activation_offloading", True),
         ("inference_fuse_tp_communication", True),
         ("transformer_impl", "inference_optimized"),
         ("is_hybrid_model", True),
@@ -52,6 +51,29 @@ def test_fp32_streams_are_refused_under_the_kernels_that_take_bf16():
     settings = config(fp32_residual_connection=True)
     with pytest.raises(ValueError, match="hopper does not support --fp32-residual-connection True"):
         parallel.validate(settings, MHCConfig(backend="hopper"))
+    parallel.validate(settings, MHCConfig())
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (
+            dict(recompute_layer_num="2"),
+            "--mhc-recompute-layer-num 2 .* --fine-grained-activation-offloading",
+        ),
+        (dict(num_residual_streams=1, h_pre="fixed"), "--offload-modules attn_norm with"),
+        (
+            dict(pipeline_schedule="interleaved"),
+            "interleaved does not .* --fine-grained-activation-offloading",
+        ),
+    ],
+)
+def test_offloading_is_refused_where_mhc_reads_what_it_frees(options, words):
+    settings = config(fine_grained_activation_offloading=True, offload_modules=["core_attn", "attn_norm"])
+    mhc = MHCConfig(**options)
+    with pytest.raises(ValueError, match=words):
+        parallel.validate(settings, mhc)
+        check_config(settings, mhc)
     parallel.validate(settings, MHCConfig())
 
 
