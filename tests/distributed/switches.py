@@ -71,7 +71,6 @@ SETTINGS: tuple[tuple[int, dict[str, Any]], ...] = (
     (3, dict(overlap_moe_expert_parallel_comm=True, delay_wgrad_compute=True)),
     (10, dict(mlp_chunks_for_training=2)),
     (2, dict(cpu_offloading=True, cpu_offloading_num_layers=1)),
-    (2, dict(fine_grained_activation_offloading=True, offload_modules=["core_attn"])),
     (10, dict(batch_p2p_comm=False)),
 )
 STAGES = (
