@@ -39,7 +39,12 @@ LAYOUTS = {
 DENSE = ("dense", "biased", "tied", "mtp", "mla")
 MOE = ("moe", "moe_shared", "moe_after_dense", "mtp_moe")
 MODULES = ("core_attn", "mlp", "layernorm", "moe", "mla_up_proj", "shared_experts")
-TRAINED = {"all": (".",), "mappings": ("hyper_connection",), "second_half": (r"layers\.[23]\.", "output")}
+# The final norm has a gradient of the order of the loss, by which `differences` judges those that vanish.
+TRAINED = {
+    "all": (".",),
+    "mappings": ("hyper_connection", "final_layernorm"),
+    "second_half": (r"layers\.[23]\.", "output"),
+}
 # What changes the result, and is the twin's too; the rest must not show.
 ARITHMETIC: dict[str, tuple[Any, ...]] = {
     "num_residual_streams": (4, 4, 4, 1, 2, 3, 8),
@@ -66,8 +71,6 @@ SETTINGS: tuple[tuple[int, dict[str, Any]], ...] = (
     (3, dict(overlap_moe_expert_parallel_comm=True, delay_wgrad_compute=True)),
     (10, dict(mlp_chunks_for_training=2)),
     (2, dict(cpu_offloading=True, cpu_offloading_num_layers=1)),
-    (2, dict(fine_grained_activation_offloading=True, offload_modules=["core_attn"])),
-    (10, dict(fp32_residual_connection=True)),
     (10, dict(batch_p2p_comm=False)),
 )
 STAGES = (
@@ -129,6 +132,8 @@ def _combination(choose: random.Random) -> Combination:
     arithmetic = some(ARITHMETIC) if choose.random() < 0.5 else {}
     mhc["recompute_coefficients"] = mhc["recompute_layer_num"] != "off" and choose.random() < 0.3
     trained = choose.choice(("all", "all", "all", "mappings", "second_half"))
+    if "layernorm" in settings.get("recompute_modules", ()) and trained == "second_half":
+        trained = "all"  # stock replays twice the norm of the first layer that is trained
     return Combination(layout, kind, trained, arithmetic, mhc, settings, choose.choice(DDP))
 
 
