@@ -11,6 +11,8 @@ import torch
 from megatron.core import parallel_state as ps
 from torch import Tensor
 
+from megatron_mhc.checkpoint_parts import InParts
+
 # A local module for each expert, or one grouped module with a weight for each.
 _EXPERT = re.compile(r"(local_experts\.|experts\.linear_fc[12]\.(?:weight|bias))(\d+)")
 
@@ -62,21 +64,28 @@ def fill(chunks: list[Any], std: float = 0.1) -> None:
     Args:
         std: of weight matrices, but those of mappings and routers.
     """
+    modules = [module for chunk in chunks for module in chunk.modules() if isinstance(module, InParts)]
+    parts = {id(module.affine): module.parts for module in modules if module.parts}
     for name, parameter in global_parameters(chunks):
         shape = list(parameter.shape)
         if (size := _tensor_parallel(parameter)[1]) > 1:
             shape[parameter.partition_dim] *= size  # type: ignore[attr-defined]
-        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-        noise = torch.randn(shape, generator=generator, dtype=torch.float64)
-        if "hyper_connection" in name or "layernorm.head" in name:
-            full = noise * (0.1 if "proj" in name else 0.5)
-            if name.endswith(("affine", "alpha")):
-                full[-3:] += 1.0  # alphas, behind the biases
-        elif "norm" in name and name.endswith("weight"):
-            full = 1 + 0.1 * noise
+        if id(parameter) in parts:
+            at, own = name.removesuffix("affine"), parts[id(parameter)]
+            full = torch.cat([_values(at + part, [size], std) for part, size in own.items()])
         else:
-            full = noise * (0.5 if "router" in name else std)
+            full = _values(name, shape, std)
         parameter.copy_(shard(full, parameter))
+
+
+def _values(name: str, shape: list[int], std: float) -> Tensor:
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+    noise = torch.randn(shape, generator=generator, dtype=torch.float64)
+    if "hyper_connection" in name or "layernorm.head" in name:
+        return noise * (0.1 if "proj" in name else 0.5) + (1.0 if "alpha" in name else 0.0)
+    if "norm" in name and name.endswith("weight"):
+        return 1 + 0.1 * noise
+    return noise * (0.5 if "router" in name else std)
 
 
 def gradient(parameter: Any) -> Tensor:

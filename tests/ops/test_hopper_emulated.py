@@ -11,6 +11,7 @@ import torch
 from emulator.launch import Emulator, EmulatorError, Schedule, compiler
 from ops_cases import COEFFICIENT, ON_GPU, STREAM, compare, error, inputs
 from ops_chains import biased, chain, two_in_a_row
+from test_one_node import row
 
 from megatron_mhc.ops import autograd
 from megatron_mhc.ops.hopper import compile, pre, pre_backward
@@ -154,6 +155,15 @@ def test_a_chain_that_works_ahead_matches_float64(emulate, shape):
     for got, without, exact in zip(ahead, chain(tensors, False), chain(tensors, None), strict=True):
         if got.numel() > 1:  # d alpha cancels to a few per cent of its terms
             assert error(got, exact) <= max(1.3 * error(without, exact), COEFFICIENT[BF16])
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_one_node_has_the_bits_of_two(emulate, biased):
+    emulator = emulate(SHAPES[1])
+    got, want = (row((37, 4, 80), joined, biased=biased, kernels=HOPPER) for joined in (True, False))
+    same(got, want)
+    names = [name for name, *_ in emulator.launched]
+    assert names == [*["pre"] * 3, *["pre_backward"] * 3] * 2
 
 
 @pytest.mark.parametrize("v4", [False, True])

@@ -20,10 +20,18 @@ def kernels_of(n):
     return HOPPER if ON_GPU and n == 4 else AHEAD
 
 
-def row(case, joined, between=lambda x, weight: x, loss=lambda streams: 0.0, keep=False, biased=False):
+def row(
+    case,
+    joined,
+    between=lambda x, weight: x,
+    loss=lambda streams: 0.0,
+    keep=False,
+    biased=False,
+    kernels=None,
+):
     """Output and gradients of three connections; `between` stands behind the first, `loss` takes all."""
     tokens, n, channels = case
-    kernels = kernels_of(n)
+    kernels = kernels or kernels_of(n)
     leaves = [t.clone().requires_grad_() for t in inputs(tokens, n, channels, BF16)]
     x, weight, affine, f = leaves
     f_bias = eighths(bias_like(f)).requires_grad_() if biased else None
@@ -32,7 +40,7 @@ def row(case, joined, between=lambda x, weight: x, loss=lambda streams: 0.0, kee
         made = boundary.taken(streams, weight, affine)
         if made is None:
             layer_input, mappings = autograd.pre(
-                streams.view(tokens, n, channels), weight, affine, OPTIONS, kernels
+                streams.view(tokens, n, channels), weight, affine, OPTIONS, kernels=kernels
             )
             made = layer_input.view(tokens, 1, channels), mappings
         layer_input, mappings = made
@@ -42,7 +50,7 @@ def row(case, joined, between=lambda x, weight: x, loss=lambda streams: 0.0, kee
             assert boundary.can_join(mappings, out, next_pre)
             streams = boundary.post_res_pre(out, mappings, next_pre, f_bias)
         else:
-            streams = autograd.post_res(out.view(tokens, channels), mappings, f_bias).view(streams.shape)
+            streams = autograd.post_res(out, mappings, f_bias, next_pre=next_pre if k < 2 else None)
         if k == 0:
             streams = between(streams, weight)
         all_streams.append(streams)
