@@ -18,7 +18,7 @@ TRAINED = {
     "mappings": (MAPPINGS,),
     "adapters": (ADAPTERS,),
     "both": (MAPPINGS, ADAPTERS),
-    "adapters_and_biases": (r"hyper_connection\.(bias|alpha)", ADAPTERS),
+    "adapters_and_biases": (r"hyper_connection\.affine", ADAPTERS),
 }
 
 

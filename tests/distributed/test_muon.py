@@ -44,7 +44,7 @@ def optimizers_of_mappings():
 def test_projections_go_to_muon_and_the_rest_of_a_mapping_to_adam(run_ranks):
     """The recipe of DeepSeek-V4: AdamW for mHC's static biases and gating factors alone."""
     found = run_ranks(1, optimizers_of_mappings)[0]
-    assert len(found) == 8 * 5 + 3
+    assert len(found) == 8 * 2 + 3
     for name, optimizer in found.items():
         muon = name.endswith("mapping_proj.weight")
         assert optimizer == ("TensorParallelMuon" if muon else "PlainAdam"), name
