@@ -5,7 +5,7 @@ import functools
 import torch
 from ops_cases import DEVICE, ON_GPU, OPTIONS, each, inputs, reference_connection
 
-from megatron_mhc.ops import autograd, reference
+from megatron_mhc.ops import autograd, boundary, reference
 from megatron_mhc.ops.autograd import NextPre
 from megatron_mhc.ops.kernels import HOPPER, TRITON
 from megatron_mhc.ops.options import Options
@@ -83,6 +83,51 @@ class Eighths(torch.autograd.Function):
 
 
 eighths = Eighths.apply
+
+
+def kernels_of(n):
+    return HOPPER if ON_GPU and n == 4 else AHEAD
+
+
+def three_in_a_row(
+    case,
+    joined,
+    between=lambda x, weight: x,
+    loss=lambda streams: 0.0,
+    keep=False,
+    biased=False,
+    kernels=None,
+):
+    """Output and gradients of three connections; `between` stands behind the first, `loss` takes all."""
+    tokens, n, channels = case
+    kernels = kernels or kernels_of(n)
+    leaves = [t.clone().requires_grad_() for t in inputs(tokens, n, channels, torch.bfloat16)]
+    x, weight, affine, f = leaves
+    f_bias = eighths(bias_like(f)).requires_grad_() if biased else None
+    streams, all_streams = x.view(tokens, 1, n * channels), []
+    for k in range(3):
+        made = boundary.taken(streams, weight, affine)
+        if made is None:
+            layer_input, mappings = autograd.pre(
+                streams.view(tokens, n, channels), weight, affine, OPTIONS, kernels=kernels
+            )
+            made = layer_input.view(tokens, 1, channels), mappings
+        layer_input, mappings = made
+        out = eighths(f.view(layer_input.shape) + layer_input * 0.5)
+        next_pre = NextPre(kernels, weight, affine, OPTIONS)
+        if joined and k < 2:
+            assert boundary.can_join(mappings, out, next_pre)
+            streams = boundary.post_res_pre(out, mappings, next_pre, f_bias)
+        else:
+            streams = autograd.post_res(out, mappings, f_bias, next_pre=next_pre if k < 2 else None)
+        if k == 0:
+            streams = between(streams, weight)
+        all_streams.append(streams)
+    g = torch.randn(streams.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    total = (streams.float() * g).sum() + loss(all_streams)
+    leaves += [f_bias] if biased else []
+    grads = each(torch.autograd.grad(total, leaves, retain_graph=keep))
+    return [streams, *grads, *(each(torch.autograd.grad(total, leaves)) if keep else [])]
 
 
 def biased(case, fold, linked=True, ahead=False):

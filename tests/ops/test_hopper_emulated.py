@@ -10,8 +10,7 @@ import pytest
 import torch
 from emulator.launch import Emulator, EmulatorError, Schedule, compiler
 from ops_cases import COEFFICIENT, ON_GPU, STREAM, compare, error, inputs
-from ops_chains import biased, chain, two_in_a_row
-from test_one_node import row
+from ops_chains import biased, chain, three_in_a_row, two_in_a_row
 
 from megatron_mhc.ops import autograd
 from megatron_mhc.ops.hopper import compile, pre, pre_backward
@@ -160,7 +159,9 @@ def test_a_chain_that_works_ahead_matches_float64(emulate, shape):
 @pytest.mark.parametrize("biased", [False, True])
 def test_one_node_has_the_bits_of_two(emulate, biased):
     emulator = emulate(SHAPES[1])
-    got, want = (row((37, 4, 80), joined, biased=biased, kernels=HOPPER) for joined in (True, False))
+    got, want = (
+        three_in_a_row((37, 4, 80), joined, biased=biased, kernels=HOPPER) for joined in (True, False)
+    )
     same(got, want)
     names = [name for name, *_ in emulator.launched]
     assert names == [*["pre"] * 3, *["pre_backward"] * 3] * 2
