@@ -111,7 +111,7 @@ def costs() -> str:
     about = f"{head['device']}, {head['date']}, commit {head['commit']}, {versions}; raw data: {source}.\n\n"
     found = {(row["section"], row["name"]): row for report in reports for row in report["rows"]}
     columns = ["recipe", "micro-batch", "vanilla, ms", "mHC, ms", "over vanilla", "with `auto` recompute"]
-    columns += ["runs apart", "peak, GiB: vanilla", "mHC", "`auto`"]
+    columns += ["runs apart", "reserved, GiB: vanilla", "mHC", "`auto`"]
     rows = list(_costs(found))
     used = [i for i, _ in enumerate(columns) if any(row[i] != "-" for row in rows)]
     return about + table([columns[i] for i in used], ([row[i] for i in used] for row in rows))
@@ -135,7 +135,7 @@ def _costs(found: dict[tuple[str, str], Any]) -> Iterable[list[str]]:
                 f"**{mhc[over]:+.1f} %**",
                 f"{auto[over]:+.1f} %" if over in auto else "-",
                 f"{max(spread):.0f} %" if spread else "-",
-                *(f"{row['peak_MiB'] / 2**10:.1f}" if "peak_MiB" in row else "-" for row in forms),
+                *(f"{row['reserved_MiB'] / 2**10:.1f}" if "reserved_MiB" in row else "-" for row in forms),
             ]
 
 
