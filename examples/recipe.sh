@@ -11,6 +11,7 @@ RECIPES=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)/recipes
 
 # Of the environment; what is set stays.
 export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1} # more for the plugin's pipeline schedules
+export NCCL_GRAPH_REGISTER=${NCCL_GRAPH_REGISTER:-0} # for --cuda-graph-impl beside segments that grow
 # Segments that grow: experts' tokens differ from step to step, and blocks of fixed size would leave holes.
 export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
 

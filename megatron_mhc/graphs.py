@@ -11,10 +11,12 @@ nothing else. Where an edge lies between two connections, neither works ahead fo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from megatron.core.full_cuda_graph import FullCudaGraphWrapper
 from megatron.core.transformer.enums import CudaGraphModule
 from megatron.core.transformer.module import GraphableMegatronModule
 from torch import Tensor, nn
@@ -68,13 +70,29 @@ class GraphEdge(GraphableMegatronModule):
 
 @contextmanager
 def eagerly(model: nn.Module | Sequence[nn.Module]) -> Iterator[None]:
-    """Run the layers of a model, or of its chunks, without graphs, in which no hook is called."""
+    """Run a model, or its chunks, and any step, without graphs, in which no hook is called."""
     chunks = [model] if isinstance(model, nn.Module) else model
     layers = [(m, m.eager) for chunk in chunks for m in chunk.modules() if isinstance(m, GraphEdge)]
     try:
         for layer, _ in layers:
             layer.eager = True
-        yield
+        with _without_whole_steps():
+            yield
     finally:
         for layer, before in layers:
             layer.eager = before
+
+
+@contextmanager
+def _without_whole_steps() -> Iterator[None]:
+    """Hide full_iteration's graphs, with the results that they write, and count no step towards a capture."""
+    wrapper = FullCudaGraphWrapper
+    tables: list[dict[str, Any]] = [wrapper.cuda_graph, wrapper.result, wrapper.curr_iteration]
+    kept = [table.copy() for table in tables]
+    try:
+        wrapper.cuda_graph.update(dict.fromkeys(wrapper.cuda_graph))
+        wrapper.curr_iteration.update(dict.fromkeys(wrapper.curr_iteration, -math.inf))
+        yield
+    finally:
+        for table, before in zip(tables, kept, strict=True):
+            table.update(before)

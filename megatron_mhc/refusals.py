@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 from megatron_mhc.config import ENVIRONMENT, MHCConfig
 from megatron_mhc.schedule.stages import layer_counts
-
-TRY_GRAPHS = "MEGATRON_MHC_CUDA_GRAPHS"
 
 
 class Refusal(NamedTuple):
@@ -110,15 +107,6 @@ def _recomputed_twice(config: Any, mhc: MHCConfig) -> str | None:
     return mhc.recompute_layer_num if twice else None
 
 
-def _sampled_in_one_graph(config: Any, mhc: MHCConfig) -> int | None:
-    return mhc.log_interval if config.cuda_graph_impl == "full_iteration" and mhc.log_interval else None
-
-
-def _untried_graphs(config: Any, mhc: MHCConfig) -> str | None:
-    asked = config.cuda_graph_impl not in (None, "none")
-    return config.cuda_graph_impl if asked and not os.environ.get(TRY_GRAPHS) else None
-
-
 def _other_options(config: Any, mhc: MHCConfig) -> str | None:
     known = getattr(config, "mhc", mhc)
     return f"{known.to_options()} and {mhc.to_options()}" if known != mhc else None
@@ -159,20 +147,9 @@ MODEL = (
         "drop --mhc-recompute-layer-num, or use --recompute-granularity selective",
     ),
     Refusal(
-        _sampled_in_one_graph,
-        "--mhc-log-interval {value} with --cuda-graph-impl full_iteration, in whose graph no hook runs",
-        "set it to 0, or use --cuda-graph-impl local or transformer_engine, whose layers run eagerly at a "
-        "logging step",
-    ),
-    Refusal(
         _other_options,
         "two mHC configurations in one model",
         "{value}; give all layers the same --mhc-num-residual-streams and options",
-    ),
-    Refusal(
-        _untried_graphs,
-        "--cuda-graph-impl {value} has not run on a GPU with mHC, and is proven on CPU stand-ins alone",
-        f"set {TRY_GRAPHS}=1 to try it (docs/cuda_graphs.md), or drop it",
     ),
 )
 
@@ -252,8 +229,8 @@ LAYER = (
     Refusal(
         _replayed_by_layers,
         "--mhc-recompute-layer-num {value} with CUDA graphs of single layers",
-        "a block is replayed from its first streams through several layers, and a graph replays one; use "
-        "--recompute-granularity selective, or --cuda-graph-impl full_iteration, or drop it",
+        "each of which keeps the streams that it reads, so that none are dropped; use --cuda-graph-impl "
+        "full_iteration, or --recompute-granularity selective, or drop it",
     ),
     Refusal(
         _without_gradients,
@@ -270,15 +247,29 @@ MEGATRONS_SCHEDULE = (
         "Megatron's schedule sends one message for each boundary",
     ),
 )
-OVERLAPPED = _settings(
-    "--mhc-pipeline-schedule {mhc.pipeline_schedule} does not support {flag} {value}",
-    "--mhc-pipeline-schedule megatron",
-    ("variable_seq_lengths", "messages have one shape; pack sequences to one length"),
-    ("num_microbatches_with_partial_activation_checkpoints", "drop it", lambda v: v is not None),
-    ("moe_paged_stash", "drop it"),
-    ("hybrid_context_parallel", "drop it"),
-    # They are captured in the order of Megatron's schedule, and by its end.
-    ("cuda_graph_impl", "drop it", lambda v: v not in (None, "none")),
+
+
+def _graphs_of_a_stage(config: Any, mhc: MHCConfig) -> str | None:
+    asked = config.cuda_graph_impl not in (None, "none") and config.pipeline_model_parallel_size > 1
+    return config.cuda_graph_impl if asked else None
+
+
+OVERLAPPED = (
+    *_settings(
+        "--mhc-pipeline-schedule {mhc.pipeline_schedule} does not support {flag} {value}",
+        "--mhc-pipeline-schedule megatron",
+        ("variable_seq_lengths", "messages have one shape; pack sequences to one length"),
+        ("num_microbatches_with_partial_activation_checkpoints", "drop it", lambda v: v is not None),
+        ("moe_paged_stash", "drop it"),
+        ("hybrid_context_parallel", "drop it"),
+    ),
+    Refusal(
+        _graphs_of_a_stage,
+        "--mhc-pipeline-schedule {mhc.pipeline_schedule} does not support --cuda-graph-impl {value} on a "
+        "pipeline",
+        "it sends what a graph has written while the next one writes over it; use --mhc-pipeline-schedule "
+        "megatron, or drop it",
+    ),
 )
 FUSED = (
     *_settings(

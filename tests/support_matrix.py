@@ -143,6 +143,16 @@ FEATURES = (
         ("megatron/test_layer.py::test_what_mhc_adds_to_a_layer_compiles_to_one_graph",),
     ),
     Feature(
+        "CUDA graphs: `local`, `transformer_engine`, `full_iteration`",
+        YES,
+        "bit for bit; [limits](docs/cuda_graphs.md#refused)",
+        (
+            "gpu/test_te_graphs.py::test_graphed_equals_eager_where_it_does_without_mhc",
+            "distributed/test_cuda_graphs.py::test_whole_layers",
+            _REFUSALS + "graphs_are_refused_under_the_overlapping_schedules_of_a_pipeline",
+        ),
+    ),
+    Feature(
         "`--mhc-backend hopper`, `triton`, `reference`",
         YES,
         "every gradient against float64",
@@ -194,13 +204,6 @@ FEATURES = (
     ),
     Feature("FP8 (Transformer Engine)", UNTESTED, "F's linears alone; 50 steps trained by hand on one H100"),
     Feature("packed sequences (THD), LoRA, Muon, async save; inference engines; Blackwell", UNTESTED, ""),
-    Feature(
-        "CUDA graphs",
-        REFUSED,
-        "not run on a GPU yet; `MEGATRON_MHC_CUDA_GRAPHS=1` lets them start: "
-        "[docs/cuda_graphs.md](docs/cuda_graphs.md)",
-        (_REFUSALS + "graphs_are_refused_unless_asked_for_and_under_the_overlapping_schedules_ever",),
-    ),
     Feature(
         "`--overlap-moe-expert-parallel-comm`",
         REFUSED,

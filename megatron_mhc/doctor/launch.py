@@ -149,7 +149,7 @@ class Launch(Part):
         said += ", sequence parallel" * args.sequence_parallel
         self.say("layout", f"{said}, {args.world_size} ranks")
         self.say("Megatron's recompute", config.recompute_granularity or "none")
-        self.say("CUDA graphs", "asked for" if _graphs(config) else "none")
+        self.say("CUDA graphs", _graphs(config))
         if args.transformer_impl == "transformer_engine":
             self.needs_transformer_engine()
 
@@ -255,6 +255,11 @@ def boundary(mhc: MHCConfig, backend: str, full_recompute: bool) -> str:
     return "fused" if mhc.boundary == "fused" or backend == "hopper" else "linked"
 
 
-def _graphs(config: Any) -> bool:
-    asked = getattr(config, "cuda_graph_impl", None) not in (None, "none")
-    return asked or any(getattr(config, f"{name}_cuda_graph", False) for name in ("enable", "external"))
+def _graphs(config: Any) -> str:
+    """What Megatron's CUDA graphs hold, see `graphs`."""
+    if config.cuda_graph_impl == "none":
+        return "none"
+    if config.cuda_graph_impl == "full_iteration":
+        return "full_iteration, one of the forward and backward passes of a step"
+    parts = " ".join(module.name for module in config.cuda_graph_modules)
+    return f"{config.cuda_graph_impl}, of each layer {parts or 'all'}, with the connections of what it holds"

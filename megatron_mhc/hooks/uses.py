@@ -10,6 +10,7 @@ from dataclasses import dataclass
 _LAYER = "megatron.core.transformer.transformer_layer:TransformerLayer"
 _MOE_LAYER = "megatron.core.transformer.transformer_layer:MoETransformerLayer"
 _GRAPHABLE = "megatron.core.transformer.module:GraphableMegatronModule"
+_WHOLE_STEP = "megatron.core.full_cuda_graph:FullCudaGraphWrapper"
 _BLOCK = "megatron.core.transformer.transformer_block"
 _MOE = "megatron.core.transformer.moe.moe_layer:MoELayer"
 _SHARDED = "megatron.core.dist_checkpointing.optimizer"
@@ -81,6 +82,7 @@ USES: tuple[Use, ...] = (
     Use(f"{_MOE_LAYER}.transition_cudagraph_scope", "self, mode", ("cudagraph_manager_router",)),
     Use(f"{_MOE_LAYER}._forward_mlp_router", "self, hidden_states, padding_mask"),
     Use(f"{_MOE_LAYER}._forward_mlp_postprocess", "self, residual, output, shared_expert_output, mlp_bias"),
+    Use(f"{_WHOLE_STEP}.reset_cuda_graph", "self, stage", ("cuda_graph", "result", "curr_iteration")),
     # hooks/messages.py
     Use(
         "megatron.core.pipeline_parallel.p2p_communication:P2PCommunicator.__init__",

@@ -13,7 +13,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.transformer_layer import MoETransformerLayer
 from test_state_of_calls import state
 
-from megatron_mhc import MHCConfig, refusals
+from megatron_mhc import MHCConfig
 from megatron_mhc.chunk import chunk_of
 from megatron_mhc.diagnostics.sampler import Sampler
 from megatron_mhc.testing import graphs, parity
@@ -22,16 +22,11 @@ from megatron_mhc.testing.parameters import global_parameters, gradient
 STEPS, WARMUP = 4, 2
 
 
-@pytest.fixture(autouse=True)
-def tried(monkeypatch):
-    monkeypatch.setenv(refusals.TRY_GRAPHS, "1")
-
-
 class WholeSteps:
     """`FullCudaGraphWrapper` around Megatron's schedule; it keeps its batches in dictionaries."""
 
-    def __init__(self):
-        self.wrapper = FullCudaGraphWrapper(get_forward_backward_func(), cuda_graph_warmup_steps=WARMUP)
+    def __init__(self, warm_up):
+        self.wrapper = FullCudaGraphWrapper(get_forward_backward_func(), cuda_graph_warmup_steps=warm_up)
 
     def __call__(self, *, data_iterator, forward_step_func, **kwargs):
         return self.wrapper(
@@ -58,13 +53,13 @@ def train(layout, kind, mhc, settings, moe_class=False, count=4):
     helper, options = None, {}
     graphs.Graph.all_replays = 0
     if config.cuda_graph_impl == "full_iteration":
-        options["schedule"] = WholeSteps()
+        options["schedule"] = WholeSteps(config.cuda_graph_warmup_steps)
     if config.cuda_graph_impl == "transformer_engine":
         ours = len(range(ps.get_data_parallel_rank(), count, ps.get_data_parallel_world_size()))
         helper = graphs.helper(chunks, config, SEQUENCE, MICRO_BATCH, ours)
     losses, found = [], []
     for step in range(STEPS):
-        if helper is not None and step == WARMUP:
+        if helper is not None and step == config.cuda_graph_warmup_steps:
             helper.create_cudagraphs()
         losses.append(gpt.iterate(chunks, config, tokens(count, seed=step), **options))
         if layout.distributed_optimizer:  # else a bucket's rest is what it was before the reduction
@@ -117,6 +112,19 @@ def test_whole_layers(run_ranks, kind, graphed):
     run_ranks(1, compare, Layout(), kind, MHCConfig(), graphed)
 
 
+@pytest.mark.parametrize(
+    "graphed",
+    [
+        local() | dict(cuda_graph_retain_backward_graph=True),
+        te() | dict(cuda_graph_retain_backward_graph=True),
+    ]
+    + [local() | dict(cuda_graph_warmup_steps=1), te() | dict(cuda_graph_warmup_steps=0)]
+    + [full() | dict(cuda_graph_warmup_steps=1)],
+)
+def test_how_graphs_are_made(run_ranks, graphed):
+    run_ranks(1, compare, Layout(), "dense", MHCConfig(), graphed)
+
+
 @pytest.mark.parametrize("graphed", [local("attn"), te("attn"), te("mlp"), te("attn", "mlp")], ids=name)
 @pytest.mark.parametrize("kind", ["dense", "biased"])
 def test_parts_of_dense_layers(run_ranks, kind, graphed):
@@ -135,6 +143,29 @@ PREPROCESS = ("moe_router", "moe_preprocess")
 @pytest.mark.parametrize("kind", ["moe", "moe_shared", "moe_after_dense", "moe_auxiliary_loss"])
 def test_parts_of_moe_layers(run_ranks, kind, graphed):
     run_ranks(1, compare, Layout(), kind, MHCConfig(), graphed)
+
+
+@pytest.mark.parametrize(
+    "mhc",
+    [
+        dict(num_residual_streams=1),
+        dict(preset="deepseek_v4"),
+        dict(h_res="unconstrained"),
+        dict(h_pre="fixed", h_post="fixed", h_res="identity"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(
+    "kind, graphed", [("dense", local()), ("dense", te()), ("moe", te("attn", *PREPROCESS))], ids=name
+)
+def test_other_mappings(run_ranks, kind, graphed, mhc):
+    run_ranks(1, compare, Layout(), kind, MHCConfig(**mhc), graphed, {}, False, 2)
+
+
+@pytest.mark.parametrize("graphed", [local(), te("attn"), te(), full()], ids=name)
+def test_mtp(run_ranks, graphed):
+    bf16 = dict(bf16=True, params_dtype=torch.bfloat16)  # as Megatron's static inputs of a plain layer are
+    run_ranks(1, compare, Layout(), "mtp", MHCConfig(), graphed, bf16, False, 2)
 
 
 PADDED = dict(moe_expert_capacity_factor=1.0, moe_pad_expert_input_to_capacity=True)
@@ -212,6 +243,26 @@ def test_selective_recompute(run_ranks, parts, graphed):
     run_ranks(1, compare, Layout(), "dense", MHCConfig(), graphed, recompute)
 
 
+@pytest.mark.parametrize("parts", ["shared_experts", "moe"])
+@pytest.mark.parametrize("graphed", [local(), te(), full()], ids=name)
+def test_selective_recompute_of_experts(run_ranks, parts, graphed):
+    recompute = dict(recompute_granularity="selective", recompute_modules=[parts])
+    run_ranks(1, compare, Layout(), "moe_shared", MHCConfig(), graphed, PADDED | recompute, False, 2)
+
+
+def norms_without_a_gradient(layout):
+    recompute = dict(recompute_granularity="selective", recompute_modules=["layernorm"])
+    _, plain, _ = train(layout, "dense", None, recompute)
+    _, graphed, _ = train(layout, "dense", None, recompute | local())
+    return [name for name in plain[1] if not torch.equal(plain[1][name], graphed[1][name])]
+
+
+def test_stock_local_graphs_lose_the_gradients_of_recomputed_norms(run_ranks):
+    """Why `refusals.LAYER` refuses them."""
+    lost = run_ranks(1, norms_without_a_gradient, Layout())[0]
+    assert len(lost) == 8 and all(name.endswith("layernorm.weight") for name in lost)
+
+
 def test_recompute_of_the_norm_in_front_of_a_router(run_ranks):
     recompute = dict(recompute_granularity="selective", recompute_modules=["layernorm"])
     run_ranks(1, compare, Layout(), "moe_shared", MHCConfig(), te("attn", *PREPROCESS), recompute)
@@ -260,7 +311,6 @@ RECOMPUTED = dict(recompute_granularity="selective")
             local() | RECOMPUTED | dict(recompute_modules=["mla_up_proj"]),
             "--recompute-modules mla_up_proj with --cuda-graph-impl local",
         ),
-        ("dense", dict(log_interval=5), full(), "--mhc-log-interval 5 with --cuda-graph-impl full_iteration"),
     ],
 )
 def test_what_a_graph_cannot_hold_is_refused(run_ranks, kind, mhc, settings, match):
@@ -326,19 +376,27 @@ def sampled(layout, kind, settings):
     helper = None
     if config.cuda_graph_impl == "transformer_engine":
         helper = graphs.helper(chunks, config, SEQUENCE, MICRO_BATCH, 2)
-    gpt.iterate(chunks, config, tokens(2))
+    options = dict(schedule=WholeSteps(1)) if config.cuda_graph_impl == "full_iteration" else {}
+
+    def step(seed=0):
+        return gpt.iterate(chunks, config, tokens(2, seed=seed), **options)
+
+    with Sampler(chunks, config):  # counts as no warm-up
+        want = step()
+    step()
     if helper:
         helper.create_cudagraphs()
+    assert step() == want
     graphs.Graph.all_replays = 0
-    want = gpt.iterate(chunks, config, tokens(2))
+    assert step() == want
     replays = graphs.Graph.all_replays
     with Sampler(chunks, config) as sampler:
-        got = gpt.iterate(chunks, config, tokens(2))
-    assert len(sampler.samples) == 8 and got == want
+        got = [step(), step(seed=1)]
+    assert len(sampler.samples) == 8 and got[0] == want != got[1]
     assert replays == graphs.Graph.all_replays > 0
-    assert gpt.iterate(chunks, config, tokens(2)) == want and graphs.Graph.all_replays == 2 * replays
+    assert step() == want and graphs.Graph.all_replays == 2 * replays
 
 
-@pytest.mark.parametrize("settings", [local(), te(), te("attn")], ids=name)
+@pytest.mark.parametrize("settings", [local(), te(), te("attn"), full()], ids=name)
 def test_layers_are_sampled_without_their_graphs(run_ranks, settings):
     run_ranks(1, sampled, Layout(), "dense", settings)

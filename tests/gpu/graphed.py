@@ -1,12 +1,15 @@
 """One case of test_te_graphs.py in a process of its own: trains a small GPT of Transformer Engine's layers.
 
     python tests/gpu/graphed.py '{"kind": "dense", "impl": "local", "modules": [], "mhc": {}, "steps": 20}'
+    torchrun --standalone --nproc-per-node 2 tests/gpu/graphed.py '{..., "layout": {"tp": 2}}'
 
 The last line of its output is a JSON object: losses, gradient norms, a checksum of the weights, milliseconds
-of a step, peak MiB.
+of a step, and MiB: allocated and reserved at most, in steps that begin with nothing cached.
 """
 # ruff: noqa: E402
 
+import contextlib
+import gc
 import json
 import os
 import statistics
@@ -15,10 +18,10 @@ import time
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[2])]
-os.environ.setdefault("MEGATRON_MHC_CUDA_GRAPHS", "1")
 os.environ.setdefault("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
+os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
 
 import torch
 import torch.distributed as dist
@@ -38,6 +41,7 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_layer import MoETransformerLayer
 
 from megatron_mhc import MHCConfig
+from megatron_mhc.diagnostics import Sampler
 from megatron_mhc.specs import wrap_block_spec
 
 VOCABULARY, WARMUP = 1024, 3
@@ -74,7 +78,17 @@ class Run:
         spec = gpt_layer_specs.get_gpt_decoder_block_spec(config, use_transformer_engine=True)
         if case["mhc"] is not None:
             spec = wrap_block_spec(spec, MHCConfig(**case["mhc"]), config)
-        model = GPTModel(config, spec, VOCABULARY, self.sequence, position_embedding_type="rope")
+        stage, stages = parallel_state.get_pipeline_model_parallel_rank(), config.pipeline_model_parallel_size
+        self.last = stage == stages - 1
+        model = GPTModel(
+            config,
+            spec,
+            VOCABULARY,
+            self.sequence,
+            pre_process=stage == 0,
+            post_process=self.last,
+            position_embedding_type="rope",
+        )
         wake(model)
         full = config.cuda_graph_impl == "full_iteration"
         stream = get_shared_capture_stream() if full else torch.cuda.Stream()
@@ -121,6 +135,12 @@ class Run:
         settings |= MOE if case["kind"] == "moe" else {}
         settings |= MLA if case["kind"] == "mla" else {}
         settings |= PADDED if case.get("padded") else {}
+        layout = case.get("layout", {})
+        settings |= dict(
+            tensor_model_parallel_size=layout.get("tp", 1),
+            sequence_parallel=layout.get("tp", 1) > 1,
+            pipeline_model_parallel_size=layout.get("pp", 1),
+        )
         settings |= case.get("settings", {})
         return (MLATransformerConfig if case["kind"] == "mla" else TransformerConfig)(**settings)
 
@@ -157,28 +177,35 @@ class Run:
             self.helper.create_cudagraphs()
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
-        losses = self.passes(batches or self.batches(number))
-        loss = torch.stack(list(losses)).mean()
+        sampled = Sampler([self.model], self.config) if self.case.get("sample_at") == number else None
+        with sampled or contextlib.nullcontext():
+            loss = self.mean(self.passes(batches or self.batches(number)))
+        if sampled is not None:
+            assert all(gain > 0 for gain in sampled.report().statistics["gain_forward"])
         succeeded, norm, _ = self.optimizer.step()
         assert succeeded
         return loss, norm
+
+    def mean(self, losses):
+        """Of the micro-batches; a stage that has no loss has 0."""
+        return torch.stack(list(losses)).mean() if self.last else torch.zeros((), device="cuda")
 
     def evaluate(self):
         self.model.eval()
         with torch.no_grad():
             losses = self.passes(self.batches(-1), forward_only=True)
-        value = torch.stack(list(losses)).mean().item()
         self.model.train()
-        return value
+        return self.mean(losses).item()
 
     def weights(self):
-        """A number that changes with any bit of any weight."""
-        total = 0
+        """A number that changes with any bit of any weight of any rank."""
+        total = torch.zeros((), dtype=torch.int64, device="cuda")
         for p in self.model.parameters():
             bits = p.detach().contiguous().view(torch.int16).to(torch.int64).flatten()
             places = torch.arange(bits.numel(), device="cuda") % 9973 + 1
-            total += int((bits * places).sum())
-        return total
+            total += (bits * places).sum()
+        dist.all_reduce(total)
+        return total.item()
 
     def held(self):
         """All that training changes: lists of tensors, and the optimizer's groups with their step."""
@@ -239,10 +266,12 @@ def train(case):
             evaluations.append(run.evaluate())
         if case.get("save_at") == number + 1:
             torch.save(run.state() | dict(step=number + 1), case["save"])
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
     result = dict(losses=losses, norms=norms, evaluations=evaluations, weights=run.weights())
     batches, times = run.batches(0), []
+    torch.cuda.synchronize()
+    gc.collect()
+    torch.cuda.empty_cache()  # of the steps in front of the graphs
+    torch.cuda.reset_peak_memory_stats()
     for _ in range(case.get("timed", 8)):
         torch.cuda.synchronize()
         begin = time.perf_counter()
@@ -252,7 +281,7 @@ def train(case):
     result |= dict(
         milliseconds=statistics.median(times),
         allocated=torch.cuda.max_memory_allocated() / 2**20,
-        reserved=torch.cuda.memory_reserved() / 2**20,
+        reserved=torch.cuda.max_memory_reserved() / 2**20,
     )
     if run.helper is not None:
         result["graphed_layers"] = len(run.helper.flattened_callables)
@@ -261,14 +290,26 @@ def train(case):
 
 def main():
     case = json.loads(sys.argv[1])
-    os.environ.update(MASTER_ADDR="127.0.0.1", RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
-    store = dist.HashStore()
-    torch.cuda.set_device(0)
-    dist.init_process_group("nccl", store=store, rank=0, world_size=1, device_id=torch.device("cuda:0"))
-    parallel_state.initialize_model_parallel()
+    alone = dict(MASTER_ADDR="127.0.0.1", RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+    one = "RANK" not in os.environ
+    os.environ.update(alone if one else {})
+    rank, ranks, device = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    torch.cuda.set_device(device)
+    dist.init_process_group(
+        "nccl",
+        store=dist.HashStore() if one else None,
+        rank=rank,
+        world_size=ranks,
+        device_id=torch.device("cuda", device),
+    )
+    layout = case.get("layout", {})
+    parallel_state.initialize_model_parallel(layout.get("tp", 1), layout.get("pp", 1))
     batch, micro_batches = case.get("shape", [512, 1, 4])[1:]
     num_microbatches_calculator.init_num_microbatches_calculator(0, None, batch * micro_batches, batch, 1)
-    print(json.dumps(train(case)), flush=True)
+    result = train(case)
+    dist.barrier()
+    if rank == ranks - 1:  # the one that has the loss
+        print(json.dumps(result), flush=True)
     os._exit(0)  # captured graphs outlive what NCCL's destructor takes down
 
 

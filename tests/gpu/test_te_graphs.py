@@ -1,26 +1,33 @@
-"""Steps in CUDA graphs against steps without, of mHC and of the same model without mHC, on one GPU.
+"""Steps in CUDA graphs against steps without, of mHC and of the same model without mHC.
 
 MEGATRON_MHC_GPU_TESTS=1 python -m pytest tests/gpu/test_te_graphs.py -rA -s
 
-Every side of a case is a process of its own (graphed.py), six at a time. A case prints a line: the largest
-relative difference of losses and gradient norms that graphs make, milliseconds of a step and MiB, eager and
-graphed. Milliseconds beside other processes mean little; `-k costs` takes them alone.
+Every side of a case is a process of its own (graphed.py), eight at a time, so that milliseconds mean little;
+benchmarks.step has those. A case prints a line: the largest relative difference of losses and gradient norms
+that graphs make, milliseconds of a step and MiB, eager and graphed. These parts take a minute or two each:
+
+    -k costs    -k "resumes or recompute_of or sampled"    -k two_gpus
 """
 
 import concurrent.futures
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 import pytest
+import torch
 
 if not os.environ.get("MEGATRON_MHC_GPU_TESTS"):
     pytest.skip("set MEGATRON_MHC_GPU_TESTS=1 on a machine with a GPU", allow_module_level=True)
 pytest.importorskip("transformer_engine")
 
-STEPS, LIMIT = 20, 150
+STEPS, LIMIT, TOGETHER = 20, 150, 8
 LAYERNORM = dict(recompute_granularity="selective", recompute_modules=["layernorm", "moe_act"])
 ATTENTION = dict(recompute_granularity="selective", recompute_modules=["core_attn"])
 FP8 = dict(fp8="hybrid", fp8_recipe="tensorwise")
@@ -62,24 +69,43 @@ CASES = {
 
 def child(case):
     """Run one case; its result, or `error` with the last lines of its output."""
-    program = Path(__file__).with_name("graphed.py")
-    try:
-        done = subprocess.run(
-            [sys.executable, str(program), json.dumps(case)],
-            capture_output=True,
-            text=True,
-            timeout=LIMIT,
-            start_new_session=True,
-        )
-    except subprocess.TimeoutExpired as expired:
-        parts = [p if isinstance(p, str) else (p or b"").decode() for p in (expired.stdout, expired.stderr)]
-        return dict(error=f"not done after {LIMIT} s\n" + last("".join(parts)))
-    if done.returncode:
-        return dict(error=f"exit {done.returncode}\n" + last(done.stdout + done.stderr))
-    try:
-        return json.loads(done.stdout.strip().splitlines()[-1])
-    except (IndexError, ValueError):
-        return dict(error="no result\n" + last(done.stdout + done.stderr))
+    if "resumed_at" in case:
+        return resumed(case)
+    command = [sys.executable]
+    if "layout" in case:
+        command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [str(Path(__file__).with_name("graphed.py")), json.dumps(case)]
+    begin = time.monotonic()
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        try:
+            out, err = process.communicate(timeout=LIMIT)
+        except subprocess.TimeoutExpired:
+            os.killpg(
+                process.pid, signal.SIGTERM
+            )  # torchrun ends its ranks, which are in groups of their own
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(10)
+            process.kill()
+            out, err = process.communicate()
+            return dict(error=f"not done after {LIMIT} s\n" + last(out + err))
+    if process.returncode:
+        return dict(error=f"exit {process.returncode}\n" + last(out + err))
+    results = [line for line in out.splitlines() if line.startswith("{")]
+    if not results:
+        return dict(error="no result\n" + last(out + err))
+    return json.loads(results[-1]) | dict(seconds=time.monotonic() - begin)
+
+
+def resumed(case):
+    """What a case gave that saved its state at a step, and the same from there on in another process."""
+    case = dict(case)
+    step = case.pop("resumed_at")
+    with tempfile.TemporaryDirectory() as folder:
+        state = str(Path(folder) / "state.pt")
+        whole = child(case | dict(save_at=step, save=state))
+        return dict(whole=whole, resumed=whole if "error" in whole else child(case | dict(state=state)))
 
 
 def last(output, lines=30):
@@ -92,10 +118,20 @@ def case_of(name, mhc, graphed):
     return dict(kind=kind, impl=impl, modules=modules, mhc=mhc, steps=STEPS) | more
 
 
+def needs(cases):
+    """Mark a test with the cases that it asks `runs` for: a function of the test's parameters."""
+
+    def mark(test):
+        test.needs = cases
+        return test
+
+    return mark
+
+
 @pytest.fixture(scope="module")
 def runs(request):
-    """What a case gave, once its turn has come: all cases of this session wait for it from the start."""
-    pool, futures = concurrent.futures.ThreadPoolExecutor(6), {}
+    """What cases gave, once their turn has come: those of all tests wait for it from the start."""
+    pool, futures = concurrent.futures.ThreadPoolExecutor(TOGETHER), {}
 
     def start(case):
         key = json.dumps(case, sort_keys=True)
@@ -104,10 +140,11 @@ def runs(request):
         return futures[key]
 
     for item in request.session.items:
-        name = getattr(item, "callspec", None) and item.callspec.params.get("name")
-        if name in CASES:
-            for case in sides(name):
-                start(case)
+        if item.module is request.module:
+            given = item.callspec.params if hasattr(item, "callspec") else {}
+            for case in item.function.needs(**given):
+                if "layout" not in case or torch.cuda.device_count() > 1:
+                    start(case)
     yield lambda cases: [future.result() for future in [start(case) for case in cases]]
     pool.shutdown(cancel_futures=True)
 
@@ -123,11 +160,8 @@ def difference(got, want):
     return max(abs(a - b) / max(abs(b), 1e-9) for a, b in pairs)
 
 
-@pytest.mark.timeout(900)
-@pytest.mark.parametrize("name", CASES)
-def test_graphed_equals_eager_where_it_does_without_mhc(name, runs):
-    eager, graphed, plain, plain_graphed = runs(sides(name))
-    found = dict(mhc=eager, mhc_graphed=graphed, vanilla=plain, vanilla_graphed=plain_graphed)
+def checked(found, name):
+    """Raise for a side that failed; skip where it did so for vanilla's reasons."""
     errors = {side: one["error"] for side, one in found.items() if "error" in one}
     if "vanilla_graphed" in errors and set(errors) <= {"vanilla_graphed", "mhc_graphed"}:
         print(f"\n{name}: vanilla itself fails in graphs:\n{errors['vanilla_graphed']}")
@@ -135,6 +169,15 @@ def test_graphed_equals_eager_where_it_does_without_mhc(name, runs):
             print(f"with mHC:\n{errors['mhc_graphed']}")
         pytest.skip("vanilla fails in these graphs")
     assert not errors, "\n".join(f"--- {name}, {side}:\n{text}" for side, text in errors.items())
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("name", CASES)
+@needs(sides)
+def test_graphed_equals_eager_where_it_does_without_mhc(name, runs):
+    eager, graphed, plain, plain_graphed = runs(sides(name))
+    found = dict(mhc=eager, mhc_graphed=graphed, vanilla=plain, vanilla_graphed=plain_graphed)
+    checked(found, name)
     ours, stock = difference(graphed, eager), difference(plain_graphed, plain)
     same = [a["weights"] == b["weights"] for a, b in ((graphed, eager), (plain_graphed, plain))]
     print(
@@ -154,51 +197,115 @@ def test_graphed_equals_eager_where_it_does_without_mhc(name, runs):
         assert ours == 0 and same[0]
     else:
         assert ours <= 3 * stock
-    added = graphed["reserved"] / eager["reserved"] - plain_graphed["reserved"] / plain["reserved"]
-    assert added < 0.05
+
+
+IMPLEMENTATIONS = ("local", "transformer_engine", "full_iteration")
+
+
+def resuming(impl):
+    return [dict(kind="dense", impl=impl, modules=[], mhc={}, steps=16, timed=1, resumed_at=8)]
 
 
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("impl", ["local", "transformer_engine", "full_iteration"])
-def test_a_graphed_run_resumes_bit_for_bit(impl, tmp_path):
-    state = str(tmp_path / "state.pt")
-    case = dict(kind="dense", impl=impl, modules=[], mhc={}, steps=16, timed=1)
-    whole = child(case | dict(save_at=8, save=state))
-    assert "error" not in whole, whole["error"]
-    resumed = child(case | dict(state=state))
-    assert "error" not in resumed, resumed["error"]
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@needs(resuming)
+def test_a_graphed_run_resumes_bit_for_bit(impl, runs):
+    found = runs(resuming(impl))[0]
+    for side, one in found.items():
+        assert "error" not in one, f"{side}:\n{one['error']}"
+    whole, resumed = found["whole"], found["resumed"]
     print(f"\n{impl}: {resumed['losses'][-1]} after a resume, {whole['losses'][-1]} without")
     assert resumed["losses"] == whole["losses"][8:] and resumed["weights"] == whole["weights"]
 
 
-@pytest.mark.timeout(400)
-def test_recompute_of_mhc_in_a_graph_of_the_whole_step(runs):
+def recomputing():
     case = dict(kind="dense", modules=[], mhc=dict(recompute_layer_num="auto"), steps=STEPS)
-    eager, graphed = runs([case | dict(impl="none"), case | dict(impl="full_iteration")])
+    return [case | dict(impl="none"), case | dict(impl="full_iteration")]
+
+
+@pytest.mark.timeout(400)
+@needs(recomputing)
+def test_recompute_of_mhc_in_a_graph_of_the_whole_step(runs):
+    eager, graphed = runs(recomputing())
     for side, one in (("eager", eager), ("graphed", graphed)):
         assert "error" not in one, f"{side}:\n{one['error']}"
     print(f"\nrecompute, full: {difference(graphed, eager):.1e}, {graphed['milliseconds']:.1f} ms")
-    assert difference(graphed, eager) == 0
+    assert difference(graphed, eager) == 0 and graphed["weights"] == eager["weights"]
+
+
+def sampling(impl):
+    return [case_of("dense te", {}, False), case_of("dense te", {}, True) | dict(impl=impl, sample_at=10)]
 
 
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("impl, modules", [("local", []), ("transformer_engine", []), ("full_iteration", [])])
-def test_what_a_step_costs(impl, modules):
-    """The shape of llama-1b's layers, micro-batches of one sequence; eager and graphed, beside vanilla."""
-    wide = dict(hidden_size=2048, ffn_hidden_size=8192, num_attention_heads=32, num_query_groups=8)
-    case = dict(kind="dense", steps=8, shape=[4096, 1, 4], settings=wide, timed=10)
-    rows = {}
-    for mhc in (None, {}):
-        for graphed in (False, True):
-            on = dict(impl=impl, modules=modules) if graphed else dict(impl="none", modules=[])
-            rows[mhc is not None, graphed] = child(case | on | dict(mhc=mhc))
-    errors = {side: one["error"] for side, one in rows.items() if "error" in one}
-    assert not errors, "\n".join(f"--- (mHC, graphed) {side}:\n{text}" for side, text in errors.items())
-    for graphed in (False, True):
-        plain, ours = rows[False, graphed], rows[True, graphed]
-        more = 100 * (ours["milliseconds"] / plain["milliseconds"] - 1)
-        print(
-            f"\n{impl}, {'graphed' if graphed else 'eager'}: vanilla {plain['milliseconds']:.1f} ms, mHC "
-            f"{ours['milliseconds']:.1f} ({more:+.1f} %), peak {plain['allocated']:.0f} and "
-            f"{ours['allocated']:.0f} MiB"
-        )
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@needs(sampling)
+def test_a_sampled_step_between_replays_changes_no_bit(impl, runs):
+    eager, sampled = runs(sampling(impl))
+    for side, one in (("eager", eager), ("sampled", sampled)):
+        assert "error" not in one, f"{side}:\n{one['error']}"
+    assert difference(sampled, eager) == 0 and sampled["weights"] == eager["weights"]
+
+
+def wide():
+    """The shape of llama-1b's layers, micro-batches of one sequence: vanilla and mHC, eager and graphed."""
+    layer = dict(hidden_size=2048, ffn_hidden_size=8192, num_attention_heads=32, num_query_groups=8)
+    case = dict(kind="dense", modules=[], steps=6, shape=[4096, 1, 4], settings=layer, timed=3)
+    return [case | dict(impl=impl, mhc=mhc) for mhc in (None, {}) for impl in ("none", *IMPLEMENTATIONS)]
+
+
+@pytest.mark.timeout(400)
+@needs(wide)
+def test_what_a_step_costs_in_memory(runs):
+    cases, rows = wide(), {}
+    for case, one in zip(cases, runs(cases), strict=True):
+        side = "vanilla" if case["mhc"] is None else "mHC", case["impl"]
+        assert "error" not in one, f"{side}:\n{one['error']}"
+        rows[side] = one
+    far = {}
+    for impl in IMPLEMENTATIONS:
+        for what in ("allocated", "reserved"):
+            grown = {}
+            for form in ("vanilla", "mHC"):
+                eager, graphed = rows[form, "none"][what], rows[form, impl][what]
+                grown[form] = graphed / eager - 1
+                print(
+                    f"\n{impl}, {form}: {what} {eager:.0f} -> {graphed:.0f} MiB ({grown[form]:+.1%})", end=""
+                )
+            if grown["mHC"] - grown["vanilla"] >= 0.05:
+                far[impl, what] = grown
+    assert not far
+
+
+# On two GPUs: a layout, and what it is graphed by.
+TWO = {
+    "tp local": (dict(tp=2), "local", []),
+    "tp te": (dict(tp=2), "transformer_engine", []),
+    "tp full": (dict(tp=2), "full_iteration", []),
+    "pp te": (dict(pp=2), "transformer_engine", []),
+    "pp te attn": (dict(pp=2), "transformer_engine", ["attn"]),
+    "pp local": (dict(pp=2), "local", []),
+}
+
+
+def two(split, mhc={}):  # noqa: B006
+    layout, impl, modules = TWO[split]
+    case = dict(kind="dense", mhc=mhc, steps=12, timed=1, layout=layout)
+    return [case | dict(impl="none", modules=[]), case | dict(impl=impl, modules=modules)]
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("split", TWO)
+@needs(two)
+def test_two_gpus(split, runs):
+    eager, graphed = runs(two(split))
+    if not {"error"} & {*eager, *graphed} and difference(graphed, eager) == 0:
+        print(f"\n{split}: {eager['seconds']:.0f} and {graphed['seconds']:.0f} s")
+        assert graphed["weights"] == eager["weights"] and eager["losses"][-1] < eager["losses"][0]
+        return
+    plain, plain_graphed = runs(two(split, None))
+    checked(dict(mhc=eager, mhc_graphed=graphed, vanilla=plain, vanilla_graphed=plain_graphed), split)
+    stock = difference(plain_graphed, plain)
+    print(f"\n{split}: graphs change mHC by {difference(graphed, eager):.1e}, vanilla by {stock:.1e}")
+    assert difference(graphed, eager) <= 3 * stock

@@ -52,20 +52,20 @@ def test_unsupported_setting_is_refused(name, value):
 
 
 @pytest.mark.parametrize("impl", ["none", "local", "transformer_engine", "full_iteration"])
-def test_graphs_are_refused_unless_asked_for_and_under_the_overlapping_schedules_ever(monkeypatch, impl):
-    settings = config(cuda_graph_impl=impl)
-    if impl != "none":
-        with pytest.raises(ValueError, match=f"--cuda-graph-impl {impl} .*{refusals.TRY_GRAPHS}=1"):
-            parallel.validate(settings, MHCConfig())
-        monkeypatch.setenv(refusals.TRY_GRAPHS, "1")
-    parallel.validate(settings, MHCConfig())
-    check_config(settings, MHCConfig())
+def test_graphs_are_refused_under_the_overlapping_schedules_of_a_pipeline(impl):
     overlapped = MHCConfig(pipeline_schedule="interleaved")
+    for settings in (config(cuda_graph_impl=impl), config(cuda_graph_impl=impl, **TWO_STAGES)):
+        parallel.validate(settings, MHCConfig(log_interval=5))
+        check_config(settings, MHCConfig())
+    check_config(config(cuda_graph_impl=impl), overlapped)  # on one stage Megatron's own schedule runs
     if impl == "none":
         check_config(settings, overlapped)
         return
-    with pytest.raises(ValueError, match=f"interleaved does not support --cuda-graph-impl {impl}"):
+    with pytest.raises(ValueError, match=f"interleaved does not support --cuda-graph-impl {impl} on a pipe"):
         check_config(settings, overlapped)
+
+
+TWO_STAGES = dict(pipeline_model_parallel_size=2)
 
 
 @pytest.mark.parametrize(

@@ -128,7 +128,7 @@ def layout(tokens: int, channels: int, widest: int, blocks: int, tile: int, rese
     return _layout(tokens, channels, widest, max(least, blocks - reserved), tile)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=256)  # of many lengths of sequences
 def _layout(tokens: int, channels: int, widest: int, blocks: int, tile: int) -> Layout:
     tiles = -(-tokens // tile)
     best, most = None, 0.0

@@ -104,7 +104,6 @@ class Plan:
         for floats in workspace:
             starts.append(starts[-1] + -(-floats // _ALIGNED) * _ALIGNED)
         *self._starts, self._floats = starts
-        self._workspace = _workspace(self._device, self._stream, self._floats)
         self._places: Any = None
 
     def launch(self, mapped: Sequence[Tensor], plain: Sequence[Tensor | None]) -> None:
@@ -123,10 +122,12 @@ class Plan:
             places[at] = self._maps[at].get(address) or self._map(at, address)
         for at, other in enumerate(plain):
             addresses[at] = 0 if other is None else other.data_ptr()
-        workspace = self._workspace
         if torch._C._cuda_isCurrentStreamCapturing():
-            # A graph may be replayed on any stream: its launches have memory of the graph's own.
-            workspace = torch.empty_like(workspace)
+            # A graph may be replayed on any stream: its launches have memory of its own, which what the graph
+            # launches behind them reuses.
+            workspace = _empty(self._device, self._floats)
+        else:
+            workspace = _workspace(self._device, self._stream, self._floats)
         start = workspace.data_ptr()
         for at, offset in enumerate(self._starts, len(plain)):
             addresses[at] = start + 4 * offset
@@ -169,9 +170,12 @@ def _workspace(device: int, stream: int, floats: int) -> Tensor:
     """At least so many floats that kernels of this stream share."""
     workspace = _workspaces.get((device, stream))
     if workspace is None or workspace.numel() < floats:
-        workspace = torch.empty(floats, dtype=torch.float32, device=torch.device("cuda", device))
-        _workspaces[device, stream] = workspace
+        workspace = _workspaces[device, stream] = _empty(device, floats)
     return workspace
+
+
+def _empty(device: int, floats: int) -> Tensor:
+    return torch.empty(floats, dtype=torch.float32, device=torch.device("cuda", device))
 
 
 @functools.cache
