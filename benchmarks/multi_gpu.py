@@ -1,10 +1,11 @@
 """Pipeline schedules on several GPUs: both boundaries beside Megatron's own schedule and beside vanilla.
 
     python -m benchmarks.multi_gpu --out multi_gpu.json [--ranks 2] [--widths 2560,4096] [--streams 4,1]
-        [--forms vanilla,megatron,interleaved/whole,...] [--sockets] [--layout pp|ep]
+        [--forms vanilla,megatron,interleaved/whole,interleaved/whole/nccl,...] [--sockets] [--layout pp|ep]
 
 pp: PP2 x VPP2 (the other ranks hold experts, where there are four), ep: experts on all ranks, no pipeline. A
-form is SCHEDULE/BOUNDARY, of --mhc-pipeline-schedule and --mhc-pp-boundary. With --sockets messages cross the
+form is SCHEDULE/BOUNDARY[/TRANSPORT], of --mhc-pipeline-schedule, --mhc-pp-boundary and
+--mhc-pipeline-transport. With --sockets messages cross the
 network stack instead of NVLink. Jobs train through megatron_mhc.pretrain_gpt, in bf16 on Transformer Engine's
 layers, and take turns of a few steps (see `jobs`).
 
@@ -27,6 +28,7 @@ from benchmarks.jobs import TINY, TINY_MOE, Job, Turns, take_turns
 
 VANILLA = "vanilla"
 FORMS = (VANILLA, "megatron", "interleaved/whole", "interleaved/split", "fused/whole", "fused/split")
+TRANSPORTS = ("push", "nccl")
 SOCKETS = {"NCCL_P2P_DISABLE": "1", "NCCL_SHM_DISABLE": "1"}
 
 
@@ -59,12 +61,13 @@ def job(form: str, width: int, n: int, options: argparse.Namespace) -> Job:
     if form == VANILLA:
         arguments += ["--no-mhc"]
     else:
-        schedule, _, boundary = form.partition("/")
+        schedule, boundary, transport = (*form.split("/"), "", "")[:3]
         arguments += ["--mhc-num-residual-streams", str(n)]
         if schedule != "megatron":
             arguments += ["--mhc-pipeline-schedule", schedule, "--mhc-pp-boundary", boundary]
+            arguments += ["--mhc-pipeline-transport", transport] if transport else []
     # Many queues: with one, a message that waits for its sender holds up whatever stands behind it.
-    environment = {"CUDA_DEVICE_MAX_CONNECTIONS": "32", "BENCHMARK_TRACE": "1"}
+    environment = {"CUDA_DEVICE_MAX_CONNECTIONS": options.connections, "BENCHMARK_TRACE": "1"}
     environment |= SOCKETS if options.sockets else {}
     return Job(form, arguments, options.ranks, environment, layers // pp * options.micro_batches)
 
@@ -131,6 +134,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--widths", type=numbers, default=[2560])
     add("--streams", type=numbers, default=[4], help="n")
     add("--sockets", action="store_true")
+    add("--connections", default="32", metavar="N", help="CUDA_DEVICE_MAX_CONNECTIONS; default 32")
     add("--together", type=int, default=3, help="jobs in memory at once, vanilla among them")
     sizes = dict(layers=2, sequence=4096, micro_batch=2, micro_batches=8, warm_up=3, turns=3, steps=3)
     for name, default in sizes.items():
@@ -139,8 +143,9 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     if options.ranks % 2:
         parser.error(f"--ranks {options.ranks}: the layouts need an even number")
-    if unknown := set(options.forms) - set(FORMS):
-        parser.error(f"--forms {','.join(unknown)}: choose from {','.join(FORMS)}")
+    known = {*FORMS, *(f"{form}/{transport}" for form in FORMS if "/" in form for transport in TRANSPORTS)}
+    if unknown := set(options.forms) - known:
+        parser.error(f"--forms {','.join(unknown)}: choose from {','.join(sorted(known))}")
     if options.tiny:
         options.widths, options.layers, options.micro_batch, options.micro_batches = [32], 1, 1, 4
     elif not ON_GPU:

@@ -217,6 +217,13 @@ class MHCConfig:
         "forward of one micro-batch and the backward of another node by node in turns: docs/schedules.md",
         choices=("megatron", "interleaved", "fused"),
     )
+    pipeline_transport: str = _option(
+        "auto",
+        "how messages travel under interleaved and fused: push has the sender's copy engine write into the "
+        "receiver's memory, which takes no SM, and needs a pipeline's GPUs on one host; nccl sends them over "
+        "the process groups; auto is push where it can be: docs/schedules.md",
+        choices=("auto", "push", "nccl"),
+    )
     pp_boundary: str = _option(
         "whole",
         "what a stage sends under interleaved and fused: whole, its streams; split, the mixed streams before "

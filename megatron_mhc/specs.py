@@ -32,7 +32,7 @@ from megatron_mhc.layer import (
     HyperConnectionTransformerLayer,
     unsupported_submodule,
 )
-from megatron_mhc.pipeline.comm import sms_of_receives
+from megatron_mhc.pipeline.links import sms_of_receives
 from megatron_mhc.pipeline.options import check_config
 from megatron_mhc.recompute.chunk import DroppingChunk
 from megatron_mhc.refusals import SPEC_DOOR, refuse

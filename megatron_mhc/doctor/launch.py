@@ -190,6 +190,7 @@ class Launch(Part):
 
     def pipeline(self, args: Any, config: Any, mhc: MHCConfig) -> None:
         """The schedule, how messages travel, and how many passes each rank holds."""
+        from megatron_mhc.pipeline.links import AUTO, NCCL, PUSH
         from megatron_mhc.pipeline.queues import check_variable
         from megatron_mhc.schedule.plans import OVERLAPPED, passes_in_flight
 
@@ -199,9 +200,16 @@ class Launch(Part):
             return
         overlapped = mhc.pipeline_schedule in OVERLAPPED
         self.say("schedule", f"{mhc.pipeline_schedule}, {flag('pp_boundary')} {mhc.pp_boundary}")
+        over_nccl = (
+            "receives posted ahead, over NCCL; those of a model's first step by way of the hosts, over gloo"
+        )
+        pushed = (
+            "pushed over peer memory, if the GPUs of each pipeline are of one host and reach each other's"
+        )
+        messages = {NCCL: over_nccl, PUSH: pushed, AUTO: f"{pushed}; else {over_nccl}"}
         self.say(
             "messages",
-            "receives posted ahead, over NCCL; those of a model's first step by way of the hosts, over gloo"
+            messages[mhc.pipeline_transport]
             if overlapped
             else f"Megatron's, {mhc.num_residual_streams} times as wide",
         )
@@ -210,7 +218,9 @@ class Launch(Part):
         if held is not None:
             self.say("passes in flight", f"{', '.join(map(str, held))} on ranks 0 to {pp - 1}")
         if overlapped:
-            self.asks(lambda: check_variable(mhc.pipeline_schedule))
+            if mhc.pipeline_transport == NCCL:
+                why = f"{flag('pipeline_transport')} {NCCL}"
+                self.asks(lambda: check_variable(mhc.pipeline_schedule, why))
 
 
 class _Guess(NamedTuple):

@@ -1,8 +1,7 @@
-"""Messages between pipeline stages: receives posted ahead, sends that nothing waits for."""
+"""Messages of process groups between pipeline stages: receives posted ahead, sends that nothing waits for."""
 
 from __future__ import annotations
 
-import os
 import time
 from collections import deque
 from dataclasses import dataclass
@@ -11,13 +10,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from torch import Tensor
 
-from megatron_mhc.config import MHCConfig
 from megatron_mhc.pipeline import loading
-from megatron_mhc.pipeline.streams import HostStreams
-from megatron_mhc.schedule.plans import OVERLAPPED
+from megatron_mhc.pipeline.transport import PipelineError, Transport, about, silent
 from megatron_mhc.schedule.program import UP_MESSAGES, Message, Plan, channel
 
 DEFAULT_TIMEOUT = timedelta(minutes=10)  # Megatron's --distributed-timeout-minutes
@@ -27,10 +23,6 @@ WRAPS = ("forward_wrap", "backward_wrap")
 # NCCL_MAX_CTAS overrides it.
 CTAS = 4
 PENDING = 2  # receives that wait at a time: one from each neighbour
-
-
-class PipelineError(RuntimeError):
-    """A neighbour failed, or sent nothing within the timeout of the process groups."""
 
 
 @dataclass(frozen=True)
@@ -60,17 +52,6 @@ def channels_of(pp_group: Any) -> Channels:
     _connect(channels)
     _channels.append((pp_group, channels))
     return channels
-
-
-def sms_of_receives(config: Any, mhc: MHCConfig) -> int:
-    """SMs of a GPU that the receives of the overlapping schedules hold while they wait."""
-    if mhc.pipeline_schedule not in OVERLAPPED or config.pipeline_model_parallel_size == 1:
-        return 0
-    # A training loop may have groups of its own, or none yet.
-    group = parallel_state.get_pipeline_model_parallel_group(check_initialized=False)
-    if not dist.is_initialized() or dist.get_backend(group) != "nccl":
-        return 0
-    return PENDING * int(os.environ.get("NCCL_MAX_CTAS") or CTAS)
 
 
 def _make(pipelines: list[Any], backend: str, timeout: timedelta, hosts: Channels | None = None) -> Channels:
@@ -118,9 +99,8 @@ def _connect(channels: Channels) -> None:
             else:
                 dist.recv(number, ends[0], group=group)
         except RuntimeError as error:
-            raise PipelineError(
-                f"pipeline rank {channels.ranks.index(me)}: no connection: {_failed(channels, peer)}"
-            ) from error
+            said = silent(channels.ranks, peer, channels.timeout)
+            raise PipelineError(f"pipeline rank {channels.ranks.index(me)}: no connection: {said}") from error
     if device == "cuda":
         torch.cuda.synchronize()  # nothing of this is pending when the step begins, see loading.py
 
@@ -132,13 +112,6 @@ def timeout_of(group: Any) -> timedelta:
     return getattr(options, "_timeout", None) or DEFAULT_TIMEOUT
 
 
-def _failed(channels: Channels, peer: int) -> str:
-    return (
-        f"pipeline rank {peer} (global rank {channels.ranks[peer]}) has failed or was silent for "
-        f"{channels.timeout.total_seconds():.0f} s (--distributed-timeout-minutes); look at its log first"
-    )
-
-
 @dataclass
 class _Sent:
     message: Message
@@ -146,37 +119,18 @@ class _Sent:
     tensor: Tensor  # kept until it has left
 
 
-class Transport:
-    """Sends and receives of one rank in one step.
+class GroupTransport(Transport):
+    """Messages of process groups: NCCL's, whose receives are posted ahead as kernels, or gloo's."""
 
-    Args:
-        shapes: of each kind of message by name; the same on all ranks.
-        dtype, device: of all messages.
-
-    Raises (`post`, `send`, `wait`, `drain`):
-        PipelineError: a neighbour failed or was silent for the groups' timeout; names the message.
-        ValueError: a tensor of another shape or dtype than the message's.
-    """
-
-    def __init__(
-        self,
-        plan: Plan,
-        rank: int,
-        channels: Channels,
-        shapes: dict[str, tuple[int, ...]],
-        dtype: torch.dtype,
-        device: torch.device,
-        streams: HostStreams,
-    ):
-        self.plan, self.rank, self.channels, self.shapes = plan, rank, channels, shapes
-        self.dtype, self.device, self.streams = dtype, device, streams
-        self.place = device  # of what is sent and received
+    def __init__(self, plan: Plan, rank: int, channels: Channels, *how: Any):
+        super().__init__(plan, rank, *how)
+        self.channels = channels
+        self.place = self.device  # of what is sent and received
         self.coming: dict[Message, tuple[Any, Tensor]] = {}
         self.leaving: deque[_Sent] = deque()
         self.most_leaving = 0
 
     def post(self, message: Message) -> None:
-        """Post the receive of a message."""
         name, source, _ = channel(self.plan, message)
         with self.streams.posting():
             buffer = torch.empty(self.shapes[message.name], dtype=self.dtype, device=self.place)
@@ -187,7 +141,6 @@ class Transport:
         self.coming[message] = work, buffer
 
     def wait(self, message: Message) -> Tensor:
-        """Make the current stream (with gloo: the host) wait for a message; returns its tensor."""
         work, buffer = self.coming.pop(message)
         try:
             if self.channels.backend == "nccl":
@@ -200,16 +153,8 @@ class Transport:
         return buffer
 
     def send(self, message: Message, tensor: Tensor) -> None:
-        """Send a tensor as soon as the current stream has computed it; nothing waits for that."""
-        shape = self.shapes[message.name]
-        if tuple(tensor.shape) != shape or tensor.dtype != self.dtype:
-            raise ValueError(
-                f"pipeline message {message} has shape {tuple(tensor.shape)} and {tensor.dtype}, expected "
-                f"{shape} and {self.dtype}: every stage needs the same sequence length, micro-batch size, "
-                "--mhc-num-residual-streams and pipeline dtype"
-            )
         name, _, target = channel(self.plan, message)
-        tensor = tensor.detach().contiguous()
+        tensor = self.checked(message, tensor)
         try:
             work = dist.isend(tensor, self.channels.ranks[target], group=self.channels.groups[name])
         except RuntimeError as error:
@@ -218,11 +163,10 @@ class Transport:
         self.most_leaving = max(self.most_leaving, len(self.leaving))
 
     def sweep(self) -> None:
-        """Free messages that have left, without waiting; gloo knows of that only in `drain`."""
+        # Gloo knows of that only in `drain`.
         self.leaving = deque(sent for sent in self.leaving if not sent.work.is_completed())
 
     def drain(self) -> None:
-        """Have the host wait until everything has left."""
         deadline = time.monotonic() + self.channels.timeout.total_seconds()
         while self.leaving:
             self._finish(self.leaving.popleft(), deadline)
@@ -241,10 +185,8 @@ class Transport:
             raise self._error(sent.message, "was not received", target) from error
 
     def _error(self, message: Message, what: str, peer: int) -> PipelineError:
-        return PipelineError(
-            f"pipeline rank {self.rank}: message {message.name} of micro-batch {message.microbatch}, stage "
-            f"{message.stage}, {what}: {_failed(self.channels, peer)}"
-        )
+        said = silent(self.channels.ranks, peer, self.channels.timeout)
+        return PipelineError(f"{about(self.rank, message, what)}: {said}")
 
 
 def most_on_host(plan: Plan) -> int:
@@ -256,7 +198,7 @@ def most_on_host(plan: Plan) -> int:
     return 2 * len(UP_MESSAGES[plan.boundary]) * max(plan.groups())
 
 
-class HostTransport(Transport):
+class HostTransport(GroupTransport):
     """The same messages through the hosts, so that no operation pends on a device; see loading.py.
 
     The host waits for the current stream and then sends. It waits for a message and then has the current

@@ -48,7 +48,7 @@ def forward_backward(
         raise ValueError("the model has no mHC: run it by what Megatron's get_forward_backward_func returns")
     check_call(config, seq_length, decoder_seq_length, adjust_tensor_shapes_fn, p2p_communicator)
     groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
-    check_queues(mhc.pipeline_schedule, groups.pp)
+    check_queues(mhc, groups.pp)
     rank = groups.pp.rank()
     plan = plan_for(config, mhc, groups.pp.size(), len(chunks), num_microbatches, forward_only)
     last_rank = rank == plan.pp - 1

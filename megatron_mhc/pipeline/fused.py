@@ -90,7 +90,8 @@ class FusedStep(Step):
         nodes.finish()
         if not last:
             message = Message("write" if split else "streams", microbatch, stage)
-            self.to_send[message], self.sent_from[message] = output, nodes.stream
+            self.put(message, output)
+            self.sent_from[message] = nodes.stream
             if not split:
                 tape.end(edge_of(output))
         if plan.replay:
@@ -102,7 +103,7 @@ class FusedStep(Step):
     def _reach(self, key: tuple[int, int], layer: int, node: str, mixed: Tensor | None) -> None:
         """A layer calls it before each of its nodes: run the program up to that node."""
         if mixed is not None:
-            self.to_send[Message("mixed", *key)] = mixed
+            self.put(Message("mixed", *key), mixed)
         until = Op(FORWARD, node, *key, layer)
         if layer == 0 and node == "attention":
             return  # it started the forward step

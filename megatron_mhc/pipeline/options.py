@@ -35,7 +35,7 @@ def check_config(config: Any, mhc: MHCConfig) -> None:
         from megatron.core import parallel_state
 
         # The engine asks again: a training loop may have groups of its own, or none yet.
-        check_queues(mhc.pipeline_schedule, parallel_state.get_pipeline_model_parallel_group(False))
+        check_queues(mhc, parallel_state.get_pipeline_model_parallel_group(False))
 
 
 def check_call(

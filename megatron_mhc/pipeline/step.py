@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.pipeline_parallel import schedules
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import get_attr_wrapped_model, get_model_config
@@ -16,12 +17,15 @@ from megatron_mhc import recompute
 from megatron_mhc.backend import Backend
 from megatron_mhc.chunk import Runner, chunk_of
 from megatron_mhc.ops.autocast import outside
-from megatron_mhc.pipeline.comm import HostTransport, Transport, channels_of
+from megatron_mhc.pipeline import links
+from megatron_mhc.pipeline.comm import GroupTransport, HostTransport, channels_of
 from megatron_mhc.pipeline.edges import backward, edge_of
 from megatron_mhc.pipeline.gradients import GradientSync
 from megatron_mhc.pipeline.loading import first_of_its_kind
 from megatron_mhc.pipeline.nodes import StageEntry, StageExit, packed_width, unpack
+from megatron_mhc.pipeline.push import PushTransport
 from megatron_mhc.pipeline.streams import streams_for
+from megatron_mhc.pipeline.transport import Transport
 from megatron_mhc.schedule.program import (
     HEAD,
     SPLIT,
@@ -92,13 +96,15 @@ class Step:
         narrow: tuple[int, ...] = (tokens, batch, packed_width(config.hidden_size, self.streams, dtype))
         shapes = {"streams": wide, "mixed": wide, "d_streams": wide, "write": narrow, "d_write": narrow}
         device = torch.empty(0, device="cuda").device  # the current one; a stage may have no parameters
-        channels, plan = channels_of(self.groups.pp), self.plan
-        streams = streams_for(device, channels.backend)
+        pp, plan = self.groups.pp, self.plan
+        how = (shapes, dtype, device, streams_for(device, dist.get_backend(pp)))
+        if links.choose(pp, self.config.mhc).pushes:
+            return PushTransport(plan, self.rank, links.pool_of(pp), *how)
+        channels = channels_of(pp)
         kind = (channels.ranks, plan.forward_only, plan.fused, plan.boundary, wide, dtype)
-        how = (shapes, dtype, device, streams)
         if channels.hosts is not None and first_of_its_kind(self.chunks[0], kind):
             return HostTransport(plan, self.rank, channels.hosts, *how)
-        return Transport(plan, self.rank, channels, *how)
+        return GroupTransport(plan, self.rank, channels, *how)
 
     def run(self) -> None:
         """Run the program, and wait until all messages have left."""
@@ -107,6 +113,9 @@ class Step:
                 while self.at < len(self.program):
                     self._advance()
             self.transport.drain()
+        except BaseException:
+            self.transport.abandon()
+            raise
         finally:
             self.exits.clear()  # after an error they would call back
 
@@ -143,8 +152,10 @@ class Step:
         if leaves is not None and self.program[self.at - 1] != op._replace(what=TAIL):
             raise RuntimeError(f"stage {stage} ended without reaching its last MLP")
         if not last:
-            self.to_send[Message("write" if leaves else "streams", microbatch, stage)] = output
+            self.put(Message("write" if leaves else "streams", microbatch, stage), output)
         if plan.forward_only:
+            if stage > 0 and plan.boundary != SPLIT:
+                self.transport.release(Message("streams", microbatch, stage - 1))
             return
         if plan.replay:
             self.blocks[key] = recompute.handle(self.chunks[stage // plan.pp])
@@ -186,7 +197,7 @@ class Step:
 
     def _early(self, head: Op, u: Tensor) -> None:
         """The last layer calls it before its MLP: run the program up to that point."""
-        self.to_send[Message("mixed", head.microbatch, head.stage)] = u
+        self.put(Message("mixed", head.microbatch, head.stage), u)
         with outside(self.transport.device.type):  # of the forward's torch.autocast
             while self._advance() != head._replace(what=TAIL):
                 pass
@@ -200,6 +211,7 @@ class Step:
             u = self.received.pop(Message("mixed", microbatch, stage - 1))
             written = self.received.pop(Message("write", microbatch, stage - 1))
             entry = StageEntry(u, written, self.config.hidden_size, self.backend)
+            self.transport.release(Message("mixed", microbatch, stage - 1))
             streams = entry.streams
             if not self.plan.forward_only:
                 self.entries[key] = entry
@@ -269,14 +281,21 @@ class Step:
         return Message(name, key[0], key[1] + 1)
 
     def _leave_backward(self, key: tuple[int, int]) -> None:
-        streams = self.inputs.pop(key, None)
-        if streams is None:
-            return
-        microbatch, stage = key
-        dx = streams.grad if streams.grad is not None else torch.zeros_like(streams)
-        if (entry := self.entries.pop(key, None)) is not None:
-            self.to_send[Message("d_write", microbatch, stage)] = entry.gradients(dx)
-        self.to_send[Message("d_streams", microbatch, stage)] = dx
+        """Hand on the gradient of a chunk's streams, and let go of what its backward has read."""
+        plan, (microbatch, stage) = self.plan, key
+        if (streams := self.inputs.pop(key, None)) is not None:
+            dx = streams.grad if streams.grad is not None else torch.zeros_like(streams)
+            if (entry := self.entries.pop(key, None)) is not None:
+                self.put(Message("d_write", microbatch, stage), entry.gradients(dx))
+            self.put(Message("d_streams", microbatch, stage), dx)
+            if plan.boundary != SPLIT:
+                self.transport.release(Message("streams", microbatch, stage - 1))
+        if stage < plan.stages - 1:
+            self.transport.release(self._from_next("d_streams", key))
+
+    def put(self, message: Message, tensor: Tensor) -> None:
+        """Keep a tensor for its SEND."""
+        self.to_send[message] = self.transport.kept(tensor)
 
 
 def layers_of(chunk: Any) -> Any:

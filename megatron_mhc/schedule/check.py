@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from megatron_mhc.schedule.lanes import InOrder, Lane, Track, in_order
 from megatron_mhc.schedule.program import (
     BACKWARD,
     COMPUTE,
@@ -45,6 +46,44 @@ def check_programs(plan: Plan, programs: list[list[Op]] | None = None) -> None:
     ends = enumerate(zip(programs, run.at, strict=True))
     if stuck := [f"rank {rank} at {program[at]}" for rank, (program, at) in ends if at < len(program)]:
         raise Deadlock("; ".join(stuck))
+
+
+def check_in_order(
+    plan: Plan, programs: list[list[Op]] | None = None, slots: dict[Lane, int] | None = None
+) -> None:
+    """Verify programs whose every operation ends before its rank's next one starts, see `lanes.InOrder`.
+
+    A SEND waits for a free slot of its lane and for nothing else. Whatever runs less strictly, on several
+    streams, then ends too: an operation waits for nothing that stands behind it.
+
+    Args:
+        programs: of ranks 0 to pp - 1; `build_program`'s where None.
+        slots: of each lane; `lanes.in_order`'s where None.
+
+    Raises:
+        Deadlock: ranks that wait for each other; the message names where each stands.
+        ValueError: a lane's messages are not waited for in the order in which they are sent, or two would be
+            in one slot at a time.
+    """
+    built = programs or [build_program(plan, rank) for rank in range(plan.pp)]
+    run = InOrder(plan, built, slots) if slots else in_order(plan, built)
+    if stuck := run.go():
+        raise Deadlock("; ".join(f"rank {rank} at {built[rank][run.at[rank]]}" for rank in stuck))
+    sent, waited = run.by_lane(SEND), run.by_lane(WAIT)
+    if wrong := next((lane for lane in sent if sent[lane] != waited.get(lane)), None):
+        raise ValueError(f"{wrong}: messages are waited for in another order than they are sent")
+    for lane, track in run.tracks().items():
+        check_slots(lane, track)
+
+
+def check_slots(lane: Lane, track: Track) -> None:
+    """Raise ValueError if a message would be written over one that the receiver has not let go of."""
+    number = {message: at for at, message in enumerate(track.let_go)}
+    last: dict[int, Message] = {}
+    for at, (message, slot) in enumerate(zip(track.messages, track.places, strict=True)):
+        if slot in last and number[last[slot]] > at - track.slots:
+            raise ValueError(f"{lane}: {message} would overwrite {last[slot]}")
+        last[slot] = message
 
 
 def held_up(plan: Plan, programs: list[list[Op]] | None = None) -> Iterator[tuple[int, Op, list[Op]]]:

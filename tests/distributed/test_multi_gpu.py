@@ -9,7 +9,8 @@ from harness import MICRO_BATCH, MICRO_BATCHES, SEQUENCE, Layout, build, iterate
 
 from megatron_mhc import MHCConfig
 from megatron_mhc.hyper_connection import HyperConnectionModule
-from megatron_mhc.pipeline import comm
+from megatron_mhc.pipeline import comm, links
+from megatron_mhc.pipeline.links import Choice
 from megatron_mhc.schedule.program import POST, SEND, Plan, build_program, channel
 from megatron_mhc.testing import gpt
 from megatron_mhc.testing.parity import Iteration, Routing, compare_routing, differences
@@ -140,32 +141,35 @@ def test_channels_are_connected_in_one_order_by_all_ranks(run_ranks, pp):
 
 
 @pytest.mark.parametrize(
-    "options, pp, backend, limit, sms",
+    "options, pp, backend, chosen, limit, sms",
     [
-        (dict(pipeline_schedule="interleaved"), 4, "nccl", None, 8),
-        (dict(pipeline_schedule="fused"), 2, "nccl", "16", 32),
-        (dict(pipeline_schedule="interleaved"), 4, "gloo", None, 0),
-        (dict(pipeline_schedule="interleaved"), 1, "nccl", None, 0),
-        ({}, 4, "nccl", None, 0),
+        (dict(pipeline_schedule="interleaved"), 4, "nccl", "nccl", None, 8),
+        (dict(pipeline_schedule="fused"), 2, "nccl", "nccl", "16", 32),
+        (dict(pipeline_schedule="interleaved"), 4, "nccl", "push", None, 0),
+        (dict(pipeline_schedule="interleaved"), 4, "gloo", "nccl", None, 0),
+        (dict(pipeline_schedule="interleaved"), 1, "nccl", "nccl", None, 0),
+        ({}, 4, "nccl", "nccl", None, 0),
     ],
 )
 def test_a_models_kernels_leave_sms_to_the_receives_of_its_own_schedule(
-    monkeypatch, options, pp, backend, limit, sms
+    monkeypatch, options, pp, backend, chosen, limit, sms
 ):
     """Without process groups: a GPU that would show it has another test, benchmarks.multi_gpu."""
-    monkeypatch.setattr(comm.dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(comm.dist, "get_backend", lambda group: backend)
+    monkeypatch.setattr(links.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(links.dist, "get_backend", lambda group: backend)
+    monkeypatch.setattr(links, "choose", lambda *_: Choice(chosen, ""))
     monkeypatch.delenv("NCCL_MAX_CTAS", raising=False)
     if limit:
         monkeypatch.setenv("NCCL_MAX_CTAS", limit)
     config = types.SimpleNamespace(pipeline_model_parallel_size=pp)
-    assert comm.sms_of_receives(config, MHCConfig(**options)) == sms
+    assert links.sms_of_receives(config, MHCConfig(**options)) == sms
 
 
 def reserved(layout):
     """The SMs that each of two models leaves, built one after the other."""
     layout.initialize()
-    comm.dist = types.SimpleNamespace(is_initialized=lambda: True, get_backend=lambda group: "nccl")
+    links.dist = types.SimpleNamespace(is_initialized=lambda: True, get_backend=lambda group: "nccl")
+    links.choose = lambda *_: Choice("nccl", "")
     found = []
     for schedule in ("interleaved", "megatron"):
         chunks = build(layout, layout.config("dense"), "dense", MHCConfig(pipeline_schedule=schedule))

@@ -152,7 +152,7 @@ def trace(layout, mhc, count):
             if isinstance(module, delayed.Delayed):
                 layer, _, part = name.partition(".")
                 linears[module] = at * layout.pp + pipeline_rank(), int(layer), part
-    exchange, send = torch.distributed.all_to_all_single, comm.Transport.send
+    exchange, send = torch.distributed.all_to_all_single, comm.GroupTransport.send
 
     def watched_exchange(*args, **kwargs):
         delayed.events.append(("all-to-all",))
@@ -166,7 +166,7 @@ def trace(layout, mhc, count):
         delayed.tag[:] = [op]
         delayed.events.append(op)
 
-    torch.distributed.all_to_all_single, comm.Transport.send = watched_exchange, watched_send
+    torch.distributed.all_to_all_single, comm.GroupTransport.send = watched_exchange, watched_send
     observers[:] = [observe]
     iterate(chunks, config, count=count * layout.ep, schedule=engine.forward_backward)
     events = [("dw", linears[e[1]], e[2]) if e[0] == "dw" else e for e in delayed.events]

@@ -147,14 +147,14 @@ def race(layout, kind, mhc, spoil, late=False, count=4, **settings):
     pipeline_step.streams_for = lambda *_: clocks
     if mhc.recompute_layer_num != "off":
         watch_recompute(clocks)
-    wait = comm.Transport.wait
+    wait = comm.GroupTransport.wait
 
     def waited(self, message):
         tensor = wait(self, message)
         clocks.write(tensor)  # what comes in is there once the current stream has waited
         return tensor
 
-    comm.Transport.wait = waited
+    comm.GroupTransport.wait = waited
     if spoil == "events":
         fused.Tape.on = lambda self, stream: clocks.on(stream)
     if spoil == "memory":

@@ -67,7 +67,7 @@ def run(layout, kind, mhc, where):
     owner, name, count = {
         "F": (chunk.sublayers[1], "f", 2),
         "post_res": (chunk.sublayers[1].connection, "post_res", 2),
-        "receive": (comm.Transport, "wait", 3),
+        "receive": (comm.GroupTransport, "wait", 3),
     }[where]
     own, original = name in vars(owner), getattr(owner, name)
     setattr(owner, name, nth(original, count))

@@ -108,8 +108,9 @@ def schedules_of(layout: Layout) -> list[str]:
     return list(SCHEDULES) if layout.pp > 1 else [NONE]
 
 
-def mhc_of(schedule: str, n: int) -> MHCConfig:
-    return MHCConfig(num_residual_streams=n, **SCHEDULES.get(schedule, {}))
+def mhc_of(schedule: str, n: int, transport: str = "auto") -> MHCConfig:
+    options = dict(num_residual_streams=n, pipeline_transport=transport)
+    return MHCConfig(**options, **SCHEDULES.get(schedule, {}))
 
 
 def schedule_of(schedule: str) -> Callable[..., Any] | None:
@@ -168,7 +169,7 @@ def exact_cases(options: argparse.Namespace, world: int) -> list[Case]:
         for kind in LAYOUTS[name][1]
         for n in options.streams
         for schedule in schedules_of(LAYOUTS[name][0])
-        if fits(LAYOUTS[name][0], world)
+        if fits(LAYOUTS[name][0], world) and (not options.layouts or name in options.layouts)
     ]
     if HAVE_TE and options.dtype == torch.float32:
         rounded = [case for case in cases if case.kind == "moe" and case.schedule == NONE]
@@ -196,7 +197,7 @@ def iteration(
     settings = {k: v for k, v in scale.model.items() if case.kind != "dense" or "moe" not in k}
     config = layout.config(case.kind, **settings, params_dtype=options.dtype)
     how: dict[str, Any] = dict(sizes=scale.batch, weights=functools.partial(fill, std=scale.std))
-    chunks = gpt.build(layout, config, case.kind, mhc_of(case.schedule, case.n), **how)
+    chunks = gpt.build(layout, config, case.kind, mhc_of(case.schedule, case.n, options.transport), **how)
     routing = Routing.record(chunks)
     batch = gpt.tokens(count, seed, scale.batch)
     batch = batch.flip(0) if backwards else batch
@@ -204,7 +205,7 @@ def iteration(
     run = functools.partial(gpt.iterate, chunks, config, batch, schedule=schedule)
     try:
         if schedule is not None:
-            run()  # the first step's messages go by way of the hosts
+            run()  # over NCCL the first step's messages go by way of the hosts
         return run(), chunks, routing
     finally:
         gpt.exact_router(False)

@@ -100,8 +100,8 @@ class Driver:
         pairs: GPUs as CUDA_VISIBLE_DEVICES names them; on a CPU one empty string.
     """
 
-    def __init__(self, folder: Path, cpu: bool, pairs: list[str]):
-        self.folder, self.cpu = folder, cpu
+    def __init__(self, folder: Path, cpu: bool, pairs: list[str], transport: str = "auto"):
+        self.folder, self.cpu, self.transport = folder, cpu, transport
         self.free: queue.Queue[str] = queue.Queue()
         for pair in pairs:
             self.free.put(pair)
@@ -112,15 +112,18 @@ class Driver:
         run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
         run += ["-m", "megatron_mhc.testing.cpu"] if self.cpu else []
         run += ["-m", "megatron_mhc.pretrain_gpt"]
-        return run + shlex.split(f"{COMMON} {CPU if self.cpu else GPU} {arguments}")
+        transport = f"--mhc-pipeline-transport {self.transport}"
+        return run + shlex.split(f"{COMMON} {CPU if self.cpu else GPU} {transport} {arguments}")
 
     def environment(self, arguments: str, pair: str) -> dict[str, str]:
         """This process's, without what torchrun may have told it, for a job of these arguments."""
         mine = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_")
         kept = {key: value for key, value in os.environ.items() if not key.startswith(mine)}
         path = f"{ROOT}:{kept['PYTHONPATH']}" if "PYTHONPATH" in kept else str(ROOT)
-        # The plugin's schedules refuse 1; Megatron demands it under TP.
-        kept["CUDA_DEVICE_MAX_CONNECTIONS"] = "32" if PIPELINE in arguments else "1"
+        # The plugin's schedules over NCCL refuse 1; Megatron demands it under TP.
+        pushes = self.transport == "push"
+        kept["CUDA_DEVICE_MAX_CONNECTIONS"] = "32" if PIPELINE in arguments and not pushes else "1"
+        kept["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"
         kept["NCCL_NVLS_ENABLE"] = "0"  # no NVLink multicast
         kept["TORCH_COMPILE_DISABLE"] = "1"  # Megatron compiles at every start
         kept["PYTHONFAULTHANDLER"] = "1"  # see _stacks
@@ -243,6 +246,9 @@ class Chains:
 
     def _compare(self, name: str, job: Job, after: int, until: int) -> None:
         """A job that went on behind a checkpoint, beside the unbroken one."""
+        if not self.unbroken.done():  # it was not asked for
+            self.add(name, {"last step": max(job.losses, default=0), "losses": job.losses})
+            return
         error = worst(job.losses, self.unbroken.result().losses, after, until)
         row: Row = {"error": error, "last step": max(job.losses, default=0), "losses": job.losses}
         row |= {"seconds": job.seconds, "ok": error <= ERROR[not self.driver.cpu]}
@@ -261,9 +267,10 @@ def worst(losses: dict[int, float], unbroken: dict[int, float], after: int, unti
     return max(error if error == error else float("inf") for error in errors)
 
 
-def run(report: Report, folder: Path, cpu: bool) -> None:
+def run(report: Report, options: argparse.Namespace) -> None:
     """All stages of which a row is missing."""
-    missing = {stage: [row for row in ROWS[stage] if report.row("resume", row) is None] for stage in ROWS}
+    folder, cpu, stages = options.scratch, options.tiny, options.stages
+    missing = {stage: [row for row in ROWS[stage] if report.row("resume", row) is None] for stage in stages}
     missing = {stage: rows for stage, rows in missing.items() if rows}
     if not missing:
         return
@@ -275,8 +282,8 @@ def run(report: Report, folder: Path, cpu: bool) -> None:
             if report.wanted("resume", name):
                 report.add("resume", name, row)
 
-    chains = Chains(Driver(folder, cpu, pairs), add)
-    if "reshard" not in missing:  # a run that was cut is gone on with
+    chains = Chains(Driver(folder, cpu, pairs, options.transport), add)
+    if "reshard" in stages and "reshard" not in missing:  # a run that was cut is gone on with
         losses = (report.row("resume", UNBROKEN) or {}).get("losses", {})
         chains.unbroken.set_result(Job(0, {int(step): loss for step, loss in losses.items()}, "", 0.0))
     with ThreadPoolExecutor(len(pairs)) as pool:
@@ -302,9 +309,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--scratch", type=Path, required=True, help="for checkpoints and logs")
     parser.add_argument("--tiny", action="store_true", help="on the CPU")
+    parser.add_argument("--transport", choices=("auto", "push", "nccl"), default="auto")
+    parser.add_argument("--stages", type=lambda text: text.split(","), default=list(ROWS))
     options = parser.parse_args()
-    report = Report(options.out, "resume", {"tiny": options.tiny})
-    run(report, options.scratch, options.tiny)
+    report = Report(options.out, "resume", {"tiny": options.tiny, "transport": options.transport})
+    run(report, options)
     report.end()
 
 

@@ -55,12 +55,14 @@ def main() -> None:
     add("--out", type=Path, required=True)
     add("--scratch", type=Path, required=True)
     add("--dtype", choices=("float32", "float64"), default="float32", help="of parity")
+    add("--transport", choices=("auto", "push", "nccl"), default="auto", help="of the plugin's schedules")
+    add("--layouts", type=lambda text: text.split(","), default=[], help="of parity; all if not given")
     add("--streams", type=lambda text: list(map(int, text.split(","))), default=[4], help="n")
     add("--timeout", type=int, default=180, help="of a collective, in seconds")
     add("--row-timeout", type=int, default=90, help="seconds")
     add("--tiny", action="store_true", help="toy sizes, for a CPU")
     options = parser.parse_args()
-    settings = {name: str(getattr(options, name)) for name in ("dtype", "streams", "tiny")}
+    settings = {name: str(getattr(options, name)) for name in ("dtype", "streams", "tiny", "transport")}
     options.dtype = getattr(torch, options.dtype)
     logging.getLogger("megatron").setLevel(logging.ERROR)
     backend = "nccl" if parity.ON_GPU else "gloo"

@@ -167,7 +167,10 @@ def test_one_hardware_queue_is_in_the_way_of_overlapped_schedules(examine):
     found, blocked, _ = examine(f"torchrun --nproc-per-node 4 -m megatron_mhc.pretrain_gpt {line}")
     assert blocked == [] and found["passes in flight"] == "3, 1 on ranks 0 to 1"
     assert found["layout"].startswith("TP 1, PP 2, VPP 1, CP 1, EP 1, DP 2")
-    _, blocked, _ = examine(f"CUDA_DEVICE_MAX_CONNECTIONS=1 torchrun -m megatron_mhc.pretrain_gpt {line}")
+    command = f"CUDA_DEVICE_MAX_CONNECTIONS=1 torchrun -m megatron_mhc.pretrain_gpt {line}"
+    found, blocked, _ = examine(command)
+    assert blocked == [] and "pushed over peer memory" in found["messages"]
+    _, blocked, _ = examine(f"{command} --mhc-pipeline-transport nccl")
     assert len(blocked) == 1 and "export CUDA_DEVICE_MAX_CONNECTIONS=32" in blocked[0]
 
 

@@ -8,6 +8,7 @@ from megatron.core import parallel_state
 
 from megatron_mhc import MHCConfig
 from megatron_mhc.pipeline import options, queues
+from megatron_mhc.pipeline.links import Choice
 from megatron_mhc.schedule.program import POST, SEND, SPLIT, WAIT, WHOLE, Plan, build_program, channel
 
 CONFIG = types.SimpleNamespace(
@@ -23,6 +24,7 @@ VARIABLE = "CUDA_DEVICE_MAX_CONNECTIONS"
 @pytest.fixture
 def nccl(monkeypatch):
     monkeypatch.setattr(queues.dist, "get_backend", lambda group: "nccl")
+    monkeypatch.setattr(queues.links, "choose", lambda *_: Choice("nccl", "two hosts"))
     monkeypatch.setattr(parallel_state, "get_pipeline_model_parallel_group", lambda *_: "a group")
     return monkeypatch
 
@@ -32,7 +34,7 @@ def test_one_queue_is_refused_over_nccl(nccl):
     with pytest.raises(ValueError) as error:
         options.check_config(CONFIG, INTERLEAVED)
     said = str(error.value)
-    assert "--mhc-pipeline-schedule interleaved over NCCL" in said and f"{VARIABLE}=1:" in said
+    assert "--mhc-pipeline-schedule interleaved over NCCL (two hosts)" in said and f"{VARIABLE}=1:" in said
     assert f"`export {VARIABLE}=32`" in said and "--mhc-pipeline-schedule megatron" in said
     options.check_config(CONFIG, MHCConfig())
 
@@ -47,9 +49,15 @@ def test_more_are_not(nccl, value):
 
 def test_gloo_and_a_model_before_its_groups_are_not_asked(nccl):
     nccl.setenv(VARIABLE, "1")
-    queues.check_queues("fused", None)
+    queues.check_queues(INTERLEAVED, None)
     nccl.setattr(queues.dist, "get_backend", lambda group: "gloo")
-    queues.check_queues("fused", "a group")
+    queues.check_queues(INTERLEAVED, "a group")
+
+
+def test_nor_are_pushed_messages(nccl):
+    nccl.setenv(VARIABLE, "1")
+    nccl.setattr(queues.links, "choose", lambda *_: Choice("push", "one host"))
+    options.check_config(CONFIG, INTERLEAVED)
 
 
 def run(plan, one_queue):
