@@ -129,19 +129,24 @@ class HyperConnectionModule(MappingParameters, InParts):
     def reset_parameters(self) -> None:
         """Initialise phi by `--mhc-init`, biases too, and alphas by `--mhc-init-gating-factor`."""
         n, uniform = self.mhc.num_residual_streams, self.mhc.init == "uniform"
-        home = torch.zeros(n)
-        home[self.sublayer_index % n] = 1.0
-        eye = torch.eye(n).flatten()
-        if self.mhc.is_hc:
-            parts = {"pre": torch.full((n,), 1 / n) if uniform else home, "post": torch.ones(n), "res": eye}
-        elif uniform:
-            parts = {"pre": torch.zeros(n), "post": torch.zeros(n), "res": torch.zeros(n * n)}
-        else:
-            parts = {
-                "pre": HOME_READ_LOGIT * (2 * home - 1),
-                "post": torch.zeros(n),
-                "res": HOME_MIX_LOGIT * eye - HOME_MIX_LOGIT / 2,
-            }
+        with torch.device(self.device):  # the default may be meta (--init-model-with-meta-device)
+            home = torch.zeros(n)
+            home[self.sublayer_index % n] = 1.0
+            eye = torch.eye(n).flatten()
+            if self.mhc.is_hc:
+                parts = {
+                    "pre": torch.full((n,), 1 / n) if uniform else home,
+                    "post": torch.ones(n),
+                    "res": eye,
+                }
+            elif uniform:
+                parts = {"pre": torch.zeros(n), "post": torch.zeros(n), "res": torch.zeros(n * n)}
+            else:
+                parts = {
+                    "pre": HOME_READ_LOGIT * (2 * home - 1),
+                    "post": torch.zeros(n),
+                    "res": HOME_MIX_LOGIT * eye - HOME_MIX_LOGIT / 2,
+                }
         self.affine.fill_(self.mhc.init_gating_factor)
         self.bias.copy_(torch.cat([parts[part] for part, on in self.dynamic.items() if on]))
         if uniform and self.config.perform_initialization:

@@ -175,20 +175,23 @@ def test_parts_of_moe_layers(run_ranks, kind, graphed):
     run_ranks(1, compare, Layout(), kind, MHCConfig(), graphed)
 
 
+OTHER_MAPPINGS = [
+    dict(num_residual_streams=1),
+    dict(preset="deepseek_v4"),
+    dict(h_res="unconstrained"),
+    dict(h_pre="fixed", h_post="fixed", h_res="identity"),
+]
+
+
 @pytest.mark.parametrize(
-    "mhc",
-    [
-        dict(num_residual_streams=1),
-        dict(preset="deepseek_v4"),
-        dict(h_res="unconstrained"),
-        dict(h_pre="fixed", h_post="fixed", h_res="identity"),
-    ],
-    ids=str,
+    "mhc, graphed",
+    product(
+        OTHER_MAPPINGS, [local(), te(), te("attn", *PREPROCESS)], {(0, 0), (1, 1), (2, 2), (3, 1), (3, 2)}
+    ),
+    ids=name,
 )
-@pytest.mark.parametrize(
-    "kind, graphed", [("dense", local()), ("dense", te()), ("moe", te("attn", *PREPROCESS))], ids=name
-)
-def test_other_mappings(run_ranks, kind, graphed, mhc):
+def test_other_mappings(run_ranks, mhc, graphed):
+    kind = "moe" if graphed["cuda_graph_modules"] else "dense"
     run_ranks(1, compare, Layout(), kind, MHCConfig(**mhc), graphed, {}, False, 2)
 
 
@@ -288,8 +291,11 @@ def test_selective_recompute(run_ranks, parts, graphed):
     run_ranks(1, compare, Layout(), "dense", MHCConfig(), graphed, recompute)
 
 
-@pytest.mark.parametrize("parts", ["shared_experts", "moe"])
-@pytest.mark.parametrize("graphed", [local(), te(), full()], ids=name)
+@pytest.mark.parametrize(
+    "parts, graphed",
+    product(["shared_experts", "moe"], [local(), te(), full()], {(0, 1), (1, 0), (1, 2)}),
+    ids=name,
+)
 def test_selective_recompute_of_experts(run_ranks, parts, graphed):
     recompute = dict(recompute_granularity="selective", recompute_modules=[parts])
     run_ranks(1, compare, Layout(), "moe_shared", MHCConfig(), graphed, PADDED | recompute, False, 2)

@@ -1,5 +1,8 @@
 """The wrapped model against the plain one, and each preset's layer against its formula."""
 
+import subprocess
+import sys
+
 import gpt
 import pytest
 import torch
@@ -335,3 +338,24 @@ def test_a_fused_boundary_projects_ahead_within_and_across_layers(run_ranks, var
         for parts in (grads.values(), [fused_grads[name] - grad for name, grad in grads.items()])
     )
     assert difference <= 2e-2 * whole
+
+
+UNDER_META = """
+import torch
+from megatron.core.transformer import TransformerConfig
+from megatron_mhc import MHCConfig
+from megatron_mhc.hyper_connection import HyperConnectionModule
+
+sizes = dict(num_layers=1, hidden_size=16, num_attention_heads=1)
+config = TransformerConfig(**sizes, use_cpu_initialization=True, perform_initialization=False)
+for options in ({}, dict(init="uniform"), dict(h_res="unconstrained")):
+    plain = HyperConnectionModule(config, MHCConfig(**options), 1).state_dict()
+    with torch.device("meta"):
+        built = HyperConnectionModule(config, MHCConfig(**options), 1).state_dict()
+    assert all(built[name].equal(value) for name, value in plain.items())
+"""
+
+
+def test_a_connection_built_under_the_meta_device_has_its_values():
+    """--init-model-with-meta-device; in a process of its own, since the CPU's stand-ins replace devices."""
+    subprocess.run([sys.executable, "-c", UNDER_META], check=True)
