@@ -149,8 +149,8 @@ class MHCConfig:
     )
     init: str = _option(
         "home_stream",
-        "mappings at step 0: home_stream starts near the plain residual network, uniform as Megatron's "
-        "branches",
+        "mappings at step 0: home_stream has each sub-layer read one stream, its home, and starts near the "
+        "plain residual network; uniform is as in Megatron's branches",
         choices=("home_stream", "uniform"),
     )
     init_gating_factor: float = _option(0.01, "initial value of the three gating factors alpha", least=0)

@@ -171,8 +171,8 @@ FEATURES = (
     Feature(
         "`--heterogeneous-layers-config-path`, layers without attention or without an MLP",
         YES,
-        "streams pass what is not there unchanged; not with `--mhc-recompute-layer-num`, `fused`, `split` "
-        "or diagnostics",
+        "streams pass what is not there unchanged; not with `--mhc-recompute-layer-num`, `fused`, `split`, "
+        "diagnostics or CUDA graphs of single layers",
         (
             "distributed/test_heterogeneous.py::test_layout_matches_single_process",
             "distributed/test_heterogeneous.py::test_resharded_training_matches_unbroken_run",
@@ -287,7 +287,7 @@ FEATURES = (
     Feature(
         "`--overlap-moe-expert-parallel-comm`",
         REFUSED,
-        "`--mhc-pipeline-schedule fused` does the same",
+        "but not under `--mhc-pipeline-schedule fused` on a pipeline, which does the same",
         (_REFUSALS + "unsupported_setting_is_refused",),
     ),
     Feature(
@@ -323,7 +323,7 @@ FEATURES = (
     Feature(
         "PP2 with VPP without overlapped p2p",
         REFUSED,
-        "stock Megatron swaps messages there",
+        "under Megatron's schedule, which swaps messages there",
         (_REFUSALS + "two_stages_with_virtual_ones_need_overlapped_p2p",),
     ),
     Feature(

@@ -64,7 +64,7 @@ HOOKS: tuple[Hook, ...] = (
             "wait_on_reqs",
         ),
         replacement=widen_messages,
-        reason="both schedules size pipeline messages by config.hidden_size; streams are n times wider",
+        reason="1F1B and interleaved 1F1B size messages by config.hidden_size; streams are n times wider",
     ),
     Hook(
         target=f"{_INFERENCE}:AbstractModelInferenceWrapper._allocate_recv_buffer",
@@ -139,8 +139,8 @@ HOOKS: tuple[Hook, ...] = (
             defined_in=module,
             parameters=("self", "state_dict", *more),
             replacement=explain_other_layout,
-            reason="a torch-format state goes by the places of parameters: of megatron_mhc 0.1 none fits, "
-            "and the error names no remedy",
+            reason="a torch-format state is keyed by parameter index: none of megatron_mhc 0.1 fits, and "
+            "Megatron's error names no remedy",
         )
         for module, name, *more in (
             (_OPTIMIZER, "FP32Optimizer.load_state_dict"),
