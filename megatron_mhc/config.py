@@ -193,7 +193,7 @@ class MHCConfig:
         least=0,
     )
     log_tokens: int = _option(
-        256, "tokens to sample of the first micro-batch on each data-parallel rank", least=1
+        256, "tokens to sample of the first microbatch on each data-parallel rank", least=1
     )
     alarm: str = _option(
         "off",
@@ -214,7 +214,7 @@ class MHCConfig:
     pipeline_schedule: str = _option(
         "megatron",
         "interleaved has Megatron's order of chunks, and overlaps messages with compute; fused also runs the "
-        "forward of one micro-batch and the backward of another node by node in turns: docs/schedules.md",
+        "forward of one microbatch and the backward of another node by node in turns: docs/schedules.md",
         choices=("megatron", "interleaved", "fused"),
     )
     pipeline_transport: str = _option(

@@ -110,7 +110,7 @@ def costs() -> str:
     source = f"[{folder.name}](docs/results/{folder.name})"
     about = f"{head['device']}, {head['date']}, commit {head['commit']}, {versions}; raw data: {source}.\n\n"
     found = {(row["section"], row["name"]): row for report in reports for row in report["rows"]}
-    columns = ["recipe", "micro-batch", "vanilla, ms", "mHC, ms", "over vanilla", "with `auto` recompute"]
+    columns = ["recipe", "microbatch", "vanilla, ms", "mHC, ms", "over vanilla", "with `auto` recompute"]
     columns += ["runs apart", "reserved, GiB: vanilla", "mHC", "`auto`"]
     rows = list(_costs(found))
     used = [i for i, _ in enumerate(columns) if any(row[i] != "-" for row in rows)]
@@ -143,7 +143,7 @@ def memory() -> str:
     """Activations of recipes: vanilla, mHC and its recompute; in a process that may take a CPU for a GPU."""
     with multiprocessing.get_context("fork").Pool(1) as pool:
         rows = pool.map(_memory, (("llama-1b", 1, 1), ("llama-1b", 4, 1), ("3b", 4, 1), ("27b", 1, 2)))
-    return table(["recipe", "micro-batch", "vanilla, GiB", "mHC, GiB", "with `auto` recompute, GiB"], rows)
+    return table(["recipe", "microbatch", "vanilla, GiB", "mHC, GiB", "with `auto` recompute, GiB"], rows)
 
 
 def _memory(of: tuple[str, int, int]) -> list[str]:
