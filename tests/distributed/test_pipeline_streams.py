@@ -193,7 +193,7 @@ def test_no_stream_reads_what_may_not_be_there(run_ranks, kind, boundary, replay
     assert replayed != "off" or not unsafe
 
 
-@pytest.mark.parametrize("boundary", ["whole", "split"])
+@pytest.mark.parametrize("boundary", [pytest.param("whole", marks=pytest.mark.slow), "split"])
 def test_nor_where_megatron_lends_one_buffer_to_all(run_ranks, boundary):
     """The allgather dispatcher's gather beside those of linears under sequence parallelism."""
     layout, mhc = Layout(pp=2, vpp=2, tp=2, sp=True), interleaved(boundary, "fused")
@@ -202,8 +202,15 @@ def test_nor_where_megatron_lends_one_buffer_to_all(run_ranks, boundary):
     assert not early and not unsafe
 
 
-@pytest.mark.parametrize("boundary", ["whole", "split"])
-@pytest.mark.parametrize("kind", ["dense", "moe_shared"])
+@pytest.mark.parametrize(
+    "kind, boundary",
+    [
+        ("dense", "whole"),
+        ("moe_shared", "split"),
+        pytest.param("dense", "split", marks=pytest.mark.slow),
+        pytest.param("moe_shared", "whole", marks=pytest.mark.slow),
+    ],
+)
 def test_nor_do_delayed_weight_gradients(run_ranks, kind, boundary):
     world, layout = LAYOUTS[kind]
     early, unsafe = run_ranks(world, race, layout, kind, interleaved(boundary, "fused"), None, True)[0]
@@ -221,8 +228,7 @@ def test_a_bias_that_post_res_adds_keeps_its_gradient(run_ranks, spoil):
     assert bool(unsafe) == (spoil is not None)
 
 
-@pytest.mark.parametrize("spoil", ["events", "memory"])
-@pytest.mark.parametrize("boundary", ["whole", "split"])
+@pytest.mark.parametrize("boundary, spoil", [("whole", "memory"), ("split", "events")])
 def test_a_race_is_noticed(run_ranks, boundary, spoil):
     world, layout = LAYOUTS["moe_shared"]
     early, unsafe = run_ranks(world, race, layout, "moe_shared", interleaved(boundary, "fused"), spoil)[0]
