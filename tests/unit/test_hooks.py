@@ -219,6 +219,23 @@ def test_report_says_which_operations_the_models_run(options, words):
     del connections
 
 
+def test_report_goes_by_the_dtype_of_the_streams():
+    gc.collect()
+    config = TransformerConfig(
+        num_layers=1,
+        hidden_size=32,
+        num_attention_heads=2,
+        use_cpu_initialization=True,
+        params_dtype=torch.bfloat16,
+        fp32_residual_connection=True,
+    )
+    connection = HyperConnectionModule(config, megatron_mhc.MHCConfig(), 0)
+    assert "4 streams of 32 channels, torch.float32, cpu: " in megatron_mhc.register().report()
+    del connection
+    with pytest.raises(ValueError, match="hopper: the streams are torch.float32"):
+        HyperConnectionModule(config, megatron_mhc.MHCConfig(backend="hopper"), 0)
+
+
 @pytest.mark.parametrize(
     "backend, gpu, words",
     [
