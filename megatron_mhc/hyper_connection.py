@@ -18,7 +18,7 @@ from megatron_mhc.checkpoint_parts import InParts
 from megatron_mhc.config import MHCConfig, flag
 from megatron_mhc.ops import reference
 from megatron_mhc.ops.options import Options
-from megatron_mhc.parallel import mark_replicated
+from megatron_mhc.parallel import mark_replicated, streams_dtype
 
 if TYPE_CHECKING:
     from megatron_mhc.ops.autograd import KernelMappings, NextPre
@@ -105,7 +105,7 @@ class HyperConnectionModule(MappingParameters, InParts):
         _built.add(self)
         n, width = mhc.num_residual_streams, config.hidden_size
         if mhc.backend in ("hopper", "triton"):  # what no device could serve; the rest when streams come
-            choose(mhc, width, config.params_dtype, "cuda", H100)
+            choose(mhc, width, streams_dtype(config), "cuda", H100)
         self.dynamic = {
             "pre": mhc.h_pre == "dynamic",
             "post": mhc.h_post == "dynamic",
@@ -320,7 +320,7 @@ def operations() -> list[str]:
     """Which operations the connections of this process run; a line for each kind of streams."""
     lines: Counter[str] = Counter()
     for module in _built:
-        mhc, width, dtype = module.mhc, module.config.hidden_size, module.config.params_dtype
+        mhc, width, dtype = module.mhc, module.config.hidden_size, streams_dtype(module.config)
         device = next((p.device.type for p in module.parameters()), torch.device(module.device).type)
         shape = f"{mhc.num_residual_streams} streams of {width} channels, {dtype}, {device}"
         runs = _runs(module, width, dtype, device)

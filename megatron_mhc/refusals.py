@@ -281,7 +281,11 @@ LAYER = (
         "--mhc-log-interval {value}",
         "drop it: its gains are of all sub-layers",
     ),
-    _lacking(lambda layer, mhc: any(layer.held), "--cuda-graph-impl", "drop it"),
+    _lacking(
+        lambda layer, mhc: layer.config.cuda_graph_impl if any(layer.held) else None,
+        "--cuda-graph-impl {value}",
+        "drop it",
+    ),
 )
 
 # The schedules: Megatron's, the two that overlap, and of these `fused`; then the `split` boundary.

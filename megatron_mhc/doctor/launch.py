@@ -50,7 +50,7 @@ class Launch(Part):
             self.asks(lambda: self.model(args, config))
             self.asks(lambda: self.refused(args, config, mhc))
         width = guess.hidden_size if config is None else config.hidden_size
-        dtype = guess.dtype if config is None else str(config.params_dtype).removeprefix("torch.")
+        dtype = guess.dtype if config is None else _streams_dtype(config)
         if not self.plain:
             self.kernels(mhc, width, dtype, config)
         if config is not None and not self.plain:
@@ -233,6 +233,12 @@ class Launch(Part):
                 self.asks(lambda: check_variable(mhc.pipeline_schedule, why))
 
 
+def _streams_dtype(config: Any) -> str:
+    from megatron_mhc.parallel import streams_dtype
+
+    return str(streams_dtype(config)).removeprefix("torch.")
+
+
 def _takes_flags(script: str) -> None:
     """Raise ValueError for a script whose parser has no --mhc-* flags, as that of a stock Megatron."""
     remedy = (
@@ -249,7 +255,7 @@ def _takes_flags(script: str) -> None:
 class _Guess(NamedTuple):
     mhc: MHCConfig
     hidden_size: int
-    dtype: str
+    dtype: str  # of the streams
 
 
 def _first_look(arguments: list[str]) -> _Guess:
@@ -265,11 +271,13 @@ def _first_look(arguments: list[str]) -> _Guess:
     parser.add_argument("--hidden-size", type=int, default=4096)
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--fp16", action="store_true")
+    parser.add_argument("--fp32-residual-connection", action="store_true")
     try:
         given, _ = parser.parse_known_args(arguments)
     except argparse.ArgumentError as error:
         raise ValueError(str(error)) from error
     dtype = "bfloat16" if given.bf16 else "float16" if given.fp16 else "float32"
+    dtype = "float32" if given.fp32_residual_connection else dtype
     return _Guess(MHCConfig.from_args(given), given.hidden_size, dtype)
 
 

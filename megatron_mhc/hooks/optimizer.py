@@ -46,9 +46,6 @@ def number_all_parameters(shard: Callable[..., Any]) -> Callable[..., Any]:
 
         if is_loading:
             self.init_state_fn(self.optimizer, self.config)
-        # Checkpoints do not keep the place of an empty list among lists.
-        for parameters in (self.float16_groups, self.fp32_from_float16_groups):
-            parameters[:] = filter(None, parameters)
         state = self.state_dict()
         pairs = zip(chain(*self.fp32_from_float16_groups), chain(*self.float16_groups), strict=True)
         model_parameter = {id(main): parameter for main, parameter in pairs}
@@ -63,7 +60,7 @@ def number_all_parameters(shard: Callable[..., Any]) -> Callable[..., Any]:
             ]
             for saved, group in zip(state["optimizer"]["param_groups"], groups, strict=True)
         )
-        state["fp32_from_fp16_params"] = list(filter(None, masters))
+        state["fp32_from_fp16_params"] = list(filter(None, masters))  # see `load_by_masters`
         step = self._extract_common_per_param_step(state["optimizer"])
         optim_state_to_sharding_state(state["optimizer"], numbered, exclude_keys="step")
         if step:
@@ -131,3 +128,24 @@ def explain_other_layout(load: Callable[..., Any]) -> Callable[..., Any]:
             raise ValueError(f"the optimizer state cannot be loaded ({error}); {OTHER_LAYOUT}") from error
 
     return load_or_explain
+
+
+def load_by_masters(load: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `Float16OptimizerWithFloat16Params.load_state_dict`, with `explain_other_layout`.
+
+    Megatron pairs the lists of fp32 masters by their places. A group of fp32 parameters alone has an empty
+    one, which the torch format keeps and torch_dist does not; a process may load one and save the other.
+    """
+    load = explain_other_layout(load)
+
+    def load_masters(self: Any, state_dict: Any) -> Any:
+        for parameters in (self.float16_groups, self.fp32_from_float16_groups):
+            parameters[:] = filter(None, parameters)
+        masters = {
+            key: state_dict[key] for key in ("fp32_from_fp16_params", "fp32_from_fp16") if key in state_dict
+        }
+        return load(
+            self, {**state_dict, **{key: list(filter(None, found)) for key, found in masters.items()}}
+        )
+
+    return load_masters

@@ -18,6 +18,7 @@ from megatron_mhc.hooks.messages import widen_messages, widen_receive_buffer
 from megatron_mhc.hooks.optimizer import (
     detach_float32_shards,
     explain_other_layout,
+    load_by_masters,
     master_every_parameter,
     number_all_parameters,
     number_float32_first,
@@ -138,14 +139,19 @@ HOOKS: tuple[Hook, ...] = (
             target=f"{module}:{name}",
             defined_in=module,
             parameters=("self", "state_dict", *more),
-            replacement=explain_other_layout,
+            replacement=replacement,
             reason="a torch-format state is keyed by parameter index: none of megatron_mhc 0.1 fits, and "
             "Megatron's error names no remedy",
         )
-        for module, name, *more in (
-            (_OPTIMIZER, "FP32Optimizer.load_state_dict"),
-            (_OPTIMIZER, "Float16OptimizerWithFloat16Params.load_state_dict"),
-            (_DISTRIBUTED, "DistributedOptimizer.load_parameter_state_from_dp_zero", "update_legacy_format"),
+        for replacement, module, name, *more in (
+            (explain_other_layout, _OPTIMIZER, "FP32Optimizer.load_state_dict"),
+            (load_by_masters, _OPTIMIZER, "Float16OptimizerWithFloat16Params.load_state_dict"),
+            (
+                explain_other_layout,
+                _DISTRIBUTED,
+                "DistributedOptimizer.load_parameter_state_from_dp_zero",
+                "update_legacy_format",
+            ),
         )
     ),
     Hook(

@@ -54,9 +54,11 @@ class _Boundary(torch.autograd.Function):
             tunnel, f, written.coefficients, f_bias, weight, affine, read.options
         )
         visit.values = saved, coefficients
-        x = streams.view(tunnel.shape)
-        ctx.save_for_backward(f, f_bias, *written.saved, x, weight, affine, saved)
+        # A view would keep the streams, which carry it: a cycle that no collector sees.
+        x = streams.data.view(tunnel.shape)
+        ctx.save_for_backward(f, f_bias, *written.saved, streams, weight, affine, saved)
         ctx.visit = written.handoff, read.kernels, read.options, visit.handoff
+        ctx.shape = tunnel.shape
         ctx.set_materialize_grads(False)
         return streams, layer_input, x
 
@@ -64,7 +66,8 @@ class _Boundary(torch.autograd.Function):
     def backward(  # type: ignore[override]
         ctx: Any, g_streams: Tensor | None, dl: Tensor | None, g: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        f, f_bias, *writer, x, weight, affine, saved = ctx.saved_tensors
+        f, f_bias, *writer, streams, weight, affine, saved = ctx.saved_tensors
+        x = streams.view(ctx.shape)
         written, kernels, options, handoff = ctx.visit
         written.f, written.f_bias = f, f_bias
         d_weight = d_affine = df = None
@@ -111,7 +114,8 @@ def post_res_pre(
 def taken(streams: Tensor, weight: Tensor, affine: Tensor) -> tuple[Tensor, KernelMappings] | None:
     """Layer input [s, b, C] and mappings of the streams, if `post_res_pre` made them by these parameters."""
     ahead = getattr(streams, "mhc_ahead", None)
-    # Hooks are for the whole gradient of the streams, of which the node keeps a part to itself.
-    if ahead is None or streams._backward_hooks:
+    if ahead is None:
         return None
-    return ahead.take(streams, weight, affine)
+    made = ahead.take(streams, weight, affine)
+    # Who watches the gradient of the streams wants the whole, of which the node keeps a part to itself.
+    return None if streams._backward_hooks or streams.retains_grad else made

@@ -1,5 +1,7 @@
 """A post_res and the next `pre` in one node of the graph: the bits of two, whoever else reads the streams."""
 
+import weakref
+
 import pytest
 import torch
 from ops_cases import ON_GPU, OPTIONS, inputs
@@ -70,7 +72,12 @@ def hook(x, weight):
     return x
 
 
-@pytest.mark.parametrize("between", [change_streams, hook])
+def watch(x, weight):
+    x.retain_grad()
+    return x
+
+
+@pytest.mark.parametrize("between", [change_streams, hook, watch])
 def test_streams_that_others_change_or_watch_are_read_anew(passes, between):
     want = three_in_a_row(CASE, False, between)
     passes.clear()
@@ -90,6 +97,30 @@ def test_what_another_phi_has_made_is_not_taken():
         (weight, affine)[changed].add_(0)
         assert boundary.taken(streams, weight, affine) is None
         _, mappings = autograd.pre(x, weight, affine, OPTIONS, kernels)
+
+
+@pytest.mark.parametrize("watched", [False, True])
+def test_what_nobody_takes_goes_with_the_streams(watched):
+    """As where a module's backward hook hands on other streams, or a checkpoint's replay ends."""
+    (x, *parameters, f), kernels = [t.requires_grad_() for t in inputs(*CASE, BF16)], kernels_of(4)
+    _, mappings = autograd.pre(x, *parameters, OPTIONS, kernels)
+    streams = boundary.post_res_pre(f, mappings, NextPre(kernels, *parameters, OPTIONS))
+    if watched:
+        streams.retain_grad()
+        assert boundary.taken(streams, *parameters) is None
+    ahead = weakref.ref(streams.mhc_ahead)
+    del streams
+    assert ahead() is None
+
+
+def test_streams_changed_before_their_backward_are_refused():
+    (x, *parameters, f), kernels = [t.requires_grad_() for t in inputs(*CASE, BF16)], kernels_of(4)
+    _, mappings = autograd.pre(x, *parameters, OPTIONS, kernels)
+    streams = boundary.post_res_pre(f, mappings, NextPre(kernels, *parameters, OPTIONS))
+    layer_input, _ = boundary.taken(streams, *parameters)
+    streams.detach().add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        layer_input.float().sum().backward()
 
 
 @pytest.mark.parametrize("which", [0, 1])

@@ -220,6 +220,13 @@ def test_all_that_is_refused_is_listed(examine):
         assert any(words in text for text in blocked), (words, blocked)
 
 
+def test_fp32_streams_have_the_back_end_of_their_own_dtype(examine):
+    found, _, _ = examine(f"{MODEL} --fp32-residual-connection")
+    assert "on an H100 triton, for 4 streams of 1024 channels in float32" in found["back end"]
+    assert "not hopper, since the streams are torch.float32" in found["back end"]
+    assert launch._first_look(["--bf16", "--fp32-residual-connection"]).dtype == "float32"
+
+
 def test_one_hardware_queue_is_in_the_way_of_overlapped_schedules(examine):
     line = f"{MODEL} --pipeline-model-parallel-size 2 --mhc-pipeline-schedule interleaved"
     found, blocked, _ = examine(f"torchrun --nproc-per-node 4 -m megatron_mhc.pretrain_gpt {line}")

@@ -16,6 +16,7 @@ from megatron.core.transformer import TransformerConfig
 import megatron_mhc
 from megatron_mhc import hooks, version
 from megatron_mhc.hooks import targets, uses
+from megatron_mhc.hooks.optimizer import load_by_masters
 from megatron_mhc.hyper_connection import HyperConnectionModule
 
 
@@ -217,6 +218,37 @@ def test_report_says_which_operations_the_models_run(options, words):
     assert line.startswith("  2 connections of 2 streams of 32 channels, torch.float32, cpu: ")
     assert words in line
     del connections
+
+
+@pytest.mark.parametrize("saved", [[[], [2.0]], [[2.0]]], ids=["torch", "torch_dist"])
+def test_masters_are_found_whether_or_not_a_format_keeps_empty_groups(saved):
+    """Of a group of fp32 parameters alone."""
+    optimizer = types.SimpleNamespace(float16_groups=[[], ["p"]], fp32_from_float16_groups=[[], [1.0]])
+
+    def load(self, state_dict):  # pairs them as Megatron does
+        pairs = zip(self.fp32_from_float16_groups, state_dict["fp32_from_fp16_params"], strict=False)
+        return [pair for groups in pairs for pair in zip(*groups, strict=False)]
+
+    state = {"optimizer": {}, "fp32_from_fp16_params": saved}
+    assert load_by_masters(load)(optimizer, state) == [(1.0, 2.0)]
+    assert optimizer.float16_groups == [["p"]]
+
+
+def test_report_goes_by_the_dtype_of_the_streams():
+    gc.collect()
+    config = TransformerConfig(
+        num_layers=1,
+        hidden_size=32,
+        num_attention_heads=2,
+        use_cpu_initialization=True,
+        params_dtype=torch.bfloat16,
+        fp32_residual_connection=True,
+    )
+    connection = HyperConnectionModule(config, megatron_mhc.MHCConfig(), 0)
+    assert "4 streams of 32 channels, torch.float32, cpu: " in megatron_mhc.register().report()
+    del connection
+    with pytest.raises(ValueError, match="hopper: the streams are torch.float32"):
+        HyperConnectionModule(config, megatron_mhc.MHCConfig(backend="hopper"), 0)
 
 
 @pytest.mark.parametrize(
