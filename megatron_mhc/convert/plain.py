@@ -71,7 +71,7 @@ def _initial(mhc: MHCConfig, width: int, sublayer_index: int, seed: int) -> dict
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed + sublayer_index)
         module = HyperConnectionModule(_tiny_config(width), mhc, sublayer_index)
-    return {name: parameter.detach() for name, parameter in module.named_parameters()}
+    return {name: value.detach().clone() for name, value in module.state_dict().items()}
 
 
 def _tiny_config(width: int) -> Any:
