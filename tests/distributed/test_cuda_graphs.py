@@ -111,6 +111,10 @@ def name(value):
     return None
 
 
+def slow(*values):
+    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
 def product(firsts, seconds, chosen):
     """All pairs: by default those at `chosen`, which has every value; the others under -m slow."""
     assert {i for i, _ in chosen} == set(range(len(firsts)))
@@ -135,11 +139,10 @@ def test_whole_layers(run_ranks, kind, graphed):
 @pytest.mark.parametrize(
     "graphed",
     [
-        local() | dict(cuda_graph_retain_backward_graph=True),
-        te() | dict(cuda_graph_retain_backward_graph=True),
-    ]
-    + [local() | dict(cuda_graph_warmup_steps=1), te() | dict(cuda_graph_warmup_steps=0)]
-    + [full() | dict(cuda_graph_warmup_steps=1)],
+        local() | dict(cuda_graph_retain_backward_graph=True, cuda_graph_warmup_steps=1),
+        te() | dict(cuda_graph_retain_backward_graph=True, cuda_graph_warmup_steps=0),
+        full() | dict(cuda_graph_warmup_steps=1),
+    ],
 )
 def test_how_graphs_are_made(run_ranks, graphed):
     run_ranks(1, compare, Layout(), "dense", MHCConfig(), graphed)
@@ -195,7 +198,7 @@ def test_other_mappings(run_ranks, mhc, graphed):
     run_ranks(1, compare, Layout(), kind, MHCConfig(**mhc), graphed, {}, False, 2)
 
 
-@pytest.mark.parametrize("graphed", [local(), te("attn"), te(), full()], ids=name)
+@pytest.mark.parametrize("graphed", [te("attn"), full(), *slow(local(), te())], ids=name)
 def test_mtp(run_ranks, graphed):
     bf16 = dict(bf16=True, params_dtype=torch.bfloat16)  # as Megatron's static inputs of a plain layer are
     run_ranks(1, compare, Layout(), "mtp", MHCConfig(), graphed, bf16, False, 2)
@@ -204,7 +207,7 @@ def test_mtp(run_ranks, graphed):
 PADDED = dict(moe_expert_capacity_factor=1.0, moe_pad_expert_input_to_capacity=True)
 
 
-@pytest.mark.parametrize("graphed", [te(), te("moe"), te("attn", "moe"), local(), full()], ids=name)
+@pytest.mark.parametrize("graphed", [te(), te("moe"), full(), *slow(te("attn", "moe"), local())], ids=name)
 def test_moe_layers_with_their_experts(run_ranks, graphed):
     run_ranks(1, compare, Layout(), "moe", MHCConfig(), graphed, PADDED)
 
@@ -459,6 +462,6 @@ def sampled(layout, kind, settings):
     assert step() == want and graphs.Graph.all_replays == 2 * replays
 
 
-@pytest.mark.parametrize("settings", [local(), te(), te("attn"), full()], ids=name)
+@pytest.mark.parametrize("settings", [local(), full(), *slow(te(), te("attn"))], ids=name)
 def test_layers_are_sampled_without_their_graphs(run_ranks, settings):
     run_ranks(1, sampled, Layout(), "dense", settings)

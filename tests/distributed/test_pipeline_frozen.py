@@ -23,19 +23,26 @@ def check(run_ranks, layout, kind, mhc, trained, world=2, error=ERROR, **setting
     assert worst <= error, name
 
 
-@pytest.mark.parametrize("boundary", BOUNDARIES)
-@pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("trained", TRAINED)
+# Every kind under either schedule and either boundary; the other pairs under -m slow.
+CASES = [
+    pytest.param(trained, schedule, boundary, marks=[] if i % 2 == (j + k) % 2 else pytest.mark.slow)
+    for i, trained in enumerate(TRAINED)
+    for j, schedule in enumerate(SCHEDULES)
+    for k, boundary in enumerate(BOUNDARIES)
+]
+
+
+@pytest.mark.parametrize("trained, schedule, boundary", CASES)
 def test_what_is_trained_gets_its_gradients(run_ranks, trained, schedule, boundary):
     check(run_ranks, Layout(pp=2), "dense", interleaved(boundary, schedule), trained)
 
 
 @pytest.mark.parametrize("boundary", BOUNDARIES)
 @pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("options", [dict(recompute_layer_num="2"), dict(recompute_layer_num="auto")])
-def test_with_replay_on_virtual_stages(run_ranks, options, schedule, boundary):
+@pytest.mark.parametrize("layers", [pytest.param("2", marks=pytest.mark.slow), "auto"])
+def test_with_replay_on_virtual_stages(run_ranks, layers, schedule, boundary):
     """Of four stages the first two train nothing; the first of them has no gradient to pass on."""
-    mhc = interleaved(boundary, schedule, **options)
+    mhc = interleaved(boundary, schedule, recompute_layer_num=layers)
     check(run_ranks, Layout(pp=2, vpp=2), "moe_shared", mhc, "second_half")
 
 
