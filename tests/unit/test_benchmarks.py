@@ -57,6 +57,7 @@ def test_steps_of_sides_that_take_turns_one_of_which_is_refused(tmp_path):
 FORMS = ("vanilla", "mhc", "mhc/off/none")
 
 
+@pytest.mark.slow
 def test_steps_in_graphs(tmp_path):
     options = ["--batches", "1", "--forms", "mhc", "--graphs", "none,full_iteration"]
     found, _ = run(tmp_path / "step.json", "step", *options, "--micro-batches", "1", *QUICK, "--warm-up", "4")

@@ -15,6 +15,7 @@ CONFIG = types.SimpleNamespace(
     pipeline_model_parallel_size=2,
     recompute_granularity=None,
     variable_seq_lengths=False,
+    cuda_graph_impl="none",
     num_layers=4,
 )
 INTERLEAVED = MHCConfig(pipeline_schedule="interleaved")
