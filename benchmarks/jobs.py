@@ -220,8 +220,8 @@ def _row(one: _Running) -> Row:
 
 
 _RECIPE = 'source "$1/examples/recipe.sh"; recipe "$2" "$3"; printf "%s\\0" "${ARGUMENTS[@]}"'
-_VALUED = {"--save", "--load", "--save-interval", "--tensorboard-dir", "--train-iters"}  # nothing is written
-_VALUED |= {"--mhc-log-interval"}  # or sampled
+# Nothing is written, or sampled.
+_VALUED = {"--save", "--load", "--save-interval", "--tensorboard-dir", "--mhc-log-interval", "--train-iters"}
 
 
 def recipe(model: str, form: str, **variables: object) -> list[str]:

@@ -79,9 +79,6 @@ SPEC_DOOR = tuple(
 )
 
 
-_NO_OFFLOADING = "drop it, and use --recompute-granularity to save memory"
-
-
 def _offloaded_streams(config: Any, mhc: MHCConfig) -> str | None:
     # Megatron frees what a norm has read. With one stream that nothing maps, that is the streams.
     if not config.fine_grained_activation_offloading or mhc.num_residual_streams > 1 or mhc.h_pre != "fixed":
@@ -126,7 +123,7 @@ MODEL = (
         "--mhc-backend hopper does not support --fp32-residual-connection {value}",
         "its kernels take streams of bf16; use --mhc-backend auto, or drop it",
     ),
-    _setting("cpu_offloading", _NO_OFFLOADING),
+    _setting("cpu_offloading", "drop it, and use --recompute-granularity to save memory"),
     Refusal(
         lambda config, mhc: config.fine_grained_activation_offloading and mhc.recompute_layer_num != "off",
         "--mhc-recompute-layer-num {mhc.recompute_layer_num} does not support "

@@ -227,7 +227,6 @@ class PushTransport(Transport):
         self.done: Counter[tuple[Lane, str]] = Counter()
         self.logged: list[tuple[Message, str, int]] = []  # what must have been in its slot
         self.leaving: deque[tuple[Any, Tensor]] = deque()
-        self.most_leaving = 0
 
     def post(self, message: Message) -> None:
         pass
@@ -283,7 +282,6 @@ class PushTransport(Transport):
             memory.note(places.left(lane), base + number + 1)
             self.leaving.append((memory.event(), tensor))
         self.pool.expect(places.left(lane), base + number + 1, said)
-        self.most_leaving = max(self.most_leaving, len(self.leaving))
 
     def release(self, message: Message) -> None:
         lane, number, slot = self._next(message, "freed")

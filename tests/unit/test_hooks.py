@@ -197,6 +197,11 @@ def test_report_names_every_symbol_and_its_reason():
         assert hook.target in report and hook.reason in report
 
 
+def small(**settings):
+    sizes = dict(num_layers=1, hidden_size=32, num_attention_heads=2)
+    return TransformerConfig(**sizes, use_cpu_initialization=True, **settings)
+
+
 @pytest.mark.parametrize(
     "options, words",
     [
@@ -209,9 +214,7 @@ def test_report_names_every_symbol_and_its_reason():
 def test_report_says_which_operations_the_models_run(options, words):
     gc.collect()
     assert "no connection is built yet" in megatron_mhc.register().report()
-    config = TransformerConfig(
-        num_layers=1, hidden_size=32, num_attention_heads=2, use_cpu_initialization=True
-    )
+    config = small()
     mhc = megatron_mhc.MHCConfig(num_residual_streams=2, **options)
     connections = [HyperConnectionModule(config, mhc, k) for k in range(2)]
     (line,) = [line for line in megatron_mhc.register().report().splitlines() if "connections of" in line]
@@ -236,14 +239,7 @@ def test_masters_are_found_whether_or_not_a_format_keeps_empty_groups(saved):
 
 def test_report_goes_by_the_dtype_of_the_streams():
     gc.collect()
-    config = TransformerConfig(
-        num_layers=1,
-        hidden_size=32,
-        num_attention_heads=2,
-        use_cpu_initialization=True,
-        params_dtype=torch.bfloat16,
-        fp32_residual_connection=True,
-    )
+    config = small(params_dtype=torch.bfloat16, fp32_residual_connection=True)
     connection = HyperConnectionModule(config, megatron_mhc.MHCConfig(), 0)
     assert "4 streams of 32 channels, torch.float32, cpu: " in megatron_mhc.register().report()
     del connection
@@ -263,13 +259,7 @@ def test_report_goes_by_the_dtype_of_the_streams():
 def test_report_says_whether_hopper_runs(monkeypatch, backend, gpu, words):
     monkeypatch.setattr(megatron_mhc.backend, "_gpu", lambda: gpu)
     monkeypatch.setattr(megatron_mhc.backend, "_has_cuda_bindings", lambda: True)
-    config = TransformerConfig(
-        num_layers=1,
-        hidden_size=32,
-        num_attention_heads=2,
-        use_cpu_initialization=True,
-        params_dtype=torch.bfloat16,
-    )
+    config = small(params_dtype=torch.bfloat16)
     connection = HyperConnectionModule(config, megatron_mhc.MHCConfig(backend=backend), 0)
     on_gpu = types.SimpleNamespace(device=types.SimpleNamespace(type="cuda"))
     monkeypatch.setattr(connection, "parameters", lambda: iter([on_gpu]))
@@ -279,9 +269,7 @@ def test_report_says_whether_hopper_runs(monkeypatch, backend, gpu, words):
 
 def test_report_says_that_triton_cannot_serve(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET")
-    config = TransformerConfig(
-        num_layers=1, hidden_size=32, num_attention_heads=2, use_cpu_initialization=True
-    )
+    config = small()
     connection = HyperConnectionModule(config, megatron_mhc.MHCConfig(backend="triton"), 0)
     assert (
         "triton runs none, --mhc-backend triton: the streams are on cpu" in megatron_mhc.register().report()
