@@ -38,9 +38,9 @@ _REMEDY = (
     f"or load an mHC checkpoint of the same options{in_options('load_dense', True)}"
 )
 OTHER_LAYOUT = (
-    "it goes by the places of parameters, not by their names, and those are others here: of another parallel "
-    "layout, or of megatron_mhc 0.1, where four parameters stood for what is one (`affine`) since 0.2. Save "
-    "it where it fits by --dist-ckpt-optim-fully-reshardable and load that, or load with --no-load-optim"
+    "it is keyed by parameter index, and the indices are others here: it is of another parallel layout, or "
+    "of megatron_mhc 0.1, which had four parameters where 0.2 has one (`affine`). Save it with "
+    "--dist-ckpt-optim-fully-reshardable where it fits and load that, or load with --no-load-optim"
 )
 _OPTIMIZER = (
     "is of a model without mHC's parameters (a plain GPT, or fixed mappings), and so is the optimizer "

@@ -4,7 +4,7 @@ Megatron's optimizers train such a model correctly, but number its parameters in
 when they save: DistributedOptimizer counts them as they lie in the gradient buffers, while its groups
 list fp32 parameters first; Float16OptimizerWithFloat16Params numbers the bf16 ones alone.
 
-A state that goes by parameters' places is refused in words that help where those places are others.
+A state that is keyed by parameter index is refused where the indices are others, with the remedy.
 """
 
 from collections.abc import Callable
