@@ -95,12 +95,12 @@ def run(report: Report, width: int, n: int, options: argparse.Namespace) -> None
         with tempfile.TemporaryDirectory() as scratch:
             keep = options.logs or Path(scratch)
             rows = take_turns([job(form, width, n, options) for form in (VANILLA, *chosen)], turns, keep)
-            for form in (VANILLA, *chosen):
+            base = rows[VANILLA] if "failed" not in rows[VANILLA] else None
+            over(list(rows.values()), base, ("wall_ms", "peak_MiB"))
+            for form, name in names.items():
+                report.add(section, name, rows[form])
+            for form in names:  # which take as long as the steps do
                 picture(report, keep, form, f"{section}, {form}")
-        base = rows[VANILLA] if "failed" not in rows[VANILLA] else None
-        over(list(rows.values()), base, ("wall_ms", "peak_MiB"))
-        for form, name in names.items():
-            report.add(section, name, rows[form])
 
 
 def picture(report: Report, logs: Path, form: str, title: str) -> None:
