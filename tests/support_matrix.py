@@ -1,7 +1,7 @@
 """What works together with mHC, as data: scripts/doc_tables.py writes it into docs/support.md.
 
-A row's tests are what shows it. tests/unit/test_doc_pages.py asks that each of them exists and that the page is
-current.
+A row's tests are what shows it. tests/unit/test_doc_pages.py asks that each of them exists and that the page
+is current.
 """
 
 from __future__ import annotations
