@@ -43,6 +43,7 @@ def machine_of(pp_group: Any, layer: Layer, streams: int, dtype: torch.dtype) ->
     if layer.exchanged:
         experts = parallel_state.get_expert_model_parallel_group()
         exchange = layer.exchanged / _all_to_all(experts, layer.exchanged, device) / 1e9
+    torch.cuda.empty_cache()
     rates = everywhere((flops, gbs, exchange))
     machine = Machine(*(min(rate) for rate in zip(*rates, strict=True)))
     _measured.append((pp_group, layer, streams, machine))
@@ -63,8 +64,9 @@ def _seconds(run: Callable[[], Any], times: int = 1) -> float:
 
 
 def _gemm(layer: Layer, dtype: torch.dtype, device: torch.device) -> float:
-    a = torch.randn(layer.tokens, layer.width, device=device).to(dtype)
-    b = torch.randn(layer.width, layer.inner, device=device).to(dtype)
+    own = torch.Generator(device).manual_seed(0)  # the default one initialises the model
+    a = torch.randn(layer.tokens, layer.width, device=device, generator=own).to(dtype)
+    b = torch.randn(layer.width, layer.inner, device=device, generator=own).to(dtype)
     return _seconds(lambda: a @ b, times=10)
 
 
