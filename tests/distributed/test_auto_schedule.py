@@ -1,5 +1,7 @@
 """`--mhc-pipeline-schedule auto` over gloo: ranks choose alike, and train as under the schedule's name."""
 
+import logging
+
 import pytest
 import torch
 from harness import Layout, build, get_forward_backward_func, iterate
@@ -7,7 +9,7 @@ from pipeline import gradients
 
 from megatron_mhc import MHCConfig
 from megatron_mhc.hooks.schedule import by_model
-from megatron_mhc.pipeline import auto
+from megatron_mhc.pipeline import auto, links
 from megatron_mhc.pipeline.forms import FORMS, STOCK, Decision, Form
 from megatron_mhc.pipeline.layer_times import Launch
 
@@ -30,18 +32,28 @@ def train(layout, kind, mhc, launch=None):
 def both(layout, kind, form):
     """The same form by its name and by `auto`, whose choice is made here, of what was measured."""
     named = train(layout, kind, form.of(AUTO))
+    records = []
+    watching = logging.Handler()
+    watching.emit = lambda record: records.append(record.getMessage())
+    for module in (auto, links):
+        module.logger.addHandler(watching)
+        module.logger.setLevel(logging.INFO)
     auto.fastest = lambda config, mhc, launch, obstacles, way: Decision(form, f"{way()} {obstacles[form]}")
-    return named, train(layout, kind, AUTO, LAUNCH), auto.decisions()
+    return named, train(layout, kind, AUTO, LAUNCH), auto.decisions(), records
 
 
 def check(results, form):
-    for (loss, expected, mhc), (chosen_loss, got, chosen), said in results:
+    for (loss, expected, mhc), (chosen_loss, got, chosen), said, _ in results:
         assert chosen == mhc == form.of(AUTO)
         assert chosen_loss == loss
         assert got.keys() == expected.keys()
         assert all(torch.equal(got[name], expected[name]) for name in got)
         assert len(said) == 1 and said[0].endswith("None")
-    assert len({said[0] for *_, said in results}) == 1  # rates too
+    assert len({said[0] for *_, said, _ in results}) == 1  # rates too
+    first, *others = [records for *_, records in results]
+    assert first[0] == results[0][2][0] and not any(others)
+    # How messages travel is said where the plugin sends them.
+    assert ["messages are" in record for record in first[1:]] == ([] if form == STOCK else [True])
 
 
 @pytest.mark.parametrize("form", FORMS[:3], ids=str)
@@ -59,6 +71,8 @@ def free():
     layout = Layout(pp=2, vpp=2)
     layout.initialize()
     chosen = auto.resolved(layout.config("dense"), AUTO, LAUNCH)
+    again = auto.resolved(layout.config("dense"), AUTO, LAUNCH)  # of what was measured the first time
+    assert again == chosen and len(auto.decisions()) == 1
     _, _, unknown = train(layout, "dense", AUTO)
     return chosen, unknown, auto.decisions()
 
