@@ -23,8 +23,8 @@ GROUPS = 8  # of microbatches that are simulated; with more, a step over Megatro
 # Compute is slower beside NCCL's receives, which hold SMs from the moment that they are posted until their
 # sender has sent. Profiles of two H200s have 303.6 ms of compute kernels a step without receives, 306.1 under
 # Megatron's schedule and 334.9 under interleaved, over NCCL (docs/experiments/2026-11-30_push_transport/
-# schedules.json). In eight others, over NVLink and sockets, interleaved has 1.03 to 1.09 of Megatron's
-# (docs/results/multi_gpu_*.json at commit cec2cd9).
+# schedules.json). In eight others, over NVLink and sockets, interleaved has 1.03 to 1.09 of Megatron's, in
+# the median 1.07 (docs/results/multi_gpu_*.json at commit cec2cd9).
 POSTED_AHEAD, POSTED_BY_MEGATRON = 1.08, 1.008
 GBS_OF_A_CTA = 32.0  # a message of 335 MB takes 2.57 ms with 4 CTAs, one of 268 MB 4.25 with 2; same commit
 # Operations, measured alone in the same runs: fused, a step takes 1.03 to 1.07 of its whole chunks; where
