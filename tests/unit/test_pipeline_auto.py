@@ -15,7 +15,7 @@ from megatron_mhc.pipeline.layer_times import Launch, Machine, layer_of, times_o
 
 AUTO = MHCConfig(pipeline_schedule="auto")
 WHOLE, SPLIT = PLAINEST, Form("interleaved", "split")
-FUSED = Form("fused", "whole")
+FUSED, BOTH = Form("fused", "whole"), Form("fused", "split")
 LAUNCH = Launch(4096, 2, 8)
 PUSHED, NCCL = Link(True, True, "pushed"), Link(False, True, "over nccl")
 
@@ -59,10 +59,19 @@ def allowed(settings, mhc=AUTO, launch=LAUNCH):
 MEASURED = {
     "push": ((2560, 8, 4, 2, 8, PUSHED, 364), {STOCK: 366.3, WHOLE: 358.2}),
     "nvlink": ((2560, 8, 4, 2, 8, NCCL, 364), {STOCK: 366.3, WHOLE: 381.3}),
-    "nvlink_2560_n4": ((2560, 4, 4, 4, 8, NCCL, 364), {STOCK: 361, WHOLE: 402, SPLIT: 403}),
-    "nvlink_4096_n4": ((4096, 4, 4, 2, 8, NCCL, 364), {STOCK: 383, WHOLE: 411, SPLIT: 412, FUSED: 424}),
-    "nvlink_4096_n1": ((4096, 4, 1, 2, 8, NCCL, 364), {STOCK: 362, WHOLE: 384, SPLIT: 387, FUSED: 390}),
-    "nvlink_2560_n1": ((2560, 4, 1, 4, 8, NCCL, 364), {STOCK: 324, WHOLE: 350, SPLIT: 352, FUSED: 355}),
+    "nvlink_2560_n4": ((2560, 4, 4, 4, 8, NCCL, 364), {STOCK: 361, WHOLE: 402, SPLIT: 403, BOTH: 407}),
+    "nvlink_4096_n4": (
+        (4096, 4, 4, 2, 8, NCCL, 364),
+        {STOCK: 383, WHOLE: 411, SPLIT: 412, FUSED: 424, BOTH: 419},
+    ),
+    "nvlink_4096_n1": (
+        (4096, 4, 1, 2, 8, NCCL, 364),
+        {STOCK: 362, WHOLE: 384, SPLIT: 387, FUSED: 390, BOTH: 394},
+    ),
+    "nvlink_2560_n1": (
+        (2560, 4, 1, 4, 8, NCCL, 364),
+        {STOCK: 324, WHOLE: 350, SPLIT: 352, FUSED: 355, BOTH: 359},
+    ),
     "sockets_2560_n4": ((2560, 4, 4, 2, 4, NCCL, 3.9), {STOCK: 907, WHOLE: 655, SPLIT: 795}),
     "sockets_4096_n4": ((4096, 4, 4, 2, 4, NCCL, 3.3), {STOCK: 1462, WHOLE: 1228, SPLIT: 1448}),
     "sockets_2560_n1": ((2560, 4, 1, 2, 4, NCCL, 3.9), {STOCK: 255, WHOLE: 218, SPLIT: 327}),
@@ -96,6 +105,20 @@ def test_simulated_steps_are_as_far_from_each_other_as_measured_ones(row):
     tolerance = 0.25 if row.startswith("sockets") else 0.05
     assert found[WHOLE] / found[STOCK] == pytest.approx(steps[WHOLE] / steps[STOCK], abs=tolerance)
     assert 0.7 < found[STOCK] / steps[STOCK] < 1.1
+
+
+@pytest.mark.parametrize("row", [row for row, (_, steps) in MEASURED.items() if BOTH in steps])
+def test_cut_chunks_and_nodes_cost_what_they_were_measured_to(row):
+    (width, layers, n, batch, count, link, gbs), steps = MEASURED[row]
+    mhc, launch, machine = (
+        MHCConfig(num_residual_streams=n),
+        Launch(4096, batch, count),
+        Machine(723e12, gbs, 1),
+    )
+    found = {f: forms.step_of(config(width, layers), f.of(mhc), launch, link, machine) for f in steps}
+    for plainer, form in {(WHOLE, SPLIT), (SPLIT, BOTH)} | ({(WHOLE, FUSED)} if FUSED in steps else set()):
+        longer = (steps[form] - steps[plainer]) / steps[STOCK]
+        assert (found[form] - found[plainer]) / found[STOCK] == pytest.approx(longer, abs=0.025)
 
 
 @pytest.mark.parametrize(
