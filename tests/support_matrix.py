@@ -111,6 +111,15 @@ FEATURES = (
         (_SCHEDULE + "two_stages", _SCHEDULE + "four_stages", _SCHEDULE + "experts_on_two_ranks"),
     ),
     Feature(
+        "`--mhc-pipeline-schedule auto`",
+        YES,
+        "[how it chooses](docs/schedules.md#auto)",
+        (
+            "unit/test_pipeline_auto.py::test_auto_takes_what_was_measured_to_be_fastest",
+            "distributed/test_auto_schedule.py::test_auto_trains_as_the_schedule_that_it_takes",
+        ),
+    ),
+    Feature(
         "`--delay-wgrad-compute`",
         YES,
         "under `fused` on a pipeline; elsewhere refused",
