@@ -9,6 +9,7 @@ import pytest
 import torch
 from harness import Layout, build, differences, iterate
 from pipeline import BOUNDARIES, ERROR, interleaved, overlap, pipeline_rank, reference_of
+from thinned import each_value
 
 from megatron_mhc import MHCConfig
 from megatron_mhc.pipeline import comm, engine
@@ -117,8 +118,7 @@ def test_setting(run_ranks, setting, boundary):
     assert any(".mtp." in name for name in of_last_rank) == kind.startswith("mtp")
 
 
-@pytest.mark.parametrize("accumulate", [False, True])
-@pytest.mark.parametrize("align", [False, True])
+@pytest.mark.parametrize("align, accumulate", each_value([False, True], [False, True]))
 def test_overlapped_gradient_reduction(run_ranks, align, accumulate):
     """A bucket goes out by itself, and only once its delayed gradients are in it."""
     check(

@@ -26,7 +26,7 @@ def steps(layout, kind, mhc, pends):
         only = what == EVALUATE
         with torch.set_grad_enabled(not only):
             loss = iterate(
-                chunks, config, count=6 * layout.ep, schedule=engine.forward_backward, forward_only=only
+                chunks, config, count=4 * layout.ep, schedule=engine.forward_backward, forward_only=only
             )
         last = transports[-1]
         by_hosts = isinstance(last, comm.HostTransport)

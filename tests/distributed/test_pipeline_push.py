@@ -12,6 +12,7 @@ from harness import Layout, build, iterate
 from pipeline import BOUNDARIES, SCHEDULES, cases, check, gradients, interleaved, pipeline_rank
 from test_pipeline_lifetime import run as live
 from test_pipeline_schedule import BARE
+from thinned import each_value
 
 from megatron_mhc import parallel
 from megatron_mhc.pipeline import comm, engine
@@ -82,8 +83,7 @@ def steps(layout, mhc, kinds):
     return found, {way.__name__ for way in ways}
 
 
-@pytest.mark.parametrize("boundary", BOUNDARIES)
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule, boundary", each_value(SCHEDULES, BOUNDARIES))
 def test_steps_whose_number_of_micro_batches_changes_with_evaluation_between_them(
     run_ranks, schedule, boundary
 ):
