@@ -183,7 +183,7 @@ BF16 = {
 
 
 RESUMES = [
-    ("dp2", "fully_reshardable"),
+    pytest.param("dp2", "fully_reshardable", marks=pytest.mark.slow),
     ("dp2_distributed_optimizer", "fully_reshardable"),
     ("dp2_distributed_optimizer", "dp_reshardable"),
     pytest.param("pp2_distributed_optimizer", "fully_reshardable", marks=pytest.mark.slow),

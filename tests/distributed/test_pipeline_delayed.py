@@ -1,6 +1,7 @@
 """Weight gradients that the linears of a fused step put off: that all are there, and where they are made."""
 
 import functools
+import itertools
 from collections import Counter
 from types import SimpleNamespace
 
@@ -68,8 +69,7 @@ def check(run_ranks, world, layout, kind, boundary, count=4, layers=4, **options
     return times
 
 
-@pytest.mark.parametrize("boundary", BOUNDARIES)
-@pytest.mark.parametrize("vpp", [None, 2])
+@pytest.mark.parametrize("vpp, boundary", each_value([None, 2], BOUNDARIES))
 def test_gradients_of_dense_layers(run_ranks, vpp, boundary):
     check(run_ranks, 2, Layout(pp=2, vpp=vpp), "dense", boundary, count=5)
 
@@ -103,12 +103,15 @@ SETTINGS = {
     "distributed_optimizer": ("dense", dict(distributed=True)),
     "fused_accumulation": ("moe_shared", dict(accumulate=True)),
 }
-FAST = ("biased", "mtp_moe", "replayed", "fused_accumulation")
+FAST = list(zip(("biased", "mtp_moe", "replayed", "fused_accumulation"), 2 * BOUNDARIES, strict=True))
 
 
-@pytest.mark.parametrize("boundary", BOUNDARIES)
 @pytest.mark.parametrize(
-    "setting", [pytest.param(s, marks=[] if s in FAST else pytest.mark.slow) for s in SETTINGS]
+    "setting, boundary",
+    [
+        pytest.param(*case, marks=[] if case in FAST else pytest.mark.slow)
+        for case in itertools.product(SETTINGS, BOUNDARIES)
+    ],
 )
 def test_setting(run_ranks, setting, boundary):
     kind, options = SETTINGS[setting]

@@ -44,8 +44,8 @@ DENSE, MOE = ("dense", Layout(pp=2, vpp=2)), ("moe", Layout(pp=2, ep=2))
     [
         (*DENSE, "interleaved", "whole"),
         (*DENSE, "fused", "split"),
-        (*MOE, "interleaved", "split"),
         (*MOE, "fused", "whole"),
+        pytest.param(*MOE, "interleaved", "split", marks=pytest.mark.slow),
         pytest.param(*DENSE, "interleaved", "split", marks=pytest.mark.slow),
         pytest.param(*DENSE, "fused", "whole", marks=pytest.mark.slow),
         pytest.param(*MOE, "interleaved", "whole", marks=pytest.mark.slow),

@@ -22,13 +22,14 @@ from megatron_mhc.schedule import program
 PUSH = dict(pipeline_transport="push")
 
 
-@pytest.mark.parametrize("vpp", [None, 3])
+@pytest.mark.parametrize("vpp", [pytest.param(None, marks=pytest.mark.slow), 3])
 def test_two_stages(run_ranks, vpp):
     several = cases((3,), **PUSH) + cases((2,), streams=(1,), **PUSH)
     several += cases((8,), boundaries=("split",), **PUSH)
     check(run_ranks, 2, Layout(pp=2, vpp=vpp), "dense", several, 6, overrides=dict(num_layers=6))
 
 
+@pytest.mark.slow
 def test_four_stages(run_ranks):
     check(run_ranks, 4, Layout(pp=4, vpp=3), "dense", cases((5,), **PUSH))
 

@@ -8,6 +8,7 @@ import torch
 from harness import build, iterate
 from harness import ps as parallel_state
 from pipeline import interleaved
+from thinned import each_value
 from torch.utils._pytree import tree_leaves
 
 from megatron_mhc.pipeline import engine
@@ -84,8 +85,7 @@ def race(layout, kind, mhc, spoil):
 
 
 @pytest.mark.parametrize("replayed", ["off", pytest.param("auto", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("boundary", ["whole", "split"])
-@pytest.mark.parametrize("kind", ["dense", "moe_shared"])
+@pytest.mark.parametrize("kind, boundary", each_value(["dense", "moe_shared"], ["whole", "split"]))
 def test_a_slot_is_let_go_of_behind_all_its_readers(run_ranks, kind, boundary, replayed):
     world, layout = streams.LAYOUTS[kind]
     mhc = interleaved(boundary, "fused", recompute_layer_num=replayed, pipeline_transport="push")

@@ -244,8 +244,15 @@ ORDERS = {
     **{f"starved warp {w}": Schedule(seed=w + 1, starved_warps=1 << w, starved_lanes=ALL) for w in range(16)},
 }
 
+# By default one warp of each role: it projects, aggregates, finishes, loads.
+ROLES = {f"starved warp {w}" for w in (0, 8, 11, 15)}
+EACH_ORDER = [
+    pytest.param(o, marks=pytest.mark.slow if o.startswith("starved warp") and o not in ROLES else ())
+    for o in ORDERS
+]
 
-@pytest.mark.parametrize("order", ORDERS)
+
+@pytest.mark.parametrize("order", EACH_ORDER)
 def test_every_order_gives_the_same_bits(emulate, order):
     emulate(RINGS)
     want = usual(RINGS)
@@ -253,7 +260,7 @@ def test_every_order_gives_the_same_bits(emulate, order):
     same(everything(RINGS), want)
 
 
-@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("order", EACH_ORDER)
 def test_every_order_gives_the_same_bits_behind_a_post_res(emulate, order):
     emulate(RINGS)
     *_, before, want = usual_mixed(RINGS)
@@ -313,21 +320,21 @@ def test_as_many_blocks_as_a_gpu_has(emulate, logits):
 BUGS = [
     ("pre", "arrival_missing"),
     ("pre", "other_parity"),
-    ("pre", "project_hastens"),
-    ("pre", "sums_unawaited"),
     ("pre", "two_lanes_load"),
-    ("pre", "all_lanes_wait"),
     ("pre", "unswizzled"),
     ("pre_mix", "mixed_f_overwritten"),
     ("pre_mix", "streams_overwritten"),
     ("pre_backward", "stores_unawaited"),
-    ("pre_backward", "coefficients_unawaited"),
-    ("pre_backward", "dx_unawaited"),
     ("pre_backward", "stages_even"),
-    ("pre_backward", "out_of_turn"),
     ("pre_backward", "out_of_bounds"),
 ]
 MORE_BUGS = [  # with -m slow
+    ("pre_backward", "out_of_turn"),
+    ("pre_backward", "dx_unawaited"),
+    ("pre_backward", "coefficients_unawaited"),
+    ("pre", "all_lanes_wait"),
+    ("pre", "sums_unawaited"),
+    ("pre", "project_hastens"),
     ("pre", "arrival_uncounted"),
     ("pre", "one_slot"),
     ("pre", "wrong_tag"),
