@@ -16,6 +16,8 @@ def speed_up() -> None:
     from triton import language as tl
     from triton.runtime import interpreter
 
+    if not hasattr(interpreter, "_LangPatchScope"):
+        return  # another Triton's, which is only slower
     patch, nothing = interpreter._patch_lang, interpreter._LangPatchScope()
     packages = tl, tl.core, tl.core.tensor
     builtin = {p: next(n for n, m in inspect.getmembers(p) if tl.core.is_builtin(m)) for p in packages}
