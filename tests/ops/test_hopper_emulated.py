@@ -11,6 +11,7 @@ import torch
 from emulator.launch import Emulator, EmulatorError, Schedule, compiler
 from ops_cases import COEFFICIENT, ON_GPU, STREAM, compare, error, inputs
 from ops_chains import biased, chain, three_in_a_row, two_in_a_row
+from thinned import each_value
 
 from megatron_mhc.ops import autograd
 from megatron_mhc.ops.hopper import compile, pre, pre_backward
@@ -119,8 +120,7 @@ def usual(shape, v4=False):
 usual_mixed = functools.cache(mixed_and_read)
 
 
-@pytest.mark.parametrize("v4", [False, True])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape, v4", each_value(SHAPES, [True, False]))
 def test_outputs_and_every_gradient_match_float64(emulate, shape, v4):
     emulator = emulate(shape)
     tokens, channels, *_ = shape
@@ -128,8 +128,7 @@ def test_outputs_and_every_gradient_match_float64(emulate, shape, v4):
     assert [name for name, *_ in emulator.launched] == ["pre", "pre_backward"]
 
 
-@pytest.mark.parametrize("v4", [False, True])
-@pytest.mark.parametrize("shape", [*SHAPES, RINGS])
+@pytest.mark.parametrize("shape, v4", each_value([*SHAPES, RINGS], [True, False]))
 def test_behind_a_post_res_pre_reads_what_that_writes(emulate, shape, v4):
     emulator = emulate(shape)
     x, f, before, (streams, *read) = mixed_and_read(shape, v4)
@@ -143,7 +142,7 @@ def test_behind_a_post_res_pre_reads_what_that_writes(emulate, shape, v4):
     assert [d["MIX"] for _, _, d in emulator.launched] == [0, 1, 0]
 
 
-@pytest.mark.parametrize("shape", SHAPES[1:4])
+@pytest.mark.parametrize("shape", [SHAPES[1], pytest.param(SHAPES[2], marks=pytest.mark.slow), SHAPES[3]])
 def test_a_chain_that_works_ahead_matches_float64(emulate, shape):
     """--mhc-boundary fused."""
     emulator = emulate(shape)
@@ -167,15 +166,13 @@ def test_one_node_has_the_bits_of_two(emulate, biased):
     assert names == [*["pre"] * 3, *["pre_backward"] * 3] * 2
 
 
-@pytest.mark.parametrize("v4", [False, True])
-@pytest.mark.parametrize("iterations", [1, 3])
+@pytest.mark.parametrize("iterations, v4", each_value([1, 3], [False, True]))
 def test_other_numbers_of_iterations_match_float64(emulate, iterations, v4):
     emulate(SHAPES[1])
     check(compare(inputs(37, 4, 80, BF16), BF16, v4, iterations))
 
 
-@pytest.mark.parametrize("v4", [False, True])
-@pytest.mark.parametrize("logits", [8.0, 100.0, 3000.0])
+@pytest.mark.parametrize("logits, v4", each_value([8.0, 100.0, 3000.0], [False, True], also=[(3000.0, True)]))
 def test_extreme_logits_are_as_near_to_float64_as_tritons(monkeypatch, emulate, logits, v4):
     """Gradients through a sigmoid near 1 lose digits in fp32, whoever computes them."""
     tensors = inputs(20, 4, 80, BF16, logits=logits)
@@ -247,8 +244,15 @@ ORDERS = {
     **{f"starved warp {w}": Schedule(seed=w + 1, starved_warps=1 << w, starved_lanes=ALL) for w in range(16)},
 }
 
+# By default one warp of each role: it projects, aggregates, finishes, loads.
+ROLES = {f"starved warp {w}" for w in (0, 8, 11, 15)}
+EACH_ORDER = [
+    pytest.param(o, marks=pytest.mark.slow if o.startswith("starved warp") and o not in ROLES else ())
+    for o in ORDERS
+]
 
-@pytest.mark.parametrize("order", ORDERS)
+
+@pytest.mark.parametrize("order", EACH_ORDER)
 def test_every_order_gives_the_same_bits(emulate, order):
     emulate(RINGS)
     want = usual(RINGS)
@@ -256,7 +260,7 @@ def test_every_order_gives_the_same_bits(emulate, order):
     same(everything(RINGS), want)
 
 
-@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("order", EACH_ORDER)
 def test_every_order_gives_the_same_bits_behind_a_post_res(emulate, order):
     emulate(RINGS)
     *_, before, want = usual_mixed(RINGS)
@@ -281,7 +285,7 @@ def test_more_orders_give_the_same_bits(emulate, seed, shape, v4):
                 same(everything(shape, v4), want)
 
 
-@pytest.mark.parametrize("warp", [12, 15])
+@pytest.mark.parametrize("warp", [pytest.param(12, marks=pytest.mark.slow), 15])
 def test_more_slices_than_tokens_of_a_tile(emulate, warp):
     """Then a slice has no token of some tiles."""
     emulate(SLICES)
@@ -316,27 +320,27 @@ def test_as_many_blocks_as_a_gpu_has(emulate, logits):
 BUGS = [
     ("pre", "arrival_missing"),
     ("pre", "other_parity"),
-    ("pre", "project_hastens"),
-    ("pre", "sums_unawaited"),
     ("pre", "two_lanes_load"),
-    ("pre", "all_lanes_wait"),
     ("pre", "unswizzled"),
-    ("pre", "half_of_h_pre"),
     ("pre_mix", "mixed_f_overwritten"),
     ("pre_mix", "streams_overwritten"),
     ("pre_backward", "stores_unawaited"),
-    ("pre_backward", "coefficients_unawaited"),
-    ("pre_backward", "dx_unawaited"),
     ("pre_backward", "stages_even"),
-    ("pre_backward", "out_of_turn"),
     ("pre_backward", "out_of_bounds"),
 ]
 MORE_BUGS = [  # with -m slow
+    ("pre_backward", "out_of_turn"),
+    ("pre_backward", "dx_unawaited"),
+    ("pre_backward", "coefficients_unawaited"),
+    ("pre", "all_lanes_wait"),
+    ("pre", "sums_unawaited"),
+    ("pre", "project_hastens"),
     ("pre", "arrival_uncounted"),
     ("pre", "one_slot"),
     ("pre", "wrong_tag"),
     ("pre", "sums_overwritten"),
     ("pre", "h_pre_unawaited"),
+    ("pre", "half_of_h_pre"),
     ("pre_mix", "mixing_unawaited"),
     ("pre_mix", "before_unawaited"),
     ("pre_backward", "one_slot"),
