@@ -2,7 +2,8 @@
 
 reference.py   the definition
 boundary.py    post_res and the next `pre` in one node of autograd's graph
-autograd.py    the kernels under autograd, and what connections in a row share
+autograd.py    the kernels under autograd
+link.py        what connections in a row share
 compiled.py    the same as ops of torch.library, which torch.compile traces
 kernels.py     the back ends, and what each can do
 options.py     what the kernels of `pre` take besides tensors

@@ -136,7 +136,7 @@ def test_each_launch_leaves_the_sms_that_its_connection_reserves(monkeypatch, re
     x, f = torch.empty(4096, 4, 512, dtype=BF16), torch.empty(4096, 512, dtype=BF16)
     weight, affine = torch.empty(24, 2048), torch.empty(27)
     for options in (Options(1e-6, 20, False, reserved), Options(1e-6, 20, False)):
-        _, saved, before = pre.pre_forward(x, weight, affine, options)
+        _, saved, before, _ = pre.pre_forward(x, weight, affine, options)
         pre.post_res_pre(x, f, before, None, weight, affine, options)
         pre_backward.pre_backward(x, x, f, f, weight, affine, saved, options)
     assert blocks == [132 - reserved] * 3 + [132] * 3

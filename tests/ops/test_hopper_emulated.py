@@ -81,7 +81,7 @@ def everything(shape, v4=False):
     generator = torch.Generator().manual_seed(1)
     g, dl = (torch.randn(like.shape, generator=generator).to(BF16) for like in (x, f))
     options = Options(1e-6, 20, v4)
-    out, saved, mappings = pre.pre_forward(x, weight, affine, options)
+    out, saved, mappings, _ = pre.pre_forward(x, weight, affine, options)
     writer = saved, affine
     grads = pre_backward.pre_backward(
         x, g, f, dl, weight, affine, saved, options, writer=writer, f_bias=dl[0].clone()
@@ -93,7 +93,7 @@ def mixed_and_read(shape, v4=False):
     """What the forward kernel writes behind the post_res of another connection: x, f, its mappings, that."""
     tokens, channels, *_ = shape
     x, weight, affine, f = inputs(tokens, 4, channels, BF16)
-    _, _, before = pre.pre_forward(x, weight.flip(0), affine, Options(1e-6, 20, v4))
+    _, _, before, _ = pre.pre_forward(x, weight.flip(0), affine, Options(1e-6, 20, v4))
     return x, f, before, read_behind(shape, before, v4)
 
 
@@ -107,7 +107,7 @@ def read_behind(shape, before, v4=False):
 
 def same(got, want):
     for a, b in zip(got, want, strict=True):
-        assert a.isfinite().all() and torch.equal(a, b)
+        assert a is b is None or (a.isfinite().all() and torch.equal(a, b))
 
 
 @functools.cache
@@ -203,7 +203,7 @@ def test_bits_of_a_token_do_not_depend_on_others(emulate, v4):
     weight[8:] *= 12
     options = Options(1e-6, 20, v4)
     there, back = (pre.pre_forward(t, weight, affine, options) for t in (x, x.flip(0)))
-    same([t.flip(0) for t in back], there)
+    same([t.flip(0) for t in back[:3]], there[:3])
 
 
 @pytest.mark.parametrize("v4", [False, True])

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron_mhc.ops.hopper.compile import AHEAD, SHARED, Source, kernel, layout, loads, multiprocessors
 from megatron_mhc.ops.hopper.launch import Box, raw_stream
-from megatron_mhc.ops.options import Options
+from megatron_mhc.ops.options import Options, ReadNorm
 from megatron_mhc.ops.triton.post_res import streams_like
 
 WIDEST = 256
@@ -32,7 +32,8 @@ def pre_forward(
     weight: Tensor,
     affine: Tensor,
     options: Options,
-) -> tuple[Tensor, Tensor, Tensor]:
+    norm: ReadNorm | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """`megatron_mhc.ops.triton.pre.pre_forward` of x: [T, 4, C] bf16.
 
     Source: arXiv 2512.24880 Eqs. (14)-(19).
@@ -45,7 +46,7 @@ def pre_forward(
         plan = _plan(T, C, options, False, device, multiprocessors(device), raw_stream(device), get_ident())
         # The last two maps are not looked at.
         plan.launch((x, x, x), (None, None, weight, affine, out, saved, mappings))
-    return out, saved, mappings
+    return out, saved, mappings, None
 
 
 def post_res_pre(
@@ -56,7 +57,8 @@ def post_res_pre(
     weight: Tensor,
     affine: Tensor,
     options: Options,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    norm: ReadNorm | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """x' of `post_res_forward`, and `pre_forward` of x', by one read of x and f.
 
     The bits are those of the two one after the other. Where f is [s, b, C], so is the layer input, and x' is
@@ -74,7 +76,7 @@ def post_res_pre(
         device = x.get_device()
         plan = _plan(T, C, options, True, device, multiprocessors(device), raw_stream(device), get_ident())
         plan.launch((x, f, streams), (f_bias, before, weight, affine, out, saved, mappings))
-    return streams, out, saved, mappings
+    return streams, out, saved, mappings, None
 
 
 def memory(width: int, *, mix: bool) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron_mhc.ops.hopper.compile import AHEAD, SHARED, Source, kernel, layout, loads, multiprocessors
 from megatron_mhc.ops.hopper.launch import BOX, Box, raw_stream
-from megatron_mhc.ops.options import Options
+from megatron_mhc.ops.options import Options, ReadNorm
 
 WIDEST = 128
 WARPS = dict(DX=8, DOTS=2, MIDDLE=3)  # and three: fetch, load, store
@@ -43,13 +43,15 @@ def pre_backward(
     *,
     writer: tuple[Tensor, Tensor] | None = None,
     f_bias: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    norm: ReadNorm | None = None,
+    norm_saved: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """`megatron_mhc.ops.triton.pre_backward.pre_backward` of bf16; f and dl may be [s, b, C] too."""
     T, _, C = x.shape
     dx = torch.empty_like(x)
     d_weight, d_affine = torch.empty_like(weight), torch.empty_like(affine)
     if T == 0:
-        return dx, d_weight.zero_(), d_affine.zero_(), None
+        return dx, d_weight.zero_(), d_affine.zero_(), None, None
     df = None if writer is None else torch.empty_like(dl)
     unused = (saved, affine)  # neither read nor, as dl, written
     device = x.get_device()
@@ -60,7 +62,7 @@ def pre_backward(
         (x, g, f, dl, dx, dl if df is None else df),
         (f_bias, weight, affine, saved, *(writer or unused), d_weight, d_affine),
     )
-    return dx, d_weight, d_affine, df
+    return dx, d_weight, d_affine, df, None
 
 
 @functools.lru_cache(maxsize=64)
