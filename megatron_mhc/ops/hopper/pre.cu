@@ -331,16 +331,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                 int r = it / (FINISHING / 2) % 2 == half ? own_token(at, it) : TILE;
                 if (r >= TILE && lane == 0) barrier_arrive(empties + 8 * stage);
                 for (; r < TILE; r += SLICES) {
-                    // With NORM in the order above, since h_pre has to have the same bits.
-                    float3 total;
-                    if constexpr (NORM) {
-                        total = sum_slices<1, QUAD_LOADS>(of_tile + ATOM_AT(r, min(lane, ATOMS - 1)), 0, PART,
-                                                          it + 1);
-                    } else {
-                        const float3 some = sum_slices<2, LOADS>(
-                            of_tile + ATOM_AT(r, min(lane % 16, ATOMS - 1)), lane / 16, PART, it + 1);
-                        total = add_lanes(some, lane % 16, lane % 16 + 16);
-                    }
+                    const float3 some = sum_slices<2, LOADS>(of_tile + ATOM_AT(r, min(lane % 16, ATOMS - 1)),
+                                                             lane / 16, PART, it + 1);
+                    const float3 total = add_lanes(some, lane % 16, lane % 16 + 16);
                     if (r + SLICES >= TILE && lane == 0) MARK(it, 6);
                     if (r + SLICES >= TILE && lane == 0) barrier_arrive(empties + 8 * stage);
                     float squares;
