@@ -37,7 +37,7 @@ def check(errors):
         assert value <= (STREAM if name in WIDE else COEFFICIENT)[BF16], name
 
 
-def everything(shape, v4=False, norm=None):
+def everything(shape, v4=False, norm=None, **how):
     """What both kernels write, of one connection with a bias of f and a writer."""
     tokens, channels, *_ = shape
     x, weight, affine, f = inputs(tokens, 4, channels, BF16)
@@ -45,7 +45,7 @@ def everything(shape, v4=False, norm=None):
     g, dl = (torch.randn(like.shape, generator=generator).to(BF16) for like in (x, f))
     options = Options(1e-6, 20, v4)
     *made, norm_saved = pre.pre_forward(x, weight, affine, options, norm=norm)
-    more = dict(writer=(made[1], affine), f_bias=dl[0].clone(), norm=norm, norm_saved=norm_saved)
+    more = dict(writer=(made[1], affine), f_bias=dl[0].clone(), norm=norm, norm_saved=norm_saved, **how)
     grads = pre_backward.pre_backward(x, g, f, dl, weight, affine, made[1], options, **more)
     return [t for t in (*made, norm_saved, *grads) if t is not None]
 

@@ -73,6 +73,14 @@ def test_a_norm_matches_float64(emulate, shape, v4, zero_centered, dtype):
     assert [d["NORM"] for _, _, d in emulator.launched] == [1 + (dtype == BF16)] * 2
 
 
+def test_without_phis_gradient_the_others_keep_their_bits(emulate):
+    emulator, norm = emulate(SHAPES[1]), norm_of(SHAPES[1])
+    want = everything(SHAPES[1], norm=norm)
+    *made, dx, d_affine, df, d_norm = everything(SHAPES[1], norm=norm, with_dphi=False)
+    same([*made, dx, d_affine, df, d_norm], [*want[:5], *want[6:]])
+    assert [d.get("DPHI") for _, _, d in emulator.launched] == [None, 1, None, 0]
+
+
 @pytest.mark.parametrize("shape", [SHAPES[1], RINGS])
 def test_behind_a_post_res_a_norm_has_the_bits_of_pre(emulate, shape):
     emulate(shape)
