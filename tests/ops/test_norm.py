@@ -156,7 +156,7 @@ def test_results_repeat_bit_for_bit():
 
 
 def two_connections(norm, as_one_node):
-    """phi and affine; leaves, the last one F's output for both; the streams between, of the first post_res."""
+    """phi and affine; leaves, the last one F's output for both; the streams between."""
     kernels = kernels_of(4)
     x, weight, affine, f = leaves = [t.requires_grad_() for t in inputs(5, 4, 48, BF16)]
     leaves[3:] = [norm.weight.requires_grad_(), f.detach().view(5, 1, 48).requires_grad_()]
