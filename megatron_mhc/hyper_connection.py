@@ -249,7 +249,9 @@ class HyperConnectionModule(MappingParameters, InParts):
             return layer_input, (streams, mappings.h_post.contiguous(), mappings.h_res.contiguous())
         from megatron_mhc.ops import compiled  # imports triton, which a CPU may lack
 
-        layer_input, *tensors = compiled.pre(x, self.mapping_proj(), self.affine, *self.options, kernels.name)
+        layer_input, *tensors, _ = compiled.pre(
+            x, self.mapping_proj(), self.affine, *self.options, kernels.name
+        )
         # `pre` alone gives the streams their gradient.
         return layer_input.view(s, b, -1), (streams.detach(), *tensors)
 

@@ -248,10 +248,10 @@ def test_connections_in_a_row_are_linked_within_and_across_layers(run_ranks, var
         from megatron_mhc.ops import autograd
 
         options = MHCConfig(**TRITON | mhc)
-        calls, results, original, find = [], [], autograd.post_backward, autograd._link_of
+        calls, results, original, find = [], [], autograd.post_backward, autograd.link_of
         autograd.post_backward = lambda *args: (calls.append(args), original(*args))[1]
         for linked in (False, True):
-            autograd._link_of = find if linked else lambda x: None
+            autograd.link_of = find if linked else lambda x: None
             calls.clear()
             results.append(gpt.forward_backward(gpt.build(options, **VARIANTS[variant])))
         return *results, len(calls)
