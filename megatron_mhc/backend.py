@@ -96,6 +96,19 @@ def choose(
     )
 
 
+def device_type() -> str:
+    """Of the device that this process computes on."""
+    if not torch.cuda.is_available():
+        return "cpu"
+    return torch.empty(0, device=torch.cuda.current_device()).device.type
+
+
+def folds_norm(backend: str) -> bool:
+    """Whether the kernels of a back end compute the RMSNorm between `pre` and F."""
+    kernels = _named(backend)
+    return kernels is not None and kernels.folds_norm
+
+
 def triton_obstacle(mhc: MHCConfig, width: int, dtype: torch.dtype, device_type: str) -> str | None:
     """Why the Triton kernels cannot serve these streams of `width` channels, or None if they can."""
     if device_type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
