@@ -2,7 +2,7 @@
 
 Its weight stays where Megatron has it, and so do its key in checkpoints, its group and its reductions:
 
-    input_layernorm, pre_mlp_layernorm   modules of the layer (MLA, MoE, local layers): they pass their input on
+    input_layernorm, pre_mlp_layernorm   modules of the layer (MLA, MoE, local ones): they pass their input on
     linear_qkv, linear_fc1               Transformer Engine's linears with a norm inside (dense layers): plain
                                          linears that own `layer_norm_weight` take their place
 """
@@ -115,11 +115,12 @@ def fold(
 
 def folded_in(layer: TransformerLayer, f: str) -> FoldedNorm | None:
     """The norm of a built layer's `self_attention` or `mlp`, if it is left to `pre`."""
-    norm, linear = getattr(layer, _NORMS[f]), getattr(getattr(layer, f), _LINEARS[f], None)
+    norm: Any = getattr(layer, _NORMS[f])
+    linear: Any = getattr(getattr(layer, f), _LINEARS[f], None)
     eps, zero_centered = layer.config.layernorm_epsilon, layer.config.layernorm_zero_centered_gamma
     if isinstance(norm, PassesOn):
         return FoldedNorm(norm, "weight", eps, zero_centered)
-    if hasattr(linear, "layer_norm_weight") and isinstance(linear, _linear()):
+    if type(linear) is _linear():
         return FoldedNorm(linear, "layer_norm_weight", eps, zero_centered)
     return None
 
@@ -135,10 +136,11 @@ def _is_identity(spec: Any) -> bool:
 def _passing_on(build: Callable[..., nn.Module], name: str, mhc: MHCConfig, **arguments: Any) -> nn.Module:
     """Build Megatron's norm, and have it pass its input on; keys, extra state and parameters stay its own."""
     norm = build(**arguments)
-    if type(norm) in _rms_norms():
-        norm.__class__ = _passing(type(norm))
+    kind: Any = type(norm)
+    if kind in _rms_norms():
+        norm.__class__ = _passing(kind)
     elif mhc.norm == "folded":
-        _refuse(f"{name} is a {type(norm).__name__}", "torch's or Transformer Engine's RMSNorm")
+        _refuse(f"{name} is a {kind.__name__}", "torch's or Transformer Engine's RMSNorm")
     return norm
 
 
@@ -184,10 +186,10 @@ def _name(spec: Any) -> str:
 
 
 @functools.cache
-def _linear() -> type:
+def _linear() -> Any:
     """Of linears that own a norm's weight; a class that Megatron can make beside Transformer Engine alone."""
     if not extension.HAVE_TE:
-        return type(None)
+        return nn.Identity
 
     class ColumnParallelLinearBehindNorm(extension.TEColumnParallelLinear):
         """TELayerNormColumnParallelLinear without the norm's arithmetic: parameters and keys, in order."""
