@@ -3,18 +3,19 @@
 There the two differ by rounding alone: apart, the layer input is rounded to the streams' dtype on the way.
 """
 
-import graphed_steps
+import functools
+
 import pytest
 import torch
-from harness import Iteration, Layout, build, differences, global_parameters, iterate, reference
+from graphed_steps import PREPROCESS, full, local, te
+from graphed_steps import compare as compare_graphed
+from harness import Layout, build, differences, iterate, reference
 from layout_cases import UNIFORM, selective
-from megatron.core.extensions import transformer_engine
-from megatron.core.models.gpt import gpt_layer_specs
+from megatron.core.distributed import distributed_data_parallel
 
 from megatron_mhc import MHCConfig
 from megatron_mhc.hyper_connection import HyperConnectionModule
 from megatron_mhc.pipeline import engine
-from megatron_mhc.testing import ranks
 
 APART = MHCConfig()
 ONE, TP2_SP, PP2, PP2_VPP2 = Layout(), Layout(tp=2, sp=True), Layout(pp=2), Layout(pp=2, vpp=2)
@@ -58,13 +59,48 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+SLOW = ("mtp_moe", "tp2_sp_moe", "pp2_mla", "full_recompute")
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=pytest.mark.slow if c in SLOW else ()) for c in CASES]
+)
 def test_folded_matches_apart(run_ranks, case):
     layout, kind, mhc, overrides = CASES[case]
-    expected = reference(kind, APART)
-    result = run_ranks(
-        max(2, layout.tp * layout.pp) if layout != ONE else 1, compare, layout, kind, mhc, overrides, expected
-    )[0]
+    world = 1 if layout == ONE else 2
+    result = run_ranks(world, compare, layout, kind, mhc, overrides, reference(kind, APART))[0]
     error, name = result.worst
     assert result.loss <= 1e-10
     assert error <= 1e-10, name
+
+
+def gathered_late(kind):
+    """The loss where norms get their weights from the hooks by which DDP gathers those (--overlap-param-gather)."""
+    ONE.initialize()
+    config = ONE.config(kind)
+    chunks = build(ONE, config, kind, folded())
+
+    def gather(weight, values, *_):
+        weight.data.copy_(values)
+
+    for module in chunks[0].modules():
+        if isinstance(module, HyperConnectionModule):
+            weight = module.norm.read().weight
+            hook = functools.partial(gather, weight, weight.data.clone())
+            hook.__module__ = distributed_data_parallel.__name__
+            module.norm.owner.register_forward_pre_hook(hook)
+            weight.data.fill_(float("nan"))
+    return iterate(chunks, config)
+
+
+def test_a_weight_is_gathered_before_pre_reads_it(run_ranks):
+    assert run_ranks(1, gathered_late, "moe")[0] == pytest.approx(reference("moe", APART).loss, rel=1e-10)
+
+
+@pytest.mark.parametrize(
+    "kind, graphed",
+    [("dense", te()), ("moe_shared", te(*PREPROCESS))]
+    + [pytest.param(*case, marks=pytest.mark.slow) for case in (("dense", full()), ("mla", local()))],
+)
+def test_graphs_hold_the_bits_of_steps_without(run_ranks, kind, graphed):
+    run_ranks(1, compare_graphed, ONE, kind, folded(), graphed)
