@@ -76,6 +76,7 @@ HOPPER = Kernels(
     # concurrent launches both fit, and neither waits for the other's SMs.
     channels_per_sm=64,
     post_res_pre=hopper_pre.post_res_pre,
+    folds_norm=True,
     takes_projection=False,
     takes_dh_post=False,
     takes_other_f=False,

@@ -1,6 +1,7 @@
 """That `hopper` calls the kernels of `ops/hopper`, where Triton's stand for them; how channels are cut."""
 
 import functools
+import itertools
 import types
 
 import pytest
@@ -149,12 +150,13 @@ def test_what_a_multiprocessor_takes_is_what_the_obstacle_says():
 @pytest.mark.parametrize("width", range(64, 257, 64))
 def test_rings_fit_into_shared_memory_and_hold_tiles_enough(width):
     """Of x at least as many tiles as of f; backward more than are fetched ahead."""
-    for mix in (False, True):
-        shared, stages = pre.memory(width, mix=mix)
+    for mix, norm in itertools.product((False, True), repeat=2):
+        shared, stages = pre.memory(width, mix=mix, norm=norm)
+        assert stages == pre.memory(width, mix=mix, norm=False)[1]  # the norm costs no tile
         assert shared <= compile.SHARED and pre.F_SLOTS <= stages <= pre.MOST_STAGES
-    for iterations in (1, 20, HOPPER.max_iterations):
+    for iterations, norm in itertools.product((1, 20, HOPPER.max_iterations), (False, True)):
         if width <= pre_backward.WIDEST:
-            shared, stages = pre_backward.memory(width, iterations)
+            shared, stages = pre_backward.memory(width, iterations, norm=norm)
             assert shared <= compile.SHARED and 4 < stages <= pre_backward.MOST_STAGES
 
 

@@ -9,7 +9,7 @@ import re
 import pytest
 import torch
 from emulator.launch import Emulator, EmulatorError, Schedule, compiler
-from ops_cases import COEFFICIENT, ON_GPU, STREAM, compare, error, inputs
+from ops_cases import COEFFICIENT, ON_GPU, STREAM, compare, error, inputs, norm_like
 from ops_chains import biased, chain, three_in_a_row, two_in_a_row
 
 from megatron_mhc.ops import autograd
@@ -74,19 +74,17 @@ def check(errors):
         assert value <= (STREAM if name in WIDE else COEFFICIENT)[BF16], name
 
 
-def everything(shape, v4=False):
+def everything(shape, v4=False, norm=None):
     """What both kernels write, of one connection with a bias of f and a writer."""
     tokens, channels, *_ = shape
     x, weight, affine, f = inputs(tokens, 4, channels, BF16)
     generator = torch.Generator().manual_seed(1)
     g, dl = (torch.randn(like.shape, generator=generator).to(BF16) for like in (x, f))
     options = Options(1e-6, 20, v4)
-    out, saved, mappings, _ = pre.pre_forward(x, weight, affine, options)
-    writer = saved, affine
-    grads = pre_backward.pre_backward(
-        x, g, f, dl, weight, affine, saved, options, writer=writer, f_bias=dl[0].clone()
-    )
-    return [out, saved, mappings, *grads]
+    *made, norm_saved = pre.pre_forward(x, weight, affine, options, norm=norm)
+    more = dict(writer=(made[1], affine), f_bias=dl[0].clone(), norm=norm, norm_saved=norm_saved)
+    grads = pre_backward.pre_backward(x, g, f, dl, weight, affine, made[1], options, **more)
+    return [t for t in (*made, norm_saved, *grads) if t is not None]
 
 
 def mixed_and_read(shape, v4=False):
@@ -97,12 +95,13 @@ def mixed_and_read(shape, v4=False):
     return x, f, before, read_behind(shape, before, v4)
 
 
-def read_behind(shape, before, v4=False):
+def read_behind(shape, before, v4=False, norm=None):
     """`mixed_and_read`, the mappings given."""
     tokens, channels, *_ = shape
     x, weight, affine, f = inputs(tokens, 4, channels, BF16)
     options = Options(1e-6, 20, v4)
-    return pre.post_res_pre(x, f, before, f[0].clone(), weight, affine, options)
+    made = pre.post_res_pre(x, f, before, f[0].clone(), weight, affine, options, norm=norm)
+    return [t for t in made if t is not None]
 
 
 def same(got, want):
@@ -110,10 +109,14 @@ def same(got, want):
         assert a is b is None or (a.isfinite().all() and torch.equal(a, b))
 
 
+def norm_of(shape, zero_centered=False, dtype=BF16):
+    return norm_like(inputs(shape[0], 4, shape[1], BF16)[-1], zero_centered, dtype)
+
+
 @functools.cache
-def usual(shape, v4=False):
+def usual(shape, v4=False, folds=False):
     """`everything` in the first order that was tried."""
-    return everything(shape, v4)
+    return everything(shape, v4, norm_of(shape) if folds else None)
 
 
 usual_mixed = functools.cache(mixed_and_read)
@@ -139,8 +142,54 @@ def test_behind_a_post_res_pre_reads_what_that_writes(emulate, shape, v4):
     assert error(streams, want) <= STREAM[BF16]
     _, weight, affine, _ = inputs(shape[0], 4, shape[1], BF16)
     options = Options(1e-6, 20, v4)
-    same(read, pre.pre_forward(streams, weight, affine, options))
+    same(read, pre.pre_forward(streams, weight, affine, options)[:3])
     assert [d["MIX"] for _, _, d in emulator.launched] == [0, 1, 0]
+
+
+@pytest.mark.parametrize(
+    "shape, v4, zero_centered, dtype",
+    [
+        (SHAPES[1], True, True, BF16),
+        (SHAPES[3], False, False, torch.float32),
+        (SHAPES[4], False, True, BF16),
+        (SHAPES[5], False, False, BF16),
+    ],
+)
+def test_a_norm_matches_float64(emulate, shape, v4, zero_centered, dtype):
+    emulator = emulate(shape)
+    tokens, channels, *_ = shape
+    norm = norm_of(shape, zero_centered, dtype)
+    errors = compare(inputs(tokens, 4, channels, BF16), BF16, v4, 2, norm)
+    if dtype == BF16:
+        assert errors.pop("d norm") <= STREAM[BF16]
+    check(errors)
+    assert [d["NORM"] for _, _, d in emulator.launched] == [1 + (dtype == BF16)] * 2
+
+
+@pytest.mark.parametrize("shape", [SHAPES[1], RINGS])
+def test_behind_a_post_res_a_norm_has_the_bits_of_pre(emulate, shape):
+    emulate(shape)
+    *_, before, _ = usual_mixed(shape)
+    norm, (_, weight, affine, _) = norm_of(shape), inputs(shape[0], 4, shape[1], BF16)
+    streams, *read = read_behind(shape, before, norm=norm)
+    same(streams[None], usual_mixed(shape)[3][0][None])
+    same(read, pre.pre_forward(streams, weight, affine, Options(1e-6, 20, False), norm=norm))
+
+
+def test_streams_that_cancel_lose_the_digits_that_the_bound_says(emulate):
+    """As by Triton (test_norm.py); products of bf16 are exact, their sums are rounded."""
+    emulate(SHAPES[1])
+    x, weight, affine, _ = inputs(37, 4, 80, BF16)
+    x[:, 2:], weight[:], affine[:4] = -x[:, :2], 0, 0.3
+    x[:, 3] += (x[:, 3] * 2**-7).to(BF16)  # a step or two of bf16
+    norm = norm_of(SHAPES[1])._replace(eps=1e-12)
+    y, *_, norm_saved = pre.pre_forward(x, weight, affine, Options(1e-6, 2, False), norm=norm)
+    h, exact = affine[0].double().sigmoid(), x.double()
+    gram = torch.einsum("tic,tjc->tij", exact, exact)
+    of_l = h * h * gram.sum((1, 2))
+    lost = 2**-22 * (h * h * gram.abs().sum((1, 2)) / of_l).max().item()
+    wanted = norm.weight.double() * h * exact.sum(1) * (of_l / 80)[:, None].rsqrt()
+    assert lost < 0.1 and error(y, wanted) <= STREAM[BF16] + lost
 
 
 @pytest.mark.parametrize("shape", SHAPES[1:4])
@@ -248,6 +297,9 @@ ORDERS = {
 }
 
 
+FEW_ORDERS = ("lanes apart", "late copies", "a starved block", "few multiprocessors", "starved warp 9")
+
+
 @pytest.mark.parametrize("order", ORDERS)
 def test_every_order_gives_the_same_bits(emulate, order):
     emulate(RINGS)
@@ -262,6 +314,20 @@ def test_every_order_gives_the_same_bits_behind_a_post_res(emulate, order):
     *_, before, want = usual_mixed(RINGS)
     emulate(RINGS, ORDERS[order])
     same(read_behind(RINGS, before), want)
+
+
+@pytest.mark.parametrize(
+    "order",
+    [
+        pytest.param(o, marks=() if o in FEW_ORDERS else pytest.mark.slow)  # as without a norm, for most
+        for o in ORDERS
+    ],
+)
+def test_every_order_gives_the_same_bits_with_a_norm(emulate, order):
+    emulate(RINGS)
+    want = usual(RINGS, folds=True)
+    emulate(RINGS, ORDERS[order])
+    same(everything(RINGS, norm=norm_of(RINGS)), want)
 
 
 @pytest.mark.slow
@@ -312,7 +378,7 @@ def test_as_many_blocks_as_a_gpu_has(emulate, logits):
 
 
 # The faults that the emulator has to find: BUG(name)s of the sources, planted in one kernel. pre_mix is
-# pre behind a post_res.
+# pre behind a post_res, *_norm has a norm.
 BUGS = [
     ("pre", "arrival_missing"),
     ("pre", "other_parity"),
@@ -324,12 +390,15 @@ BUGS = [
     ("pre", "half_of_h_pre"),
     ("pre_mix", "mixed_f_overwritten"),
     ("pre_mix", "streams_overwritten"),
+    ("pre_norm", "off_diagonal"),
     ("pre_backward", "stores_unawaited"),
     ("pre_backward", "coefficients_unawaited"),
     ("pre_backward", "dx_unawaited"),
     ("pre_backward", "stages_even"),
     ("pre_backward", "out_of_turn"),
     ("pre_backward", "out_of_bounds"),
+    ("pre_backward_norm", "out_of_turn"),
+    ("pre_backward_norm", "half_of_u"),
 ]
 MORE_BUGS = [  # with -m slow
     ("pre", "arrival_uncounted"),
@@ -337,6 +406,7 @@ MORE_BUGS = [  # with -m slow
     ("pre", "wrong_tag"),
     ("pre", "sums_overwritten"),
     ("pre", "h_pre_unawaited"),
+    ("pre_norm", "gram_overwritten"),
     ("pre_mix", "mixing_unawaited"),
     ("pre_mix", "before_unawaited"),
     ("pre_backward", "one_slot"),
@@ -354,10 +424,13 @@ def find(emulate, shape, kernel, bug, orders):
     if kernel == "pre_mix":
         *_, before, want = usual_mixed(shape)
         compute = functools.partial(read_behind, shape, before)
+    elif kernel.endswith("_norm"):
+        want, norm = usual(shape, folds=True), norm_of(shape)
+        compute = functools.partial(everything, shape, norm=norm)
     else:
         want, compute = usual(shape), functools.partial(everything, shape)
     for order in orders:
-        emulate(shape, order, {kernel.removesuffix("_mix"): bug})
+        emulate(shape, order, {kernel.removesuffix("_mix").removesuffix("_norm"): bug})
         try:
             got = compute()
         except EmulatorError as found:

@@ -26,7 +26,7 @@ CASES = [
     ((5, 4, 48, F32, False), (False, F32)),
     ((7, 4, 80, BF16, True), (True, BF16)),
     ((37, 2, 48, torch.float16, False), (True, torch.float16)),
-    ((19, 1, 16, F32, False), (False, F32)),
+    ((70, 1, 16, F32, False), (False, F32)),
     ((3, 8, 48, F32, False), (False, BF16)),
     ((0, 4, 32, BF16, False), (False, BF16)),
 ]
@@ -129,7 +129,7 @@ def same(got, want):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("case", [(5, 4, 48, F32), (7, 2, 80, BF16), (3, 8, 48, BF16)])
+@pytest.mark.parametrize("case", [(5, 4, 48, F32), (7, 2, 80, BF16), (3, 8, 16, BF16)])
 def test_linked_connections_give_the_bits_of_unlinked_ones(monkeypatch, case):
     norm = norm_like(inputs(*case)[-1])
     want = chain(case, "apart", norm)
@@ -148,7 +148,7 @@ def test_a_chain_that_projects_ahead_matches_float64(case):
 
 
 def test_results_repeat_bit_for_bit():
-    case = (2000, 4, 1024, BF16) if ON_GPU else (70, 4, 32, BF16)
+    case = (2000, 4, 1024, BF16) if ON_GPU else (70, 2, 16, BF16)
     norm = norm_like(inputs(*case)[-1], dtype=BF16)
     same(chain(case, "linked", norm), chain(case, "linked", norm))
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megatron_mhc.ops.hopper.compile import AHEAD, SHARED, Source, kernel, layout, loads, multiprocessors
 from megatron_mhc.ops.hopper.launch import BOX, Box, raw_stream
+from megatron_mhc.ops.hopper.norm import Kind, define, kind
 from megatron_mhc.ops.options import Options, ReadNorm
 
 WIDEST = 128
@@ -50,29 +51,38 @@ def pre_backward(
     T, _, C = x.shape
     dx = torch.empty_like(x)
     d_weight, d_affine = torch.empty_like(weight), torch.empty_like(affine)
+    d_norm = None if norm is None else torch.empty_like(norm.weight)
     if T == 0:
-        return dx, d_weight.zero_(), d_affine.zero_(), None, None
+        return dx, d_weight.zero_(), d_affine.zero_(), None, None if d_norm is None else d_norm.zero_()
     df = None if writer is None else torch.empty_like(dl)
     unused = (saved, affine)  # neither read nor, as dl, written
     device = x.get_device()
-    plan = _plan(
-        T, C, options, df is not None, device, multiprocessors(device), raw_stream(device), get_ident()
-    )
+    how = device, multiprocessors(device), raw_stream(device), get_ident()
+    plan = _plan(T, C, options, df is not None, norm and kind(norm), *how)
+    of_norm = () if norm is None else (norm.weight, norm_saved, d_norm)
     plan.launch(
         (x, g, f, dl, dx, dl if df is None else df),
-        (f_bias, weight, affine, saved, *(writer or unused), d_weight, d_affine),
+        (f_bias, weight, affine, saved, *(writer or unused), d_weight, d_affine, *of_norm),
     )
-    return dx, d_weight, d_affine, df, None
+    return dx, d_weight, d_affine, df, d_norm
 
 
 @functools.lru_cache(maxsize=64)
 def _plan(
-    T: int, C: int, options: Options, with_df: bool, device: int, sms: int, stream: int, thread: int
+    T: int,
+    C: int,
+    options: Options,
+    with_df: bool,
+    norm: Kind | None,
+    device: int,
+    sms: int,
+    stream: int,
+    thread: int,
 ) -> Any:
     """The `launch.Plan` of the current stream and thread."""
     cut = layout(T, C, WIDEST, sms, TILE, options.reserved_sms)
-    shared, stages = memory(cut.width, options.iterations)
-    defines = cut.defines(C, TILE, stages)
+    shared, stages = memory(cut.width, options.iterations, norm=norm is not None)
+    defines = cut.defines(C, TILE, stages) | dict(NORM=define(norm))
     defines |= dict(ITERATIONS=options.iterations, V4=int(options.deepseek_v4), DF=int(with_df))
     defines |= dict(LOADS=loads(cut.slices, 4, MOST_LOADS), TOGETHER=2 if cut.slices <= FEW else 1)
     blocks, slots = cut.groups * cut.slices, cut.groups * defines["EXCHANGE"]
@@ -85,16 +95,18 @@ def _plan(
             slots * TILE * COEFFICIENT_ATOMS * 4,
             WARPS["MIDDLE"] * blocks * 48,  # partial, which need not be zero
             2 + WARPS["DX"] * cut.slices,
+            *(() if norm is None else (C,)),  # norm_sums, which need not be zero
         ),
-        (T, cut.groups),
+        (*(() if norm is None else (norm.offset,)), T, cut.groups),
     )
 
 
-def memory(width: int, iterations: int) -> tuple[int, int]:
+def memory(width: int, iterations: int, *, norm: bool) -> tuple[int, int]:
     """Shared bytes of a block, and the tiles that its ring holds in them."""
     region = TILE * width * 2
     stage = 9 * region + 512
     rest = F_SLOTS * region + FETCHED * TILE * TOKEN_FLOATS * 4  # f, coefficients
+    rest += 2 * region * norm  # u
     rest += ((width // BOX - 1) * TILE + 1) * BOX * 2  # f's bias, a row of each box
     rest += WARPS["MIDDLE"] * 2 * 4 * (TOKEN_FLOATS + 16 + 8 * iterations)  # two tokens a warp of `middle`
     stages = min(MOST_STAGES, (SHARED - rest) // stage)
