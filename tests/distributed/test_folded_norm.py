@@ -75,7 +75,7 @@ def test_folded_matches_apart(run_ranks, case):
 
 
 def gathered_late(kind):
-    """The loss where norms get their weights from the hooks by which DDP gathers those (--overlap-param-gather)."""
+    """The loss where hooks bring norms their weights, as those of DDP do (--overlap-param-gather)."""
     ONE.initialize()
     config = ONE.config(kind)
     chunks = build(ONE, config, kind, folded())

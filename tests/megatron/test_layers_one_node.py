@@ -39,7 +39,7 @@ def run(joined, mhc, settings, watched=False, train=True):
         ("dense", {}, {}, 1),
         ("moe", {}, {}, 1),
         ("dense", {}, dict(add_bias_linear=True), 1),
-        ("dense", {}, dict(hidden_dropout=0.1), 1),
+        ("dense", dict(norm="folded"), dict(hidden_dropout=0.1), 1),
         ("dense", dict(boundary="linked"), {}, 4),
         ("dense", dict(boundary="apart"), {}, 4),
         ("dense", dict(recompute_layer_num="3"), {}, 4),  # whose streams are dropped
@@ -50,7 +50,7 @@ def run(joined, mhc, settings, watched=False, train=True):
 def test_joined_connections_give_the_bits_of_others(run_ranks, variant, mhc, settings, alone):
     def both():
         settings_ = VARIANTS[variant] | settings
-        want, _ = run(False, dict(boundary="apart"), settings_)
+        want, _ = run(False, dict(boundary="apart", norm=mhc.get("norm", "apart")), settings_)
         return want, *run(True, mhc, settings_)
 
     want, got, read = run_ranks(1, both)[0]
