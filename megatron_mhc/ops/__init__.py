@@ -23,6 +23,7 @@ triton/
 hopper/
     pre.py                pre, by itself or behind the post_res before it, in CUDA for H100 and H200
     pre_backward.py       all gradients of pre
+    norm.py               what they are compiled for where a norm is folded in
     compile.py            NVRTC, launches, how channels are cut
 
 A file imports what stands below it here. Which back end serves a connection, `megatron_mhc.backend` says.

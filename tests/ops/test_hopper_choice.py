@@ -160,7 +160,9 @@ def test_rings_fit_into_shared_memory_and_hold_tiles_enough(width):
             assert shared <= compile.SHARED and 4 < stages <= pre_backward.MOST_STAGES
 
 
-@pytest.mark.parametrize("step, most", [(2, pre.MOST_LOADS), (4, pre_backward.MOST_LOADS)])
+@pytest.mark.parametrize(
+    "step, most", [(2, pre.MOST_LOADS), (4, pre_backward.MOST_LOADS), (2, pre.MOST_LOADS // 2), (4, 4)]
+)
 def test_sums_take_the_fewest_rounds_and_stay_within_what_is_there(step, most):
     for slices in range(1, 133):
         at_once, each = compile.loads(slices, step, most), -(-slices // step)

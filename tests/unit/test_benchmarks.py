@@ -31,8 +31,10 @@ def names(found):
 
 
 def test_kernels(tmp_path):
-    found, printed = run(tmp_path / "kernels.json", "kernels", "--only", "ops,errors", on_cpu=True)
-    ops, error, exact = found["rows"]
+    found, printed = run(tmp_path / "kernels.json", "kernels", "--only", "ops,errors,norms", on_cpu=True)
+    ops, error, exact, *norms = found["rows"]
+    assert [row["name"].partition(",")[2][:5] for row in norms] == [" norm"] * 2
+    assert all(row["graph_us"] > 0 for row in norms)
     assert ops["graph_us"] > 0 and ops["host_us"] > 0 and ops["x floor"] > 0
     for name in ("streams", "x", "weight", "bias", "alpha_pre"):  # bf16, and not nothing
         assert 0 < error[name] < 0.05 and 0 < exact[name] < 0.05

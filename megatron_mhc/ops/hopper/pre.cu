@@ -32,7 +32,8 @@
 // saved [T, 25] fp32 (projection / r, 1 / r), norm_saved [T, 5] fp32, parts and ticket zeros. Without MIX, f,
 // streams, f_bias and before are not read.
 #include "exchange.cuh"
-#include "finish.cuh"
+#include "atoms.cuh"
+#include "mix.cuh"
 
 constexpr bool MIX = MHC_MIX;
 constexpr int F_SLOTS = MHC_F_SLOTS;
@@ -59,34 +60,6 @@ constexpr int LOGITS_AT = COEFFICIENTS_AT + MIX * STAGES * TILE * ROWS * 4;  // 
 constexpr int H_PRE_AT = LOGITS_AT + FINISHING * 8 * 16 * 4;                 // [STAGES, TILE, STREAMS]
 constexpr int F_BIAS_AT = H_PRE_AT + STAGES * TILE * STREAMS * 4;            // [WIDTH] bf16
 static_assert(F_BIAS_AT + MIX * WIDTH * 2 == MHC_SHARED, "memory() of pre.py lays out otherwise");
-
-// Writes x' of four channels of a token over its x. h: the token's h_post, then H_res; here: where the
-// channels lie in every region.
-__device__ __forceinline__ void mix(unsigned char* tile, const unsigned char* f, const float* h, u32 here,
-                                    uint2 added) {
-    const uint2 fv = *(const uint2*)(f + here);
-    const u32 f0 = pack(low_half(fv.x) + low_half(added.x), high_half(fv.x) + high_half(added.x));
-    const u32 f1 = pack(low_half(fv.y) + low_half(added.y), high_half(fv.y) + high_half(added.y));
-    uint2 v[STREAMS];
-#pragma unroll
-    for (int j = 0; j < STREAMS; j++) v[j] = *(const uint2*)(tile + j * REGION + here);
-    const float4 write = *(const float4*)h;
-    const float writes[STREAMS] = {write.x, write.y, write.z, write.w};
-#pragma unroll
-    for (int i = 0; i < STREAMS; i++) {
-        const float4 row = *(const float4*)(h + STREAMS + i * STREAMS);
-        const float mixing[STREAMS] = {row.x, row.y, row.z, row.w};
-        // The order of post_res.mixed, whose bits these are.
-        float a0 = __fmul_rn(writes[i], low_half(f0)), a1 = __fmul_rn(writes[i], high_half(f0));
-        float a2 = __fmul_rn(writes[i], low_half(f1)), a3 = __fmul_rn(writes[i], high_half(f1));
-#pragma unroll
-        for (int j = 0; j < STREAMS; j++) {
-            a0 = __fmaf_rn(mixing[j], low_half(v[j].x), a0), a1 = __fmaf_rn(mixing[j], high_half(v[j].x), a1);
-            a2 = __fmaf_rn(mixing[j], low_half(v[j].y), a2), a3 = __fmaf_rn(mixing[j], high_half(v[j].y), a3);
-        }
-        *(uint2*)(tile + i * REGION + here) = make_uint2(pack(a0, a1), pack(a2, a3));
-    }
-}
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     pre(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap f,
@@ -320,8 +293,72 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                 if (!BUG(arrival_missing)) barrier_arrive(empties + 8 * stage);
             }
         } else if (warp < PROJECTING + AGGREGATING + FINISHING) {
-            finish(at, groups, T, warp - PROJECTING - AGGREGATING, lane, affine, eps, parts, held, reads,
-                   knows, empties, saved, mappings, norm);
+            // One token at a time; the logits of eight go through Sinkhorn together, four lanes a token.
+            float* logits = held + (warp - PROJECTING - AGGREGATING) * (8 * 16);
+            const int m = lane < ROWS ? lane : 0;
+            const float* alphas = affine + ROWS;
+            const float gate = alphas[m < STREAMS ? 0 : m < 2 * STREAMS ? 1 : 2];
+            const float shift = affine[m];
+            const float gate_pre = alphas[0], shift_pre = affine[lane % STREAMS];
+            int tokens = 0, mine = 0;  // how many are held, and which is this lane's
+            const int half = warp - PROJECTING - AGGREGATING & 1, first = half * 8;
+            for (int it = (warp - PROJECTING - AGGREGATING) / 2; it < at.tiles; it += FINISHING / 2) {
+                const int stage = it % STAGES, tile = at.group + it * groups;
+                const float* of_tile = parts + (it % EXCHANGE) * SLICES * PART;
+                if (half == 0 && lane == 0) MARK(it, 7);
+                await_slices(of_tile + ATOM_AT(first, 0), at.slice, PART, it + 1, lane);
+                if (half == 0 && lane == 0) MARK(it, 3);
+                if constexpr (NORM) {
+                    read_scaled(reads + (stage * TILE + first) * STREAMS, of_tile, first, tile * TILE, it,
+                                at.slice, T, lane, gate_pre, shift_pre, eps, norm);
+                } else {
+                    // Either half of the lanes sums up every second slice. Then lane 2 t has pre 0 to 2 of
+                    // token t, and lane 2 t + 1 has pre 3 and the squares.
+                    const float3 some = sum_slices<2, LOADS>(of_tile + ATOM_AT(first, 0) + lane % 16 * 4,
+                                                             lane / 16, PART, it + 1);
+                    const float3 read = add_lanes(some, lane % 16, lane % 16 + 16);
+                    const float inverse =
+                        rsqrtf(__fmaf_rn(__shfl_sync(ALL_LANES, read.y, 2 * (lane / STREAMS) + 1),
+                                         1.f / (STREAMS * CHANNELS), eps));
+                    const float product = pick(read, 6 * (lane / STREAMS) + lane % STREAMS);
+                    reads[(stage * TILE + first) * STREAMS + lane] =
+                        sigmoid(__fmaf_rn(__fmul_rn(product, inverse), gate_pre, shift_pre)) +
+                        (V4 ? EPS : 0.f);
+                }
+                barrier_arrive(knows + 8 * stage);
+                if (half == 0 && lane == 0) MARK(it, 4);
+                // This warp writes the coefficients of every second tile.
+                int r = it / (FINISHING / 2) % 2 == half ? own_token(at, it) : TILE;
+                if (r >= TILE && lane == 0) barrier_arrive(empties + 8 * stage);
+                for (; r < TILE; r += SLICES) {
+                    const float3 some = sum_slices<2, LOADS>(of_tile + ATOM_AT(r, min(lane % 16, ATOMS - 1)),
+                                                             lane / 16, PART, it + 1);
+                    const float3 total = add_lanes(some, lane % 16, lane % 16 + 16);
+                    if (r + SLICES >= TILE && lane == 0) MARK(it, 6);
+                    if (r + SLICES >= TILE && lane == 0) barrier_arrive(empties + 8 * stage);
+                    float squares;
+                    if constexpr (NORM)
+                        squares = (pick(total, 1) + pick(total, 4)) + (pick(total, 7) + pick(total, 10));
+                    else
+                        squares = pick(total, STREAMS);
+                    const int number =
+                        NORM ? m < STREAMS ? 3 * m : 3 * READ + m - STREAMS : m + (m >= STREAMS);
+                    const float inverse = rsqrtf(__fmaf_rn(squares, 1.f / (STREAMS * CHANNELS), eps));
+                    const float u = __fmul_rn(pick(total, number), inverse), z = __fmaf_rn(u, gate, shift);
+                    const int t = tile * TILE + r;
+                    if (t < T) {
+                        if (lane <= ROWS) saved[(u64)t * 25 + lane] = lane < ROWS ? u : inverse;
+                        if (lane < 2 * STREAMS) {
+                            const float s = sigmoid(z);
+                            mappings[(u64)t * ROWS + lane] = lane < STREAMS ? s + (V4 ? EPS : 0.f) : 2.f * s;
+                        }
+                        if (lane >= 2 * STREAMS && lane < ROWS) logits[tokens * 16 + lane - 2 * STREAMS] = z;
+                        if (lane / 4 == tokens) mine = t;
+                        if (++tokens == 8) finish_held(logits, 8, mine, lane, mappings), tokens = 0;
+                    }
+                }
+            }
+            finish_held(logits, tokens, mine, lane, mappings);
         } else if (BUG(all_lanes_wait) || (BUG(two_lanes_load) ? lane < 2 : lane == 0)) {
             // One lane alone: another could reach a barrier two phases late, and wait forever.
             const bool copies = !BUG(all_lanes_wait) || lane == 0;

@@ -124,8 +124,8 @@ def _plan(
     atoms, part = ATOMS[folds], TILE * ATOMS[folds] * 4  # floats of a tile
     defines = cut.defines(C, TILE, stages) | dict(ATOMS=atoms, PART=part, NORM=define(norm))
     defines |= dict(ITERATIONS=options.iterations, V4=int(options.deepseek_v4), MIX=int(mix))
-    for name, step, most in (("LOADS", 2, MOST_LOADS), ("QUAD_LOADS", 1, MOST_LOADS), ("CROSS_LOADS", 4, 4)):
-        defines[name] = loads(cut.slices, step, most)
+    defines["LOADS"] = loads(cut.slices, 2, MOST_LOADS)
+    defines |= dict(QUAD_LOADS=2 * loads(cut.slices, 2, MOST_LOADS // 2), FIFTH_LOADS=loads(cut.slices, 4, 4))
     blocks = cut.groups * cut.slices
     streams, f = Box(T, 4, C, cut.width, 4, TILE), Box(T, 1, C, cut.width, 1, TILE)
     return kernel(SOURCE, device, shared, **defines).plan(
