@@ -24,7 +24,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import nn
 
-from megatron_mhc.backend import H100, choose, device_type, folds_norm
+from megatron_mhc.backend import H100, choose, device_type, folds_norm, why_norms_apart
 from megatron_mhc.config import MHCConfig, flag
 from megatron_mhc.ops.options import ReadNorm
 from megatron_mhc.parallel import gather_parameters, streams_dtype
@@ -60,31 +60,6 @@ class PassesOn(IdentityOp):
     """
 
 
-def why_apart(config: TransformerConfig, mhc: MHCConfig, backend: str | None = None) -> str | None:
-    """Why the norms of a model run by themselves, or None where `pre` computes those that it can.
-
-    Args:
-        backend: as `backend.choose` says; None for any that can.
-    """
-    if mhc.norm != "auto":
-        return f"{flag('norm')} is apart" if mhc.norm == "apart" else None
-    if config.normalization != "RMSNorm":
-        return f"--normalization is {config.normalization}"
-    if config.fp8 or config.fp4:
-        return "linears take FP8 or FP4 from the norm inside them"
-    if config.fp32_residual_connection:
-        return "--fp32-residual-connection asks for a norm that also rounds to the dtype of F"
-    return None if backend is None or folds_norm(backend) else f"{backend} has no kernels for it"
-
-
-def in_words(config: TransformerConfig, mhc: MHCConfig, backend: str) -> str:
-    """What `--mhc-norm` comes to, for the log and the doctor; backend: as in `why_apart`."""
-    if (why := why_apart(config, mhc, backend)) is not None:
-        return f"apart, since {why}" if mhc.norm == "auto" else "apart"
-    asked = config.recompute_granularity == "selective" and "layernorm" in (config.recompute_modules or [])
-    return "folded into pre" + ", so --recompute-modules layernorm finds nothing of it" * asked
-
-
 def fold(
     submodules: TransformerLayerSubmodules, config: TransformerConfig, mhc: MHCConfig
 ) -> TransformerLayerSubmodules:
@@ -97,7 +72,7 @@ def fold(
         return submodules
     where = (device_type(),) if mhc.backend == "auto" else ("cuda", H100)
     backend = choose(mhc, config.hidden_size, streams_dtype(config), *where)
-    if why_apart(config, mhc, backend) is not None:
+    if why_norms_apart(config, mhc, backend) is not None:
         return submodules
     if mhc.norm == "folded" and backend != "reference" and not folds_norm(backend):
         _refuse(f"the kernels of {backend} compute no norm", f"{flag('backend')} triton")

@@ -20,7 +20,7 @@ from megatron.core.transformer.transformer_layer import MoETransformerLayer, Tra
 from megatron.core.utils import log_single_rank
 
 from megatron_mhc import hooks, parallel
-from megatron_mhc.backend import choose, device_type
+from megatron_mhc.backend import choose, device_type, norms_in_words
 from megatron_mhc.carried import StreamsBlockSubmodules, remember
 from megatron_mhc.chunk import ModelChunk, ModelChunks
 from megatron_mhc.config import MHCConfig, flag, refuse_environment
@@ -31,7 +31,6 @@ from megatron_mhc.layer import (
     HyperConnectionTransformerLayer,
     unsupported_submodule,
 )
-from megatron_mhc.norm import in_words
 from megatron_mhc.pipeline.links import sms_of_receives
 from megatron_mhc.pipeline.options import check_config
 from megatron_mhc.recompute.chunk import DroppingChunk
@@ -156,7 +155,7 @@ class GPTScriptsCallThis:
         hooks.require(schedule=mhc.pipeline_schedule in OVERLAPPED)
         spec = wrap_block_spec(default_layer_spec(model_config, vp_stage), mhc, transformer, vp_stage)
         backend = choose(mhc, transformer.hidden_size, parallel.streams_dtype(transformer), device_type())
-        norm = in_words(transformer, mhc, backend)
+        norm = norms_in_words(transformer, mhc, backend)
         said = f"mHC: {mhc.to_options()}; operations: {backend}; norm in front of F: {norm}"
         log_single_rank(logger, logging.INFO, said)
         return spec

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_mhc.backend import why_norms_apart
 from megatron_mhc.config import MHCConfig
-from megatron_mhc.norm import why_apart
 from megatron_mhc.recompute import inventory, plan
 from megatron_mhc.schedule.plans import passes_in_flight
 from megatron_mhc.schedule.stages import layers_of_rank
@@ -61,7 +61,7 @@ def ranks(config: Any, mhc: MHCConfig, sequence: int, micro_batch: int, micro_ba
         plain = passes_in_flight(config, MHCConfig(), rank, micro_batches)
         facts, plain_facts = (
             [f for layer in max(chunks, key=len) for f in _sublayers(config, layer, folded)]
-            for folded in (why_apart(config, mhc) is None, False)
+            for folded in (why_norms_apart(config, mhc) is None, False)
         )
         inside = dict(one=one, tokens=tokens, n=n)
         stored = [inventory.sublayer(**inside, norm=m, inside=i, replayed=False) for m, i in facts]

@@ -11,10 +11,9 @@ import torch
 from megatron.core.transformer import TransformerConfig
 
 import megatron_mhc.backend as backends
-from megatron_mhc.backend import H100, Backend, choose
+from megatron_mhc.backend import H100, Backend, choose, norms_in_words, why_norms_apart
 from megatron_mhc.config import MHCConfig
 from megatron_mhc.hyper_connection import HyperConnectionModule, _runs
-from megatron_mhc.norm import in_words, why_apart
 
 BF16 = torch.bfloat16
 A100, H20 = (8, 0, 108), (9, 0, 78)
@@ -180,8 +179,8 @@ def test_the_norm_in_front_of_f_follows_option_settings_and_back_end(option, set
     config = TransformerConfig(num_layers=1, hidden_size=16, num_attention_heads=1, normalization="RMSNorm")
     for name, value in settings.items():  # which Megatron checks beside Transformer Engine alone
         setattr(config, name, value)
-    assert in_words(config, MHCConfig(norm=option), backend).startswith(said)
-    whatever_serves = why_apart(config, MHCConfig(norm=option)) is None
+    assert norms_in_words(config, MHCConfig(norm=option), backend).startswith(said)
+    whatever_serves = why_norms_apart(config, MHCConfig(norm=option)) is None
     assert whatever_serves == (said.startswith("folded") or backend == "reference")
 
 
