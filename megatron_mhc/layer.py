@@ -16,7 +16,7 @@ from megatron.core.transformer.transformer_layer import (
 from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
 
-from megatron_mhc import parallel
+from megatron_mhc import norm, parallel
 from megatron_mhc.backend import Backend
 from megatron_mhc.carried import remember
 from megatron_mhc.chunk import ModelChunks
@@ -41,7 +41,8 @@ class HyperConnectionTransformerLayer(TransformerLayer, GraphEdge):
         chunks: shared by the layers of a model chunk; a layer without makes a chunk of its own.
 
     Raises:
-        ValueError: a configuration that mHC does not support (see `parallel.validate`, `refusals.LAYER`).
+        ValueError: a configuration that mHC does not support (see `parallel.validate`, `refusals.LAYER`,
+            `norm.fold`).
 
     Source: arXiv 2512.24880 Eq. (3).
     """
@@ -58,14 +59,16 @@ class HyperConnectionTransformerLayer(TransformerLayer, GraphEdge):
     ):
         parallel.validate(config, mhc)
         remember(config, mhc)
-        super().__init__(config, submodules, layer_number, **kwargs)
+        super().__init__(config, norm.fold(submodules, config, mhc), layer_number, **kwargs)
         self.mhc = mhc
         first = 2 * (self.layer_number - 1)
         chunks = chunks or ModelChunks(config, mhc, layers=1)
         reserved = chunks.reserved_sms
         self.self_attention_hyper_connection, self.mlp_hyper_connection = (
-            None if isinstance(f, IdentityOp) else HyperConnectionModule(config, mhc, first + at, reserved)
-            for at, f in enumerate((self.self_attention, self.mlp))
+            None
+            if isinstance(getattr(self, f), IdentityOp)
+            else HyperConnectionModule(config, mhc, first + at, reserved, norm.folded_in(self, f))
+            for at, f in enumerate(("self_attention", "mlp"))
         )
         self.expanding = Backend(mhc)
         self.held, self.eager = Held.of(self), False

@@ -135,6 +135,13 @@ MODEL = (
         "--offload-modules {value} with --mhc-num-residual-streams 1 and --mhc-h-pre fixed",
         "the norm's input is the stream itself, which post_res reads later; offload other modules",
     ),
+    Refusal(
+        lambda config, mhc: (
+            config.normalization if mhc.norm == "folded" and config.normalization != "RMSNorm" else None
+        ),
+        "--mhc-norm folded does not support --normalization {value}",
+        "its kernels compute RMSNorm; use --normalization RMSNorm, or --mhc-norm auto or apart",
+    ),
     _setting("inference_fuse_tp_communication", "drop it: it adds the residual inside a linear layer"),
     _setting("transformer_impl", "use transformer_engine or local", lambda v: v == "inference_optimized"),
     _setting("is_hybrid_model", "use a GPT model: Mamba layers are not wrapped"),

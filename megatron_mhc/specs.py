@@ -12,7 +12,6 @@ from megatron_mhc.version import check_version
 
 check_version()  # another Megatron may lack what is imported below
 
-import torch
 from megatron.core.transformer import transformer_block
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
@@ -21,7 +20,7 @@ from megatron.core.transformer.transformer_layer import MoETransformerLayer, Tra
 from megatron.core.utils import log_single_rank
 
 from megatron_mhc import hooks, parallel
-from megatron_mhc.backend import choose
+from megatron_mhc.backend import choose, device_type, norms_in_words
 from megatron_mhc.carried import StreamsBlockSubmodules, remember
 from megatron_mhc.chunk import ModelChunk, ModelChunks
 from megatron_mhc.config import MHCConfig, flag, refuse_environment
@@ -160,9 +159,10 @@ class GPTScriptsCallThis:
         mhc = auto.resolved(transformer, mhc_options(args), launch_of(args))
         hooks.require(schedule=mhc.pipeline_schedule in OVERLAPPED)
         spec = wrap_block_spec(default_layer_spec(model_config, vp_stage), mhc, transformer, vp_stage)
-        device = torch.empty(0, device=torch.cuda.current_device()).device.type
-        backend = choose(mhc, transformer.hidden_size, parallel.streams_dtype(transformer), device)
-        log_single_rank(logger, logging.INFO, f"mHC: {mhc.to_options()}; operations: {backend}")
+        backend = choose(mhc, transformer.hidden_size, parallel.streams_dtype(transformer), device_type())
+        norm = norms_in_words(transformer, mhc, backend)
+        said = f"mHC: {mhc.to_options()}; operations: {backend}; norm in front of F: {norm}"
+        log_single_rank(logger, logging.INFO, said)
         return spec
 
     def __getattr__(self, name: str) -> Any:

@@ -120,6 +120,15 @@ FEATURES = (
         ),
     ),
     Feature(
+        "`--mhc-norm folded`",
+        YES,
+        "float64; GQA, MLA, MoE, Megatron's layers and stand-ins for Transformer Engine's",
+        (
+            "distributed/test_folded_norm.py::test_folded_matches_apart",
+            "unit/test_optional_parts.py::test_folded_norms_change_neither_numbers_nor_parameters_nor_entries",
+        ),
+    ),
+    Feature(
         "`--delay-wgrad-compute`",
         YES,
         "under `fused` on a pipeline; elsewhere refused",

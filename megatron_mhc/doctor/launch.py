@@ -206,6 +206,10 @@ class Launch(Part):
             return
         full = config is not None and config.recompute_granularity == "full"
         self.say("boundary", boundary(mhc, chosen, full))
+        if config is not None:
+            from megatron_mhc.backend import norms_in_words
+
+            self.say("norm before F", norms_in_words(config, mhc, chosen))
         if mhc.recompute_layer_num != "off":
             self.say("recompute of mHC", f"{flag('recompute_layer_num')} {mhc.recompute_layer_num}")
 

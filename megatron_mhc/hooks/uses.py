@@ -15,6 +15,7 @@ _BLOCK = "megatron.core.transformer.transformer_block"
 _MOE = "megatron.core.transformer.moe.moe_layer:MoELayer"
 _SHARDED = "megatron.core.dist_checkpointing.optimizer"
 _OPTIMIZER = "megatron.core.optimizer.optimizer"
+_TE = "megatron.core.extensions.transformer_engine"
 _SCHEDULES = "megatron.core.pipeline_parallel.schedules"
 _TRAINING = "megatron.training"
 
@@ -65,6 +66,20 @@ USES: tuple[Use, ...] = (
         "cross_attn_bda, pre_mlp_layernorm, mlp, mlp_bda, sharded_state_dict_keys_map",
     ),
     Use("megatron.core.utils:make_viewless_tensor", "inp, requires_grad, keep_graph"),
+    # norm.py; of Transformer Engine's, Megatron has a class or a stand-in
+    Use("megatron.core.transformer.identity_op:IdentityOp", None),
+    Use(
+        "megatron.core.transformer.attention:SelfAttentionSubmodules",
+        "linear_qkv, core_attention, linear_proj, q_layernorm, k_layernorm",
+    ),
+    Use("megatron.core.transformer.mlp:MLPSubmodules", "linear_fc1, linear_fc2, activation_func"),
+    Use(
+        "megatron.core.transformer.mlp:MLP.as_mlp_submodule",
+        "submodules, config, pg_collection, is_mtp_layer, is_expert, input_size, ffn_hidden_size, name",
+    ),
+    Use(f"{_TE}:TELayerNormColumnParallelLinear", None),
+    Use(f"{_TE}:TEColumnParallelLinear", None),
+    Use(f"{_TE}:HAVE_TE", None),
     # checkpoint_parts.py: it calls ours
     Use(
         "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer._synthesize_state_dict_params_for_model",

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from megatron_mhc.chunk import ModelChunk
 from megatron_mhc.config import MHCConfig, flag
+from megatron_mhc.norm import folded_in
 from megatron_mhc.recompute import inventory, plan
 from megatron_mhc.recompute.block import Block
 from megatron_mhc.recompute.sublayer import DroppingSubLayer
@@ -50,6 +51,7 @@ class DroppingChunk(ModelChunk):
 
     def sublayers_of(self, layer: HyperConnectionTransformerLayer) -> tuple[SubLayer, ...]:
         config, first = self.config, len(self.sublayers)
+        folded = {f: folded_in(layer, f) is not None for f in ("self_attention", "mlp")}
 
         def kept(norm: Any, dropped_by_megatron: bool) -> Any:
             return None if isinstance(norm, IdentityOp) or dropped_by_megatron else norm
@@ -61,7 +63,7 @@ class DroppingChunk(ModelChunk):
                 self,
                 first,
                 norm=kept(layer.input_layernorm, layer.recompute_input_layernorm),
-                inside=inventory.attention(config),
+                inside=inventory.attention(config, folded["self_attention"]),
             ),
             DroppingSubLayer(
                 layer.mlp_hyper_connection,
@@ -69,7 +71,7 @@ class DroppingChunk(ModelChunk):
                 self,
                 first + 1,
                 norm=kept(layer.pre_mlp_layernorm, layer.recompute_pre_mlp_layernorm),
-                inside=inventory.mlp(config, moe=layer.is_moe_layer),
+                inside=inventory.mlp(config, layer.is_moe_layer, folded["mlp"]),
             ),
         )
 

@@ -86,7 +86,8 @@ class DroppingSubLayer(SubLayer):
     def read_again(self, x: Tensor, coefficients: reference.Coefficients, out: Tensor) -> None:
         """Write the layer input of the streams x: [s, b, n*C] into out: [s, b, C], by the reference."""
         x = x.view(out.shape[0] * out.shape[1], -1, out.shape[2])
-        out.copy_(reference.pre(x, coefficients.h_pre).view(out.shape))
+        norm = None if self.connection.norm is None else self.connection.norm.read()
+        out.copy_(reference.pre(x, coefficients.h_pre, norm).view(out.shape))
 
     def write_again(
         self, x: Tensor, f: Tensor, coefficients: reference.Coefficients | Tensor, f_bias: Tensor | None
@@ -150,6 +151,8 @@ class Dropped(Left):
         self.slot: ref[Slot] | None = None
         if self.coefficients_again:
             self.slots.keep(list(connection.parameters()))
+            if connection.norm is not None:
+                self.slots.keep([connection.norm.read().weight])
         if block.sublayers:
             self.slot = self.slots.drop(streams)
         else:

@@ -158,14 +158,16 @@ def test_home_streams_take_turns(run_ranks):
     assert run_ranks(1, homes)[0] == [0, 1, 2, 0]
 
 
-@pytest.mark.parametrize("preset, variant", [("paper", "recompute"), ("deepseek_v4", "dense")])
-def test_triton_backend_matches_the_reference_backend(run_ranks, preset, variant):
-    """Loss and every gradient of a model, in Triton's interpreter."""
+@pytest.mark.parametrize(
+    "preset, norm, variant", [("paper", "apart", "recompute"), ("deepseek_v4", "folded", "dense")]
+)
+def test_triton_backend_matches_the_reference_backend(run_ranks, preset, norm, variant):
+    """Loss and every gradient of a model, in Triton's interpreter, also where it computes the norms."""
 
     def both():
         results = []
-        for backend in ("reference", "triton"):
-            mhc = MHCConfig(preset=preset, init="uniform", init_gating_factor=0.5, backend=backend)
+        for options in (dict(backend="reference"), dict(backend="triton", norm=norm)):
+            mhc = MHCConfig(preset=preset, init="uniform", init_gating_factor=0.5, **options)
             results.append(gpt.forward_backward(gpt.build(mhc, **VARIANTS[variant])))
         return results
 
@@ -202,12 +204,12 @@ def test_a_compiled_layer_gives_the_same(run_ranks, compiler, options):
     agree(got, want)
 
 
-@pytest.mark.parametrize("backend", ["triton", "reference"])
-def test_what_mhc_adds_to_a_layer_compiles_to_one_graph(run_ranks, backend):
+@pytest.mark.parametrize("backend, norm", [("triton", "folded"), ("reference", "apart")])
+def test_what_mhc_adds_to_a_layer_compiles_to_one_graph(run_ranks, backend, norm):
     """Megatron's own attention and MLP, in which graphs break, stand aside."""
 
     def both():
-        model = gpt.build(MHCConfig(**TRITON | dict(backend=backend)))
+        model = gpt.build(MHCConfig(**TRITON | dict(backend=backend, norm=norm)))
         layer = model.decoder.layers[1]
         bias = torch.linspace(-1, 1, 32).requires_grad_()
         biased = layer.self_attn_bda(layer.training, False)
@@ -227,7 +229,7 @@ def test_what_mhc_adds_to_a_layer_compiles_to_one_graph(run_ranks, backend):
         return *results, torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
     want, got, graphs = run_ranks(1, both)[0]
-    assert graphs == 1 and len(want[1]) == 6
+    assert graphs == 1 and len(want[1]) == (8 if norm == "folded" else 6)
     gpt.same_bits(got, want)
 
 

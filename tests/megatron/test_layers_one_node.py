@@ -36,9 +36,10 @@ def run(joined, mhc, settings, watched=False, train=True):
 
 
 @functools.cache
-def apart(variant, *settings):
+def apart(variant, norm, *settings):
     """Loss and gradients of a model whose connections share nothing."""
-    return ranks.run_ranks(1, run, False, dict(boundary="apart"), VARIANTS[variant] | dict(settings))[0][0]
+    mhc = dict(boundary="apart", norm=norm)
+    return ranks.run_ranks(1, run, False, mhc, VARIANTS[variant] | dict(settings))[0][0]
 
 
 @pytest.mark.parametrize(
@@ -47,7 +48,7 @@ def apart(variant, *settings):
         ("dense", {}, {}, 1),
         ("moe", {}, {}, 1),
         ("dense", {}, dict(add_bias_linear=True), 1),
-        ("dense", {}, dict(hidden_dropout=0.1), 1),
+        ("dense", dict(norm="folded"), dict(hidden_dropout=0.1), 1),
         ("dense", dict(boundary="linked"), {}, 4),
         ("dense", dict(boundary="apart"), {}, 4),
         ("dense", dict(recompute_layer_num="3"), {}, 4),  # whose streams are dropped
@@ -57,7 +58,7 @@ def apart(variant, *settings):
 )
 def test_joined_connections_give_the_bits_of_others(run_ranks, variant, mhc, settings, alone):
     got, read = run_ranks(1, run, True, mhc, VARIANTS[variant] | settings)[0]
-    gpt.same_bits(got, apart(variant, *settings.items()))
+    gpt.same_bits(got, apart(variant, mhc.get("norm", "apart"), *settings.items()))
     assert alone is None or read == alone
 
 

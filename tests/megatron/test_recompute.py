@@ -43,7 +43,9 @@ CASES = {
     "fixed": (dict(h_res="identity", h_pre="fixed"), {}),
     "one stream": (dict(num_residual_streams=1, h_pre="fixed"), {}),
     "three streams": (dict(num_residual_streams=3), {}),
-    "triton": (dict(backend="triton", sinkhorn_iterations=2), dict(num_layers=1)),
+    "folded norms": (dict(norm="folded"), MOE),
+    "folded norms, bf16": (dict(norm="folded"), dict(params_dtype=torch.bfloat16, bf16=True)),
+    "triton": (dict(backend="triton", norm="folded", sinkhorn_iterations=2), dict(num_layers=1)),
     "triton, two blocks": (dict(backend="triton"), DROPOUT | dict(num_layers=2)),
     "triton, deepseek_v4": (dict(backend="triton", preset="deepseek_v4"), dict(num_layers=2)),
 }

@@ -148,7 +148,7 @@ def test_the_door_of_a_command_is_named(examine, scripts, launch, door):
     assert found["back end"] == (
         "reference here, since there is no GPU; on an H100 hopper, for 4 streams of 1024 channels in bfloat16"
     )
-    assert found["boundary"] == "fused"
+    assert found["boundary"] == "fused" and found["norm before F"] == "apart"
 
 
 @pytest.mark.parametrize("spec", ["", SPEC])

@@ -214,3 +214,12 @@ def test_counting_needs_no_more_than_a_config():
     config = TransformerConfig(num_layers=4, **SIZES)
     found = estimate.ranks(config, MHCConfig(recompute_layer_num="auto"), 32, 2, 1)
     assert [r.layers for r in found] == [[4]] and len(found[0].stored) == 8
+
+
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+def test_a_folded_norm_leaves_one_tensor_less_of_each_sublayer(kind):
+    """In a fused linear the norm's output is F's; by itself a norm has an input and an output."""
+    config = TransformerConfig(num_layers=1, **SIZES | KINDS[kind] | dict(normalization="RMSNorm"))
+    (apart,), (folded,) = (estimate.ranks(config, MHCConfig(norm=n), 32, 2, 1) for n in ("apart", "folded"))
+    one = 32 * 2 * config.hidden_size * inventory.itemsize(config)
+    assert apart.mhc() - folded.mhc() == 2 * one and apart.vanilla == folded.vanilla

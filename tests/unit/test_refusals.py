@@ -54,6 +54,13 @@ def test_fp32_streams_are_refused_under_the_kernels_that_take_bf16():
     parallel.validate(settings, MHCConfig())
 
 
+def test_a_layernorm_is_not_folded():
+    settings = config(normalization="LayerNorm")
+    with pytest.raises(ValueError, match="--mhc-norm folded does not support --normalization LayerNorm: "):
+        parallel.validate(settings, MHCConfig(norm="folded"))
+    parallel.validate(settings, MHCConfig(norm="auto"))
+
+
 @pytest.mark.parametrize(
     "options, words",
     [
