@@ -1,0 +1,197 @@
+"""HybridModel: one connection a layer, in every layout, compared with one process and with the same GPT."""
+
+import functools
+import re
+
+import pytest
+import torch
+from harness import Iteration, Layout, build, differences, global_parameters, gradient, iterate
+from layout_cases import UNIFORM
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing import gpt_checkpoint_interop
+
+from megatron_mhc import MHCConfig
+from megatron_mhc.diagnostics import Sampler
+from megatron_mhc.pipeline import engine
+from megatron_mhc.testing import hybrid, ranks
+from megatron_mhc.testing.gpt import SMALL
+from megatron_mhc.testing.parameters import fill
+
+ERROR = 1e-10
+MHC = MHCConfig()
+MIXED, DENSE, MAMBA = "*-*E", "*-*-", "M*M-"
+
+
+def symbols(pattern):
+    return pattern.split("/")[0].replace("|", "")
+
+
+def kind_of(pattern):
+    return "mla" if "+" in pattern else "moe" if "E" in pattern else "dense"
+
+
+def built(layout, pattern, mhc, weights=fill, **settings):
+    """(config, chunks) of a HybridModel."""
+    layout.initialize()
+    depths = pattern.count("/") or None
+    settings = dict(num_layers=len(symbols(pattern)), is_hybrid_model=True, mtp_num_layers=depths) | settings
+    config = layout.config(kind_of(pattern), **settings)
+    model = hybrid.model(pattern, SMALL)
+    return config, build(layout, config, kind_of(pattern), mhc, weights=weights, model=model)
+
+
+def run(layout, pattern, mhc, **settings):
+    config, chunks = built(layout, pattern, mhc, **settings)
+    stock = mhc is None or mhc.pipeline_schedule == "megatron"
+    return iterate(chunks, config, schedule=None if stock else engine.forward_backward), chunks
+
+
+@functools.cache
+def alone(pattern, mhc):
+    return ranks.run_ranks(1, lambda: Iteration.of(*run(Layout(), pattern, mhc)))[0]
+
+
+def check(run_ranks, world, layout, pattern, mhc=MHC, plain=None, **settings):
+    """Loss and every gradient of a layout, against one process under the options `plain`."""
+    expected = alone(pattern.replace("|", ""), plain or mhc)
+    result = run_ranks(
+        world, lambda: differences(*run(layout, pattern, mhc, **settings), expected, torch.float64)
+    )[0]
+    error, name = result.worst
+    assert result.loss <= ERROR
+    assert error <= ERROR, name
+
+
+LAYOUTS = {
+    "tp2_sp": (2, Layout(tp=2, sp=True), MIXED),
+    "pp2": (2, Layout(pp=2), "*-*|E"),
+    "pp2_vpp2": (2, Layout(pp=2, vpp=2), "*|-|*|E"),
+    "ep2": (2, Layout(ep=2), MIXED),
+    "tp2_pp2_sp": (4, Layout(tp=2, pp=2, sp=True), "*-|*E"),
+    "tp2_sp_mamba": (2, Layout(tp=2, sp=True), MAMBA),
+    "pp2_mamba": (2, Layout(pp=2), "M*|M-"),
+    "pp2_mla": (2, Layout(pp=2), "+-|+-"),
+    "pp2_mtp": (2, Layout(pp=2), "*-|*-/*-"),
+    "pp2_last_stage_without_layers": (2, Layout(pp=2), "*-*-|"),
+}
+FEW = {("tp2_pp2_sp", 2), ("tp2_sp_mamba", 2), ("pp2_mla", 2), ("pp2_mtp", 2)}
+FEW |= {("pp2_last_stage_without_layers", 2), ("pp2_mamba", 2)}
+
+
+@pytest.mark.parametrize(
+    "layout, n",
+    [
+        pytest.param(layout, n, marks=pytest.mark.slow if (layout, n) in FEW else [])
+        for layout in LAYOUTS
+        for n in (2, 4)
+    ],
+)
+def test_hybrid_layout_matches_single_process(run_ranks, layout, n):
+    world, sizes, pattern = LAYOUTS[layout]
+    check(run_ranks, world, sizes, pattern, MHCConfig(num_residual_streams=n))
+
+
+@pytest.mark.parametrize(
+    "options, settings",
+    [
+        (dict(pipeline_schedule="interleaved"), {}),
+        ({}, UNIFORM),
+        (dict(recompute_layer_num="2"), {}),
+    ],
+    ids=["interleaved", "full_recompute", "recompute_of_mhc"],
+)
+def test_hybrid_setting_matches_plain_single_process(run_ranks, options, settings):
+    check(run_ranks, 2, Layout(pp=2), "M-*|*E", MHCConfig(**options), MHC, **settings)
+
+
+def gpt_gradients(folder):
+    """Of a GPT with mHC, which is saved; by their names in the hybrid model of its layers."""
+    Layout().initialize()
+    config = Layout().config("dense", num_layers=2)
+    chunks = build(Layout(), config, "dense", MHC)
+    loss = iterate(chunks, config)
+    dist_checkpointing.save(chunks[0].module.sharded_state_dict(), str(folder))
+    return loss, {hybrid_name(name): gradient(p).clone() for name, p in global_parameters(chunks)}
+
+
+def hybrid_name(name):
+    def moved(found):
+        return f"layers.{2 * int(found[1]) + (found[2] in ('mlp', 'pre'))}.{found[2]}"
+
+    name = re.sub(r"layers\.(\d+)\.([a-z]+)", moved, name)
+    return name.replace("final_layernorm", "final_norm")
+
+
+def hybrid_gradients(folder):
+    """Of the hybrid model that Megatron's own load-time translation makes of the GPT's checkpoint."""
+    config, chunks = built(Layout(), DENSE, MHC)
+    core = chunks[0].module
+    with torch.no_grad():
+        for parameter in core.parameters():
+            parameter.zero_()
+    request = core.sharded_state_dict()
+    maps = gpt_checkpoint_interop.gpt_compatible_layer_maps(DENSE)
+    gpt_checkpoint_interop.retarget_sharded_state_dict_to_gpt_checkpoint(request, maps)
+    core.load_state_dict(dist_checkpointing.load(request, str(folder)))
+    return iterate(chunks, config), {name: gradient(p).clone() for name, p in global_parameters(chunks)}
+
+
+def test_pairs_of_attention_and_mlp_are_the_gpt_whose_checkpoint_they_load(run_ranks, tmp_path):
+    (loss, gradients), (other_loss, others) = (
+        run_ranks(1, part, tmp_path)[0] for part in (gpt_gradients, hybrid_gradients)
+    )
+    assert loss == other_loss
+    assert gradients.keys() == others.keys()
+    assert [name for name in gradients if not torch.equal(gradients[name], others[name])] == []
+
+
+PLAIN = MHCConfig(num_residual_streams=1, h_res="identity", h_pre="fixed", h_post="fixed")
+
+
+def of_plain_names(mhc, pattern):
+    """Loss and gradients by the names of a plain model, whose final norm has other values by its name."""
+
+    def weights(chunks):
+        fill(chunks)
+        for name, parameter in global_parameters(chunks):
+            if "final_norm" in name:
+                torch.nn.init.ones_(parameter)
+
+    loss, chunks = run(Layout(), pattern, mhc, weights=weights)
+    pairs = ((name.replace("final_norm.norm.", "final_norm."), p) for name, p in global_parameters(chunks))
+    return loss, {name: gradient(p).clone() for name, p in pairs}
+
+
+@pytest.mark.parametrize("pattern", [MIXED, MAMBA])
+def test_one_hybrid_stream_that_nothing_maps_is_stock_bit_for_bit(run_ranks, pattern):
+    stock, one = (run_ranks(1, of_plain_names, mhc, pattern)[0] for mhc in (None, PLAIN))
+    assert stock[0] == one[0]
+    assert stock[1].keys() == one[1].keys()
+    assert [name for name in stock[1] if not torch.equal(stock[1][name], one[1][name])] == []
+
+
+def test_a_plain_hybrid_model_has_the_same_bits_under_the_hooks(run_ranks):
+    from megatron_mhc import register
+
+    def under_hooks():
+        with register():
+            return of_plain_names(None, MIXED)
+
+    stock, hooked = run_ranks(1, of_plain_names, None, MIXED)[0], run_ranks(1, under_hooks)[0]
+    assert stock[0] == hooked[0]
+    assert all(torch.equal(stock[1][name], hooked[1][name]) for name in stock[1])
+
+
+def names_of_layers(layout, pattern):
+    config, chunks = built(layout, pattern, MHC)
+    with Sampler(chunks, config) as sampler:
+        iterate(chunks, config)
+    return sampler.report()
+
+
+def test_diagnostics_name_the_kind_of_every_hybrid_layer(run_ranks):
+    report = run_ranks(2, names_of_layers, Layout(pp=2), "M*|E-")[0]
+    assert report.sublayers == ["layer_001_mamba", "layer_002_attention", "layer_003_moe", "layer_004_mlp"]
+    expected = run_ranks(1, names_of_layers, Layout(), "M*E-")[0]
+    for name, values in expected.statistics.items():
+        assert report.statistics[name] == pytest.approx(values, rel=1e-9, abs=1e-12), name
