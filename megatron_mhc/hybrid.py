@@ -8,6 +8,7 @@ from typing import Any
 from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import nn
 
 from megatron_mhc import hooks
 from megatron_mhc.carried import StreamsModule
@@ -36,6 +37,8 @@ class HyperConnectionHybridStack(StreamsModule, HybridStack):
     Source: arXiv 2512.24880 Eq. (3).
     """
 
+    final_norm: nn.Module
+
     def __init__(
         self,
         config: TransformerConfig,
@@ -58,7 +61,7 @@ class HyperConnectionHybridStack(StreamsModule, HybridStack):
         super().__init__(config, wrapped, *args, layer_type_list=layer_type_list, **kwargs)
         self.mhc = mhc
         refuse(STACK, self, mhc)
-        if hasattr(self, "final_norm"):
+        if self.post_process and self.post_layer_norm:
             self.final_norm = ContractNorm(config, mhc, self.final_norm)
 
 

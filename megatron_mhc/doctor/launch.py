@@ -182,12 +182,8 @@ class Launch(Part):
             self.asks(lambda: check_args(args))
         if self.plain:
             return
-        rows = refusals.MODEL
-        if config.is_hybrid_model:  # whose pattern alone tells its stages
-            rows += refusals.HYBRID
-            rows += refusals_of(config, mhc) if not any(refusals.refused(rows, config, mhc)) else ()
-        else:
-            rows += refusals.STAGES + refusals_of(config, mhc)
+        kind = refusals.HYBRID if config.is_hybrid_model else refusals.STAGES
+        rows = (*refusals.MODEL, *kind, *refusals_of(config, mhc))
         found = [*refusals.refused(refusals.SPEC_DOOR, args), *refusals.refused(rows, config, mhc)]
         self.in_the_way += map(str, found)
         self.asks(lambda: check_writers(args, mhc))

@@ -1,17 +1,22 @@
 """HybridModel: one connection a layer, in every layout, compared with one process and with the same GPT."""
 
+import dataclasses
 import functools
 import re
 
 import pytest
+import test_checkpoint as checkpoints
 import torch
 from harness import Iteration, Layout, build, differences, global_parameters, gradient, iterate
 from layout_cases import UNIFORM
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import gpt_checkpoint_interop
 
-from megatron_mhc import MHCConfig
+from megatron_mhc import MHCConfig, register
+from megatron_mhc.carried import options_of
+from megatron_mhc.convert.files import convert_files
 from megatron_mhc.diagnostics import Sampler
+from megatron_mhc.hyper_connection import HyperConnectionModule
 from megatron_mhc.pipeline import engine
 from megatron_mhc.testing import hybrid, ranks
 from megatron_mhc.testing.gpt import SMALL
@@ -171,8 +176,6 @@ def test_one_hybrid_stream_that_nothing_maps_is_stock_bit_for_bit(run_ranks, pat
 
 
 def test_a_plain_hybrid_model_has_the_same_bits_under_the_hooks(run_ranks):
-    from megatron_mhc import register
-
     def under_hooks():
         with register():
             return of_plain_names(None, MIXED)
@@ -195,3 +198,90 @@ def test_diagnostics_name_the_kind_of_every_hybrid_layer(run_ranks):
     expected = run_ranks(1, names_of_layers, Layout(), "M*E-")[0]
     for name, values in expected.statistics.items():
         assert report.statistics[name] == pytest.approx(values, rel=1e-9, abs=1e-12), name
+
+
+def train(layout, pattern, steps, load_from=None, save_to=None, mhc=checkpoints.MHC):
+    """As `test_checkpoint.train`, of a HybridModel."""
+    settings = dict(num_layers=len(symbols(pattern)), is_hybrid_model=True)
+    model = hybrid.model(pattern, SMALL)
+    chunks, config, optimizer = checkpoints.start(
+        layout, kind_of(pattern), torch.float32, model=model, mhc=mhc, settings=settings, lr=3e-2
+    )
+    if load_from:
+        checkpoints.load(load_from, chunks, optimizer, "fully_reshardable")
+    history = [checkpoints.step(chunks, config, optimizer, number) for number in steps]
+    if save_to:
+        checkpoints.save(save_to, chunks, optimizer, "fully_reshardable")
+    return history
+
+
+def test_resharded_hybrid_training_matches_unbroken_run(run_ranks, tmp_path):
+    folder = tmp_path / "saved"
+    pp2, tp2 = Layout(pp=2), Layout(tp=2, sp=True)
+    history = run_ranks(2, train, pp2, "M*|-E", range(2), None, folder)[0]
+    history += run_ranks(2, train, tp2, "M*-E", range(2, 4), folder)[0]
+    checkpoints.check(history, run_ranks(1, train, Layout(), "M*-E", range(4))[0], checkpoints.FLOAT32_ERROR)
+
+
+def core_of(mhc):
+    config, chunks = built(Layout(), MIXED, mhc)
+    return config, chunks, chunks[0].module
+
+
+def save_as(mhc, folder):
+    """A model in both formats."""
+    _, _, core = core_of(mhc)
+    (folder / "torch_dist").mkdir(parents=True)
+    dist_checkpointing.save(core.sharded_state_dict(), str(folder / "torch_dist"))
+    torch.save(core.state_dict(), folder / "torch")
+
+
+def load_into(core, folder, format):
+    if format == "torch":
+        core.load_state_dict(torch.load(folder / "torch", weights_only=False), strict=False)
+    else:
+        core.load_state_dict(dist_checkpointing.load(core.sharded_state_dict(), str(folder / "torch_dist")))
+
+
+@pytest.mark.parametrize("format", ["torch_dist", "torch"])
+def test_hybrid_checkpoints_of_the_other_kind_are_refused_or_taken_by_load_dense(run_ranks, tmp_path, format):
+
+    def both():
+        with register():
+            save_as(None, tmp_path / "plain")
+            save_as(MHC, tmp_path / "mhc")
+            with pytest.raises(ValueError, match="add --spec megatron_mhc.specs hybrid_mhc_spec"):
+                load_into(core_of(None)[2], tmp_path / "mhc", format)
+            with pytest.raises(ValueError, match="--mhc-load-dense"):
+                load_into(core_of(MHC)[2], tmp_path / "plain", format)
+            with pytest.raises(ValueError, match="trained with --mhc-sinkhorn-iterations 20"):
+                load_into(core_of(MHCConfig(sinkhorn_iterations=3))[2], tmp_path / "mhc", format)
+            losses = []
+            for mhc in (None, MHCConfig(load_dense=True)):
+                config, chunks, core = core_of(mhc)
+                for module in core.modules():
+                    if isinstance(module, HyperConnectionModule):
+                        module.reset_parameters()
+                load_into(core, tmp_path / "plain", format)
+                losses.append(iterate(chunks, config))
+            return losses
+
+    plain, dense = run_ranks(1, both)[0]
+    assert plain == pytest.approx(dense, abs=1e-3)
+
+
+def test_a_copied_config_of_a_hybrid_model_gets_its_options_back(run_ranks):
+    def copied():
+        config, chunks = built(Layout(), MAMBA, MHC)
+        copy = dataclasses.replace(config)
+        return options_of(chunks, copy), copy.mhc
+
+    assert run_ranks(1, copied)[0] == (MHC, MHC)
+
+
+def test_a_hybrid_checkpoint_is_refused_by_the_converter(run_ranks, tmp_path):
+    run_ranks(1, save_as, MHC, tmp_path)
+    for source, target in (("plain", "plugin"), ("plugin", "megatron-dev")):
+        with pytest.raises(ValueError, match="HybridModel's, and only a GPT's checkpoint is converted"):
+            convert_files(source, target, tmp_path / "torch_dist", tmp_path / "new")
+    assert not (tmp_path / "new").exists()
