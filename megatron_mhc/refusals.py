@@ -289,6 +289,11 @@ def _lacking(found: Callable[[Any, MHCConfig], Any], what: str, remedy: str) -> 
 # A built layer, whose `held` is what its CUDA graph holds of it.
 LAYER = (
     Refusal(
+        lambda layer, mhc: len(layer.connections()) > layer.chunk.each,
+        "a layer of a HybridModel with both attention and an MLP",
+        "give its stack two layers instead: mHC has one connection for each",
+    ),
+    Refusal(
         _replayed_by_layers,
         "--mhc-recompute-layer-num {value} with CUDA graphs of single layers",
         "each of which keeps the streams that it reads, so that none are dropped; use --cuda-graph-impl "

@@ -11,6 +11,8 @@ from harness import Iteration, Layout, build, differences, global_parameters, gr
 from layout_cases import UNIFORM
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import gpt_checkpoint_interop
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
 
 from megatron_mhc import MHCConfig, register
 from megatron_mhc.carried import options_of
@@ -285,3 +287,13 @@ def test_a_hybrid_checkpoint_is_refused_by_the_converter(run_ranks, tmp_path):
         with pytest.raises(ValueError, match="HybridModel's, and only a GPT's checkpoint is converted"):
             convert_files(source, target, tmp_path / "torch_dist", tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+def test_a_hybrid_layer_of_attention_and_mlp_is_refused(run_ranks):
+    def refused():
+        whole = get_gpt_layer_local_spec(normalization="RMSNorm")
+        hybrid_stack_spec.submodules.attention_layer = whole
+        with pytest.raises(ValueError, match="with both attention and an MLP: give its stack two layers"):
+            built(Layout(), DENSE, MHC)
+
+    run_ranks(1, refused)
