@@ -297,3 +297,16 @@ def test_a_hybrid_layer_of_attention_and_mlp_is_refused(run_ranks):
             built(Layout(), DENSE, MHC)
 
     run_ranks(1, refused)
+
+
+def with_dropout(recompute):
+    mhc = MHCConfig(recompute_layer_num=recompute)
+    loss, chunks = run(Layout(), "M*-E", mhc, hidden_dropout=0.1, attention_dropout=0.1)
+    return loss, {name: gradient(p).clone() for name, p in global_parameters(chunks)}
+
+
+@pytest.mark.parametrize("recompute", ["2", "auto"])
+def test_recompute_keeps_every_bit_of_a_hybrid_model(run_ranks, recompute):
+    stored, replayed = (run_ranks(1, with_dropout, setting)[0] for setting in ("off", recompute))
+    assert stored[0] == replayed[0]
+    assert all(torch.equal(stored[1][name], replayed[1][name]) for name in stored[1])
