@@ -12,10 +12,12 @@ from layout_cases import UNIFORM
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import gpt_checkpoint_interop
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
 from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
 
 from megatron_mhc import MHCConfig, register
 from megatron_mhc.carried import options_of
+from megatron_mhc.chunk import ModelChunks
 from megatron_mhc.convert.files import convert_files
 from megatron_mhc.diagnostics import Sampler
 from megatron_mhc.hyper_connection import HyperConnectionModule
@@ -23,6 +25,7 @@ from megatron_mhc.pipeline import engine
 from megatron_mhc.testing import hybrid, ranks
 from megatron_mhc.testing.gpt import SMALL
 from megatron_mhc.testing.parameters import fill
+from megatron_mhc.wrapping import wrap_layer_spec
 
 ERROR = 1e-10
 MHC = MHCConfig()
@@ -70,6 +73,7 @@ def check(run_ranks, world, layout, pattern, mhc=MHC, plain=None, **settings):
 
 
 LAYOUTS = {
+    "tp2": (2, Layout(tp=2), DENSE),
     "tp2_sp": (2, Layout(tp=2, sp=True), MIXED),
     "pp2": (2, Layout(pp=2), "*-*|E"),
     "pp2_vpp2": (2, Layout(pp=2, vpp=2), "*|-|*|E"),
@@ -81,7 +85,7 @@ LAYOUTS = {
     "pp2_mtp": (2, Layout(pp=2), "*-|*-/*-"),
     "pp2_last_stage_without_layers": (2, Layout(pp=2), "*-*-|"),
 }
-FEW = {("tp2_pp2_sp", 2), ("tp2_sp_mamba", 2), ("pp2_mla", 2), ("pp2_mtp", 2)}
+FEW = {("tp2", 2), ("tp2_pp2_sp", 2), ("tp2_sp_mamba", 2), ("pp2_mla", 2), ("pp2_mtp", 2)}
 FEW |= {("pp2_last_stage_without_layers", 2), ("pp2_mamba", 2)}
 
 
@@ -287,6 +291,14 @@ def test_a_hybrid_checkpoint_is_refused_by_the_converter(run_ranks, tmp_path):
         with pytest.raises(ValueError, match="HybridModel's, and only a GPT's checkpoint is converted"):
             convert_files(source, target, tmp_path / "torch_dist", tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+def test_specs_that_megatron_copies_to_fuse_mla_keep_their_chunk():
+    chunks = ModelChunks(None, MHC, layers=1, each=1)
+    wrapped = wrap_layer_spec(hybrid_stack_spec.submodules.mla_layer, MHC, chunks)
+    fused = HybridStack._fuse_mla_down_proj(None, HybridStackSubmodules(mla_layer=wrapped))
+    assert fused.mla_layer.params["chunks"] is chunks
+    assert wrapped.submodules.input_layernorm is not fused.mla_layer.submodules.input_layernorm
 
 
 def test_a_hybrid_layer_of_attention_and_mlp_is_refused(run_ranks):
