@@ -322,3 +322,21 @@ def test_recompute_keeps_every_bit_of_a_hybrid_model(run_ranks, recompute):
     stored, replayed = (run_ranks(1, with_dropout, setting)[0] for setting in ("off", recompute))
     assert stored[0] == replayed[0]
     assert all(torch.equal(stored[1][name], replayed[1][name]) for name in stored[1])
+
+
+def of_frozen_embedding(**settings):
+    def weights(chunks):
+        fill(chunks)
+        chunks[0].embedding.requires_grad_(False)
+
+    with register():
+        loss, chunks = run(Layout(), DENSE, MHC, weights=weights, **settings)
+    trained = ((name, p) for name, p in global_parameters(chunks) if p.requires_grad)
+    return {name: gradient(p).clone() for name, p in trained}
+
+
+def test_full_recompute_behind_a_frozen_embedding_trains_a_hybrid_model(run_ranks):
+    stored = run_ranks(1, of_frozen_embedding)[0]
+    replayed = run_ranks(1, lambda: of_frozen_embedding(**UNIFORM))[0]
+    assert stored.keys() == replayed.keys()
+    assert [name for name in stored if not torch.equal(stored[name], replayed[name])] == []

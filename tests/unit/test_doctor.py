@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import megatron_mhc.pretrain_gpt  # noqa: F401  # once, not in every process that is forked
-from megatron_mhc import doctor
+from megatron_mhc import command_line, doctor
 from megatron_mhc.config import MHCConfig
 from megatron_mhc.doctor import launch, machine
 
@@ -331,3 +331,11 @@ def test_programs_are_named_on_the_command_line(tmp_path):
 def test_graphs_are_named(examine, flags, said):
     found, blocked, _ = examine(f"{MODEL} {flags}")
     assert found["CUDA graphs"] == said and blocked == []
+
+
+def test_memory_of_a_hybrid_model_is_not_counted(run_ranks):
+    def counted():
+        with pytest.raises(ValueError, match="--hybrid-layer-pattern: a GPT's layers alone are counted"):
+            command_line.parse(f"{MODEL} {HYBRID}".split(), 1)
+
+    run_ranks(1, counted)
