@@ -14,6 +14,7 @@ from megatron_mhc import hooks
 from megatron_mhc.carried import StreamsModule
 from megatron_mhc.config import MHCConfig
 from megatron_mhc.hooks.uses import HYBRID_USES
+from megatron_mhc.pipeline import auto
 from megatron_mhc.refusals import HYBRID, STACK, refuse
 from megatron_mhc.streams import ContractNorm
 from megatron_mhc.wrapping import model_chunks, prepare, wrap_layer_spec
@@ -48,6 +49,7 @@ class HyperConnectionHybridStack(StreamsModule, HybridStack):
         layer_type_list: list[str],
         **kwargs: Any,
     ):
+        mhc = auto.resolved(config, mhc, launch=None)
         refuse(HYBRID, config, mhc)
         hooks.check_uses(HYBRID_USES)
         prepare(config, mhc)

@@ -28,6 +28,8 @@ from megatron_mhc.config import MHCConfig, refuse_environment
 from megatron_mhc.diagnostics.training import check_writers
 from megatron_mhc.hooks.uses import SPEC_USES
 from megatron_mhc.hybrid import HyperConnectionHybridStack, wrap_hybrid_spec
+from megatron_mhc.pipeline import auto
+from megatron_mhc.pipeline.layer_times import Launch
 from megatron_mhc.refusals import GPT, SPEC_DOOR, refuse
 from megatron_mhc.schedule.plans import OVERLAPPED
 from megatron_mhc.streams import contract_norm_builder
@@ -59,6 +61,7 @@ def wrap_block_spec(
             megatron.training.
     """
     refuse(GPT, config)
+    mhc = auto.resolved(config, mhc, launch=None)
     parallel.validate_stages(config)
     if isinstance(spec, TransformerBlockSubmodules):
         layers, norm = list(spec.layer_specs or []), spec.layer_norm
@@ -98,14 +101,16 @@ class GPTScriptsCallThis:
             ValueError: unsupported settings, or options given both as flags and as MEGATRON_MHC.
         """
         hooks.check_uses(SPEC_USES)
+        from megatron.training import get_args
         from megatron.training.argument_utils import gpt_config_from_args
         from megatron.training.models.gpt import default_layer_spec
 
         if isinstance(config, TransformerConfig):
-            mhc, model_config = mhc_options(model_config), gpt_config_from_args(model_config, config)
+            args, model_config = model_config, gpt_config_from_args(model_config, config)
         else:
-            mhc, vp_stage = mhc_options(), config if vp_stage is None else vp_stage
+            args, vp_stage = get_args(), config if vp_stage is None else vp_stage
         transformer = model_config.transformer
+        mhc = auto.resolved(transformer, mhc_options(args), launch_of(args))
         hooks.require(schedule=mhc.pipeline_schedule in OVERLAPPED)
         spec = wrap_block_spec(default_layer_spec(model_config, vp_stage), mhc, transformer, vp_stage)
         log_choice(transformer, mhc)
@@ -138,7 +143,7 @@ class HybridScriptsBuildThis(HyperConnectionHybridStack):
     """
 
     def __init__(self, config: TransformerConfig, submodules: HybridStackSubmodules, **kwargs: Any):
-        mhc = mhc_options()
+        mhc = auto.resolved(config, mhc_options(), launch=None)
         hooks.require(schedule=mhc.pipeline_schedule in OVERLAPPED)
         super().__init__(config, submodules, mhc=mhc, **kwargs)
         log_choice(config, mhc)
@@ -167,3 +172,13 @@ def mhc_options(args: Any = None) -> MHCConfig:
         mhc = MHCConfig.from_args(args)
     check_writers(args, mhc)
     return mhc
+
+
+def launch_of(args: Any) -> Launch | None:
+    """The sizes of a step in Megatron's parsed arguments; None where a framework leaves some out."""
+    names = "seq_length", "micro_batch_size", "global_batch_size", "data_parallel_size"
+    sizes: list[Any] = [getattr(args, name, None) for name in names]
+    if not all(sizes):
+        return None
+    sequence, micro_batch, batch, ranks = sizes
+    return Launch(sequence, micro_batch, max(1, batch // (micro_batch * ranks)))

@@ -52,7 +52,7 @@ def built(layout, pattern, mhc, weights=fill, **settings):
 
 def run(layout, pattern, mhc, **settings):
     config, chunks = built(layout, pattern, mhc, **settings)
-    stock = mhc is None or mhc.pipeline_schedule == "megatron"
+    stock = mhc is None or config.mhc.pipeline_schedule == "megatron"
     return iterate(chunks, config, schedule=None if stock else engine.forward_backward), chunks
 
 
@@ -106,10 +106,11 @@ def test_hybrid_layout_matches_single_process(run_ranks, layout, n):
     "options, settings",
     [
         (dict(pipeline_schedule="interleaved"), {}),
+        (dict(pipeline_schedule="auto"), {}),
         ({}, UNIFORM),
         (dict(recompute_layer_num="2"), {}),
     ],
-    ids=["interleaved", "full_recompute", "recompute_of_mhc"],
+    ids=["interleaved", "auto", "full_recompute", "recompute_of_mhc"],
 )
 def test_hybrid_setting_matches_plain_single_process(run_ranks, options, settings):
     check(run_ranks, 2, Layout(pp=2), "M-*|*E", MHCConfig(**options), MHC, **settings)

@@ -248,6 +248,19 @@ def test_one_hardware_queue_is_in_the_way_of_overlapped_schedules(examine):
     assert len(blocked) == 1 and "export CUDA_DEVICE_MAX_CONNECTIONS=32" in blocked[0]
 
 
+def test_what_auto_would_take_is_said_for_every_link(examine):
+    line = f"{MODEL} --mhc-pipeline-schedule auto"
+    found, blocked, _ = examine(f"CUDA_DEVICE_MAX_CONNECTIONS=32 {line}")
+    assert found["schedule"] == "auto takes megatron: one stage, no pipeline" and blocked == []
+    line += " --pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1"
+    found, blocked, _ = examine(f"CUDA_DEVICE_MAX_CONNECTIONS=32 {line}")
+    assert found["schedule"].startswith("auto, ") and blocked == []
+    assert found["pushed"].startswith("interleaved ") and found["over NCCL"].startswith("megatron: ")
+    assert "simulated steps in ms: " in found["several hosts"] and "passes in flight" in found
+    found, blocked, _ = examine(f"CUDA_DEVICE_MAX_CONNECTIONS=1 {line} --mhc-pipeline-transport nccl")
+    assert "pushed" not in found and "share one hardware queue" in found["over NCCL"] and blocked == []
+
+
 def test_what_megatron_refuses_is_in_the_way_and_the_back_end_still_named(examine):
     found, blocked, _ = examine(f"{MODEL} --num-attention-heads 7 --mhc-backend hopper")
     assert "Megatron's checks" in blocked[0]
