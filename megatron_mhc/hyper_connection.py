@@ -87,7 +87,7 @@ class HyperConnectionModule(MappingParameters, InParts):
         config: Megatron's transformer config.
         mhc: mHC options.
         sublayer_index: 0-based index in the whole model, 2*layer for attention and 2*layer + 1 for
-            the MLP; the home stream is `sublayer_index % n`.
+            the MLP, in a HybridModel the layer's; the home stream is `sublayer_index % n`.
         reserved_sms: see `Options`.
         norm: in front of the sub-layer, if `forward` computes it.
 

@@ -27,6 +27,7 @@ class Feature(NamedTuple):
     tests: tuple[str, ...] = ()
 
 
+_HYBRID = "distributed/test_hybrid.py::test_"
 _PARITY = "distributed/test_parity.py::test_"
 _SCHEDULE = "distributed/test_pipeline_schedule.py::test_"
 _REFUSALS = "unit/test_refusals.py::test_"
@@ -197,6 +198,16 @@ FEATURES = (
         ),
     ),
     Feature(
+        "HybridModel of attention, MLA, MLP, MoE and Mamba layers; TP, EP, PP, VPP, MTP of plain layers",
+        YES,
+        "one connection a layer, [limits](docs/hybrid.md); Mamba shown with a stand-in for its mixer",
+        (
+            _HYBRID + "hybrid_layout_matches_single_process",
+            _HYBRID + "pairs_of_attention_and_mlp_are_the_gpt_whose_checkpoint_they_load",
+            _HYBRID + "resharded_hybrid_training_matches_unbroken_run",
+        ),
+    ),
+    Feature(
         "`--fine-grained-activation-offloading`",
         YES,
         "under Megatron's schedule, shown on a CPU; not with `--mhc-recompute-layer-num`",
@@ -320,15 +331,7 @@ FEATURES = (
         "",
         (_REFUSALS + "unsupported_setting_is_refused",),
     ),
-    Feature(
-        "HybridModel (Mamba), cross-attention",
-        REFUSED,
-        "mHC wraps GPTModel's layers",
-        (
-            "unit/test_doors.py::test_hybrid_model_is_refused_as_it_is_built",
-            _REFUSALS + "layer_with_cross_attention_is_refused",
-        ),
-    ),
+    Feature("cross-attention", REFUSED, "", (_REFUSALS + "layer_with_cross_attention_is_refused",)),
     Feature(
         "no decoder layer on stage 0, or on the last stage under MTP",
         REFUSED,

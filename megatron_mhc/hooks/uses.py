@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 _LAYER = "megatron.core.transformer.transformer_layer:TransformerLayer"
+_HYBRID = "megatron.core.models.hybrid"
+_MAMBA_LAYER = "megatron.core.ssm.mamba_layer:MambaLayer"
 _MOE_LAYER = "megatron.core.transformer.transformer_layer:MoETransformerLayer"
 _GRAPHABLE = "megatron.core.transformer.module:GraphableMegatronModule"
 _WHOLE_STEP = "megatron.core.full_cuda_graph:FullCudaGraphWrapper"
@@ -163,6 +165,35 @@ USES: tuple[Use, ...] = (
     Use(f"{_OPTIMIZER}:MegatronOptimizer._extract_common_per_param_step", "state_dict"),
 )
 
+# Of a HybridModel: hybrid.py, mamba.py, sublayer.py, wrapping.py, diagnostics/sampler.py.
+HYBRID_USES: tuple[Use, ...] = (
+    Use(
+        f"{_HYBRID}.hybrid_block:HybridStack.__init__",
+        "self, config, submodules, pre_process, layer_type_list, pp_layer_offset, post_layer_norm, "
+        "post_process, device, dtype, pg_collection, is_mtp_layer, name",
+        ("final_norm", "layers", "pre_process", "layer_type_list"),
+    ),
+    Use(
+        f"{_HYBRID}.hybrid_block:HybridStackSubmodules",
+        "mamba_layer, gdn_layer, attention_layer, dsa_layer, mla_layer, mlp_layer, moe_layer, mtp_block_spec",
+    ),
+    Use(f"{_HYBRID}.hybrid_model:HybridModel.__init__", None, ("hybrid_layer_pattern", "decoder")),
+    Use(f"{_HYBRID}.hybrid_layer_allocation:parse_hybrid_pattern", "pattern"),
+    Use("megatron.core.ssm.mlp_layer:MLPLayer", None),
+    Use(f"{_MAMBA_LAYER}Submodules", "norm, mixer, mamba_bda, sharded_state_dict_keys_map"),
+    Use(
+        f"{_MAMBA_LAYER}.__init__",
+        "self, config, submodules, layer_number, pg_collection, pp_layer_offset, name",
+        ("norm", "mixer", "mamba_bda", "layer_number"),
+    ),
+    Use(
+        f"{_MAMBA_LAYER}.forward",
+        "self, hidden_states, attention_mask, inference_context, rotary_pos_emb, inference_params, "
+        "packed_seq_params",
+        ("mamba_bda",),
+    ),
+)
+
 # Beside targets.TRAINING_HOOKS.
 TRAINING_USES: tuple[Use, ...] = (
     Use(f"{_TRAINING}:get_tensorboard_writer", ""),
@@ -222,6 +253,8 @@ PRETRAIN_USES: tuple[Use, ...] = (
         "store, inprocess_call_wrapper, p2p_communicator, pg_collection, skip_model_parallel_init",
     ),
     Use(f"{_TRAINING}.argument_utils:pretrain_cfg_container_from_args", "args, model_cfg"),
+    Use(f"{_TRAINING}.argument_utils:hybrid_config_from_args", "args, config, model_config_cls"),
+    Use(f"{_TRAINING}.models.hybrid:HybridModelConfig", None),
     Use(f"{_TRAINING}.arguments:core_transformer_config_from_args", "args, config_class"),
     Use(
         f"{_TRAINING}.arguments:parse_and_validate_args",

@@ -27,7 +27,7 @@ from megatron_mhc.sublayer import Call, Left, SubLayer, Visit
 
 if TYPE_CHECKING:
     from megatron_mhc.hyper_connection import Mappings
-    from megatron_mhc.layer import HyperConnectionTransformerLayer
+    from megatron_mhc.layer import BetweenStreams
     from megatron_mhc.ops.options import ReadNorm
     from megatron_mhc.recompute.chunk import DroppingChunk
 
@@ -63,7 +63,7 @@ class DroppingSubLayer(SubLayer):
             visit.read_by_f(layer_input)
         return visit
 
-    def run(self, layer: HyperConnectionTransformerLayer, visit: Visit, call: Call) -> Tensor:
+    def run(self, layer: BetweenStreams, visit: Visit, call: Call) -> Tensor:
         with self.chunk.abandoned_on_error():
             return super().run(layer, visit, call)
 

@@ -22,18 +22,19 @@ MHC = MHCConfig(contract="learned_head")  # the contraction has parameters too
 SINGLE = Layout()
 
 
-def start(layout, kind, dtype, wrap=None, weights=fill, **options):
+def start(layout, kind, dtype, wrap=None, weights=fill, model=None, mhc=MHC, settings=None, **options):
     """A filled model in DDP and its optimizer: (chunks, config, optimizer); options of the optimizer.
 
     Args:
-        wrap, weights: of `gpt.build`.
+        wrap, weights, model: of `gpt.build`.
+        settings: more of the configuration.
     """
     cpu.use_plain_adam()
     layout.initialize()
     bf16 = dtype == torch.bfloat16
     precision = dict(params_dtype=dtype, bf16=bf16)
-    config = layout.config(kind, **precision)
-    chunks = build(layout, config, kind, MHC, wrap=wrap, weights=weights)
+    config = layout.config(kind, **precision, **(settings or {}))
+    chunks = build(layout, config, kind, mhc, wrap=wrap, weights=weights, model=model)
     settings = dict(
         optimizer="adam",
         lr=1e-2,
