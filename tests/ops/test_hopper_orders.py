@@ -45,13 +45,16 @@ ORDERS = {
     **{f"starved warp {w}": Schedule(seed=w + 1, starved_warps=1 << w, starved_lanes=ALL) for w in range(16)},
 }
 
+
 # By default one warp of each role: it projects, aggregates, finishes, loads.
 ROLES = {f"starved warp {w}" for w in (0, 8, 11, 15)}
 EACH_ORDER = [
     pytest.param(o, marks=pytest.mark.slow if o.startswith("starved warp") and o not in ROLES else ())
     for o in ORDERS
 ]
-FEW_ORDERS = ("lanes apart", "late copies", "a starved block", "few multiprocessors", "starved warp 9")
+# With a norm, of whose code a part alone is another: it computes products beside the projection, lays out u.
+FEW = ("lanes apart", "late copies", "a starved block", "starved warp 9")
+FEW_ORDERS = [pytest.param(o, marks=() if o in FEW else pytest.mark.slow) for o in ORDERS]
 
 
 @pytest.mark.parametrize("order", EACH_ORDER)
@@ -70,13 +73,7 @@ def test_every_order_gives_the_same_bits_behind_a_post_res(emulate, order):
     same(read_behind(RINGS, before), want)
 
 
-@pytest.mark.parametrize(
-    "order",
-    [
-        pytest.param(o, marks=() if o in FEW_ORDERS else pytest.mark.slow)  # as without a norm, for most
-        for o in ORDERS
-    ],
-)
+@pytest.mark.parametrize("order", FEW_ORDERS)
 def test_every_order_gives_the_same_bits_with_a_norm(emulate, order):
     emulate(RINGS)
     want = usual(RINGS, folds=True)
@@ -154,12 +151,12 @@ MORE_BUGS = [  # with -m slow
     ("pre", "all_lanes_wait"),
     ("pre", "sums_unawaited"),
     ("pre", "project_hastens"),
-    ("pre", "half_of_h_pre"),
     ("pre", "arrival_uncounted"),
     ("pre", "one_slot"),
     ("pre", "wrong_tag"),
     ("pre", "sums_overwritten"),
     ("pre", "h_pre_unawaited"),
+    ("pre", "half_of_h_pre"),
     ("pre_norm", "gram_overwritten"),
     ("pre_mix", "mixing_unawaited"),
     ("pre_mix", "before_unawaited"),

@@ -190,7 +190,7 @@ def _project(x: Tensor, weight: Tensor, gram: bool) -> Tensor:
     if gram:
         _project_gram_kernel[(triton.cdiv(T, BT), pieces)](
             x, weight, parts, T, C, size, n, mapping_block(n), BT, BC, x.dtype == torch.bfloat16, INTERPRETED,
-            num_warps=8, num_stages=2,
+            num_warps=8, num_stages=3 if n < 8 else 2,
         )  # fmt: skip
         return parts
     _project_kernel[(triton.cdiv(T, BT), pieces)](
