@@ -4,10 +4,11 @@
         [--tp 2] [--graphs none,local] [--together 2]
 
 Every job is `examples/train.sh MODEL FORM` on mock data: Transformer Engine's layers, Megatron's DDP and
-distributed optimizer, clipping and Adam. `vanilla` is Megatron's own; a form `mhc[/WHAT[/BOUNDARY[/NORM]]]` has
-WHAT for --mhc-recompute-layer-num, off unless given, BOUNDARY for --mhc-boundary and NORM for --mhc-norm.
-Jobs take turns of a few steps (see `jobs`), so that their times are of the same minutes; with --together 1, where two find no memory
-beside each other, one after the other, vanilla first and last. Numbers are of a rank and of a step:
+distributed optimizer, clipping and Adam. `vanilla` is Megatron's own; a form `mhc[/WHAT[/BOUNDARY[/NORM]]]`
+has WHAT for --mhc-recompute-layer-num, off unless given, BOUNDARY for --mhc-boundary and NORM for --mhc-norm.
+Jobs take turns of a few steps (see `jobs`), so that their times are of the same minutes; with --together 1,
+where two find no memory beside each other, one after the other, vanilla first and last. Numbers are of a
+rank and of a step:
 
 wall_ms             median interval between the ends of steps, of the slowest rank; apart: of the turns
 kernels_ms          GPU time summed over kernels and copies, any_ms: in which any of them ran (CUPTI)
