@@ -20,7 +20,7 @@ PYTHON=${PYTHON:-python3}
 PIECES=$(cat <<'LIST'
 step_b1          1 2 -m benchmarks.step --out {out} --logs {folder} --batches 1 --forms mhc
 step_b2          1 2 -m benchmarks.step --out {out} --logs {folder} --batches 2 --forms mhc
-step_b4          1 2 -m benchmarks.step --out {out} --logs {folder} --batches 4 --forms mhc --together 2
+step_b4          1 3 -m benchmarks.step --out {out} --logs {folder} --batches 4 --forms mhc --together 1
 step_graphs_b1   1 2 -m benchmarks.step --out {out} --logs {folder} --batches 1 --forms mhc --graphs full_iteration
 step_local_b1    1 2 -m benchmarks.step --out {out} --logs {folder} --batches 1 --forms mhc --graphs local
 step_te_b1       1 2 -m benchmarks.step --out {out} --logs {folder} --batches 1 --forms mhc --graphs transformer_engine
@@ -29,8 +29,8 @@ step_graphs_b4   1 3 -m benchmarks.step --out {out} --logs {folder} --batches 4 
 step_auto_b1     1 2 -m benchmarks.step --out {out} --logs {folder} --batches 1 --forms mhc/auto
 step_auto_b4     1 2 -m benchmarks.step --out {out} --logs {folder} --batches 4 --forms mhc/auto --together 2
 step_3b_b1       1 6 -m benchmarks.step --out {out} --logs {folder} --model 3b --batches 1 --together 2
-step_3b_b4       1 5 -m benchmarks.step --out {out} --logs {folder} --model 3b --batches 4 --together 1 --forms mhc
-step_3b_auto_b4  1 5 -m benchmarks.step --out {out} --logs {folder} --model 3b --batches 4 --together 1 --forms mhc/auto
+step_3b_b4       1 7 -m benchmarks.step --out {out} --logs {folder} --model 3b --batches 4 --together 1 --forms mhc --warm-up 2 --turns 2 --steps 2
+step_3b_auto_b4  1 7 -m benchmarks.step --out {out} --logs {folder} --model 3b --batches 4 --together 1 --forms mhc/auto --warm-up 2 --turns 2 --steps 2
 step_tp2_b1      2 3 -m benchmarks.step --out {out} --logs {folder} --batches 1 --tp 2 --forms mhc
 step_tp2_b2      2 3 -m benchmarks.step --out {out} --logs {folder} --batches 2 --tp 2 --forms mhc
 ops_2560         1 2 -m benchmarks.kernels --out {out} --only ops --shapes 4096x2560
@@ -88,6 +88,7 @@ if [ -n "$list" ]; then
     exit 0
 fi
 [ -n "$out" ] || die "give --out FOLDER"
+case $budget in *[!0-9]* | "") die "--budget-minutes $budget: a whole number of minutes" ;; esac
 for name in ${only//,/ }; do
     grep -q "^$name " <<<"$PIECES" || die "--only $name: no such piece, see --list"
 done

@@ -5,7 +5,7 @@
 
 pp: PP2 x VPP2 (the other ranks hold experts, where there are four), ep: experts on all ranks, no pipeline. A
 form is SCHEDULE/BOUNDARY[/TRANSPORT], of --mhc-pipeline-schedule, --mhc-pp-boundary and
---mhc-pipeline-transport. With --sockets messages cross the
+--mhc-pipeline-transport; auto has no boundary. With --sockets messages cross the
 network stack instead of NVLink. Jobs train through megatron_mhc.pretrain_gpt, in bf16 on Transformer Engine's
 layers, and take turns of a few steps (see `jobs`).
 
@@ -28,6 +28,7 @@ from benchmarks.jobs import TINY, TINY_MOE, Job, Turns, take_turns
 
 VANILLA = "vanilla"
 FORMS = (VANILLA, "megatron", "interleaved/whole", "interleaved/split", "fused/whole", "fused/split")
+AUTO = "auto"  # what it takes is among the others
 TRANSPORTS = ("push", "nccl")
 SOCKETS = {"NCCL_P2P_DISABLE": "1", "NCCL_SHM_DISABLE": "1"}
 
@@ -64,7 +65,8 @@ def job(form: str, width: int, n: int, options: argparse.Namespace) -> Job:
         schedule, boundary, transport = (*form.split("/"), "", "")[:3]
         arguments += ["--mhc-num-residual-streams", str(n)]
         if schedule != "megatron":
-            arguments += ["--mhc-pipeline-schedule", schedule, "--mhc-pp-boundary", boundary]
+            arguments += ["--mhc-pipeline-schedule", schedule]
+            arguments += ["--mhc-pp-boundary", boundary] if boundary else []
             arguments += ["--mhc-pipeline-transport", transport] if transport else []
     # Many queues: with one, a message that waits for its sender holds up whatever stands behind it.
     environment = {"CUDA_DEVICE_MAX_CONNECTIONS": options.connections, "BENCHMARK_TRACE": "1"}
@@ -95,12 +97,12 @@ def run(report: Report, width: int, n: int, options: argparse.Namespace) -> None
         with tempfile.TemporaryDirectory() as scratch:
             keep = options.logs or Path(scratch)
             rows = take_turns([job(form, width, n, options) for form in (VANILLA, *chosen)], turns, keep)
-            for form in (VANILLA, *chosen):
+            base = rows[VANILLA] if "failed" not in rows[VANILLA] else None
+            over(list(rows.values()), base, ("wall_ms", "peak_MiB"))
+            for form, name in names.items():
+                report.add(section, name, rows[form])
+            for form in names:  # which take as long as the steps do
                 picture(report, keep, form, f"{section}, {form}")
-        base = rows[VANILLA] if "failed" not in rows[VANILLA] else None
-        over(list(rows.values()), base, ("wall_ms", "peak_MiB"))
-        for form, name in names.items():
-            report.add(section, name, rows[form])
 
 
 def picture(report: Report, logs: Path, form: str, title: str) -> None:
@@ -143,7 +145,11 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     if options.ranks % 2:
         parser.error(f"--ranks {options.ranks}: the layouts need an even number")
-    known = {*FORMS, *(f"{form}/{transport}" for form in FORMS if "/" in form for transport in TRANSPORTS)}
+    known = {
+        *FORMS,
+        AUTO,
+        *(f"{form}/{transport}" for form in FORMS if "/" in form for transport in TRANSPORTS),
+    }
     if unknown := set(options.forms) - known:
         parser.error(f"--forms {','.join(unknown)}: choose from {','.join(sorted(known))}")
     if options.tiny:

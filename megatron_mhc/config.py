@@ -109,7 +109,8 @@ def _read(option: Field[Any], value: Any) -> Any:
 class MHCConfig:
     """Options of the mHC residual connection; the defaults are the paper's.
 
-    A value may also be given as text. `contract="auto"` becomes what it stands for.
+    A value may also be given as text. `contract="auto"` becomes what it stands for, and so does
+    `pp_boundary="auto"`, except under `pipeline_schedule="auto"`.
 
     Raises:
         ValueError: a value outside its range, naming the flag and the remedy.
@@ -222,8 +223,10 @@ class MHCConfig:
     pipeline_schedule: str = _option(
         "megatron",
         "interleaved has Megatron's order of chunks, and overlaps messages with compute; fused also runs the "
-        "forward of one microbatch and the backward of another node by node in turns: docs/schedules.md",
-        choices=("megatron", "interleaved", "fused"),
+        "forward of one microbatch and the backward of another node by node in turns; auto takes what the "
+        "simulator says is fastest for the launch and its link, and the log says which and why: "
+        "docs/schedules.md",
+        choices=("auto", "megatron", "interleaved", "fused"),
     )
     pipeline_transport: str = _option(
         "auto",
@@ -233,10 +236,11 @@ class MHCConfig:
         choices=("auto", "push", "nccl"),
     )
     pp_boundary: str = _option(
-        "whole",
+        "auto",
         "what a stage sends under interleaved and fused: whole, its streams; split, the mixed streams before "
-        "its last MLP and that MLP's output after it: docs/pipeline.md",
-        choices=("whole", "split"),
+        "its last MLP and that MLP's output after it: docs/pipeline.md; auto is whole, and with "
+        "--mhc-pipeline-schedule auto chosen with the schedule",
+        choices=("auto", "whole", "split"),
     )
 
     def __post_init__(self) -> None:
@@ -257,6 +261,8 @@ class MHCConfig:
         if self.contract == "auto":
             resolved = "learned_head" if self.preset == "deepseek_v4" else "mean"
             object.__setattr__(self, "contract", resolved)
+        if self.pp_boundary == "auto" and self.pipeline_schedule != "auto":
+            object.__setattr__(self, "pp_boundary", "whole")
 
     @property
     def is_hc(self) -> bool:

@@ -31,6 +31,8 @@ from megatron_mhc.layer import (
     HyperConnectionTransformerLayer,
     unsupported_submodule,
 )
+from megatron_mhc.pipeline import auto
+from megatron_mhc.pipeline.layer_times import Launch
 from megatron_mhc.pipeline.links import sms_of_receives
 from megatron_mhc.pipeline.options import check_config
 from megatron_mhc.recompute.chunk import DroppingChunk
@@ -100,6 +102,7 @@ def wrap_block_spec(
         ValueError: an unsupported configuration, layer or Megatron version; `log_interval` outside of
             megatron.training.
     """
+    mhc = auto.resolved(config, mhc, launch=None)
     parallel.validate(config, mhc)
     parallel.validate_stages(config)
     check_config(config, mhc)
@@ -144,14 +147,16 @@ class GPTScriptsCallThis:
             ValueError: unsupported settings, or options given both as flags and as MEGATRON_MHC.
         """
         hooks.check_uses(SPEC_USES)
+        from megatron.training import get_args
         from megatron.training.argument_utils import gpt_config_from_args
         from megatron.training.models.gpt import default_layer_spec
 
         if isinstance(config, TransformerConfig):
-            mhc, model_config = mhc_options(model_config), gpt_config_from_args(model_config, config)
+            args, model_config = model_config, gpt_config_from_args(model_config, config)
         else:
-            mhc, vp_stage = mhc_options(), config if vp_stage is None else vp_stage
+            args, vp_stage = get_args(), config if vp_stage is None else vp_stage
         transformer = model_config.transformer
+        mhc = auto.resolved(transformer, mhc_options(args), launch_of(args))
         hooks.require(schedule=mhc.pipeline_schedule in OVERLAPPED)
         spec = wrap_block_spec(default_layer_spec(model_config, vp_stage), mhc, transformer, vp_stage)
         backend = choose(mhc, transformer.hidden_size, parallel.streams_dtype(transformer), device_type())
@@ -189,3 +194,13 @@ def mhc_options(args: Any = None) -> MHCConfig:
         mhc = MHCConfig.from_args(args)
     check_writers(args, mhc)
     return mhc
+
+
+def launch_of(args: Any) -> Launch | None:
+    """The sizes of a step in Megatron's parsed arguments; None where a framework leaves some out."""
+    names = "seq_length", "micro_batch_size", "global_batch_size", "data_parallel_size"
+    sizes: list[Any] = [getattr(args, name, None) for name in names]
+    if not all(sizes):
+        return None
+    sequence, micro_batch, batch, ranks = sizes
+    return Launch(sequence, micro_batch, max(1, batch // (micro_batch * ranks)))

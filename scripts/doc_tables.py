@@ -6,7 +6,8 @@ A table stands between `<!-- NAME -->` and `<!-- /NAME -->`:
 
     options    docs/options.md    the fields of MHCConfig
     hooks      docs/hooks.md      hooks/targets.py
-    matrix     README.md          tests/support_matrix.py
+    matrix     docs/support.md    tests/support_matrix.py
+    works      README.md          the same, names alone
     simulated  docs/schedules.md  pipeline/simulate.py, its default times
     costs      README.md          step*.json of the newest folder in docs/results
     memory     README.md          recompute/estimate.py, of recipes in examples/
@@ -81,8 +82,16 @@ def _feature(feature: Feature) -> list[str]:
     links = []
     for test in feature.tests:
         file, _, name = test.partition("::")
-        links.append(f"[{name.removeprefix('test_')}](tests/{file})")
-    return [feature.name, feature.state, feature.note, ", ".join(links)]
+        links.append(f"[{name.removeprefix('test_')}](../tests/{file})")
+    return [feature.name, feature.state, feature.note.replace("](docs/", "]("), ", ".join(links)]
+
+
+def works() -> str:
+    """The features' names by state."""
+    names: dict[str, list[str]] = {}
+    for feature in FEATURES:
+        names.setdefault(feature.state, []).append(feature.name)
+    return "".join(f"- **{state}**: {' · '.join(found)}\n" for state, found in names.items())
 
 
 def simulated() -> str:
@@ -167,7 +176,8 @@ def _memory(of: tuple[str, int, int]) -> list[str]:
 TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "options": ("docs/options.md", options),
     "hooks": ("docs/hooks.md", hooks),
-    "matrix": ("README.md", matrix),
+    "matrix": ("docs/support.md", matrix),
+    "works": ("README.md", works),
     "costs": ("README.md", costs),
     "memory": ("README.md", memory),
     "simulated": ("docs/schedules.md", simulated),

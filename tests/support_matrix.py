@@ -1,6 +1,6 @@
-"""What works together with mHC, as data: scripts/doc_tables.py writes it into the README.
+"""What works together with mHC, as data: scripts/doc_tables.py writes it into docs/support.md.
 
-A row's tests are what shows it. tests/unit/test_docs.py asks that each of them exists and that the README
+A row's tests are what shows it. tests/unit/test_doc_pages.py asks that each of them exists and that the page
 is current.
 """
 
@@ -117,6 +117,15 @@ FEATURES = (
         (
             "distributed/test_folded_norm.py::test_folded_matches_apart",
             "unit/test_optional_parts.py::test_folded_norms_change_neither_numbers_nor_parameters_nor_entries",
+        ),
+    ),
+    Feature(
+        "`--mhc-pipeline-schedule auto`",
+        YES,
+        "[how it chooses](docs/schedules.md#auto)",
+        (
+            "unit/test_pipeline_auto.py::test_auto_takes_what_was_measured_to_be_fastest",
+            "distributed/test_auto_schedule.py::test_auto_trains_as_the_schedule_that_it_takes",
         ),
     ),
     Feature(

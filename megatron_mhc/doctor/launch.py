@@ -16,7 +16,7 @@ from megatron_mhc import command_line
 from megatron_mhc.arguments import no_such_flags
 from megatron_mhc.config import ENVIRONMENT, MHCConfig, flag
 from megatron_mhc.doctor.machine import ON_CPU, VARIABLE, choose, explained
-from megatron_mhc.doctor.part import Part, one_line
+from megatron_mhc.doctor.part import Part, Row, one_line
 from megatron_mhc.version import check_version
 
 SPEC = ("megatron_mhc.specs", "gpt_mhc_spec")
@@ -32,6 +32,7 @@ class Launch(Part):
     def __init__(self, command: command_line.Command, gpus: str):
         super().__init__()
         self.command, self.gpus = command, gpus
+        self.auto: list[Row] = []  # what --mhc-pipeline-schedule auto would take, by link
         try:
             check_version()
         except Exception:  # `Machine` says why
@@ -41,12 +42,14 @@ class Launch(Part):
         guess = self.asks(lambda: _first_look(command.arguments))
         if guess is None:
             return
-        mhc = self.options(guess.mhc)
-        if mhc is None:
+        asked = self.options(guess.mhc)
+        if asked is None:
             return
+        mhc: MHCConfig = asked
         config = None
         if settings := self.settings():
             args, config = settings
+            mhc = self.asks(lambda: self.resolved(args, config, asked)) or asked
             self.asks(lambda: self.model(args, config))
             self.asks(lambda: self.refused(args, config, mhc))
         width = guess.hidden_size if config is None else config.hidden_size
@@ -137,6 +140,15 @@ class Launch(Part):
                     return None
                 os.environ[VARIABLE] = "1"
 
+    def resolved(self, args: Any, config: Any, mhc: MHCConfig) -> MHCConfig:
+        """The options, with what auto would take in its place."""
+        from megatron_mhc.doctor.schedule import guesses
+        from megatron_mhc.schedule.plans import AUTO
+
+        if mhc.pipeline_schedule == AUTO:
+            self.auto, mhc = guesses(args, config, mhc)
+        return mhc
+
     def model(self, args: Any, config: Any) -> None:
         """Its sizes and layout, and the parts that Megatron needs for it."""
         dtype = str(config.params_dtype).removeprefix("torch.")
@@ -208,11 +220,11 @@ class Launch(Part):
         from megatron_mhc.schedule.plans import OVERLAPPED, passes_in_flight
 
         pp = config.pipeline_model_parallel_size
+        named = f"{mhc.pipeline_schedule}, {flag('pp_boundary')} {mhc.pp_boundary}"
+        self.rows += self.auto or [("schedule", "one stage, no pipeline" if pp == 1 else named)]
         if pp == 1:
-            self.say("schedule", "one stage, no pipeline")
             return
         overlapped = mhc.pipeline_schedule in OVERLAPPED
-        self.say("schedule", f"{mhc.pipeline_schedule}, {flag('pp_boundary')} {mhc.pp_boundary}")
         over_nccl = (
             f"receives posted ahead, over {args.distributed_backend}; those of a model's first step by way "
             "of the hosts, over gloo"

@@ -40,14 +40,20 @@ class Handle:
                     _restore()
 
     def report(self) -> str:
-        """A table of the replaced symbols and why each is replaced, and what the models alive now run."""
+        """A table of the replaced symbols and why each is replaced, and what the models alive now run.
+
+        Where --mhc-pipeline-schedule auto chose, it says what and why.
+        """
         from megatron.core import __version__ as version
+
+        from megatron_mhc.pipeline.auto import decisions
 
         state = "registered" if _registrations else "not registered"
         lines = [f"megatron_mhc hooks on megatron-core {version} ({SUPPORTED} supported): {state}"]
         hooks = [one.hook for one in _replaced.values() if one.on] or HOOKS
         lines += [f"  {hook.target}\n      {hook.reason}" for hook in hooks]
         lines += [f"  {line}" for line in operations() or ["no connection is built yet"]]
+        lines += [f"  {line}" for line in decisions()]
         return "\n".join(lines)
 
     def __enter__(self) -> Handle:

@@ -198,7 +198,8 @@ TRAINING_HOOKS: tuple[Hook, ...] = (
     ),
 )
 
-# Registered beside HOOKS by the spec of a training run where --mhc-pipeline-schedule is not megatron.
+# Registered beside HOOKS by the spec of a training run whose schedule, named or taken by
+# --mhc-pipeline-schedule auto, is not megatron.
 SCHEDULE_HOOKS: tuple[Hook, ...] = (
     Hook(
         target="megatron.training.training:get_forward_backward_func",

@@ -163,8 +163,9 @@ class _Pre(torch.autograd.Function):
         norm = norm and norm._replace(weight=norm_weight)
         writer = None if upstream is None else upstream.writer
         dx, d_weight, d_affine, df, d_norm_weight = gradients_of_pre(
-            kernels, options, handoff, x, weight, affine, norm, saved, norm_saved, dl, g, writer
-        )
+            kernels, options, handoff, x, weight, affine, norm, saved, norm_saved, dl, g, writer,
+            ctx.needs_input_grad[1],
+        )  # fmt: skip
         dx = dx if dx.shape == ctx.shape else dx.view(ctx.shape)
         if df is not None:
             upstream.put_df(dx, df)
@@ -184,7 +185,8 @@ def gradients_of_pre(
     dl: Tensor | None,
     g: Tensor | None,
     writer: tuple[Tensor, Tensor] | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    with_dphi: bool,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]:
     """dx, d_weight, d_affine, df of the writer and d_norm_weight, of what has arrived of g, dl and f.
 
     Args:
@@ -199,7 +201,7 @@ def gradients_of_pre(
         f, dl = None if f is None else f.view(x.shape[::2]), dl.view(x.shape[::2])
     return serving.pre_backward(
         x, g.contiguous(), f, dl, weight, affine, saved, options,
-        writer=writer, f_bias=f_bias, norm=norm, norm_saved=norm_saved, **more,
+        writer=writer, f_bias=f_bias, norm=norm, norm_saved=norm_saved, with_dphi=with_dphi, **more,
     )  # fmt: skip
 
 

@@ -73,9 +73,9 @@ class _Boundary(torch.autograd.Function):
                 return (None,) * 7
             dx = g_streams.reshape(x.shape).contiguous()
         else:
-            of_read = weight, affine, norm, saved, norm_saved
+            of_read, trains = (weight, affine, norm, saved, norm_saved), ctx.needs_input_grad[3]
             dx, d_weight, d_affine, df, d_norm_weight = gradients_of_pre(
-                read.kernels, read.options, handoff, x, *of_read, dl, g, tuple(writer)
+                read.kernels, read.options, handoff, x, *of_read, dl, g, tuple(writer), trains
             )
             if g_streams is not None:
                 dx, df = dx + g_streams.reshape(x.shape), None

@@ -106,6 +106,7 @@ def _pre_backward(
             **more,
         )
     )
+    assert d_weight is not None
     return dx, d_weight, d_affine, _none(saved) if d_norm_weight is None else d_norm_weight
 
 

@@ -21,8 +21,8 @@ class Kernels(NamedTuple):
     Args:
         name: of --mhc-backend.
         pre_forward: (x, weight, affine, options, norm) -> layer input, saved, coefficients, norm_saved.
-        pre_backward: (x, g, f, dl, weight, affine, saved, options, writer, f_bias, norm, norm_saved) -> dx,
-            d_weight, d_affine, df of the writer, d_norm_weight.
+        pre_backward: (x, g, f, dl, weight, affine, saved, options, writer, f_bias, norm, norm_saved,
+            with_dphi) -> dx, d_weight, d_affine, df of the writer, d_norm_weight.
         dtypes, streams: of x, and its n.
         max_iterations: of Sinkhorn-Knopp.
         channels_per_sm: most of C for each SM of the GPU.
@@ -37,7 +37,7 @@ class Kernels(NamedTuple):
 
     name: str
     pre_forward: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor | None]]
-    pre_backward: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]]
+    pre_backward: Callable[..., tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]]
     dtypes: tuple[torch.dtype, ...]
     streams: tuple[int, ...]
     max_iterations: int | None = None

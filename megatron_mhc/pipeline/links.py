@@ -45,26 +45,32 @@ class Card(NamedTuple):
 
 
 _chosen: list[tuple[Any, str, Choice]] = []  # by pipeline group, which is kept alive along with them
+_said: list[Choice] = []
 _pools: list[tuple[Any, Pool]] = []
 
 
-def choose(pp_group: Any, mhc: MHCConfig) -> Choice:
+def choose(pp_group: Any, mhc: MHCConfig, say: bool = True) -> Choice:
     """What a pipeline's messages take; every rank of the world must make the first call.
+
+    Args:
+        say: whether the log gets it, once.
 
     Raises:
         ValueError: --mhc-pipeline-transport push where memory is not shared, naming what is in the way.
     """
     asked = mhc.pipeline_transport
-    for group, option, choice in _chosen:
-        if group is pp_group and option == asked:
-            return choice
-    choice = _choose(pp_group, asked)
-    if asked == PUSH and not choice.pushes:
-        name = flag("pipeline_transport")
-        raise ValueError(f"{name} push: {choice.why}; use {name} auto or nccl, or put a pipeline on one host")
-    _chosen.append((pp_group, asked, choice))
-    means = "pushed over peer memory" if choice.pushes else f"sent over {dist.get_backend(pp_group)}"
-    log_single_rank(logger, logging.INFO, f"mHC pipeline messages are {means}: {choice.why}")
+    found = (one for group, option, one in _chosen if group is pp_group and option == asked)
+    if (choice := next(found, None)) is None:
+        choice = _choose(pp_group, asked)
+        if asked == PUSH and not choice.pushes:
+            name = flag("pipeline_transport")
+            instead = f"use {name} auto or nccl, or put a pipeline on one host"
+            raise ValueError(f"{name} push: {choice.why}; {instead}")
+        _chosen.append((pp_group, asked, choice))
+    if say and not any(one is choice for one in _said):
+        _said.append(choice)
+        means = "pushed over peer memory" if choice.pushes else f"sent over {dist.get_backend(pp_group)}"
+        log_single_rank(logger, logging.INFO, f"mHC pipeline messages are {means}: {choice.why}")
     return choice
 
 

@@ -13,7 +13,7 @@ from megatron_mhc.pipeline import links, loading
 VARIABLE = "CUDA_DEVICE_MAX_CONNECTIONS"
 
 
-def check_queues(mhc: MHCConfig, pp_group: Any) -> None:
+def check_queues(mhc: MHCConfig, pp_group: Any, say: bool = True) -> None:
     """Refuse one hardware queue for all streams where receives pend on the device.
 
     One queue has head-of-line blocking: an operation that waits holds up everything that the host issued
@@ -30,13 +30,14 @@ def check_queues(mhc: MHCConfig, pp_group: Any) -> None:
         mhc: --mhc-pipeline-schedule and --mhc-pipeline-transport.
         pp_group: the pipeline's process group; None where there is none yet. Every rank of the world makes
             the first call with one, see `links.choose`.
+        say: whether the log gets how messages travel.
 
     Raises:
         ValueError: naming the flag, the value found and the remedy.
     """
     if pp_group is None:
         return
-    choice = links.choose(pp_group, mhc)
+    choice = links.choose(pp_group, mhc, say)
     if not choice.pushes and loading.pends_on_device(dist.get_backend(pp_group)):
         check_variable(mhc.pipeline_schedule, choice.why)
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_mhc.config import MHCConfig
-from megatron_mhc.schedule.program import Plan
+from megatron_mhc.schedule.program import SPLIT, WHOLE, Plan
 from megatron_mhc.schedule.stages import layer_counts
 
+AUTO, MEGATRON = "auto", "megatron"
 INTERLEAVED, FUSED = OVERLAPPED = ("interleaved", "fused")
 
 
@@ -34,7 +35,7 @@ def plan_for(
         chunks,
         microbatches,
         group=group,
-        boundary=mhc.pp_boundary,
+        boundary=SPLIT if mhc.pp_boundary == SPLIT else WHOLE,
         forward_only=forward_only,
         fused=fused,
         layers=layer_counts(config) if fused else 1,

@@ -183,7 +183,7 @@ BF16 = {
 
 
 RESUMES = [
-    ("dp2", "fully_reshardable"),
+    pytest.param("dp2", "fully_reshardable", marks=pytest.mark.slow),
     ("dp2_distributed_optimizer", "fully_reshardable"),
     ("dp2_distributed_optimizer", "dp_reshardable"),
     pytest.param("pp2_distributed_optimizer", "fully_reshardable", marks=pytest.mark.slow),
@@ -283,7 +283,6 @@ def offload(fraction, run, *args, **options):
 
 
 OFFLOADED = BF16["dp2_distributed_optimizer"], "dense", torch.bfloat16
-FRACTIONS = pytest.mark.parametrize("fraction", [0.25, 1.0])
 
 
 def stepped(*args, **options):
@@ -293,7 +292,7 @@ def stepped(*args, **options):
     return {name: p.detach().clone() for name, p in global_parameters(chunks)}
 
 
-@FRACTIONS
+@pytest.mark.parametrize("fraction", [0.25, 1.0])
 def test_offloaded_optimizer_steps_as_one_on_the_gpu(run_ranks, fraction):
     want = run_ranks(2, stepped, *OFFLOADED)[0]
     got = run_ranks(2, offload, fraction, stepped, *OFFLOADED)[0]
@@ -301,7 +300,7 @@ def test_offloaded_optimizer_steps_as_one_on_the_gpu(run_ranks, fraction):
         torch.testing.assert_close(got[name], parameter, rtol=1e-6, atol=1e-6)
 
 
-@FRACTIONS
+@pytest.mark.parametrize("fraction", [0.25, pytest.param(1.0, marks=pytest.mark.slow)])
 def test_offloaded_optimizer_resumes_bit_for_bit(run_ranks, tmp_path, fraction):
     """Not from dp_reshardable, whose masters Megatron leaves at their bf16 values, of plain models too."""
     run, folder = functools.partial(run_ranks, 2, offload, fraction, train, *OFFLOADED), tmp_path / "saved"

@@ -48,7 +48,10 @@ def run(module: list[str], processes: int, output: str, seconds: float) -> int:
     status = 0
     while running and not status:
         ended = wait(list(running), max(0, until - time.monotonic()))
-        status = next((code for s in ended if (code := running.pop(s).exitcode)), 0 if ended else 124)
+        gone = [running.pop(sentinel) for sentinel in ended]
+        for process in gone:
+            process.join()  # a sentinel may be ready where there is no exit status yet
+        status = next((process.exitcode for process in gone if process.exitcode), 0 if ended else 124)
     for process in ranks:
         process.kill()
         process.join()

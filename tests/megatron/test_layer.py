@@ -13,6 +13,8 @@ from megatron_mhc.hyper_connection import HyperConnectionModule
 from megatron_mhc.ops import reference
 
 IDENTITY = MHCConfig(num_residual_streams=1, h_res="identity", h_pre="fixed", h_post="fixed")
+# Of tests that compare bits with Triton's own: its interpreter takes its time for every iteration.
+TRITON = dict(init="uniform", init_gating_factor=0.5, backend="triton", sinkhorn_iterations=2)
 VARIANTS = {
     "dense": {},
     "moe": gpt.MOE,
@@ -180,9 +182,9 @@ def test_triton_backend_matches_the_reference_backend(run_ranks, preset, norm, v
 @pytest.mark.parametrize(
     "options",
     [
-        dict(backend="triton"),
+        {},
         pytest.param(dict(backend="reference"), marks=pytest.mark.slow),
-        pytest.param(dict(backend="triton", recompute_layer_num="3"), marks=pytest.mark.slow),
+        pytest.param(dict(recompute_layer_num="3"), marks=pytest.mark.slow),
     ],
 )
 def test_a_compiled_layer_gives_the_same(run_ranks, compiler, options):
@@ -191,7 +193,7 @@ def test_a_compiled_layer_gives_the_same(run_ranks, compiler, options):
     def both():
         results = []
         for compiled in (False, True):
-            model = gpt.build(MHCConfig(init="uniform", init_gating_factor=0.5, **options))
+            model = gpt.build(MHCConfig(**TRITON | options))
             for layer in model.decoder.layers if compiled else ():
                 # testing.cpu takes torch.compile itself away.
                 layer._compiled_call_impl = torch._dynamo.optimize(compiler)(layer._call_impl)
@@ -207,7 +209,7 @@ def test_what_mhc_adds_to_a_layer_compiles_to_one_graph(run_ranks, backend, norm
     """Megatron's own attention and MLP, in which graphs break, stand aside."""
 
     def both():
-        model = gpt.build(MHCConfig(init="uniform", init_gating_factor=0.5, backend=backend, norm=norm))
+        model = gpt.build(MHCConfig(**TRITON | dict(backend=backend, norm=norm)))
         layer = model.decoder.layers[1]
         bias = torch.linspace(-1, 1, 32).requires_grad_()
         biased = layer.self_attn_bda(layer.training, False)
@@ -247,7 +249,7 @@ def test_connections_in_a_row_are_linked_within_and_across_layers(run_ranks, var
     def both():
         from megatron_mhc.ops import autograd
 
-        options = MHCConfig(init="uniform", init_gating_factor=0.5, backend="triton", **mhc)
+        options = MHCConfig(**TRITON | mhc)
         calls, results, original, find = [], [], autograd.post_backward, autograd.link_of
         autograd.post_backward = lambda *args: (calls.append(args), original(*args))[1]
         for linked in (False, True):
@@ -274,7 +276,7 @@ def test_connections_in_a_row_are_linked_within_and_across_layers(run_ranks, var
 )
 def test_post_res_adds_a_linear_bias_with_the_bits_of_an_addition(run_ranks, mhc, settings, folds):
     def both():
-        options = dict(init="uniform", init_gating_factor=0.5, backend="triton") | mhc
+        options = TRITON | mhc
         settings_ = dict(add_bias_linear=True) | settings
         from megatron_mhc.sublayer import Left, SubLayer
 
@@ -324,9 +326,7 @@ def test_a_fused_boundary_projects_ahead_within_and_across_layers(run_ranks, var
         calls, results, original = [], [], pre._project
         pre._project = lambda *args: (calls.append(args), original(*args))[1]
         for boundary in ("apart", "fused"):
-            mhc = MHCConfig(
-                init="uniform", init_gating_factor=0.5, backend="triton", boundary=boundary, **options
-            )
+            mhc = MHCConfig(boundary=boundary, **TRITON | options)
             calls.clear()
             model = gpt.build(mhc, bf16=True, params_dtype=torch.bfloat16, **VARIANTS[variant])
             results.append(gpt.forward_backward(model))

@@ -42,6 +42,16 @@ def test_a_resumed_run_equals_the_unbroken_one_bit_for_bit(unbroken, tmp_path):
     assert [key for key in expected if not torch.equal(expected[key], got[key])] == []
 
 
+def test_auto_says_what_it_takes_and_trains(unbroken, tmp_path):
+    """The model is built, and Megatron's training loop asks for a schedule, after the choice."""
+    _, values, _ = unbroken
+    flags = [*MHC, *PIPELINE, "--mhc-pipeline-schedule", "auto", "--logging-level", "20"]
+    chosen, output = launch(tmp_path, *flags)
+    said = [line for line in output.splitlines() if "mHC pipeline schedule: " in line]
+    assert len(said) == 1 and "by --mhc-pipeline-schedule auto: simulated steps in ms: megatron" in said[0]
+    torch.testing.assert_close(torch.tensor(chosen), torch.tensor(values), rtol=1e-5, atol=0)
+
+
 @pytest.mark.slow
 def test_a_checkpoint_of_one_schedule_resumes_under_the_other(unbroken, tmp_path):
     """--mhc-pipeline-schedule is no part of a checkpoint's arithmetic; fp32 losses agree to 1e-5."""

@@ -4,7 +4,8 @@
 
 messages   programs of every schedule and boundary, with shapes of odd sizes and as few slots as can be:
            messages that were wrong when they came or when their slot was let go of
-beside     milliseconds of a GEMM alone, while a wait pends, and while copies go both ways; GB/s of the copies
+beside     milliseconds of a GEMM alone, while a wait pends, and while copies go both ways; GB/s of the
+           copies; over NCCL, GB/s that an all-to-all and the copies have alone and beside each other
 """
 
 from __future__ import annotations
@@ -133,9 +134,46 @@ def beside(pool: Pool, options: argparse.Namespace) -> Row:
     memory.until(0, done)
     memory.finish(lambda: None)
     row["GB/s each way"] = 10 * size / 1e9 / (time.perf_counter() - began)
+    if ON_GPU:
+        row |= beside_all_to_all(size, send, memory)
     arrived = memory.tensor(512, (size // 2,), torch.bfloat16)
     row["ok"] = bool((arrived == peer + 1.0).all())
     return row
+
+
+def beside_all_to_all(size: int, send: Callable[[int], None], memory: Memory) -> Row:
+    """GB/s each way of experts' all-to-alls and of copies of `size` bytes, alone and at the same time."""
+    tokens = torch.zeros(size, dtype=torch.bfloat16, device="cuda")  # of which one half stays
+    out, count = torch.empty_like(tokens), 30
+    ends = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+    copied = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+
+    def rates(exchanges: int, copies: int) -> tuple[float, float]:
+        torch.cuda.synchronize()
+        dist.barrier()
+        with memory.behind("forward"):
+            copied[0].record()
+        send(copies)
+        with memory.behind("forward"):
+            copied[1].record()
+        ends[0].record()
+        for _ in range(exchanges):
+            dist.all_to_all_single(out, tokens)
+        ends[1].record()
+        memory.finish(lambda: None)
+        torch.cuda.synchronize()
+        spans = (exchanges, ends), (copies, copied)
+        exchanged, sent = (n * size / 1e6 / max(a.elapsed_time(b), 1e-6) for n, (a, b) in spans)
+        return exchanged, sent
+
+    rates(3, 3)
+    (alone, _), (_, copies), both = rates(count, 0), rates(0, count), rates(count, count)
+    return {
+        "all-to-all alone GB/s": alone,
+        "beside copies": both[0],
+        "copies alone GB/s": copies,
+        "beside all-to-all": both[1],
+    }
 
 
 def main() -> None:

@@ -226,6 +226,17 @@ def test_few_multiprocessors_match_float64(monkeypatch, tokens, channels, groups
     check_mixed(tokens, channels)
 
 
+@pytest.mark.parametrize("tokens, channels", [(37, 48), (1000, 4096)])
+def test_a_frozen_phi_gets_no_gradient_and_the_others_keep_theirs(tokens, channels):
+    leaves = leaves_of(tokens, channels)
+    want = step(leaves)
+    leaves[1].requires_grad_(False)
+    layer_input, streams, _ = triton_connection(*leaves, False)
+    loss = layer_input.float().square().sum() + streams.float().square().sum()
+    trained = [leaf for leaf in leaves if leaf.requires_grad]
+    same([layer_input, streams, *torch.autograd.grad(loss, trained)], [*want[:3], *want[4:]])
+
+
 # Of a norm: zero-centred, dtype of its weight.
 NORMS = [(False, torch.float32), (True, BF16)]
 

@@ -44,6 +44,8 @@ WIDE = ("layer_input", "streams", "d x", "d f")
 def limit(name, dtype, norm):
     if name == "d norm":  # rounded to the weight's dtype
         return max(COEFFICIENT[dtype], STREAM[norm.weight.dtype])
+    if ON_GPU and "alpha" in name:  # one number, and a sum over more tokens, in which much cancels
+        return 1e-2
     return (STREAM if name in WIDE else COEFFICIENT)[dtype]
 
 
@@ -61,7 +63,7 @@ def test_outputs_and_every_gradient_match_float64(case, of_norm):
 
 
 def test_the_reference_is_torchs_norm():
-    x, h_pre = torch.randn(5, 4, 48), torch.rand(5, 4)
+    x, h_pre = torch.randn(5, 4, 48, device=DEVICE), torch.rand(5, 4, device=DEVICE)
     for norm in (norm_like(x[:, 0], False), norm_like(x[:, 0], True)):
         weight = norm.weight + norm.zero_centered
         want = torch.nn.functional.rms_norm(reference.pre(x, h_pre), (48,), weight, norm.eps)
@@ -92,17 +94,17 @@ def test_streams_that_cancel_lose_the_digits_that_the_bound_says(left):
         assert errors[name] <= STREAM[F32] / left + lost, name
 
 
-def test_streams_that_cancel_altogether_give_zeros():
+def test_streams_that_cancel_altogether_stay_finite():
     x, weight, affine, f = inputs(3, 2, 16, F32)
     x[:, 1], affine[:2], weight[:] = -x[:, 0], 0.3, 0
     leaves = [t.requires_grad_() for t in (x, weight, affine)]
     y, mappings = autograd.pre(*leaves, FEW, norm=norm_like(f))
-    assert (y == 0).all()
+    assert y.abs().max() <= 1e-3  # the rounding of a product, times 1 / sqrt(eps)
     (y.sum() + autograd.post_res(f, mappings).sum()).backward()
     assert all(leaf.grad.isfinite().all() for leaf in leaves)
 
 
-def chain(case, how, norm, keep=False):
+def chain(case, how, norm):
     """Output and gradients of three connections with the same parameters: reference, apart, linked, ahead."""
     tokens, n, channels, dtype = case
     exact = how == "reference"
@@ -153,30 +155,28 @@ def test_results_repeat_bit_for_bit():
     same(chain(case, "linked", norm), chain(case, "linked", norm))
 
 
-def joined(norm, taken_by=None):
-    """A connection, and another one in one node with its post_res; `taken_by` reads in place of `norm`."""
+def two_connections(norm, as_one_node):
+    """phi and affine; leaves, the last one F's output for both; the streams between."""
     kernels = kernels_of(4)
     x, weight, affine, f = leaves = [t.requires_grad_() for t in inputs(5, 4, 48, BF16)]
-    leaves.append(norm.weight.requires_grad_())
-    y, mappings = autograd.pre(x.view(5, 1, -1), weight, affine, FEW, kernels, 4, norm)
-    out = (f.view(y.shape) + y).detach().requires_grad_()
-    streams = boundary.post_res_pre(out, mappings, NextPre(kernels, weight, affine, FEW, norm))
-    return streams, weight, affine, leaves, mappings, out, taken_by or norm
+    leaves[3:] = [norm.weight.requires_grad_(), f.detach().view(5, 1, 48).requires_grad_()]
+    _, mappings = autograd.pre(x.view(5, 1, -1), weight, affine, FEW, kernels, 4, norm)
+    next_pre = NextPre(kernels, weight, affine, FEW, norm)
+    post_res = boundary.post_res_pre if as_one_node else autograd.post_res
+    streams = post_res(leaves[-1], mappings, **(dict(next_pre=next_pre) if as_one_node else {}))
+    return (weight, affine), leaves, streams
 
 
 def test_one_node_has_the_bits_of_two():
-    norm = norm_like(inputs(5, 4, 48, BF16)[-1], dtype=BF16)
-    streams, weight, affine, leaves, _, out, _ = joined(norm)
-    got, mappings = boundary.taken(streams, weight, affine, norm)
-    last = autograd.post_res(out, mappings)
-    got = [got, last, *torch.autograd.grad([got.sum(), last.sum()], [*leaves[:3], norm.weight, out])]
-    _, weight, affine, leaves, mappings, out, _ = joined(norm)
-    x, _, _, f, _ = leaves
-    y, mappings = autograd.pre(x.view(5, 1, -1), weight, affine, FEW, kernels_of(4), 4, norm)
-    streams = autograd.post_res(out, mappings)
-    y, mappings = autograd.pre(streams, weight, affine, FEW, kernels_of(4), 4, norm)
-    last = autograd.post_res(out, mappings)
-    same(got, [y, last, *torch.autograd.grad([y.sum(), last.sum()], [*leaves[:3], norm.weight, out])])
+    norm, results = norm_like(inputs(5, 4, 48, BF16)[-1], dtype=BF16), []
+    for as_one_node in (True, False):
+        parameters, leaves, streams = two_connections(norm, as_one_node)
+        made = boundary.taken(streams, *parameters, norm)
+        assert (made is not None) == as_one_node
+        y, mappings = made or autograd.pre(streams, *parameters, FEW, kernels_of(4), 4, norm)
+        last = autograd.post_res(leaves[-1], mappings)
+        results.append([y, last, *torch.autograd.grad([y.sum(), last.sum()], leaves)])
+    same(*results)
 
 
 def changed(norm):
@@ -199,8 +199,8 @@ OTHERS = {
 def test_what_was_made_ahead_is_taken_for_the_very_norm_alone(other):
     reads, is_taken = OTHERS[other]
     norm = norm_like(inputs(5, 4, 48, BF16)[-1])
-    streams, weight, affine, *_ = joined(norm)
-    assert (boundary.taken(streams, weight, affine, reads(norm)) is not None) == is_taken
+    parameters, _, streams = two_connections(norm, True)
+    assert (boundary.taken(streams, *parameters, reads(norm)) is not None) == is_taken
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])

@@ -18,6 +18,9 @@ def test_defaults_are_the_papers():
     assert (mhc.num_residual_streams, mhc.sinkhorn_iterations, mhc.init_gating_factor) == (4, 20, 0.01)
     assert (mhc.preset, mhc.h_res, mhc.contract) == ("paper", "sinkhorn", "mean")
     assert MHCConfig(preset="deepseek_v4").contract == "learned_head"
+    assert mhc.pp_boundary == MHCConfig(pipeline_schedule="fused").pp_boundary == "whole"
+    assert MHCConfig(pipeline_schedule="auto").pp_boundary == "auto"
+    assert MHCConfig(pipeline_schedule="auto", pp_boundary="split").pp_boundary == "split"
 
 
 @pytest.mark.parametrize(

@@ -237,6 +237,19 @@ def test_one_hardware_queue_is_in_the_way_of_overlapped_schedules(examine):
     assert len(blocked) == 1 and "export CUDA_DEVICE_MAX_CONNECTIONS=32" in blocked[0]
 
 
+def test_what_auto_would_take_is_said_for_every_link(examine):
+    line = f"{MODEL} --mhc-pipeline-schedule auto"
+    found, blocked, _ = examine(f"CUDA_DEVICE_MAX_CONNECTIONS=32 {line}")
+    assert found["schedule"] == "auto takes megatron: one stage, no pipeline" and blocked == []
+    line += " --pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1"
+    found, blocked, _ = examine(f"CUDA_DEVICE_MAX_CONNECTIONS=32 {line}")
+    assert found["schedule"].startswith("auto, ") and blocked == []
+    assert found["pushed"].startswith("interleaved ") and found["over NCCL"].startswith("megatron: ")
+    assert "simulated steps in ms: " in found["several hosts"] and "passes in flight" in found
+    found, blocked, _ = examine(f"CUDA_DEVICE_MAX_CONNECTIONS=1 {line} --mhc-pipeline-transport nccl")
+    assert "pushed" not in found and "share one hardware queue" in found["over NCCL"] and blocked == []
+
+
 def test_what_megatron_refuses_is_in_the_way_and_the_back_end_still_named(examine):
     found, blocked, _ = examine(f"{MODEL} --num-attention-heads 7 --mhc-backend hopper")
     assert "Megatron's checks" in blocked[0]
@@ -256,10 +269,10 @@ def test_values_of_flags_that_nobody_knows_stay_out_of_the_report(examine):
     assert blocked == ["Megatron's parser knows no --my-key"] and "12ab34" not in text
 
 
-def test_home_is_shortened_and_other_variables_stay_out(monkeypatch):
+def test_home_is_shortened_and_other_variables_stay_out(run_ranks, monkeypatch):
     monkeypatch.setenv("HOME", str(ROOT.parent))
     monkeypatch.setenv("WANDB_API_KEY", "0123abc")
-    text, _ = doctor.report([])
+    text, _ = run_ranks(1, doctor.report, [])[0]
     assert f"~/{ROOT.name}/megatron_mhc" in text and str(ROOT) not in text and "0123abc" not in text
 
 

@@ -93,8 +93,13 @@ def test_table_of_a_recipe_with_a_custom_layout(run_ranks):
     assert megatron["vanilla"] == rows["vanilla"] and megatron["mHC"][1] < rows["mHC"][1]
 
 
-@pytest.mark.parametrize("command", ["-m megatron_mhc.recompute --config", "examples/plan_memory.py"])
-@pytest.mark.parametrize("text, words", [(None, "No such file"), ("--lr 'x", "No closing quotation")])
+@pytest.mark.parametrize(
+    "command, text, words",
+    [
+        ("-m megatron_mhc.recompute --config", None, "No such file"),
+        ("examples/plan_memory.py", "--lr 'x", "No closing quotation"),
+    ],
+)
 def test_a_recipe_that_cannot_be_read_is_named(tmp_path, command, text, words):
     path = tmp_path / "recipe.txt"
     if text:

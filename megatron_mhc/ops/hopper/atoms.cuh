@@ -13,9 +13,8 @@ constexpr int PART = MHC_PART;            // floats of a slice's share of a tile
 static_assert(PART == TILE * ATOMS * 4, "an atom has four words");
 
 // Where an atom of a token is in a part: first the READ atoms that h_pre is made of, of all tokens; then
-// every token's rest. A macro, since as a function it makes registers spill at some widths.
-// With NORM they are five. Atom i of four has pre i, <x_i, x_i> and <x_i, x_i+1>, the fifth, which stands
-// behind those of all tokens, <x_0, x_2> and <x_1, x_3>.
+// every token's rest. A macro, since as a function it makes registers spill at some widths. With NORM they
+// are five (gram.cuh), of which the fifth stands behind the others of all tokens.
 constexpr int READ = NORM ? 5 : 2;
 #define REST_AT(token, atom) (TILE * READ + (token) * (ATOMS - READ) + (atom) - READ)
 #if MHC_NORM

@@ -1,12 +1,11 @@
-// With NORM, `pre` knows |l|^2 before l: |l|^2 = sum_ij h_i h_j <x_i, x_j>, h = h_pre, of ten products <x_i,
-// x_j>.
+// With NORM, `pre` knows |l|^2 = sum_ij h_i h_j <x_i, x_j>, h = h_pre, of ten products of streams, before l.
 #pragma once
 
 #include "norm.cuh"
 #include "sinkhorn.cuh"
 
-constexpr int PAIRS = 10,
-              GRAM = TILE / 2 * PAIRS;  // <x_i, x_j> of a token, of the tokens of a warp of `project`
+constexpr int PAIRS = 10;               // of a token
+constexpr int GRAM = TILE / 2 * PAIRS;  // of the tokens of a warp of `project`
 
 // <x_i, x_j> of eight tokens, first to first + 7, of every fourth 16 channels from `step` on: those of token
 // lane / 4 on the lane that lies on the diagonal, where it is written to `to`.
@@ -15,12 +14,12 @@ __device__ __forceinline__ void gram(float* to, u32 tile, int first, int step, i
     // of a token with itself are on two diagonals. So five products have ten pairs.
     constexpr int LEFT[5][2] = {{0, 1}, {2, 3}, {1, 2}, {2, 3}, {3, 1}}, RIGHT[5] = {0, 0, 1, 2, 3};
     float acc[5][4] = {};
-    // Lanes 8 k to 8 k + 7 have the rows of channels 0 to 7 (k even) or 8 to 15 of stream k / 2 of two.
+    // Lanes 8 k to 8 k + 7 have the rows of channels 0 to 7 (k even) or 8 to 15 of stream k / 2 of two. 16
+    // channels on are two chunks, an address that the swizzle changes in two bits.
     const u32 own = tile + place(lane / 16 * REGION + (first + lane % 8) * 128, lane / 8 % 2);
 #pragma unroll
     for (int k = 0; k < WIDTH / 64; k++) {
         u32 v[2][4];  // two streams each, the two halves of 16 channels
-                      // Of 64 channels, which are a box, the chunks are permuted by bits that do not change.
 #pragma unroll
         for (int j = 0; j < 2; j++) load_matrices(v[j], (own ^ step * 32) + 2 * j * REGION + k * BOX_BYTES);
 #pragma unroll
@@ -38,8 +37,11 @@ __device__ __forceinline__ void gram(float* to, u32 tile, int first, int step, i
             to[row * PAIRS + 2 * p + 1] = row % 2 ? acc[p][3] : acc[p][2];
         }
 }
-// ---- the atoms of a token: atom i < 4 has pre i, <x_i, x_i> and <x_i, x_i+1>, the fifth <x_0, x_2> and
-// <x_1, x_3>, others the rest of the projection ----
+
+// ---- the atoms of a token ----
+//
+// Atom i of the first four has pre i, <x_i, x_i> and <x_i, x_i+1>, the fifth <x_0, x_2> and <x_1, x_3>,
+// others the rest of the projection.
 
 __device__ __forceinline__ bool of_gram(int atom, int k) {
     return atom == STREAMS || (atom < STREAMS && k > 0);
@@ -85,7 +87,7 @@ __device__ __forceinline__ Read read_norm(float h, float3 quad, float3 across, i
     Read v;
     v.with_l = __fmaf_rn(h1, quad.z, __fmul_rn(h, quad.y));
     v.with_l = __fmaf_rn(h2, i % 2 ? across.y : across.x, __fmaf_rn(h3, before, v.with_l));
-    const float square = fmaxf(sum_axis<1>(__fmul_rn(h, v.with_l)), 0.f);
-    v.inverse_rms = rsqrtf(__fmaf_rn(square, 1.f / CHANNELS, eps));
+    const float square = sum_axis<1>(__fmul_rn(h, v.with_l));
+    v.inverse_rms = rsqrtf(__fmaf_rn(square < 0.f ? 0.f : square, 1.f / CHANNELS, eps));
     return v;
 }

@@ -10,6 +10,7 @@ constexpr int MIDDLE = MHC_MIDDLE;      // such warps
 constexpr int TOGETHER = MHC_TOGETHER;  // tokens that such a warp prepares at once: one, or one in each half
 constexpr int LOADS = MHC_LOADS;        // slices that a lane loads a round
 constexpr bool DF = MHC_DF;             // df of the connection that wrote x is wanted
+constexpr bool DPHI = MHC_DPHI;         // phi's gradient is wanted
 // Atoms of a token's sums: g_i with x_0 to x_2, and g_i with x_3, g_i with f and its bias, dl (or u) with
 // x_i.
 constexpr int ATOMS = MHC_ATOMS;

@@ -184,7 +184,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                     multiply16(acc[n], a[0], a[1], a[2], a[3], high[s][n][0], high[s][n][1]);
                 }
 #pragma unroll
-                for (int k = 0; k < 4; k++) {
+                for (int k = 0; k < 4 && !NORM; k++) {
                     const float square =
                         __fmaf_rn(low_half(a[k]), low_half(a[k]), high_half(a[k]) * high_half(a[k]));
                     if (k % 2)
@@ -193,8 +193,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                         square0 += square;
                 }
             }
-            square0 = sum_axis<1>(square0);
-            square1 = sum_axis<1>(square1);
+            if constexpr (!NORM) square0 = sum_axis<1>(square0), square1 = sum_axis<1>(square1);
             float* buffer = sums + (BUG(sums_overwritten) ? 0 : it & 1) * (PROJECTING * SUMS);
             // In the order of atoms: squares behind pre.
             float* own = buffer + warp * SUMS + row * (NORM ? ROWS : ATOMS * 3);

@@ -157,7 +157,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             if (threadIdx.x == 0) MARK(it, 8);
             if (active) {
                 const float* coefficient = (const float*)(slots + slot * SLOT_BYTES);
-                {
+                if constexpr (DPHI) {
                     u32 d_high[3], d_low[3];  // [rows of phi, tokens], two tokens a register
 #pragma unroll
                     for (int n = 0; n < 3; n++) {
@@ -253,7 +253,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         }
         u32* turn = turns + at.slice * DX + warp;
         if (!BUG(out_of_turn)) await(turn, at.group, lane);
-        if (active) {
+        if (NORM && active) finish_norm(d_w, norm, at.first_channel + own + pair, at.group, groups, row);
+        if (DPHI && active) {
             float* to = d_weight + (u64)pair * STREAMS * CHANNELS + at.first_channel + own + row;
             const auto there = [&](int j, int n, int k) -> float& {
                 return to[(u64)(n * 8 + k % 2) * STREAMS * CHANNELS + (u64)j * CHANNELS + k / 2 * 8];
@@ -272,7 +273,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                 for (int n = 0; n < 3; n++)
 #pragma unroll
                     for (int k = 0; k < 4; k++) there(j, n, k) = d_phi[j][n][k] + before[j][n][k];
-            if constexpr (NORM) finish_norm(d_w, norm, at.first_channel + own + pair, at.group, groups, row);
         }
         publish(turn, lane);
     } else if (warp < DX + DOTS + 2) {

@@ -46,19 +46,21 @@ def pre_backward(
     f_bias: Tensor | None = None,
     norm: ReadNorm | None = None,
     norm_saved: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    with_dphi: bool = True,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]:
     """`megatron_mhc.ops.triton.pre_backward.pre_backward` of bf16; f and dl may be [s, b, C] too."""
     T, _, C = x.shape
     dx = torch.empty_like(x)
-    d_weight, d_affine = torch.empty_like(weight), torch.empty_like(affine)
+    d_weight, d_affine = torch.empty_like(weight) if with_dphi else None, torch.empty_like(affine)
     d_norm = None if norm is None else torch.empty_like(norm.weight)
     if T == 0:
-        return dx, d_weight.zero_(), d_affine.zero_(), None, None if d_norm is None else d_norm.zero_()
+        d_weight, d_norm = (None if t is None else t.zero_() for t in (d_weight, d_norm))
+        return dx, d_weight, d_affine.zero_(), None, d_norm
     df = None if writer is None else torch.empty_like(dl)
     unused = (saved, affine)  # neither read nor, as dl, written
     device = x.get_device()
     how = device, multiprocessors(device), raw_stream(device), get_ident()
-    plan = _plan(T, C, options, df is not None, norm and kind(norm), *how)
+    plan = _plan(T, C, options, df is not None, norm and kind(norm), *how, with_dphi)
     of_norm = () if norm is None else (norm.weight, norm_saved, d_norm)
     plan.launch(
         (x, g, f, dl, dx, dl if df is None else df),
@@ -78,11 +80,12 @@ def _plan(
     sms: int,
     stream: int,
     thread: int,
+    with_dphi: bool = True,
 ) -> Any:
     """The `launch.Plan` of the current stream and thread."""
     cut = layout(T, C, WIDEST, sms, TILE, options.reserved_sms)
     shared, stages = memory(cut.width, options.iterations, norm=norm is not None)
-    defines = cut.defines(C, TILE, stages) | dict(NORM=define(norm))
+    defines = cut.defines(C, TILE, stages) | dict(NORM=define(norm), DPHI=int(with_dphi))
     defines |= dict(ITERATIONS=options.iterations, V4=int(options.deepseek_v4), DF=int(with_df))
     defines |= dict(LOADS=loads(cut.slices, 4, MOST_LOADS), TOGETHER=2 if cut.slices <= FEW else 1)
     blocks, slots = cut.groups * cut.slices, cut.groups * defines["EXCHANGE"]

@@ -152,8 +152,8 @@ def _aggregate_kernel(
     read = h_pre
     if NORM:
         with_l = tl.sum(unfused_product(gram, tl.broadcast_to(h_pre[:, None, :], [BT, N, N])), axis=2)
-        of_l = tl.maximum(tl.sum(unfused_product(with_l, h_pre), axis=1), 0.0)
-        inverse_rms = tl.rsqrt(of_l / C + read_norm_eps)
+        of_l = tl.sum(unfused_product(with_l, h_pre), axis=1)
+        inverse_rms = tl.rsqrt(tl.where(of_l < 0.0, 0.0, of_l) / C + read_norm_eps)
         row = norm_saved + t * (N + 1)
         tl.store(row[:, None] + i[None, :], with_l, mask=live[:, None])
         tl.store(row + N, inverse_rms, mask=live)
@@ -190,7 +190,7 @@ def _project(x: Tensor, weight: Tensor, gram: bool) -> Tensor:
     if gram:
         _project_gram_kernel[(triton.cdiv(T, BT), pieces)](
             x, weight, parts, T, C, size, n, mapping_block(n), BT, BC, x.dtype == torch.bfloat16, INTERPRETED,
-            num_warps=8, num_stages=2,
+            num_warps=8, num_stages=3 if n < 8 else 2,
         )  # fmt: skip
         return parts
     _project_kernel[(triton.cdiv(T, BT), pieces)](

@@ -69,10 +69,10 @@ def _dx_kernel(
     turns, partial, d_affine, T, C, SLICES, RANGES, P,
     N: tl.constexpr, MP: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr,
     STAGES: tl.constexpr, PAIR: tl.constexpr, DPHI: tl.constexpr, DF: tl.constexpr, UPCAST: tl.constexpr,
-    NORM: tl.constexpr, ZERO_CENTERED: tl.constexpr,
+    REDUCE: tl.constexpr, NORM: tl.constexpr, ZERO_CENTERED: tl.constexpr,
 ):  # fmt: skip
     """dx_j = sum_i h_res[i, j] g_i + h_pre_j dl + (d . weight)_j + d[M] x_j, BC channels of every RANGES-th
-    block of tokens; with DPHI also d_weight, and three programs more for d_affine; with DF also
+    block of tokens; with DPHI also d_weight; with REDUCE three programs more for d_affine; with DF also
     the df of the connection that wrote x, from what that has saved. With NORM, dl is the gradient of the
     norm's output, and d_norm [C] that of its weight, of which norm_sums [C] fp32 are the sums on the way.
 
@@ -81,7 +81,7 @@ def _dx_kernel(
     M: tl.constexpr = 2 * N + N * N
     H: tl.constexpr = N + N * N + (2 if NORM else 0)
     ticket = tl.atomic_add(turns, 1, sem="relaxed")
-    if DPHI and ticket >= SLICES * RANGES:
+    if REDUCE and ticket >= SLICES * RANGES:
         _reduce(partial, d_affine, ticket - SLICES * RANGES, P, N, BP)
     else:
         piece = ticket // SLICES
@@ -210,7 +210,8 @@ def pre_backward(
     dh_post: Tensor | None = None,
     norm: ReadNorm | None = None,
     norm_saved: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    with_dphi: bool = True,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]:
     """Gradients of x [T, n, C] in x's dtype, weight [M, n*C] and affine [M+3] in fp32; df or None; and of the
     norm's weight [C] in its dtype, or None.
 
@@ -221,25 +222,28 @@ def pre_backward(
         writer: saved and affine of the connection that wrote x, whose df [T, C] is made too.
         f_bias: [C], what post_res added to f, if anything.
         dh_post: [T, n] fp32, where another pipeline stage has made it of f; f is then not read.
+        with_dphi: else the gradient of weight is None.
     """
     T, n, C = x.shape
     M, MP, K = mapping_rows(n), mapping_block(n), n * C
     f32 = dict(device=x.device, dtype=torch.float32)
     dx = torch.empty_like(x)
-    d_weight, d_affine = torch.empty(M, K, **f32), torch.empty(M + 3, **f32)
+    d_weight, d_affine = torch.empty(M, K, **f32) if with_dphi else None, torch.empty(M + 3, **f32)
     d_norm = None if norm is None else torch.empty_like(norm.weight)
     if T == 0:
-        return dx, d_weight.zero_(), d_affine.zero_(), None, None if d_norm is None else d_norm.zero_()
+        d_weight, d_norm = (None if t is None else t.zero_() for t in (d_weight, d_norm))
+        return dx, d_weight, d_affine.zero_(), None, d_norm
     norm_weight, _, zero_centered = norm or (None, 0.0, False)
     norm_sums = None if norm is None else torch.empty(C, **f32)
     is_pair = x.dtype == torch.bfloat16
-    with_dphi = is_pair and n < 8  # elsewhere the sums of dphi do not fit beside the rest
+    beside = with_dphi and is_pair and n < 8  # elsewhere the sums of dphi do not fit beside the rest
+    reduces = beside or not with_dphi
     BT, BC = 16, 64 if n < 8 else 32
     if x.dtype == torch.float32:  # twice the bytes, and three times the operands of TF32 products
         BC //= 2
     slices = triton.cdiv(C, BC)
     # Two programs are resident on each of about 132 multiprocessors; without dphi there is no sum to share.
-    ranges = max(1, min(264 // slices if with_dphi else 16, triton.cdiv(T, 4 * BT)))
+    ranges = max(1, min(264 // slices if beside else 16, triton.cdiv(T, 4 * BT)))
     BK = 64 if INTERPRETED else 128
     turns = torch.empty(1 + max(slices, triton.cdiv(K, BK)), device=x.device, dtype=torch.int32)
     d, mappings, partial = mapping_backward(
@@ -250,13 +254,13 @@ def pre_backward(
     unused = (saved, affine)  # neither read nor, as dl, written
     sums = (turns, partial, d_affine)
     P, BP = partial.shape[0], 256 if n < 8 else 64
-    _dx_kernel[(slices * ranges + 3 * with_dphi,)](
+    _dx_kernel[(slices * ranges + 3 * reduces,)](
         x, g, dl, weight, d, mappings, *(writer or unused), norm_weight, dx, dl if df is None else df,
         d_weight, norm_sums, d_norm, *sums, T, C, slices, ranges, P,
-        n, MP, BT, BC, BP, 3 if n < 8 else 1, is_pair, with_dphi, df is not None, INTERPRETED,
-        norm is not None, zero_centered, num_warps=4,
+        n, MP, BT, BC, BP, 3 if n < 8 else 1, is_pair, beside, df is not None, INTERPRETED,
+        reduces, norm is not None, zero_centered, num_warps=4,
     )  # fmt: skip
-    if not with_dphi:
+    if not reduces:
         turns.zero_()
         BT, slices = 16 if INTERPRETED else 64, triton.cdiv(K, BK)
         TS, ranges = split(T, 4, BT)
