@@ -103,4 +103,4 @@ def test_a_weight_is_gathered_before_pre_reads_it(run_ranks):
     + [pytest.param(*case, marks=pytest.mark.slow) for case in (("dense", full()), ("mla", local()))],
 )
 def test_graphs_hold_the_bits_of_steps_without(run_ranks, kind, graphed):
-    run_ranks(1, compare_graphed, ONE, kind, folded(), graphed)
+    compare_graphed(run_ranks, 1, ONE, kind, folded(), graphed)
