@@ -109,5 +109,11 @@ def compare(tensors, dtype, v4, iterations=20, norm=None):
     assert all(leaf.grad.dtype == leaf.dtype for leaf in ours)
     grads = (each([t.grad for t in tensors]) for tensors in (ours, exact))
     names = NAMES if norm is None else (*NAMES, "norm")
-    errors |= {"d " + name: error(a, b) for name, a, b in zip(names, *grads, strict=True)}
+    got, want = grads
+    errors |= {"d " + name: error(a, b) for name, a, b in zip(names, got, want, strict=True)}
+    # The gradient of an alpha is one number, and of some draws nearly 0: it is judged beside all three.
+    alphas = slice(names.index("alpha_pre"), names.index("alpha_res") + 1)
+    size = torch.cat(want[alphas]).norm().clamp_min(1e-20)
+    for name, a, b in zip(names[alphas], got[alphas], want[alphas], strict=True):
+        errors["d " + name] = ((a.double() - b).norm() / size).item()
     return errors
