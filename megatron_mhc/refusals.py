@@ -41,7 +41,7 @@ def refuse(rows: Iterable[Refusal], settings: Any, mhc: MHCConfig | None = None)
         raise error
 
 
-def _setting(
+def setting_row(
     name: str,
     remedy: str,
     refused: Callable[[Any], Any] = bool,
@@ -56,17 +56,17 @@ def _setting(
     return Refusal(found, what.replace("{flag}", "--" + name.replace("_", "-")), remedy)
 
 
-def _settings(what: str, instead: str, *rows: tuple[Any, ...]) -> tuple[Refusal, ...]:
+def setting_rows(what: str, instead: str, *rows: tuple[Any, ...]) -> tuple[Refusal, ...]:
     """Rows of (name, remedy[, refused]) that all have another way out."""
     return tuple(
-        _setting(name, f"{remedy}, or use {instead}", refused[0] if refused else bool, what)
+        setting_row(name, f"{remedy}, or use {instead}", refused[0] if refused else bool, what)
         for name, remedy, *refused in rows
     )
 
 
 # Megatron's parsed arguments: of our own pretrain_gpt, and of every script that takes --spec.
 ENTRY_POINT = tuple(
-    _setting(
+    setting_row(
         name,
         "run Megatron-LM's own script by `python -m megatron_mhc.launch pretrain_gpt.py ...`",
         what="{flag} is not supported by this entry point",
@@ -74,7 +74,7 @@ ENTRY_POINT = tuple(
     for name in ("sft", "fim_data", "hybrid_context_parallel", "dataloader_inter_document_masking")
 )
 SPEC_DOOR = tuple(
-    _setting(name, "use --use-distributed-optimizer instead", what="mHC does not support {flag}")
+    setting_row(name, "use --use-distributed-optimizer instead", what="mHC does not support {flag}")
     for name in ("use_megatron_fsdp", "use_torch_fsdp2")
 )
 
@@ -123,7 +123,7 @@ MODEL = (
         "--mhc-backend hopper does not support --fp32-residual-connection {value}",
         "its kernels take streams of bf16; use --mhc-backend auto, or drop it",
     ),
-    _setting("cpu_offloading", "drop it, and use --recompute-granularity to save memory"),
+    setting_row("cpu_offloading", "drop it, and use --recompute-granularity to save memory"),
     Refusal(
         lambda config, mhc: config.fine_grained_activation_offloading and mhc.recompute_layer_num != "off",
         "--mhc-recompute-layer-num {mhc.recompute_layer_num} does not support "
@@ -142,9 +142,9 @@ MODEL = (
         "--mhc-norm folded does not support --normalization {value}",
         "its kernels compute RMSNorm; use --normalization RMSNorm, or --mhc-norm auto or apart",
     ),
-    _setting("inference_fuse_tp_communication", "drop it: it adds the residual inside a linear layer"),
-    _setting("transformer_impl", "use transformer_engine or local", lambda v: v == "inference_optimized"),
-    _setting("mtp_standalone", "put the MTP layer on the stage of the last decoder layer and the loss"),
+    setting_row("inference_fuse_tp_communication", "drop it: it adds the residual inside a linear layer"),
+    setting_row("transformer_impl", "use transformer_engine or local", lambda v: v == "inference_optimized"),
+    setting_row("mtp_standalone", "put the MTP layer on the stage of the last decoder layer and the loss"),
     Refusal(
         _taken_apart,
         "mHC does not support --overlap-moe-expert-parallel-comm {value}",
@@ -214,7 +214,7 @@ STACK = (
 )
 
 
-def _empty(stages: slice, when: Callable[[Any, MHCConfig], Any] = lambda config, mhc: True) -> Any:
+def empty_stage(stages: slice, when: Callable[[Any, MHCConfig], Any] = lambda config, mhc: True) -> Any:
     """A `found` that gives the first without a decoder layer of these stages of a pipeline."""
 
     def found(config: Any, mhc: MHCConfig) -> int | None:
@@ -229,39 +229,16 @@ def _empty(stages: slice, when: Callable[[Any, MHCConfig], Any] = lambda config,
 # The layout of its pipeline: where the streams begin and end.
 STAGES = (
     Refusal(
-        _empty(slice(1)),
+        empty_stage(slice(1)),
         "mHC expands the embedding in the first decoder layer, but pipeline stage 0 has none",
         "drop --account-for-embedding-in-pipeline-split, or give stage 0 a layer in "
         "--pipeline-model-parallel-layout",
     ),
     Refusal(
-        _empty(slice(-1, None), lambda config, mhc: config.mtp_num_layers),
+        empty_stage(slice(-1, None), lambda config, mhc: config.mtp_num_layers),
         "with --mtp-num-layers the streams end at the last decoder layer, which must be on the last pipeline "
         "stage",
         "drop --account-for-loss-in-pipeline-split, or give that stage a decoder layer",
-    ),
-)
-
-# Under --delay-wgrad-compute: only a fused step asks the linears for what they have put off.
-DELAYED = (
-    Refusal(
-        lambda config, mhc: mhc.pipeline_schedule != "fused",
-        "--mhc-pipeline-schedule {mhc.pipeline_schedule} does not support --delay-wgrad-compute True",
-        "it would never compute what the linears have put off; use --mhc-pipeline-schedule fused, or drop it",
-    ),
-    Refusal(
-        lambda config, mhc: config.pipeline_model_parallel_size == 1,
-        "--delay-wgrad-compute True needs a pipeline",
-        "without one, Megatron's own schedule runs instead of --mhc-pipeline-schedule fused and would never "
-        "compute what the linears have put off; give --pipeline-model-parallel-size 2 or more, or drop it",
-    ),
-    *_settings(
-        "--mhc-pipeline-schedule fused with --delay-wgrad-compute does not support {flag} {value}",
-        "--mhc-pipeline-schedule fused without --delay-wgrad-compute",
-        # Its linears are no modules of the model: their queues would not be found.
-        ("use_transformer_engine_op_fuser", "drop it"),
-        # Megatron's hook of a weight that one micro-batch uses twice asks for two gradients, and finds one.
-        ("mtp_use_repeated_layer", "drop it"),
     ),
 )
 
@@ -330,74 +307,5 @@ LAYER = (
         lambda layer, mhc: layer.config.cuda_graph_impl if any(layer.held) else None,
         "--cuda-graph-impl {value}",
         "drop it",
-    ),
-)
-
-# The schedules: Megatron's, the two that overlap, and of these `fused`; then the `split` boundary.
-MEGATRONS_SCHEDULE = (
-    Refusal(
-        lambda config, mhc: mhc.pp_boundary == "split",
-        "--mhc-pp-boundary split needs --mhc-pipeline-schedule interleaved or fused",
-        "Megatron's schedule sends one message for each boundary",
-    ),
-)
-
-
-def _graphs_of_a_stage(config: Any, mhc: MHCConfig) -> str | None:
-    asked = config.cuda_graph_impl not in (None, "none") and config.pipeline_model_parallel_size > 1
-    return config.cuda_graph_impl if asked else None
-
-
-OVERLAPPED = (
-    *_settings(
-        "--mhc-pipeline-schedule {mhc.pipeline_schedule} does not support {flag} {value}",
-        "--mhc-pipeline-schedule megatron",
-        ("variable_seq_lengths", "messages have one shape; pack sequences to one length"),
-        ("num_microbatches_with_partial_activation_checkpoints", "drop it", lambda v: v is not None),
-        ("moe_paged_stash", "drop it"),
-        # Its chunks come back in the order of Megatron's schedule.
-        ("fine_grained_activation_offloading", "drop it"),
-        ("hybrid_context_parallel", "drop it"),
-    ),
-    Refusal(
-        _graphs_of_a_stage,
-        "--mhc-pipeline-schedule {mhc.pipeline_schedule} does not support --cuda-graph-impl {value} on a "
-        "pipeline",
-        "it sends what a graph has written while the next one writes over it; use --mhc-pipeline-schedule "
-        "megatron, or drop it",
-    ),
-)
-FUSED = (
-    *_settings(
-        "--mhc-pipeline-schedule fused does not support {flag} {value}",
-        "--mhc-pipeline-schedule interleaved",
-        ("recompute_granularity", "use --mhc-recompute-layer-num auto", lambda v: v == "full"),
-        ("recompute_modules", "recompute moe_act or nothing of the experts", lambda v: "moe" in (v or [])),
-        ("moe_shared_expert_overlap", "drop it: the schedule hides the all-to-alls itself"),
-        ("moe_token_dispatcher_type", "use alltoall", lambda v: v == "flex"),
-        ("overlap_dispatch_backward_with_experts_wgrad", "drop it"),
-        ("mlp_chunks_for_training", "drop it", lambda v: (v or 1) > 1),
-        # Its second GEMM would run beside those of the compute stream, in the one workspace of a device.
-        ("moe_latent_size", "drop it"),
-    ),
-    Refusal(
-        _empty(slice(None)),
-        "--mhc-pipeline-schedule fused goes layer by layer, and stage {value} has none",
-        "give it one in --pipeline-model-parallel-layout, or use --mhc-pipeline-schedule interleaved",
-    ),
-)
-SPLIT = (
-    _setting(
-        "recompute_granularity",
-        "use --mhc-recompute-layer-num auto with --recompute-granularity selective, or --mhc-pp-boundary "
-        "whole",
-        lambda v: v == "full",
-        "--mhc-pp-boundary split does not support {flag} full, whose replay runs the last layer as a whole",
-    ),
-    Refusal(
-        _empty(slice(-1)),
-        "--mhc-pp-boundary split cuts the last MLP of every stage but the last, and stage {value} has no "
-        "layer",
-        "give it one in --pipeline-model-parallel-layout, or use --mhc-pp-boundary whole",
     ),
 )

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_mhc import refusals
 from megatron_mhc.config import MHCConfig, flag
+from megatron_mhc.pipeline import refusals
 from megatron_mhc.pipeline.queues import check_queues
 from megatron_mhc.refusals import Refusal, refuse
 from megatron_mhc.schedule.plans import FUSED, OVERLAPPED
