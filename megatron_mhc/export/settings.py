@@ -1,0 +1,150 @@
+"""Megatron's arguments as the sizes of the exported model; what it has no form for is refused by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from megatron_mhc.config import MHCConfig
+
+REMEDY = "the exported model has no such part; generate by Megatron instead (docs/inference.md)"
+_NONE = (None, False)
+_YARN = {"original_max_position_embeddings": 4096, "beta_fast": 32, "beta_slow": 1}  # no flags: MLA's defaults
+# What changes a forward pass and is not translated, with the values under which it does not. Parts that have
+# weights need no row: `weights.py` refuses tensors that it does not know.
+KNOWN: dict[str, tuple[Any, ...]] = {
+    "normalization": ("RMSNorm",),
+    "layernorm_zero_centered_gamma": _NONE,
+    "swiglu": (True,),
+    "activation_func_clamp_value": _NONE,
+    "glu_linear_offset": (0.0, None),
+    "position_embedding_type": ("rope",),
+    "rotary_interleaved": _NONE,
+    "no_rope_freq": _NONE,
+    "mrope_section": _NONE,
+    "softmax_type": ("vanilla",),
+    "window_size": _NONE,
+    "qk_l2_norm": _NONE,
+    "attention_output_gate": _NONE,
+    "experimental_attention_variant": _NONE,
+    "linear_attention_freq": _NONE,
+    "apply_residual_connection_post_layernorm": _NONE,
+    "fp32_residual_connection": _NONE,
+    "heterogeneous_layers_config_path": _NONE,
+    "is_hybrid_model": _NONE,
+    "hybrid_layer_pattern": _NONE,
+    "use_mup": _NONE,
+    "moe_apply_probs_on_input": _NONE,
+    "moe_expert_capacity_factor": _NONE,
+    "moe_input_jitter_eps": _NONE,
+    "moe_latent_size": _NONE,
+    "moe_mlp_glu_interleave_size": _NONE,
+    "moe_shared_expert_glu_interleave_size": _NONE,
+    "moe_router_force_load_balancing": _NONE,
+    "moe_router_force_biased": _NONE,
+}
+_ROUTERS = ("none", "aux_loss", "seq_aux_loss", "global_aux_loss")
+
+
+def check(args: Any) -> None:
+    """Refuse what the exported model does not compute.
+
+    Raises:
+        ValueError: naming the flag, its value and the remedy.
+    """
+    for name, known in KNOWN.items():
+        if (value := getattr(args, name, known[0])) not in known:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: {REMEDY}")
+    routers = getattr(args, "moe_router_load_balancing_type", "none")
+    for router in routers if isinstance(routers, list) else [routers]:
+        if router not in _ROUTERS:
+            raise ValueError(f"--moe-router-load-balancing-type {router}: {REMEDY}")
+
+
+def rope(args: Any) -> dict[str, Any]:
+    """base, percent, and of scaled angles their type and its numbers."""
+    out: dict[str, Any] = {"base": args.rotary_base, "percent": getattr(args, "rotary_percent", 1.0)}
+    if args.multi_latent_attention:
+        if (getattr(args, "rope_type", None) or "yarn") == "yarn":  # MLA's default
+            if out["percent"] != 1.0:
+                raise ValueError(f"--rotary-percent {out['percent']} with --rope-type yarn: {REMEDY}")
+            numbers = {name: getattr(args, name, value) for name, value in _YARN.items()}
+            out |= {"type": "yarn", "factor": args.rotary_scaling_factor, **numbers}
+            out |= {"mscale": args.mscale, "mscale_all_dim": args.mscale_all_dim}
+        return out
+    linear, llama = getattr(args, "rotary_seq_len_interpolation_factor", None), args.use_rope_scaling
+    if linear and llama:
+        raise ValueError(f"--rotary-seq-len-interpolation-factor {linear} with --use-rope-scaling: {REMEDY}")
+    if linear:
+        out |= {"type": "linear", "factor": linear}
+    elif llama:
+        out |= {"type": "llama3", "factor": args.rope_scaling_factor}
+    return out
+
+
+def mla(args: Any) -> dict[str, Any]:
+    names = ("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim")
+    return {name: getattr(args, name) for name in names}
+
+
+def moe(args: Any, layers: list[bool]) -> dict[str, Any]:
+    """Sizes and router of the experts; layers: which of them have experts."""
+    dtype = {"fp32": "float32", "fp64": "float64"}.get(args.moe_router_dtype)
+    return {
+        "layers": layers,
+        "num_experts": args.num_experts,
+        "intermediate_size": args.moe_ffn_hidden_size,
+        "shared_size": args.moe_shared_expert_intermediate_size,
+        "shared_gate": args.moe_shared_expert_gate,
+        "top_k": args.moe_router_topk,
+        "num_groups": args.moe_router_num_groups,
+        "group_top_k": args.moe_router_group_topk,
+        "score_function": args.moe_router_score_function,
+        "pre_softmax": args.moe_router_pre_softmax,
+        "scaling_factor": args.moe_router_topk_scaling_factor,
+        "expert_bias": args.moe_router_enable_expert_bias,
+        "router_dtype": dtype,
+    }
+
+
+def config(args: Any, mhc: MHCConfig, state: dict[str, Tensor]) -> dict[str, Any]:
+    """The sizes of the exported model.
+
+    Args:
+        args: of the run that trained it.
+        state: of `weights.translate`; sizes and biases are those that its tensors have.
+
+    Raises:
+        ValueError: naming the flag, its value and the remedy.
+    """
+    check(args)
+    first = "model.layers.0."
+    vocabulary, width = state["model.embed_tokens.weight"].shape
+    layers = range(args.num_layers)
+    experts = [f"model.layers.{i}.mlp.router.weight" in state for i in layers]
+    out: dict[str, Any] = {
+        "vocab_size": vocabulary,
+        "hidden_size": width,
+        "intermediate_size": args.ffn_hidden_size,
+        "num_hidden_layers": args.num_layers,
+        "num_attention_heads": args.num_attention_heads,
+        "max_position_embeddings": args.max_position_embeddings,
+        "rms_norm_eps": getattr(args, "layernorm_epsilon", None) or args.norm_epsilon,
+        "linear_bias": first + "self_attn.o_proj.bias" in state,
+        "tie_word_embeddings": "lm_head.weight" not in state,
+        "rope": rope(args),
+        "mla": mla(args) if args.multi_latent_attention else None,
+        "moe": moe(args, experts) if any(experts) else None,
+        "mhc": mhc.arithmetic(),
+        "dtype": str(state["model.embed_tokens.weight"].dtype).removeprefix("torch."),
+    }
+    if args.multi_latent_attention:
+        out["qk_norm"] = first + "self_attn.kv_a_layernorm.weight" in state
+    else:
+        head = args.kv_channels or width // args.num_attention_heads
+        out["head_dim"] = head
+        out["num_key_value_heads"] = state[first + "self_attn.k_proj.weight"].shape[0] // head
+        out["qk_norm"] = first + "self_attn.q_norm.weight" in state
+        out["qkv_bias"] = first + "self_attn.q_proj.bias" in state
+    return out

@@ -1,0 +1,157 @@
+"""A checkpoint exported to a Hugging Face folder, beside the Megatron model that saved it, in fp32."""
+
+import ast
+import shlex
+import sys
+from pathlib import Path
+
+import gpt
+import pytest
+import torch
+from convert_cases import save, scrambled
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+
+from megatron_mhc import command_line
+from megatron_mhc.export import export, settings
+from megatron_mhc.export.folder import MODELING
+from megatron_mhc.specs import wrap_block_spec
+
+transformers = pytest.importorskip("transformers", minversion="5")
+
+BASE = """
+    --distributed-backend gloo --transformer-impl local --no-rope-fusion --no-persist-layer-norm
+    --no-gradient-accumulation-fusion --no-masked-softmax-fusion --no-bias-swiglu-fusion --no-bias-dropout-fusion
+    --num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 80 --max-position-embeddings 80
+    --position-embedding-type rope --normalization RMSNorm --swiglu --attention-dropout 0 --hidden-dropout 0
+    --mock-data --tokenizer-type NullTokenizer --vocab-size 64 --micro-batch-size 1 --train-iters 1 --lr 1e-2
+"""
+GQA = "--group-query-attention --num-query-groups 2 "
+PLAIN = "--disable-bias-linear "
+MLA = PLAIN + """--multi-latent-attention --kv-lora-rank 16 --qk-head-dim 8 --v-head-dim 12
+    --qk-pos-emb-head-dim 8 --qk-layernorm --untie-embeddings-and-output-weights """
+MOE = """--num-experts 8 --moe-ffn-hidden-size 16 --moe-router-topk 2 --moe-layer-freq ([0]+[1])
+    --moe-router-load-balancing-type none --moe-token-dispatcher-type alltoall --moe-router-dtype fp32 """
+SHARED = "--moe-shared-expert-intermediate-size 16 "
+SIGMOID = SHARED + "--moe-router-score-function sigmoid --moe-router-enable-expert-bias "
+CASES = {
+    "gqa": GQA + PLAIN + "--untie-embeddings-and-output-weights",
+    "biases_tied_v4": GQA + "--qk-layernorm --mhc-preset deepseek_v4 --rotary-percent 0.5",
+    "qkv_bias_hc": PLAIN + "--add-qkv-bias --mhc-h-res unconstrained --mhc-contract sum --rotary-base 500",
+    "fixed": PLAIN + "--mhc-h-pre fixed --mhc-h-post fixed --mhc-contract learned_head --use-rope-scaling",
+    "identity": PLAIN + "--mhc-h-res identity --mhc-h-pre fixed --rotary-seq-len-interpolation-factor 2",
+    "nothing_learns": PLAIN + "--mhc-h-res identity --mhc-h-pre fixed --mhc-h-post fixed",
+    "hc_fixed": PLAIN + "--mhc-h-res unconstrained --mhc-h-post fixed --mhc-num-residual-streams 2",
+    "mla_sigmoid": MLA + MOE + SIGMOID + "--rope-type rope",
+    "mla_yarn_groups": MLA + MOE + SIGMOID + """--q-lora-rank 16 --rope-type yarn --rotary-scaling-factor 4
+        --mscale 1.0 --mscale-all-dim 0.5 --moe-router-num-groups 4 --moe-router-group-topk 2
+        --moe-router-topk-scaling-factor 2.5 --mhc-preset deepseek_v4""",
+    "mla_softmax": MLA + MOE + SHARED + "--moe-shared-expert-gate --rope-type rope",
+    "mla_pre_softmax": MLA + MOE + "--moe-router-pre-softmax --rope-type rope --mhc-contract sum",
+}  # fmt: skip
+
+
+def trained(words):
+    """The model that megatron.training builds of these arguments, with random weights, and the arguments."""
+    gpt.start()
+    args, config, mhc = command_line.parse(shlex.split(BASE + words), 1)
+    args.padded_vocab_size = 64
+    spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization=config.normalization)
+    model = GPTModel(
+        config,
+        wrap_block_spec(spec, mhc, config),
+        args.padded_vocab_size,
+        args.max_position_embeddings,
+        share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
+        position_embedding_type=args.position_embedding_type,
+        rotary_percent=args.rotary_percent,
+        rotary_base=args.rotary_base,
+        rope_scaling=args.use_rope_scaling,
+        rope_scaling_factor=args.rope_scaling_factor,
+        seq_len_interpolation_factor=args.rotary_seq_len_interpolation_factor,
+    )
+    for name, buffer in scrambled(model, 1).named_buffers():
+        if name.endswith("expert_bias"):
+            buffer.copy_(torch.linspace(-0.5, 0.5, len(buffer)))
+    return model.eval(), args
+
+
+def exported(model, args, folder, kind, monkeypatch):
+    """The model by way of a checkpoint and a folder, as users load it."""
+    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(folder / "modules"))
+    save(model, folder / "checkpoint", kind, args)
+    export(folder / "checkpoint", folder / "out")
+    loaded, report = transformers.AutoModelForCausalLM.from_pretrained(
+        folder / "out", trust_remote_code=True, output_loading_info=True
+    )
+    assert not any(report.values()), report
+    return loaded
+
+
+def logits(model, tokens):
+    """Of Megatron's model, [b, s, vocabulary]."""
+    b, s = tokens.shape
+    mask = torch.ones(1, 1, s, s, dtype=torch.bool).triu(1)
+    return model(tokens, torch.arange(s).expand(b, s), mask)
+
+
+def greedy(model, tokens, count):
+    for _ in range(count):
+        tokens = torch.cat([tokens, logits(model, tokens)[:, -1:].argmax(-1)], dim=1)
+    return tokens
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_exported_model_has_the_logits_of_the_trained_one(run_ranks, tmp_path, monkeypatch, case):
+    """Whole, token by token with the KV cache, and padded on the left; for GQA also 64 greedy tokens."""
+    kind = "torch" if list(CASES).index(case) % 2 else "torch_dist"
+
+    @torch.no_grad()
+    def compare():
+        model, args = trained(CASES[case])
+        ours = exported(model, args, tmp_path, kind, monkeypatch)
+        tokens = torch.randint(0, 64, (2, 12), generator=torch.Generator().manual_seed(0))
+        whole = ours(tokens).logits
+        expected = logits(model, tokens)
+        cache, parts = None, []
+        for piece in (tokens[:, :5], *tokens[:, 5:].split(1, dim=1)):
+            done = ours(piece, past_key_values=cache, use_cache=True)
+            cache = done.past_key_values
+            parts.append(done.logits)
+        padding = torch.tensor([[0] * 3 + [1] * 12] * 2)
+        padded = ours(torch.cat([tokens[:, :3], tokens], 1), attention_mask=padding).logits[:, 3:]
+        found = [(logit - expected).abs().max().item() for logit in (whole, torch.cat(parts, 1), padded)]
+        texts = None
+        if case == "gqa":
+            continued = ours.generate(tokens, max_new_tokens=64, do_sample=False)
+            texts = continued.tolist(), greedy(model, tokens, 64).tolist()
+        return found, expected.std().item(), texts
+
+    found, spread, texts = run_ranks(1, compare)[0]
+    print(case, found, spread)
+    assert spread > 0.1
+    assert max(found) <= 1e-4 * spread
+    if case == "gqa":
+        ours, theirs = texts
+        assert ours == theirs and len(ours[0]) == 76
+        assert len(set(ours[0][12:])) > 3  # no single word over and over
+
+
+def test_the_model_file_needs_torch_and_transformers_alone():
+    found = set()
+    for node in ast.walk(ast.parse(MODELING.read_text())):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names = [node.module] if isinstance(node, ast.ImportFrom) else [name.name for name in node.names]
+            found |= {name.split(".")[0] for name in names}
+    assert found - set(sys.stdlib_module_names) == {"torch", "transformers"}
+
+
+@pytest.mark.parametrize("name", settings.KNOWN)
+def test_what_the_exported_model_has_no_form_for_is_refused_by_name(name):
+    class Arguments:
+        pass
+
+    setattr(Arguments, name, "something")
+    flag = "--" + name.replace("_", "-")
+    with pytest.raises(ValueError, match=rf"{flag} something: .* generate by Megatron"):
+        settings.check(Arguments)
