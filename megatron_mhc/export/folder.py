@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from megatron_mhc import __version__
 from megatron_mhc.convert.read import import_safetensors
 from megatron_mhc.convert.write import staged
 from megatron_mhc.export import settings, weights
-from megatron_mhc import __version__
 
 MODELING = Path(__file__).with_name("modeling_mhc_gpt.py")
 SHARD = 5 * 10**9  # bytes of a file, as transformers writes them
@@ -77,17 +77,14 @@ def load_tokenizer(args: Any, named: str | None) -> Any:
 
 def write(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     """Put the model into a folder that is there."""
-    source = MODELING.read_text()
-    [(model_type,), (config_class,), (model,)] = (
-        re.findall(pattern, source)
-        for pattern in (r'model_type = "(\w+)"', r"class (\w+)\(PreTrainedConfig\)", r"class (\w+ForCausalLM)\(")
-    )
-    (folder / MODELING.name).write_text(source)
-    places = {"AutoConfig": config_class, "AutoModelForCausalLM": model}
+    shutil.copyfile(MODELING, folder / MODELING.name)
     head = {
-        "architectures": [model],
-        "model_type": model_type,
-        "auto_map": {auto: f"{MODELING.stem}.{name}" for auto, name in places.items()},
+        "architectures": ["MHCGPTForCausalLM"],
+        "model_type": "mhc_gpt",
+        "auto_map": {
+            "AutoConfig": f"{MODELING.stem}.MHCGPTConfig",
+            "AutoModelForCausalLM": f"{MODELING.stem}.MHCGPTForCausalLM",
+        },
         "megatron_mhc_version": __version__,
     }
     _write_json(folder / "config.json", head | config)
@@ -96,10 +93,11 @@ def write(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> N
     shards = _shards(tensors)
     index: dict[str, str] = {}
     for number, keys in enumerate(shards, 1):
-        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
+        part = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
+        name = f"model{part}.safetensors"
         index |= dict.fromkeys(keys, name)
-        part = {key: tensors[key] for key in keys}
-        import_safetensors().torch.save_file(part, folder / name, metadata={"format": "pt"})
+        held = {key: tensors[key] for key in keys}
+        import_safetensors().torch.save_file(held, folder / name, metadata={"format": "pt"})
     if len(shards) > 1:
         total = {"total_size": sum(tensor.nbytes for tensor in tensors.values())}
         _write_json(folder / "model.safetensors.index.json", {"metadata": total, "weight_map": index})

@@ -1,17 +1,15 @@
 """A GPT with manifold-constrained hyper-connections (mHC, arXiv 2512.24880), for Hugging Face transformers.
 
-Plain torch, of one file; equation numbers are the paper's. Shapes: b sequences, s tokens, n streams, C channels.
+Plain torch; equation numbers are the paper's. Shapes: b sequences, s tokens, n streams, C channels.
     streams [b, s, n, C]    h_pre, h_post [b, s, n]    h_res [b, s, n, n]
 Coefficients are computed and applied in fp32 (fp64 for fp64 streams), whatever the weights' dtype.
 """
-
-import math
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 V4_EPS = 1e-6
 
@@ -19,7 +17,7 @@ V4_EPS = 1e-6
 class MHCGPTConfig(PreTrainedConfig):
     """Sizes of the model.
 
-    rope: base, percent, and of scaled angles their type (linear, llama3, yarn) with its numbers.
+    rope: inverse_frequencies, magnitude of cos and sin, softmax_scale beside 1/sqrt(d).
     mla: sizes of multi-latent attention; None for grouped-query attention.
     moe: sizes and router of the experts, and `layers`, whether each layer has them; None without.
     mhc: num_residual_streams, preset, h_res, h_pre, h_post, sinkhorn_iterations, contract, norm_eps.
@@ -103,23 +101,29 @@ class HyperConnection(nn.Module):
         self.sizes = [size * on for size, on in zip((n, n, n * n), dynamic, strict=True)]
         size = sum(self.sizes)
         rows, width = (size // n, config.hidden_size) if self.hc else (size, n * config.hidden_size)
-        self.weight = nn.Parameter(torch.zeros(rows, width, dtype=torch.float32))
-        self.bias = nn.Parameter(torch.zeros(size, dtype=torch.float32))
-        self.alpha = nn.Parameter(torch.zeros(sum(dynamic), dtype=torch.float32))
+        if size:
+            self.weight = nn.Parameter(torch.zeros(rows, width, dtype=torch.float32))
+            self.bias = nn.Parameter(torch.zeros(size, dtype=torch.float32))
+            self.alpha = nn.Parameter(torch.zeros(sum(dynamic), dtype=torch.float32))
+
+    def logits(self, streams):
+        """Eq. (16), alpha * projection + bias: [b, s, m]; with the tanh of Eq. (5) for plain HC."""
+        if not any(self.sizes):
+            return wide(streams[..., 0, :0])
+        if self.hc:  # each stream is normalised and projected by itself
+            x = wide(streams)
+            x = x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + self.mhc["norm_eps"])
+            raw = torch.tanh(torch.einsum("mc,bsnc->bsmn", self.weight.to(x.dtype), x)).flatten(2)
+        else:
+            raw = projection(streams, self.weight, self.mhc["norm_eps"])
+        alphas = iter(self.alpha.to(raw.dtype))
+        alpha = torch.cat([next(alphas).expand(size) for size in self.sizes if size])
+        return raw * alpha + self.bias.to(raw.dtype)
 
     def forward(self, streams):
         """h_pre, h_post and h_res of streams."""
-        n, eps = streams.shape[-2], self.mhc["norm_eps"]
-        if self.hc:  # Eq. (5): each stream is normalised and projected by itself
-            x = wide(streams)
-            x = x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + eps)
-            raw = torch.tanh(torch.einsum("mc,bsnc->bsmn", self.weight.to(x.dtype), x)).flatten(2)
-        else:
-            raw = projection(streams, self.weight, eps)
-        sizes = torch.tensor([size for size in self.sizes if size], device=raw.device)
-        alpha = self.alpha.to(raw.dtype).repeat_interleave(sizes, output_size=raw.shape[-1])
-        # Eq. (16), or Eq. (5) behind its tanh
-        pre, post, res = (raw * alpha + self.bias.to(raw.dtype)).split(self.sizes, dim=-1)
+        n, raw = streams.shape[-2], self.logits(streams)
+        pre, post, res = raw.split(self.sizes, dim=-1)
         ones = raw.new_ones(*raw.shape[:-1], n)
         if self.hc:
             h_pre, h_post, h_res = pre, post, res.unflatten(-1, (n, n))
@@ -141,9 +145,8 @@ class Contraction(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        mhc = self.mhc = config.mhc
-        n = mhc["num_residual_streams"]
-        if mhc["contract"] == "learned_head":
+        self.mhc, n = config.mhc, config.mhc["num_residual_streams"]
+        if self.mhc["contract"] == "learned_head":
             self.weight = nn.Parameter(torch.zeros(n, n * config.hidden_size, dtype=torch.float32))
             self.bias = nn.Parameter(torch.zeros(n, dtype=torch.float32))
             self.alpha = nn.Parameter(torch.zeros(1, dtype=torch.float32))
@@ -156,36 +159,12 @@ class Contraction(nn.Module):
         return read(streams, weights + (V4_EPS if self.mhc["preset"] == "deepseek_v4" else 0.0))
 
 
-def rotary(config, positions, dim, dtype):
-    """cos and sin of positions [b, s]: [b, 1, s, dim], and the scale of attention's softmax beside 1/sqrt(d)."""
-    rope = config.rope
-    inverse = 1.0 / rope["base"] ** (torch.arange(0, dim, 2, device=positions.device).float() / dim)
-    magnitude, softmax_scale, kind = 1.0, 1.0, rope.get("type")
-    if kind == "linear":
-        positions = positions / rope["factor"]
-    elif kind == "llama3":  # of Llama 3.x, as Megatron has it
-        wavelength, factor, context = 2 * math.pi / inverse, rope["factor"], 8192
-        low = torch.where(wavelength > context, inverse / factor, inverse)
-        smooth = (context / wavelength - 1) / 3
-        middle = (wavelength >= context / 4) & (wavelength <= context)
-        inverse = torch.where(middle, (1 - smooth) * low / factor + smooth * low, low)
-    elif kind == "yarn":
-        def edge(turns):
-            return dim * math.log(rope["context"] / (turns * 2 * math.pi)) / (2 * math.log(rope["base"]))
-
-        def concentration(mscale):
-            return 0.1 * mscale * math.log(rope["factor"]) + 1.0 if rope["factor"] > 1 else 1.0
-
-        first = max(math.floor(edge(rope["beta_fast"])), 0)
-        last = min(math.ceil(edge(rope["beta_slow"])), dim - 1)
-        ramp = (torch.arange(dim // 2, device=inverse.device).float() - first) / (max(last - first, 0.001))
-        ramp = ramp.clamp(0, 1)
-        inverse = inverse / rope["factor"] * ramp + inverse * (1 - ramp)
-        softmax_scale = concentration(rope["mscale_all_dim"]) ** 2
-        magnitude = concentration(rope["mscale"]) / concentration(rope["mscale_all_dim"])
-    angles = (positions[..., None].float() * inverse)[:, None]
-    angles = torch.cat([angles, angles], dim=-1)
-    return (angles.cos() * magnitude).to(dtype), (angles.sin() * magnitude).to(dtype), softmax_scale
+def rotary(config, positions, dtype):
+    """cos and sin of the angles at positions [b, s]: [b, 1, s, channels that are rotated]."""
+    magnitude, inverse = config.rope["magnitude"], config.rope["inverse_frequencies"]
+    inverse = torch.tensor(inverse, dtype=torch.float32, device=positions.device)
+    angles = (positions[..., None].float() * inverse).repeat(1, 1, 2)[:, None]
+    return (angles.cos() * magnitude).to(dtype), (angles.sin() * magnitude).to(dtype)
 
 
 def rotate(x, cos, sin):
@@ -202,30 +181,33 @@ def attend(q, k, v, mask, scale):
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2).flatten(2)
 
 
+def norm(size, config, there=True):
+    """A norm, or nothing."""
+    return nn.RMSNorm(size, eps=config.rms_norm_eps) if there else nn.Identity()
+
+
 class Attention(nn.Module):
     """Grouped-query attention."""
 
     def __init__(self, config, layer):
         super().__init__()
         self.layer, self.dim = layer, config.head_dim
-        self.scale = self.dim**-0.5
-        self.rotated = int(self.dim * config.rope["percent"])
-        query, key = config.num_attention_heads * self.dim, config.num_key_value_heads * self.dim
-        self.q_proj = nn.Linear(config.hidden_size, query, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(config.hidden_size, key, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(config.hidden_size, key, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(query, config.hidden_size, bias=config.linear_bias)
-        self.q_norm = nn.RMSNorm(self.dim, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(self.dim, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.scale = config.rope["softmax_scale"] * self.dim**-0.5
+        width, query = config.hidden_size, config.num_attention_heads * self.dim
+        key = config.num_key_value_heads * self.dim
+        self.q_proj = nn.Linear(width, query, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(width, key, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(width, key, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(query, width, bias=config.linear_bias)
+        self.q_norm, self.k_norm = (norm(self.dim, config, config.qk_norm) for _ in range(2))
 
     def forward(self, x, rotation, mask, cache):
-        cos, sin, softmax_scale = rotation
-        heads = (linear(x).unflatten(-1, (-1, self.dim)) for linear in (self.q_proj, self.k_proj, self.v_proj))
-        q, k, v = (part.transpose(1, 2) for part in heads)
-        q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
+        parts = (linear(x) for linear in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (part.unflatten(-1, (-1, self.dim)).transpose(1, 2) for part in parts)
+        q, k = rotate(self.q_norm(q), *rotation), rotate(self.k_norm(k), *rotation)
         if cache is not None:
             k, v = cache.update(k, v, self.layer)
-        return self.o_proj(attend(q, k, v, mask, self.scale * softmax_scale))
+        return self.o_proj(attend(q, k, v, mask, self.scale))
 
 
 class LatentAttention(nn.Module):
@@ -233,42 +215,33 @@ class LatentAttention(nn.Module):
 
     def __init__(self, config, layer):
         super().__init__()
-        mla = self.mla = config.mla
-        self.layer, self.heads = layer, config.num_attention_heads
-        self.nope, self.rotated, self.value = mla["qk_head_dim"], mla["qk_pos_emb_head_dim"], mla["v_head_dim"]
-        self.scale = (self.nope + self.rotated) ** -0.5
-        width, eps, queries = config.hidden_size, config.rms_norm_eps, self.heads * (self.nope + self.rotated)
-        if mla["q_lora_rank"] is None:
-            self.q_proj = nn.Linear(width, queries, bias=False)
-        else:
-            self.q_a_proj = nn.Linear(width, mla["q_lora_rank"], bias=False)
-            self.q_b_proj = nn.Linear(mla["q_lora_rank"], queries, bias=False)
-            self.q_a_layernorm = nn.RMSNorm(mla["q_lora_rank"], eps=eps) if config.qk_norm else nn.Identity()
-        self.kv_a_proj = nn.Linear(width, mla["kv_lora_rank"] + self.rotated, bias=False)
-        self.kv_a_layernorm = nn.RMSNorm(mla["kv_lora_rank"], eps=eps) if config.qk_norm else nn.Identity()
-        self.kv_b_proj = nn.Linear(mla["kv_lora_rank"], self.heads * (self.nope + self.value), bias=False)
-        self.o_proj = nn.Linear(self.heads * self.value, width, bias=config.linear_bias)
+        mla = config.mla
+        self.layer, self.heads, self.latent = layer, config.num_attention_heads, mla["kv_lora_rank"]
+        self.nope, self.rotated = mla["qk_head_dim"], mla["qk_pos_emb_head_dim"]
+        self.scale = config.rope["softmax_scale"] * (self.nope + self.rotated) ** -0.5
+        width, rank = config.hidden_size, mla["q_lora_rank"]
+        self.q_a_proj = nn.Linear(width, rank, bias=False) if rank else nn.Identity()
+        self.q_a_layernorm = norm(rank or width, config, config.qk_norm)
+        self.q_b_proj = nn.Linear(rank or width, self.heads * (self.nope + self.rotated), bias=False)
+        self.kv_a_proj = nn.Linear(width, self.latent + self.rotated, bias=False)
+        self.kv_a_layernorm = norm(self.latent, config, config.qk_norm)
+        self.kv_b_proj = nn.Linear(self.latent, self.heads * (self.nope + mla["v_head_dim"]), bias=False)
+        self.o_proj = nn.Linear(self.heads * mla["v_head_dim"], width, bias=config.linear_bias)
 
     def forward(self, x, rotation, mask, cache):
-        cos, sin, softmax_scale = rotation
-        if self.mla["q_lora_rank"] is None:
-            q = self.q_proj(x)
-        else:
-            q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
+        q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
         q = q.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        latent, k_rope = self.kv_a_proj(x).split([self.mla["kv_lora_rank"], self.rotated], dim=-1)
+        latent, k_rope = self.kv_a_proj(x).split([self.latent, self.rotated], dim=-1)
         kv = self.kv_b_proj(self.kv_a_layernorm(latent)).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        k, v = kv.split([self.nope, self.value], dim=-1)
+        k, v = kv.split([self.nope, kv.shape[-1] - self.nope], dim=-1)
         q, q_rope = q.split([self.nope, self.rotated], dim=-1)
-        # Pairs of neighbours are rotated.
-        q_rope, k_rope = (
-            rotate(part.unflatten(-1, (-1, 2)).mT.flatten(-2), cos, sin) for part in (q_rope, k_rope[:, None])
-        )
+        pairs = (part.unflatten(-1, (-1, 2)) for part in (q_rope, k_rope[:, None]))  # of neighbours
+        q_rope, k_rope = (rotate(pair.mT.flatten(-2), *rotation) for pair in pairs)
         q = torch.cat([q, q_rope], dim=-1)
         k = torch.cat([k, k_rope.expand(-1, self.heads, -1, -1)], dim=-1)
         if cache is not None:
             k, v = cache.update(k, v, self.layer)
-        return self.o_proj(attend(q, k, v, mask, self.scale * softmax_scale))
+        return self.o_proj(attend(q, k, v, mask, self.scale))
 
 
 class MLP(nn.Module):
@@ -305,8 +278,8 @@ class MoE(nn.Module):
         if groups:
             grouped = scores.unflatten(-1, (self.moe["num_groups"], -1))
             best = grouped.topk(k // groups, dim=-1)[0].sum(dim=-1).topk(groups, dim=-1)[1]
-            kept = torch.zeros(grouped.shape[:2], dtype=torch.bool, device=scores.device).scatter(1, best, True)
-            scores = grouped.masked_fill(~kept[..., None], float("-inf")).flatten(1)
+            left = torch.ones_like(grouped[..., 0], dtype=torch.bool).scatter(1, best, False)
+            scores = grouped.masked_fill(left[..., None], float("-inf")).flatten(1)
         return scores.topk(k, dim=-1)[1]
 
     def route(self, x):
@@ -315,14 +288,14 @@ class MoE(nn.Module):
         dtype = getattr(torch, moe["router_dtype"]) if moe["router_dtype"] else x.dtype
         logits = F.linear(x.to(dtype), self.router.weight.to(dtype))
         if moe["score_function"] == "softmax":
-            scores = torch.softmax(wide(logits), dim=-1) if moe["pre_softmax"] else logits
+            scores = logits.float().softmax(dim=-1) if moe["pre_softmax"] else logits
             chosen = self.top(scores)
             weights = scores.gather(1, chosen)
-            weights = weights if moe["pre_softmax"] else torch.softmax(wide(weights), dim=-1)
+            weights = weights if moe["pre_softmax"] else weights.float().softmax(dim=-1)
         else:
-            logits = wide(logits)
-            scores = logits.sigmoid() if moe["score_function"] == "sigmoid" else F.softplus(logits).sqrt()
-            chosen = self.top(scores + self.expert_bias.to(scores.dtype) if moe["expert_bias"] else scores)
+            scores = logits.float()
+            scores = scores.sigmoid() if moe["score_function"] == "sigmoid" else F.softplus(scores).sqrt()
+            chosen = self.top(scores + self.expert_bias if moe["expert_bias"] else scores)
             weights = scores.gather(1, chosen)
             if moe["top_k"] > 1:
                 weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
@@ -337,11 +310,10 @@ class MoE(nn.Module):
             gate, up = F.linear(flat[token], self.gate_up_proj[expert]).chunk(2, dim=-1)
             inner = (F.silu(gate) * up * weights[token, place, None]).to(x.dtype)
             out.index_add_(0, token, F.linear(inner, self.down_proj[expert]))
-        out = out.view_as(x)
-        if self.shared is None:
-            return out
-        shared = self.shared(x)
-        return out + (shared if self.shared_gate is None else shared * self.shared_gate(x).sigmoid())
+        if self.shared is not None:
+            shared = self.shared(flat)
+            out = out + (shared if self.shared_gate is None else shared * self.shared_gate(flat).sigmoid())
+        return out.view_as(x)
 
 
 class Layer(nn.Module):
@@ -349,12 +321,11 @@ class Layer(nn.Module):
 
     def __init__(self, config, layer):
         super().__init__()
-        width, eps = config.hidden_size, config.rms_norm_eps
         self.self_attn = (Attention if config.mla is None else LatentAttention)(config, layer)
         dense = not (config.moe and config.moe["layers"][layer])
         self.mlp = MLP(config, config.intermediate_size, config.linear_bias) if dense else MoE(config)
-        self.input_layernorm = nn.RMSNorm(width, eps=eps)
-        self.post_attention_layernorm = nn.RMSNorm(width, eps=eps)
+        self.input_layernorm = norm(config.hidden_size, config)
+        self.post_attention_layernorm = norm(config.hidden_size, config)
         self.attn_hc, self.mlp_hc = HyperConnection(config), HyperConnection(config)
 
     def forward(self, streams, rotation, mask, cache):
@@ -366,26 +337,46 @@ class Layer(nn.Module):
         return write(streams, f, h_post, h_res)
 
 
-class MHCGPTPreTrainedModel(PreTrainedModel):
-    """What loading and saving ask for."""
+class Decoder(nn.Module):
+    """From token ids to the last hidden state."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
+        self.hc_head = Contraction(config)
+        self.norm = norm(config.hidden_size, config)
+
+    def forward(self, x, attention_mask, position_ids, cache):
+        """x: embeddings [b, s, C]; attention_mask: [b, keys], 0 for padding, or None."""
+        past = 0 if cache is None else cache.get_seq_length()
+        keys = torch.arange(past + x.shape[1], device=x.device)
+        mask = (keys <= keys[past:, None])[None, None]
+        if attention_mask is not None:  # padding sees itself, so that it stays finite
+            mask = mask & attention_mask[:, None, None].bool() | (keys == keys[past:, None])
+        rotation = rotary(self.config, keys[None, past:] if position_ids is None else position_ids, x.dtype)
+        streams = x.unsqueeze(-2).expand(*x.shape[:-1], self.config.mhc["num_residual_streams"], x.shape[-1])
+        for layer in self.layers:
+            streams = layer(streams, rotation, mask, cache)
+        return self.norm(self.hc_head(streams))
+
+
+class MHCGPTForCausalLM(PreTrainedModel, GenerationMixin):
+    """The decoder and its output layer."""
 
     config_class = MHCGPTConfig
     base_model_prefix = "model"
     _no_split_modules = ["Layer"]
     _supports_sdpa = True
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     # bf16 logits would cost the Sinkhorn projection its row sums.
     _keep_in_fp32_modules_strict = ["attn_hc", "mlp_hc", "hc_head", "expert_bias"]
 
-
-class MHCGPTModel(MHCGPTPreTrainedModel):
-    """The decoder without its output layer."""
-
     def __init__(self, config):
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
-        self.hc_head = Contraction(config)
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.model = Decoder(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     def forward(
@@ -395,42 +386,15 @@ class MHCGPTModel(MHCGPTPreTrainedModel):
         position_ids=None,
         past_key_values=None,
         inputs_embeds=None,
+        labels=None,
         use_cache=None,
+        logits_to_keep=0,
         **kwargs,
     ):
-        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if past_key_values is None and use_cache:
             past_key_values = DynamicCache()
-        past = 0 if past_key_values is None else past_key_values.get_seq_length()
-        keys = torch.arange(past + x.shape[1], device=x.device)
-        if position_ids is None:
-            position_ids = keys[None, past:]
-        mask = (keys <= keys[past:, None])[None, None]
-        if attention_mask is not None:  # [b, keys], 0 for padding; which sees itself, so that it stays finite
-            mask = mask & attention_mask[:, None, None].bool() | (keys == keys[past:, None])
-        rotation = rotary(self.config, position_ids, self.layers[0].self_attn.rotated, x.dtype)
-        streams = x.unsqueeze(-2).expand(*x.shape[:-1], self.config.mhc["num_residual_streams"], x.shape[-1])
-        for layer in self.layers:
-            streams = layer(streams, rotation, mask, past_key_values)
-        hidden = self.norm(self.hc_head(streams))
-        return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=past_key_values)
-
-
-class MHCGPTForCausalLM(MHCGPTPreTrainedModel, GenerationMixin):
-    """The model with its output layer."""
-
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
-
-    def __init__(self, config):
-        super().__init__(config)
-        self.model = MHCGPTModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
-
-    def forward(self, input_ids=None, labels=None, logits_to_keep=0, **kwargs):
-        done = self.model(input_ids, **kwargs)
-        logits = self.lm_head(done.last_hidden_state[:, -logits_to_keep:])  # 0 keeps all
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=done.past_key_values)
+        x = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        hidden = self.model(x, attention_mask, position_ids, past_key_values)
+        logits = self.lm_head(hidden[:, -logits_to_keep:])  # 0 keeps all
+        loss = None if labels is None else self.loss_function(logits, labels, self.config.vocab_size)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)

@@ -1,6 +1,6 @@
 """A checkpoint's tensors by the names of the exported model.
 
-`read` gives them one by one, layers numbered and experts stacked, whatever the format has; `translate` renames.
+`read` gives layers by number and experts stacked, whatever the format has; `translate` renames.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_mhc.checkpoint_keys import ARITHMETIC
 from megatron_mhc.config import MHCConfig
 from megatron_mhc.convert import read_arithmetic
 from megatron_mhc.convert.check import check_finite
@@ -26,9 +25,12 @@ from megatron_mhc.convert.read import (
     rank_files,
     read_torch_dist,
 )
+from megatron_mhc.export.settings import head_size
 
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
-_EXPERT = re.compile(r"mlp\.experts\.(?:local_experts\.(\d+)\.(linear_fc[12]\.weight)|(linear_fc[12]\.weight)(\d+))")
+_EXPERT = re.compile(
+    r"mlp\.experts\.(?:local_experts\.(\d+)\.(linear_fc[12]\.weight)|(linear_fc[12]\.weight)(\d+))"
+)
 _NAMES = {  # of a layer; Transformer Engine keeps a norm with the linear layer behind it
     "input_layernorm.weight": "input_layernorm.weight",
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
@@ -36,7 +38,8 @@ _NAMES = {  # of a layer; Transformer Engine keeps a norm with the linear layer 
     "self_attention.linear_proj.bias": "self_attn.o_proj.bias",
     "self_attention.q_layernorm.weight": "self_attn.q_norm.weight",
     "self_attention.k_layernorm.weight": "self_attn.k_norm.weight",
-    "self_attention.linear_q_proj.weight": "self_attn.q_proj.weight",
+    "self_attention.linear_q_proj.layer_norm_weight": "self_attn.q_a_layernorm.weight",
+    "self_attention.linear_q_proj.weight": "self_attn.q_b_proj.weight",
     "self_attention.linear_q_down_proj.weight": "self_attn.q_a_proj.weight",
     "self_attention.linear_q_up_proj.layer_norm_weight": "self_attn.q_a_layernorm.weight",
     "self_attention.linear_q_up_proj.weight": "self_attn.q_b_proj.weight",
@@ -88,7 +91,7 @@ def read(load: Path, trust: bool = False) -> tuple[State, Any, MHCConfig]:
         mhc = read_arithmetic(state)
         tensors = {key: value for key, value in state.items() if "_extra_state" not in key}
         check_finite(tensors)
-        return _stack_experts(dict(_number_layers(tensors))), args, mhc
+        return stack_experts(dict(_number_layers(tensors))), args, mhc
 
 
 def _read_torch(folder: Path, trust: bool) -> tuple[State, Any]:
@@ -99,7 +102,8 @@ def _read_torch(folder: Path, trust: bool) -> tuple[State, Any]:
         args = saved["args"]
         for name in ("tensor_model_parallel_size", "expert_model_parallel_size"):
             if (size := getattr(args, name, 1)) > 1:
-                raise ValueError(f"--{name.replace('_', '-')} {size} with --ckpt-format torch: save as torch_dist")
+                flag = "--" + name.replace("_", "-")
+                raise ValueError(f"{flag} {size} with --ckpt-format torch: save as torch_dist")
         for chunk, first in chunks:
             for key, value in saved[chunk].items():
                 if match := _LAYER.fullmatch(key):
@@ -118,8 +122,8 @@ def _number_layers(state: State) -> Iterator[tuple[str, Any]]:
             yield key, value
 
 
-def _stack_experts(state: State) -> State:
-    """torch has each expert by itself."""
+def stack_experts(state: State) -> State:
+    """The experts of a layer as one tensor, [experts, ...]; torch has each by itself."""
     experts: dict[str, dict[int, Tensor]] = {}
     for key in list(state):
         if (layer := _LAYER.fullmatch(key)) and (match := _EXPERT.fullmatch(layer[2])):
@@ -173,11 +177,12 @@ def _of_layer(name: str, value: Tensor, args: Any) -> dict[str, Tensor] | None:
     if part not in ("weight", "bias"):
         return None
     if module == "self_attention.linear_qkv":  # for each group: its queries, its key, its value
-        head = args.kv_channels or args.hidden_size // args.num_attention_heads
+        head = head_size(args)
         groups = (value.shape[0] // head - args.num_attention_heads) // 2
         rows = value.unflatten(0, (groups, -1, head))
         parts = rows.split([rows.shape[1] - 2, 1, 1], dim=1)
-        return {f"self_attn.{x}_proj.{part}": rows.flatten(0, 2) for x, rows in zip("qkv", parts, strict=True)}
+        names = (f"self_attn.{letter}_proj.{part}" for letter in "qkv")
+        return {key: rows.flatten(0, 2) for key, rows in zip(names, parts, strict=True)}
     if module in ("mlp.linear_fc1", "mlp.shared_experts.linear_fc1"):
         into = "mlp.shared." if "shared" in module else "mlp."
         gate, up = value.chunk(2)

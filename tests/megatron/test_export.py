@@ -1,9 +1,9 @@
 """A checkpoint exported to a Hugging Face folder, beside the Megatron model that saved it, in fp32."""
 
 import ast
+import re
 import shlex
 import sys
-from pathlib import Path
 
 import gpt
 import pytest
@@ -13,7 +13,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 
 from megatron_mhc import command_line
-from megatron_mhc.export import export, settings
+from megatron_mhc.export import export, settings, weights
 from megatron_mhc.export.folder import MODELING
 from megatron_mhc.specs import wrap_block_spec
 
@@ -21,15 +21,19 @@ transformers = pytest.importorskip("transformers", minversion="5")
 
 BASE = """
     --distributed-backend gloo --transformer-impl local --no-rope-fusion --no-persist-layer-norm
-    --no-gradient-accumulation-fusion --no-masked-softmax-fusion --no-bias-swiglu-fusion --no-bias-dropout-fusion
-    --num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 80 --max-position-embeddings 80
+    --no-gradient-accumulation-fusion --no-masked-softmax-fusion --no-bias-swiglu-fusion
+    --no-bias-dropout-fusion --num-layers 2 --hidden-size 32 --num-attention-heads 4
+    --seq-length 80 --max-position-embeddings 80
     --position-embedding-type rope --normalization RMSNorm --swiglu --attention-dropout 0 --hidden-dropout 0
     --mock-data --tokenizer-type NullTokenizer --vocab-size 64 --micro-batch-size 1 --train-iters 1 --lr 1e-2
 """
 GQA = "--group-query-attention --num-query-groups 2 "
 PLAIN = "--disable-bias-linear "
-MLA = PLAIN + """--multi-latent-attention --kv-lora-rank 16 --qk-head-dim 8 --v-head-dim 12
+MLA = (
+    PLAIN
+    + """--multi-latent-attention --q-lora-rank 16 --kv-lora-rank 16 --qk-head-dim 8 --v-head-dim 12
     --qk-pos-emb-head-dim 8 --qk-layernorm --untie-embeddings-and-output-weights """
+)
 MOE = """--num-experts 8 --moe-ffn-hidden-size 16 --moe-router-topk 2 --moe-layer-freq ([0]+[1])
     --moe-router-load-balancing-type none --moe-token-dispatcher-type alltoall --moe-router-dtype fp32 """
 SHARED = "--moe-shared-expert-intermediate-size 16 "
@@ -43,7 +47,7 @@ CASES = {
     "nothing_learns": PLAIN + "--mhc-h-res identity --mhc-h-pre fixed --mhc-h-post fixed",
     "hc_fixed": PLAIN + "--mhc-h-res unconstrained --mhc-h-post fixed --mhc-num-residual-streams 2",
     "mla_sigmoid": MLA + MOE + SIGMOID + "--rope-type rope",
-    "mla_yarn_groups": MLA + MOE + SIGMOID + """--q-lora-rank 16 --rope-type yarn --rotary-scaling-factor 4
+    "mla_yarn_groups": MLA + MOE + SIGMOID + """--rope-type yarn --rotary-scaling-factor 4
         --mscale 1.0 --mscale-all-dim 0.5 --moe-router-num-groups 4 --moe-router-group-topk 2
         --moe-router-topk-scaling-factor 2.5 --mhc-preset deepseek_v4""",
     "mla_softmax": MLA + MOE + SHARED + "--moe-shared-expert-gate --rope-type rope",
@@ -56,7 +60,9 @@ def trained(words):
     gpt.start()
     args, config, mhc = command_line.parse(shlex.split(BASE + words), 1)
     args.padded_vocab_size = 64
-    spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization=config.normalization)
+    spec = get_gpt_decoder_block_spec(
+        config, use_transformer_engine=False, normalization=config.normalization
+    )
     model = GPTModel(
         config,
         wrap_block_spec(spec, mhc, config),
@@ -135,6 +141,39 @@ def test_exported_model_has_the_logits_of_the_trained_one(run_ranks, tmp_path, m
         ours, theirs = texts
         assert ours == theirs and len(ours[0]) == 76
         assert len(set(ours[0][12:])) > 3  # no single word over and over
+
+
+def test_transformer_engines_names_are_known(run_ranks):
+    """It keeps a norm with the linear layer behind it, and numbers the experts of a grouped GEMM."""
+    names = {
+        "self_attention.q_layernorm.weight": "self_attention.linear_q_up_proj.layer_norm_weight",
+        "self_attention.kv_layernorm.weight": "self_attention.linear_kv_up_proj.layer_norm_weight",
+        "layers.0.pre_mlp_layernorm.weight": "layers.0.mlp.linear_fc1.layer_norm_weight",
+    }
+
+    def rename(key):
+        for ours, theirs in names.items():
+            key = key.replace(ours, theirs)
+        return re.sub(r"local_experts\.(\d)\.(linear_fc\d\.weight)", r"\2\1", key)
+
+    def compare():
+        model, args = trained(CASES["mla_sigmoid"])
+        state = {key: value for key, value in model.state_dict().items() if "_extra_state" not in key}
+        found = [
+            weights.translate(weights.stack_experts(named), args)
+            for named in (dict(state), {rename(key): value for key, value in state.items()})
+        ]
+        assert found[0].keys() == found[1].keys()
+        assert all(torch.equal(value, found[1][key]) for key, value in found[0].items())
+        # Without --q-lora-rank the queries' norm reads the hidden state.
+        alone = {"decoder.layers.0.self_attention.linear_q_proj.layer_norm_weight": torch.ones(32)}
+        assert list(weights.translate(alone, args)) == ["model.layers.0.self_attn.q_a_layernorm.weight"]
+        with pytest.raises(
+            ValueError, match="linear_fc1.layer_norm_bias: the exported model has no such part"
+        ):
+            weights.translate({"decoder.layers.0.mlp.linear_fc1.layer_norm_bias": torch.ones(32)}, args)
+
+    run_ranks(1, compare)
 
 
 def test_the_model_file_needs_torch_and_transformers_alone():
