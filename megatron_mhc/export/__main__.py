@@ -5,8 +5,8 @@
     AutoModelForCausalLM.from_pretrained("folder/", trust_remote_code=True)
 
 The folder has the weights (safetensors), config.json, the tokenizer where the training used a Hugging Face
-one, and the model as one Python file of plain torch, which needs neither Megatron nor this package. One process
-without a GPU will do; it holds all weights in memory.
+one, and the model as one Python file of plain torch, which needs neither Megatron nor this package. One
+process without a GPU will do; it holds all weights in memory.
 """
 
 from __future__ import annotations

@@ -35,12 +35,9 @@ def export(load: Path, out: Path, *, tokenizer: str | None = None, trust: bool =
     """
     if out.exists() and (out.is_file() or any(out.iterdir())):
         raise ValueError(f"--out {out} is there already: give another")
-    state, args, mhc = weights.read(load, trust)
-    settings.check(args)
-    tensors = weights.translate(state, args)
-    config = settings.config(args, mhc, tensors)
+    config, tensors, args = read(load, trust)
     done = [f"{load} -> {out}: {sum(t.numel() for t in tensors.values())} parameters, {config['dtype']}"]
-    if any(key.startswith("mtp.") for key in state):
+    if args.mtp_num_layers:
         done.append("the layers of --mtp-num-layers are left out: they take no part in generation")
     words = load_tokenizer(args, tokenizer)
     with staged(out) as folder:
@@ -52,6 +49,18 @@ def export(load: Path, out: Path, *, tokenizer: str | None = None, trust: bool =
             config |= {"bos_token_id": words.bos_token_id, "eos_token_id": words.eos_token_id}
         write(folder, config, tensors)
     return done
+
+
+def read(load: Path, trust: bool = False) -> tuple[dict[str, Any], dict[str, Tensor], Any]:
+    """The exported model's sizes and tensors, and the arguments of the training.
+
+    Raises:
+        ValueError: of `weights` and `settings`, naming the file or the flag.
+    """
+    state, args, mhc = weights.read(load, trust)
+    settings.check(args)
+    tensors = weights.translate(state, args)
+    return settings.config(args, mhc, tensors), tensors, args
 
 
 def load_tokenizer(args: Any, named: str | None) -> Any:

@@ -1,9 +1,13 @@
 """A checkpoint exported to a Hugging Face folder, beside the Megatron model that saved it, in fp32."""
 
 import ast
+import contextlib
+import io
 import re
+import runpy
 import shlex
 import sys
+from pathlib import Path
 
 import gpt
 import pytest
@@ -12,11 +16,12 @@ from convert_cases import save, scrambled
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 
-from megatron_mhc import command_line
-from megatron_mhc.export import export, settings, weights
+from megatron_mhc import command_line, generate
+from megatron_mhc.export import export, folder, settings, weights
 from megatron_mhc.export.folder import MODELING
 from megatron_mhc.specs import wrap_block_spec
 
+ROOT = Path(__file__).resolve().parents[2]
 transformers = pytest.importorskip("transformers", minversion="5")
 
 BASE = """
@@ -82,13 +87,13 @@ def trained(words):
     return model.eval(), args
 
 
-def exported(model, args, folder, kind, monkeypatch):
+def exported(model, args, path, kind, monkeypatch):
     """The model by way of a checkpoint and a folder, as users load it."""
-    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(folder / "modules"))
-    save(model, folder / "checkpoint", kind, args)
-    export(folder / "checkpoint", folder / "out")
+    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(path / "modules"))
+    save(model, path / "checkpoint", kind, args)
+    export(path / "checkpoint", path / "out")
     loaded, report = transformers.AutoModelForCausalLM.from_pretrained(
-        folder / "out", trust_remote_code=True, output_loading_info=True
+        path / "out", trust_remote_code=True, output_loading_info=True
     )
     assert not any(report.values()), report
     return loaded
@@ -183,6 +188,76 @@ def test_the_model_file_needs_torch_and_transformers_alone():
             names = [node.module] if isinstance(node, ast.ImportFrom) else [name.name for name in node.names]
             found |= {name.split(".")[0] for name in names}
     assert found - set(sys.stdlib_module_names) == {"torch", "transformers"}
+
+
+def make_tokenizer(path):
+    """A word for each of the model's tokens."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(64)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w63").save_pretrained(path)
+
+
+def test_the_commands_of_the_page_run_in_their_order(run_ranks, tmp_path, monkeypatch):
+    """In a folder that holds a checkpoint whose training used a Hugging Face tokenizer."""
+    page = (ROOT / "docs" / "export.md").read_text()
+    commands = re.search(r"```bash\n(.*?)```", page, re.DOTALL).group(1).splitlines()
+    python = re.search(r"```python\n(.*?)```", page, re.DOTALL).group(1)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(folder, "SHARD", 10_000)
+    make_tokenizer(tmp_path / "words")
+
+    def run():
+        model, args = trained(CASES["biases_tied_v4"])
+        args.tokenizer_type, args.tokenizer_model = "HuggingFaceTokenizer", str(tmp_path / "words")
+        save(model, tmp_path / "checkpoints", "torch_dist", args)
+        printed = []
+        for command in commands:
+            program, *words = shlex.split(command.removeprefix("python -m "))
+            sys.argv = [program, *words]
+            with contextlib.redirect_stdout(io.StringIO()) as text:
+                runpy.run_module(program, run_name="__main__", alter_sys=True)
+            printed.append(text.getvalue())
+        assert (tmp_path / "folder" / "model.safetensors.index.json").exists()
+        with contextlib.redirect_stdout(io.StringIO()) as text:
+            exec(python)
+        return printed, text.getvalue()
+
+    (exported, generated), loaded = run_ranks(1, run)[0]
+    assert "parameters, float32" in exported and "no tokenizer" not in exported
+    assert generated == loaded
+    assert all(re.fullmatch(r"w\d+", word) for word in generated.split())
+    assert 10 < len(generated.split()) <= 3 + 64
+
+
+def test_users_mistakes_name_the_remedy(run_ranks, tmp_path):
+    def attempt():
+        model, args = trained(CASES["gqa"])
+        save(model, tmp_path / "checkpoint", "torch", args)
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "file").touch()
+        with pytest.raises(ValueError, match="--out .* is there already"):
+            export(tmp_path / "checkpoint", tmp_path / "out")
+        with pytest.raises(ValueError, match="--tokenizer /nowhere: .* give its folder"):
+            export(tmp_path / "checkpoint", tmp_path / "new", tokenizer="/nowhere")
+        assert not (tmp_path / "new").exists()
+        loaded, _ = generate.load_model(tmp_path / "checkpoint")
+        assert generate.continued(loaded, None, "1 2 3", 4, 0.0).startswith("1 2 3 ")
+        for prompt in ("a text", "", "64"):
+            with pytest.raises(ValueError, match="--prompt '.*': .*token"):
+                generate.continued(loaded, None, prompt, 4, 0.0)
+        args.tensor_model_parallel_size = 2
+        save(model, tmp_path / "parallel", "torch", args)
+        with pytest.raises(ValueError, match="--tensor-model-parallel-size 2 with --ckpt-format torch"):
+            export(tmp_path / "parallel", tmp_path / "new")
+        args.tensor_model_parallel_size = 1
+        save(gpt.build(), tmp_path / "plain", "torch", args)
+        with pytest.raises(ValueError, match="not the checkpoint of a plugin's whole model"):
+            export(tmp_path / "plain", tmp_path / "new")
+
+    run_ranks(1, attempt)
 
 
 @pytest.mark.parametrize("name", settings.KNOWN)
