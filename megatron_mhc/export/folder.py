@@ -37,7 +37,7 @@ def export(load: Path, out: Path, *, tokenizer: str | None = None, trust: bool =
         raise ValueError(f"--out {out} is there already: give another")
     config, tensors, args = read(load, trust)
     done = [f"{load} -> {out}: {sum(t.numel() for t in tensors.values())} parameters, {config['dtype']}"]
-    if args.mtp_num_layers:
+    if getattr(args, "mtp_num_layers", None):
         done.append("the layers of --mtp-num-layers are left out: they take no part in generation")
     words = load_tokenizer(args, tokenizer)
     with staged(out) as folder:

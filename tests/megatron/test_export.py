@@ -50,6 +50,7 @@ CASES = {
     "fixed": PLAIN + "--mhc-h-pre fixed --mhc-h-post fixed --mhc-contract learned_head --use-rope-scaling",
     "identity": PLAIN + "--mhc-h-res identity --mhc-h-pre fixed --rotary-seq-len-interpolation-factor 2",
     "nothing_learns": PLAIN + "--mhc-h-res identity --mhc-h-pre fixed --mhc-h-post fixed",
+    "gqa_moe": GQA + PLAIN + MOE + "--moe-layer-freq 1 --moe-router-score-function sqrtsoftplus",
     "hc_fixed": PLAIN + "--mhc-h-res unconstrained --mhc-h-post fixed --mhc-num-residual-streams 2",
     "mla_sigmoid": MLA + MOE + SIGMOID + "--rope-type rope",
     "mla_yarn_groups": MLA + MOE + SIGMOID + """--rope-type yarn --rotary-scaling-factor 4
