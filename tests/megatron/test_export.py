@@ -54,7 +54,8 @@ CASES = {
     "hc_fixed": PLAIN + "--mhc-h-res unconstrained --mhc-h-post fixed --mhc-num-residual-streams 2",
     "mla_sigmoid": MLA + MOE + SIGMOID + "--rope-type rope",
     "mla_yarn_groups": MLA + MOE + SIGMOID + """--rope-type yarn --rotary-scaling-factor 4
-        --mscale 1.0 --mscale-all-dim 0.5 --moe-router-num-groups 4 --moe-router-group-topk 2
+        --mscale 1.0 --mscale-all-dim 0.5 --moe-router-topk 4 --moe-router-num-groups 4
+        --moe-router-group-topk 2
         --moe-router-topk-scaling-factor 2.5 --mhc-preset deepseek_v4""",
     "mla_softmax": MLA + MOE + SHARED + "--moe-shared-expert-gate --rope-type rope",
     "mla_pre_softmax": MLA + MOE + "--moe-router-pre-softmax --rope-type rope --mhc-contract sum",
