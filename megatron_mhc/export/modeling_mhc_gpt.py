@@ -24,7 +24,6 @@ class MHCGPTConfig(PreTrainedConfig):
     """
 
     model_type = "mhc_gpt"
-    keys_to_ignore_at_inference = ["past_key_values"]
 
     vocab_size: int = 128
     hidden_size: int = 32
@@ -58,13 +57,13 @@ def sinkhorn(logits, iterations):
 
 
 def sinkhorn_deepseek_v4(logits, iterations):
-    """DeepSeek-V4's comb = H_res^T: softmax of the rows, then columns, then rows and columns in turn."""
+    """H_res as the transpose of DeepSeek-V4's comb: softmax of its rows, columns, then both in turn."""
     comb = F.softmax(logits, dim=-1) + V4_EPS
     comb = comb / (comb.sum(dim=-2, keepdim=True) + V4_EPS)
     for _ in range(iterations - 1):
         comb = comb / (comb.sum(dim=-1, keepdim=True) + V4_EPS)
         comb = comb / (comb.sum(dim=-2, keepdim=True) + V4_EPS)
-    return comb
+    return comb.mT
 
 
 def projection(streams, weight, eps):
@@ -111,13 +110,12 @@ class HyperConnection(nn.Module):
         if not any(self.sizes):
             return wide(streams[..., 0, :0])
         if self.hc:  # each stream is normalised and projected by itself
-            x = wide(streams)
-            x = x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + self.mhc["norm_eps"])
+            x = F.rms_norm(wide(streams), streams.shape[-1:], eps=self.mhc["norm_eps"])
             raw = torch.tanh(torch.einsum("mc,bsnc->bsmn", self.weight.to(x.dtype), x)).flatten(2)
         else:
             raw = projection(streams, self.weight, self.mhc["norm_eps"])
-        alphas = iter(self.alpha.to(raw.dtype))
-        alpha = torch.cat([next(alphas).expand(size) for size in self.sizes if size])
+        gates = zip(self.alpha.to(raw.dtype), filter(None, self.sizes), strict=True)
+        alpha = torch.cat([gate.expand(size) for gate, size in gates])
         return raw * alpha + self.bias.to(raw.dtype)
 
     def forward(self, streams):
@@ -131,12 +129,11 @@ class HyperConnection(nn.Module):
             v4 = self.mhc["preset"] == "deepseek_v4"
             h_pre = pre.sigmoid() + (V4_EPS if v4 else 0.0)
             h_post = 2.0 * post.sigmoid()
-            if not self.sizes[2]:
-                h_res = torch.eye(n, dtype=raw.dtype, device=raw.device).expand(*raw.shape[:-1], n, n)
-            elif v4:
-                h_res = sinkhorn_deepseek_v4(res.unflatten(-1, (n, n)), self.mhc["sinkhorn_iterations"]).mT
+            if self.sizes[2]:
+                project = sinkhorn_deepseek_v4 if v4 else sinkhorn
+                h_res = project(res.unflatten(-1, (n, n)), self.mhc["sinkhorn_iterations"])
             else:
-                h_res = sinkhorn(res.unflatten(-1, (n, n)), self.mhc["sinkhorn_iterations"])
+                h_res = torch.eye(n, dtype=raw.dtype, device=raw.device).expand(*raw.shape[:-1], n, n)
         return h_pre if self.sizes[0] else ones / n, h_post if self.sizes[1] else ones, h_res
 
 
@@ -174,8 +171,11 @@ def rotate(x, cos, sin):
     return torch.cat([x * cos + torch.cat([-second, first], dim=-1) * sin, rest], dim=-1)
 
 
-def attend(q, k, v, mask, scale):
+def attend(q, k, v, mask, scale, cache, layer):
     """Attention of q: [b, heads, s, d] to k, v: [b, groups, keys, d]; returns [b, s, heads * d of v]."""
+    if cache is not None:
+        k, v = cache.update(k, v, layer)
+        mask = F.pad(mask, (0, k.shape[2] - mask.shape[-1]))  # a static cache has room behind
     repeat = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(repeat, dim=1), v.repeat_interleave(repeat, dim=1)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2).flatten(2)
@@ -205,9 +205,7 @@ class Attention(nn.Module):
         parts = (linear(x) for linear in (self.q_proj, self.k_proj, self.v_proj))
         q, k, v = (part.unflatten(-1, (-1, self.dim)).transpose(1, 2) for part in parts)
         q, k = rotate(self.q_norm(q), *rotation), rotate(self.k_norm(k), *rotation)
-        if cache is not None:
-            k, v = cache.update(k, v, self.layer)
-        return self.o_proj(attend(q, k, v, mask, self.scale))
+        return self.o_proj(attend(q, k, v, mask, self.scale, cache, self.layer))
 
 
 class LatentAttention(nn.Module):
@@ -239,9 +237,7 @@ class LatentAttention(nn.Module):
         q_rope, k_rope = (rotate(pair.mT.flatten(-2), *rotation) for pair in pairs)
         q = torch.cat([q, q_rope], dim=-1)
         k = torch.cat([k, k_rope.expand(-1, self.heads, -1, -1)], dim=-1)
-        if cache is not None:
-            k, v = cache.update(k, v, self.layer)
-        return self.o_proj(attend(q, k, v, mask, self.scale))
+        return self.o_proj(attend(q, k, v, mask, self.scale, cache, self.layer))
 
 
 class MLP(nn.Module):
@@ -266,7 +262,7 @@ class MoE(nn.Module):
         experts, width, inner = moe["num_experts"], config.hidden_size, moe["intermediate_size"]
         self.router = nn.Linear(width, experts, bias=False)
         if moe["expert_bias"]:
-            self.expert_bias = nn.Parameter(torch.zeros(experts, dtype=torch.float32), requires_grad=False)
+            self.register_buffer("expert_bias", torch.zeros(experts, dtype=torch.float32))
         self.gate_up_proj = nn.Parameter(torch.zeros(experts, 2 * inner, width))
         self.down_proj = nn.Parameter(torch.zeros(experts, width, inner))
         self.shared = MLP(config, moe["shared_size"], False) if moe["shared_size"] else None
@@ -295,7 +291,7 @@ class MoE(nn.Module):
         else:
             scores = logits.float()
             scores = scores.sigmoid() if moe["score_function"] == "sigmoid" else F.softplus(scores).sqrt()
-            chosen = self.top(scores + self.expert_bias if moe["expert_bias"] else scores)
+            chosen = self.top(scores + self.get_buffer("expert_bias") if moe["expert_bias"] else scores)
             weights = scores.gather(1, chosen)
             if moe["top_k"] > 1:
                 weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
@@ -349,14 +345,16 @@ class Decoder(nn.Module):
         self.norm = norm(config.hidden_size, config)
 
     def forward(self, x, attention_mask, position_ids, cache):
-        """x: embeddings [b, s, C]; attention_mask: [b, keys], 0 for padding, or None."""
+        """x: embeddings [b, s, C]; attention_mask: [b, keys], 0 for padding, or [b, 1, s, keys]."""
         past = 0 if cache is None else cache.get_seq_length()
         keys = torch.arange(past + x.shape[1], device=x.device)
         mask = (keys <= keys[past:, None])[None, None]
-        if attention_mask is not None:  # padding sees itself, so that it stays finite
+        if attention_mask is not None and attention_mask.dim() == 4:  # of a static cache
+            mask = attention_mask
+        elif attention_mask is not None:  # padding sees itself, so that it stays finite
             mask = mask & attention_mask[:, None, None].bool() | (keys == keys[past:, None])
         rotation = rotary(self.config, keys[None, past:] if position_ids is None else position_ids, x.dtype)
-        streams = x.unsqueeze(-2).expand(*x.shape[:-1], self.config.mhc["num_residual_streams"], x.shape[-1])
+        streams = x.unsqueeze(-2).expand(-1, -1, self.config.mhc["num_residual_streams"], -1)
         for layer in self.layers:
             streams = layer(streams, rotation, mask, cache)
         return self.norm(self.hc_head(streams))
