@@ -142,7 +142,6 @@ def test_exported_model_has_the_logits_of_the_trained_one(run_ranks, tmp_path, m
         return found, expected.std().item(), texts
 
     found, spread, texts = run_ranks(1, compare)[0]
-    print(case, found, spread)
     assert spread > 0.1
     assert max(found) <= 1e-4 * spread
     if case == "gqa":
@@ -165,11 +164,12 @@ def test_a_bf16_model_errs_as_megatrons_does(run_ranks, tmp_path, monkeypatch, c
         tokens = torch.randint(0, 64, (2, 32), generator=torch.Generator().manual_seed(0))
         found, theirs = ours(tokens).logits.float(), logits(model, tokens).float()
         exact = ours.float()(tokens).logits
-        return [(bf16 - exact).square().mean().sqrt().item() for bf16 in (found, theirs)]
+        errors = ((bf16 - exact).square().mean(-1).sqrt() for bf16 in (found, theirs))
+        # Of the tokens' errors the median: where two experts score alike, a token may take the other one.
+        return [error.median().item() for error in errors]
 
     ours, theirs = run_ranks(1, compare)[0]
-    print(case, ours, theirs)
-    assert 0 < ours < 1.5 * theirs
+    assert 0 < ours < 1.3 * theirs
 
 
 def test_transformer_engines_names_are_known(run_ranks):
