@@ -122,6 +122,7 @@ def head_size(args: Any) -> int:
 
 
 def mla(args: Any) -> dict[str, Any]:
+    """Sizes of multi-latent attention, by Megatron's names."""
     names = ("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim")
     return {name: getattr(args, name) for name in names}
 
@@ -156,13 +157,12 @@ def config(args: Any, mhc: MHCConfig, state: dict[str, Tensor]) -> dict[str, Any
     """The sizes of the exported model.
 
     Args:
-        args: of the run that trained it.
+        args: of the run that trained it; `check` them first.
         state: of `weights.translate`; sizes and biases are those that its tensors have.
 
     Raises:
         ValueError: naming the flag, its value and the remedy.
     """
-    check(args)
     first = "model.layers.0."
     vocabulary, width = state["model.embed_tokens.weight"].shape
     out: dict[str, Any] = {
