@@ -87,16 +87,10 @@ class PluginModel(torch.nn.Module):
         self.decoder.final_layernorm.head = ContractHead(config, mhc)
 
     def mappings(self):
-        return {name: value.detach().clone() for name, value in self.state_dict().items()}
+        return {name: parameter.detach().clone() for name, parameter in self.named_parameters()}
 
     def gradients(self):
-        """By the names that checkpoints have."""
-        found = {name: parameter.grad for name, parameter in self.named_parameters()}
-        for name, module in self.named_modules():
-            if isinstance(module, HyperConnectionModule):
-                parts = module.split(found.pop(f"{name}.affine"))
-                found |= {f"{name}.{part}": value for part, value in parts.items()}
-        return found
+        return {name: parameter.grad for name, parameter in self.named_parameters()}
 
 
 def around(connection, streams, sublayer):
