@@ -89,12 +89,12 @@ def calls(tokens: int, width: int) -> dict[str, Any]:
     x, g, f, dl = rand(tokens, 4, width), rand(tokens, 4, width), rand(tokens, width), rand(tokens, width)
     weight, affine = rand(24, 4 * width, dtype=torch.float32) * 0.02, rand(27, dtype=torch.float32)
     options = Options(1e-6, 20, False)
-    _, saved, _ = pre.pre_forward(x, weight, affine, options)
+    _, saved, *_ = pre.pre_forward(x, weight, affine, options)
 
     def backward() -> None:
         pre_backward.pre_backward(x, g, f, dl, weight, affine, saved, options, writer=(saved, affine))
 
-    _, _, before = pre.pre_forward(x, weight, affine, options)
+    _, _, before, _ = pre.pre_forward(x, weight, affine, options)
     return {
         "pre": lambda: pre.pre_forward(x, weight, affine, options),
         "pre_mix": lambda: pre.post_res_pre(x, f, before, None, weight, affine, options),

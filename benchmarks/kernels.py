@@ -8,6 +8,8 @@ ops      connections in a row, as in a model: pre -> F -> post_res, forward and 
 rivals   one connection by itself: these, Transformer Engine's kernels, and the definition under torch.compile
 errors   relative L2 against float64 of every output and gradient, over many draws together: of one draw the
          gradient of an alpha, a sum that cancels, is luck
+norms    connections in a row, each with the RMSNorm in front of F: folded into the kernels, behind the same
+         kernels, and behind Transformer Engine's, see norms; `x floor` is of a connection without
 stages   what a tile of the Hopper kernels does when, see hopper_stages
 
 Numbers are of a connection, medians over alternating rounds:
@@ -48,7 +50,7 @@ from benchmarks.harness import (
 )
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-SECTIONS = ("ops", "rivals", "errors", "stages")
+SECTIONS = ("ops", "rivals", "errors", "norms", "stages")
 GRADS = ("x", "weight", "bias", "alpha_pre", "alpha_post", "alpha_res")
 
 
@@ -157,7 +159,9 @@ def ours(parameter: Tensor, width: int, n: int) -> Tensor:
     return parameter[torch.cat([torch.arange(2 * n), res]).to(parameter.device)].contiguous()
 
 
-def transformer_engine(drawn: list[Tensor], count: int, split_k: bool = False) -> Connections:
+def transformer_engine(
+    drawn: list[Tensor], count: int, split_k: bool = False, norm: Callable[..., Any] | None = None
+) -> Connections:
     from transformer_engine.pytorch.triton import mhc
 
     x, weight, affine = drawn
@@ -165,6 +169,7 @@ def transformer_engine(drawn: list[Tensor], count: int, split_k: bool = False) -
     bias, *alphas = affine.split([len(weight), 1, 1, 1])
     values = [theirs(weight, width, n), theirs(bias, width, n), *alphas]
     row = [[v.detach().clone().requires_grad_() for v in values] for _ in range(count)]
+    norms = [norm(width, x.dtype).cuda() for _ in row] if norm else []
     leaf = x.detach().transpose(1, 2).contiguous().unsqueeze(1).requires_grad_()  # [T, 1, C, n]
 
     def pre(x: Tensor, weight: Tensor, bias: Tensor, *alphas: Tensor) -> Any:
@@ -173,13 +178,15 @@ def transformer_engine(drawn: list[Tensor], count: int, split_k: bool = False) -
         )
 
     def forward(streams: Tensor) -> Tensor:
-        for own in row:
+        for at, own in enumerate(row):
             layer_input, h_post, h_res = pre(streams, *own)
+            layer_input = norms[at](layer_input) if norms else layer_input
             streams = mhc.mhc_fused_expand_combine(layer_input, None, h_post, streams, h_res, n)
             streams = streams.view(leaf.shape)
         return streams
 
-    return Connections(forward, [leaf, *(p for own in row for p in own)], lambda x: pre(x, *row[0])[0])
+    parameters = [*(p for own in row for p in own), *(norm.weight for norm in norms)]
+    return Connections(forward, [leaf, *parameters], lambda x: pre(x, *row[0])[0])
 
 
 Provider = Callable[[list[Tensor], int], Connections]
@@ -349,6 +356,12 @@ def main(argv: list[str] | None = None) -> None:
                 run = functools.partial(errors, make, width, options)
                 report.run("errors", f"{name}, C={width}, n={options.n}", run)
                 clean()
+        if "norms" in sections:
+            from benchmarks import norms
+
+            theirs_ = functools.partial(transformer_engine, norm=norms.norm_module)
+            found = norms.PROVIDERS | {"TransformerEngine, its norm": theirs_} if ON_GPU else norms.ON_CPU
+            measure(report, "norms", (tokens, width), chosen(found), options.sublayers, options)
         if "stages" in sections and ON_GPU:
             from benchmarks import hopper_stages
 

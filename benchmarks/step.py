@@ -4,10 +4,11 @@
         [--tp 2] [--graphs none,local] [--together 2]
 
 Every job is `examples/train.sh MODEL FORM` on mock data: Transformer Engine's layers, Megatron's DDP and
-distributed optimizer, clipping and Adam. `vanilla` is Megatron's own; a form `mhc/WHAT[/BOUNDARY]` has WHAT
-for --mhc-recompute-layer-num, off unless given, and BOUNDARY for --mhc-boundary. Jobs take turns of a few
-steps (see `jobs`), so that their times are of the same minutes; with --together 1, where two find no memory
-beside each other, one after the other, vanilla first and last. Numbers are of a rank and of a step:
+distributed optimizer, clipping and Adam. `vanilla` is Megatron's own; a form `mhc[/WHAT[/BOUNDARY[/NORM]]]`
+has WHAT for --mhc-recompute-layer-num, off unless given, BOUNDARY for --mhc-boundary and NORM for --mhc-norm.
+Jobs take turns of a few steps (see `jobs`), so that their times are of the same minutes; with --together 1,
+where two find no memory beside each other, one after the other, vanilla first and last. Numbers are of a
+rank and of a step:
 
 wall_ms             median interval between the ends of steps, of the slowest rank; apart: of the turns
 kernels_ms          GPU time summed over kernels and copies, any_ms: in which any of them ran (CUPTI)
@@ -40,8 +41,7 @@ GRAPHS = {"full_iteration": ["--no-check-for-nan-in-loss-and-grad"]}  # which Me
 
 def job(form: str, batch: int, graphs: str, options: argparse.Namespace) -> Job:
     """A side of a comparison."""
-    what, _, more = form.partition("/")
-    recompute, _, boundary = more.partition("/")
+    what, recompute, boundary, norm = (*form.split("/"), "", "", "")[:4]
     micro_batches = options.micro_batches or max(4, 8 // batch)
     ranks = options.tp
     if options.tiny:
@@ -54,6 +54,7 @@ def job(form: str, batch: int, graphs: str, options: argparse.Namespace) -> Job:
     if what != VANILLA:
         arguments += ["--mhc-recompute-layer-num", recompute or "off"]
         arguments += ["--mhc-boundary", boundary] if boundary else []
+        arguments += ["--mhc-norm", norm] if norm else []
     if graphs != "none":
         arguments += ["--cuda-graph-impl", graphs, *GRAPHS.get(graphs, [])]
     # Which Megatron demands under TP, and of graphs beside segments that expand.

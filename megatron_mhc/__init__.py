@@ -11,15 +11,16 @@ from megatron_mhc.config import MHCConfig
 if TYPE_CHECKING:
     from megatron_mhc.arguments import add_mhc_args
     from megatron_mhc.hooks import register
-    from megatron_mhc.specs import wrap_block_spec, wrap_layer_spec
+    from megatron_mhc.specs import wrap_block_spec, wrap_hybrid_spec, wrap_layer_spec
 
 __version__ = "0.2.0"
-__all__ = ["MHCConfig", "add_mhc_args", "register", "wrap_block_spec", "wrap_layer_spec"]
+__all__ = ["MHCConfig", "add_mhc_args", "register", "wrap_block_spec", "wrap_hybrid_spec", "wrap_layer_spec"]
 
 _LAZY = {
     "add_mhc_args": "megatron_mhc.arguments",
     "register": "megatron_mhc.hooks",
     "wrap_block_spec": "megatron_mhc.specs",
+    "wrap_hybrid_spec": "megatron_mhc.specs",
     "wrap_layer_spec": "megatron_mhc.specs",
 }
 

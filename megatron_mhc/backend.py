@@ -96,6 +96,44 @@ def choose(
     )
 
 
+def device_type() -> str:
+    """Of the device that this process computes on."""
+    if not torch.cuda.is_available():
+        return "cpu"
+    return torch.empty(0, device=torch.cuda.current_device()).device.type
+
+
+def folds_norm(backend: str) -> bool:
+    """Whether the kernels of a back end compute the RMSNorm between `pre` and F."""
+    kernels = _named(backend)
+    return kernels is not None and kernels.folds_norm
+
+
+def why_norms_apart(config: Any, mhc: MHCConfig, backend: str | None = None) -> str | None:
+    """Why the norms of a model run by themselves, or None where `pre` computes those that it can.
+
+    Args:
+        backend: as `choose` says; None for any that can.
+    """
+    if mhc.norm != "auto":
+        return f"{flag('norm')} is apart" if mhc.norm == "apart" else None
+    if config.normalization != "RMSNorm":
+        return f"--normalization is {config.normalization}"
+    if config.fp8 or config.fp4:
+        return "linears take FP8 or FP4 from the norm inside them"
+    if config.fp32_residual_connection:
+        return "--fp32-residual-connection asks for a norm that also rounds to the dtype of F"
+    return None if backend is None or folds_norm(backend) else f"{backend} has no kernels for it"
+
+
+def norms_in_words(config: Any, mhc: MHCConfig, backend: str) -> str:
+    """What `--mhc-norm` comes to, for the log and the doctor; backend: as in `why_norms_apart`."""
+    if (why := why_norms_apart(config, mhc, backend)) is not None:
+        return f"apart, since {why}" if mhc.norm == "auto" else "apart"
+    asked = config.recompute_granularity == "selective" and "layernorm" in (config.recompute_modules or [])
+    return "folded into pre" + ", so --recompute-modules layernorm finds nothing of it" * asked
+
+
 def triton_obstacle(mhc: MHCConfig, width: int, dtype: torch.dtype, device_type: str) -> str | None:
     """Why the Triton kernels cannot serve these streams of `width` channels, or None if they can."""
     if device_type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":

@@ -22,6 +22,12 @@ class StreamsBlockSubmodules(TransformerBlockSubmodules):
     mhc: MHCConfig | None = None
 
 
+class StreamsModule(nn.Module):
+    """A module of layers, maybe of none at all, whose model has these mHC options."""
+
+    mhc: MHCConfig
+
+
 def remember(config: Any, mhc: MHCConfig) -> None:
     """Put the options on a config.
 
@@ -47,7 +53,9 @@ def options_of(model: Any, config: Any) -> MHCConfig | None:
         return mhc
     for chunk in [model] if isinstance(model, nn.Module) else model:
         for module in chunk.modules():
-            if isinstance(submodules := getattr(module, "submodules", None), StreamsBlockSubmodules):
-                config.mhc = submodules.mhc
-                return submodules.mhc
+            submodules = getattr(module, "submodules", None)
+            carrier = module if isinstance(module, StreamsModule) else submodules
+            if isinstance(carrier, (StreamsModule, StreamsBlockSubmodules)):
+                config.mhc = carrier.mhc
+                return carrier.mhc
     return None

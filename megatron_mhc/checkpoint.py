@@ -20,11 +20,8 @@ from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedTensor,
 from torch import Tensor, nn
 
 from megatron_mhc.checkpoint_keys import (
-    ARITHMETIC,
-    HEAD,
+    FINAL_NORMS,
     MAPPING,
-    NORM,
-    PLAIN_NORM,
     compare_arithmetic,
     decode_arithmetic,
     ends_decoder,
@@ -33,9 +30,9 @@ from megatron_mhc.checkpoint_keys import (
 from megatron_mhc.config import MHCConfig, flag, in_options
 
 _REMEDY = (
-    "the checkpoint has none of these parameters (a plain GPT's, or one's with fixed mappings): pass "
-    f"{flag('load_dense')} together with --finetune or --no-load-optim to start from a plain GPT's weights, "
-    f"or load an mHC checkpoint of the same options{in_options('load_dense', True)}"
+    "the checkpoint has none of these parameters (a plain model's, or one's with fixed mappings): pass "
+    f"{flag('load_dense')} together with --finetune or --no-load-optim to start from a plain model's "
+    f"weights, or load an mHC checkpoint of the same options{in_options('load_dense', True)}"
 )
 OTHER_LAYOUT = (
     "it is keyed by parameter index, and the indices are others here: it is of another parallel layout, or "
@@ -43,14 +40,18 @@ OTHER_LAYOUT = (
     "--dist-ckpt-optim-fully-reshardable where it fits and load that, or load with --no-load-optim"
 )
 _OPTIMIZER = (
-    "is of a model without mHC's parameters (a plain GPT, or fixed mappings), and so is the optimizer "
+    "is of a model without mHC's parameters (a plain one, or fixed mappings), and so is the optimizer "
     f"state in it: pass --finetune, or --no-load-optim, and {flag('load_dense')}, which both need"
     f"{in_options('load_dense', True)}"
 )
-_FOREIGN = (
-    "is an mHC model's: add --spec megatron_mhc.specs gpt_mhc_spec and the --mhc-* options of its training "
-    "(with megatron_mhc.pretrain_gpt, drop --no-mhc), or load a plain checkpoint"
-)
+
+
+def _foreign(checkpoint: str, keys: Collection[str]) -> ValueError:
+    spec = (ends_decoder(keys) or FINAL_NORMS[0]).spec
+    return ValueError(
+        f"{checkpoint} is an mHC model's: add --spec megatron_mhc.specs {spec} and the --mhc-* options of "
+        "its training (with megatron_mhc.pretrain_gpt, drop --no-mhc), or load a plain checkpoint"
+    )
 
 
 def take_or_refuse(
@@ -84,10 +85,11 @@ def check_state_dict(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
     if not is_mhc(state_dict):
         return
     if not is_mhc(name for name, _ in model.named_parameters()):
-        raise ValueError(f"the checkpoint {_FOREIGN}")
+        raise _foreign("the checkpoint", state_dict)
     _refuse_branch(state_dict, "the checkpoint")
-    if ARITHMETIC in state_dict:
-        model.get_submodule(ARITHMETIC.removesuffix("._extra_state")).set_extra_state(state_dict[ARITHMETIC])
+    for final in FINAL_NORMS:
+        if final.arithmetic in state_dict:
+            model.get_submodule(final.plain.rstrip(".")).set_extra_state(state_dict[final.arithmetic])
 
 
 def adapt_request(request: dict[str, Any], checkpoint_dir: str) -> dict[str, Any]:
@@ -108,7 +110,7 @@ def adapt_request(request: dict[str, Any], checkpoint_dir: str) -> dict[str, Any
     if not is_mhc(keys):
         # Whose request it is a stage without the final norm can tell by mappings alone.
         if is_mhc(there) and (ends_decoder(keys) or any(MAPPING in key for key in there)):
-            raise ValueError(f"{checkpoint_dir} {_FOREIGN}")
+            raise _foreign(checkpoint_dir, there)
         return request
     if is_mhc(there):
         _refuse_branch(there, checkpoint_dir)
@@ -121,9 +123,9 @@ def adapt_request(request: dict[str, Any], checkpoint_dir: str) -> dict[str, Any
 
 
 def _compare_options(items: list[ShardedBase], there: dict[str, Any], checkpoint_dir: str) -> None:
-    saved = _read_arithmetic(checkpoint_dir)
+    saved = _read_arithmetic(there, checkpoint_dir)
     for item in items:
-        if item.key == ARITHMETIC:
+        if any(item.key == final.arithmetic for final in FINAL_NORMS):
             compare_arithmetic(saved, MHCConfig.from_mapping(decode_arithmetic(item.data)))
     for item in items:
         # A stage without the final norm knows its options by the shapes that they give alone.
@@ -153,27 +155,30 @@ def _built(leaf: Any) -> Iterable[Any]:
     return leaf.build().values() if ours else (leaf,)
 
 
-def _read_arithmetic(checkpoint_dir: str) -> dict[str, Any]:
-    """The options of a torch_dist mHC checkpoint, which any rank may read by itself."""
+def _read_arithmetic(there: Collection[str], checkpoint_dir: str) -> dict[str, Any]:
+    """The options of a torch_dist mHC checkpoint with these keys, which any rank may read by itself."""
     from megatron.core.dist_checkpointing.mapping import ShardedObject
     from megatron.core.dist_checkpointing.serialization import load
 
-    entry = ShardedObject(ARITHMETIC, None, (1,), (0,))
-    loaded = load({ARITHMETIC: entry}, checkpoint_dir, validate_access_integrity=False)
-    return decode_arithmetic(loaded[ARITHMETIC])
+    key = (ends_decoder(there) or FINAL_NORMS[0]).arithmetic
+    loaded = load(
+        {key: ShardedObject(key, None, (1,), (0,))}, checkpoint_dir, validate_access_integrity=False
+    )
+    return decode_arithmetic(loaded[key])
 
 
 def _refuse_branch(keys: Collection[str], checkpoint: str) -> None:
     """Raise ValueError where mHC entries come with a plain model's final norm."""
-    if ends_decoder(keys) and not any(NORM in key for key in keys):
+    if (final := ends_decoder(keys)) and not any(final.norm in key for key in keys):
         raise ValueError(
-            f"{checkpoint} has mHC mappings and no {NORM}weight: if it is of one of Megatron's own mHC "
+            f"{checkpoint} has mHC mappings and no {final.norm}weight: if it is of one of Megatron's own mHC "
             "branches, convert it by `python -m megatron_mhc.convert`"
         )
 
 
 def _is_ours(key: str) -> bool:
-    return MAPPING in key or key.startswith(HEAD) or key == ARITHMETIC
+    heads = any(key.startswith(final.head) or key == final.arithmetic for final in FINAL_NORMS)
+    return MAPPING in key or heads
 
 
 def _leaves(tree: Any) -> Iterable[Any]:
@@ -194,8 +199,9 @@ def _without_mhc(tree: dict[str, Any]) -> dict[str, Any]:
         elif isinstance(value, ShardedBase):
             if _is_ours(value.key):
                 continue
-            if value.key.startswith(NORM):
-                value.key = PLAIN_NORM + value.key[len(NORM) :]
+            for final in FINAL_NORMS:
+                if value.key.startswith(final.norm):
+                    value.key = final.plain + value.key[len(final.norm) :]
             out[key] = value
         else:
             out[key] = value

@@ -6,25 +6,42 @@
     decoder.final_layernorm._extra_state                       ARITHMETIC; beside NORM
 
 A plain model keeps the final norm at `decoder.final_layernorm.` itself; Transformer Engine's norm has an
-extra state of its own there, under ARITHMETIC's key.
+extra state of its own there, under ARITHMETIC's key. A HybridModel calls its norm `final_norm`, and
+has connections around a `mixer` too.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from megatron_mhc.config import MHCConfig, flag, in_options
 
+
+class FinalNorm(NamedTuple):
+    """Where a model keeps its final norm, and what is there in an mHC model's checkpoint."""
+
+    plain: str
+    norm: str
+    head: str
+    arithmetic: str
+    spec: str  # what builds such a model
+
+    @classmethod
+    def at(cls, plain: str, spec: str) -> FinalNorm:
+        return cls(plain, plain + "norm.", plain + "head.", plain + "_extra_state", spec)
+
+
 MAPPING = "_hyper_connection."
-PLAIN_NORM = "decoder.final_layernorm."
-NORM = PLAIN_NORM + "norm."
-HEAD = PLAIN_NORM + "head."
-ARITHMETIC = PLAIN_NORM + "_extra_state"
+FINAL_NORMS = (
+    FinalNorm.at("decoder.final_layernorm.", "gpt_mhc_spec"),
+    FinalNorm.at("decoder.final_norm.", "hybrid_mhc_spec"),
+)
+PLAIN_NORM, NORM, HEAD, ARITHMETIC, _ = FINAL_NORMS[0]
 
 
 def is_mhc(keys: Iterable[str]) -> bool:
@@ -32,12 +49,12 @@ def is_mhc(keys: Iterable[str]) -> bool:
 
     A stage that neither ends the decoder nor has a mapping that learns looks like a plain model's.
     """
-    return any(MAPPING in key or NORM in key for key in keys)
+    return any(MAPPING in key or any(final.norm in key for final in FINAL_NORMS) for key in keys)
 
 
-def ends_decoder(keys: Iterable[str]) -> bool:
-    """Whether the final norm, plain or mHC's, is among the entries."""
-    return any(PLAIN_NORM in key for key in keys)
+def ends_decoder(keys: Iterable[str]) -> FinalNorm | None:
+    """The final norm, plain or mHC's, that is among the entries."""
+    return next((final for key in keys for final in FINAL_NORMS if final.plain in key), None)
 
 
 def encode_arithmetic(mhc: MHCConfig) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -13,16 +13,15 @@ from megatron_mhc.config import MHCConfig
 from megatron_mhc.sublayer import Call, SubLayer, attention, mlp
 
 if TYPE_CHECKING:
-    from megatron_mhc.layer import HyperConnectionTransformerLayer
+    from megatron_mhc.hyper_connection import HyperConnectionModule
+    from megatron_mhc.layer import BetweenStreams
     from megatron_mhc.ops.autograd import NextPre
 
 
 class Runner(Protocol):
     """Runs the layers of a model chunk in a forward pass; `layer.InOrder` is the plain one."""
 
-    def run(
-        self, layer: HyperConnectionTransformerLayer, hidden_states: Tensor, call: Call
-    ) -> tuple[Tensor, Tensor | None]:
+    def run(self, layer: BetweenStreams, hidden_states: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
         """A layer's forward: hidden states and context."""
 
 
@@ -31,20 +30,25 @@ class ModelChunk:
 
     Args:
         size: number of its sub-layers, once all are built.
+        each: number of sub-layers of a layer.
     """
 
     keeps_streams = True  # in the graph, from the sub-layer that writes them on
 
-    def __init__(self, config: TransformerConfig, mhc: MHCConfig, size: int):
-        self.config, self.mhc, self.size = config, mhc, size
+    def __init__(self, config: TransformerConfig, mhc: MHCConfig, size: int, each: int):
+        self.config, self.mhc, self.size, self.each = config, mhc, size, each
         self.sublayers: list[SubLayer] = []
         self.runner: Runner | None = None  # None: in order
         # A checkpoint of a whole layer cuts the graph between connections.
         self._works_ahead = mhc.boundary in ("auto", "fused") and config.recompute_granularity != "full"
 
-    def add(self, layer: HyperConnectionTransformerLayer) -> tuple[SubLayer, ...]:
+    def add(self, layer: BetweenStreams) -> tuple[SubLayer, ...]:
         """Take in the next layer; returns its sub-layers."""
-        added = self.sublayers_of(layer)
+        first = len(self.sublayers)
+        added = tuple(
+            self.sublayer(layer, connection, f, first + at)
+            for at, (connection, f) in enumerate(layer.parts())
+        )
         for sublayer in added:
             if sublayer.f is attention and layer.held.attention:
                 sublayer.read_in = sublayer.written_in = layer
@@ -55,11 +59,14 @@ class ModelChunk:
         self.sublayers += added
         return added
 
-    def sublayers_of(self, layer: HyperConnectionTransformerLayer) -> tuple[SubLayer, ...]:
-        parts = (layer.self_attention_hyper_connection, attention), (layer.mlp_hyper_connection, mlp)
-        there = [(connection, f) for connection, f in parts if connection is not None]
-        first = len(self.sublayers)
-        return tuple(SubLayer(connection, f, self, first + at) for at, (connection, f) in enumerate(there))
+    def sublayer(
+        self,
+        layer: BetweenStreams,
+        connection: HyperConnectionModule,
+        f: Callable[..., Tensor],
+        position: int,
+    ) -> SubLayer:
+        return SubLayer(connection, f, self, position)
 
     def next_pre(self, sublayer: SubLayer, streams: Tensor) -> NextPre | None:
         """The next connection's `pre`, if this sub-layer computes it ahead; streams: [s, b, n*C]."""
@@ -94,6 +101,7 @@ class ModelChunks:
         layers: number of layers of one chunk.
         kind: class of the chunks.
         reserved_sms: that their kernels leave to others, see `ops.options.Options`.
+        each: number of sub-layers of a layer: 2, of a hybrid stack's layers 1.
     """
 
     def __init__(
@@ -103,17 +111,22 @@ class ModelChunks:
         layers: int,
         kind: type[ModelChunk] = ModelChunk,
         reserved_sms: int = 0,
+        each: int = 2,
     ):
-        self.config, self.mhc, self.size, self.kind = config, mhc, 2 * layers, kind
+        self.config, self.mhc, self.size, self.kind = config, mhc, each * layers, kind
+        self.each = each
         self.reserved_sms = reserved_sms
         self._current: ModelChunk | None = None
         self._next = 0  # number of the layer that continues the current chunk
 
-    def of(self, layer: HyperConnectionTransformerLayer) -> ModelChunk:
+    def __deepcopy__(self, memo: Any) -> ModelChunks:
+        return self  # Megatron copies specs (--mla-down-proj-fusion) of layers that join one chunk
+
+    def of(self, layer: BetweenStreams) -> ModelChunk:
         """The chunk of a layer that is being built; a spec's layers are built in order."""
         chunk = self._current
         if chunk is None or layer.layer_number != self._next or len(chunk.sublayers) == self.size:
-            chunk = self.kind(self.config, self.mhc, self.size)
+            chunk = self.kind(self.config, self.mhc, self.size, self.each)
         self._current, self._next = chunk, layer.layer_number + 1
         return chunk
 

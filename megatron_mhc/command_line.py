@@ -69,12 +69,14 @@ def parse(words: list[str], world: int | None) -> tuple[Any, Any, MHCConfig]:
     """Megatron's arguments, checked by Megatron, its transformer config and the mHC options.
 
     Raises:
-        ValueError: what mHC refuses of them.
+        ValueError: what mHC refuses of them, or a HybridModel.
     """
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     args, config, mhc = read(words, world)
     from megatron_mhc.parallel import validate
 
+    if config.is_hybrid_model:
+        raise ValueError("--hybrid-layer-pattern: a GPT's layers alone are counted; drop it")
     validate(config, mhc)
     return args, config, mhc
 

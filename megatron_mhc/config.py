@@ -187,6 +187,14 @@ class MHCConfig:
         "for hopper, linked for triton: docs/kernels.md",
         choices=("auto", "apart", "linked", "fused"),
     )
+    norm: str = _option(
+        "apart",
+        "where the RMSNorm in front of attention, MLP or experts is computed: apart, by Megatron's module; "
+        "folded, by the kernels of pre, which write its output in place of the layer input (fp32 inside, so "
+        "other roundings; the same checkpoints); auto is folded where kernels serve and can, but under FP8 "
+        "and FP4: docs/kernels.md",
+        choices=("auto", "folded", "apart"),
+    )
     log_interval: int = _option(
         0,
         "write diagnostics of the mappings to TensorBoard and W&B (mhc/...) every so many steps; 0 is "

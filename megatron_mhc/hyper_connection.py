@@ -16,16 +16,15 @@ from megatron_mhc.backend import H100, Backend, choose, triton_obstacle
 from megatron_mhc.checkpoint import take_or_refuse
 from megatron_mhc.checkpoint_parts import InParts
 from megatron_mhc.config import MHCConfig, flag
+from megatron_mhc.norm import FoldedNorm
 from megatron_mhc.ops import reference
 from megatron_mhc.ops.options import Options
-from megatron_mhc.parallel import mark_replicated, streams_dtype
+from megatron_mhc.parallel import gather_parameters, mark_replicated, streams_dtype
 
 if TYPE_CHECKING:
     from megatron_mhc.ops.autograd import KernelMappings, NextPre
 
     Mappings = reference.Coefficients | KernelMappings
-
-_DATA_PARALLEL = "megatron.core.distributed.distributed_data_parallel"  # where its forward pre-hooks are made
 
 HOME_READ_LOGIT = 3.0  # sigmoid(3) = 0.953 of the home stream, sigmoid(-3) = 0.047 of the others
 HOME_MIX_LOGIT = 6.0  # 6 I - 3: diagonal 0.993 after Sinkhorn, far from saturated
@@ -88,17 +87,25 @@ class HyperConnectionModule(MappingParameters, InParts):
         config: Megatron's transformer config.
         mhc: mHC options.
         sublayer_index: 0-based index in the whole model, 2*layer for attention and 2*layer + 1 for
-            the MLP; the home stream is `sublayer_index % n`.
+            the MLP, in a HybridModel the layer's; the home stream is `sublayer_index % n`.
         reserved_sms: see `Options`.
+        norm: in front of the sub-layer, if `forward` computes it.
 
     Source: arXiv 2512.24880 Eqs. (3), (14)-(19).
     """
 
     whole = "affine"
 
-    def __init__(self, config: TransformerConfig, mhc: MHCConfig, sublayer_index: int, reserved_sms: int = 0):
+    def __init__(
+        self,
+        config: TransformerConfig,
+        mhc: MHCConfig,
+        sublayer_index: int,
+        reserved_sms: int = 0,
+        norm: FoldedNorm | None = None,
+    ):
         super().__init__(config, mhc)
-        self.sublayer_index = sublayer_index
+        self.sublayer_index, self.norm = sublayer_index, norm
         self.backend = Backend(mhc)
         v4 = mhc.preset == "deepseek_v4"
         self.options = Options(mhc.norm_eps, mhc.sinkhorn_iterations, v4, reserved_sms)
@@ -178,28 +185,38 @@ class HyperConnectionModule(MappingParameters, InParts):
             streams: [s, b, n*C].
 
         Returns:
-            layer input [s, b, C] in the streams' dtype, and the mappings that `post_res` needs, with
-            h_pre, h_post [s*b, n] and h_res [s*b, n, n].
+            layer input [s, b, C] in the streams' dtype, or the norm's output in that of F, and the mappings
+            that `post_res` needs, with h_pre, h_post [s*b, n] and h_res [s*b, n, n].
         """
+        norm = None if self.norm is None else self.norm.read()
         if not torch.compiler.is_compiling() and hasattr(streams, "mhc_ahead"):
             from megatron_mhc.ops import boundary  # imports triton, which a CPU may lack
 
             # `next_pre` has called what gathers the parameters.
-            if (made := boundary.taken(streams, self.mapping_proj.weight, self.affine)) is not None:
+            if (made := boundary.taken(streams, self.mapping_proj.weight, self.affine, norm)) is not None:
                 return made
         n = self.mhc.num_residual_streams
         kernels = self.backend.kernels(streams, streams.shape[-1] // n)
         if kernels is not None:
             from megatron_mhc.ops import autograd
 
-            return autograd.pre(streams, self.mapping_proj(), self.affine, self.options, kernels, n)
+            layer_input, mappings = autograd.pre(
+                streams, self.mapping_proj(), self.affine, self.options, kernels, n, norm
+            )
+            return self._for_f(layer_input), mappings
         s, b, _ = streams.shape
         x = streams.view(s * b, n, -1)
         coefficients = self.coefficients(x)
-        if self.mhc.num_residual_streams == 1 and not self.dynamic["pre"]:
+        if self.mhc.num_residual_streams == 1 and not self.dynamic["pre"] and norm is None:
             # 1 * x is x; handing on x itself also keeps the order in which autograd sums its gradient.
             return streams, coefficients
-        return reference.pre(x, coefficients.h_pre).view(s, b, -1), coefficients
+        return self._for_f(reference.pre(x, coefficients.h_pre, norm).view(s, b, -1)), coefficients
+
+    def _for_f(self, layer_input: Tensor) -> Tensor:
+        """In the dtype that F takes; without a norm of ours, Megatron's casts."""
+        if self.norm is None or not self.config.fp32_residual_connection:
+            return layer_input
+        return layer_input.to(self.config.params_dtype)
 
     def post_res(
         self,
@@ -249,9 +266,12 @@ class HyperConnectionModule(MappingParameters, InParts):
             return layer_input, (streams, mappings.h_post.contiguous(), mappings.h_res.contiguous())
         from megatron_mhc.ops import compiled  # imports triton, which a CPU may lack
 
-        layer_input, *tensors = compiled.pre(x, self.mapping_proj(), self.affine, *self.options, kernels.name)
+        norm = () if self.norm is None else self.norm.read()
+        layer_input, *tensors, _ = compiled.pre(
+            x, self.mapping_proj(), self.affine, *self.options, kernels.name, *norm
+        )
         # `pre` alone gives the streams their gradient.
-        return layer_input.view(s, b, -1), (streams.detach(), *tensors)
+        return self._for_f(layer_input.view(s, b, -1)), (streams.detach(), *tensors)
 
     def arrived(self, streams: Tensor, *tensors: Tensor) -> tuple[Tensor, Mappings]:
         """Streams and mappings for `post_res`, of the tensors of `read_across`."""
@@ -289,11 +309,9 @@ class HyperConnectionModule(MappingParameters, InParts):
         from megatron_mhc.ops.autograd import NextPre
 
         if kernels.post_res_pre is not None:  # it reads `affine` too
-            # A data-parallel wrapper gathers parameters just before a module runs (--overlap-param-gather).
-            for hook in self._forward_pre_hooks.values():
-                if hook.__module__ == _DATA_PARALLEL:
-                    hook(self, ())
-        return NextPre(kernels, self.mapping_proj(), self.affine, self.options)
+            gather_parameters(self)
+        norm = None if self.norm is None else self.norm.read()
+        return NextPre(kernels, self.mapping_proj(), self.affine, self.options, norm)
 
     @property
     def bias(self) -> Tensor:
@@ -323,6 +341,7 @@ def operations() -> list[str]:
         mhc, width, dtype = module.mhc, module.config.hidden_size, streams_dtype(module.config)
         device = next((p.device.type for p in module.parameters()), torch.device(module.device).type)
         shape = f"{mhc.num_residual_streams} streams of {width} channels, {dtype}, {device}"
+        shape += "" if module.norm is None else ", with the norm of F"
         runs = _runs(module, width, dtype, device)
         lines[f"connections of {shape}: {flag('backend')} {mhc.backend} runs {runs}"] += 1
     return sorted(f"{count} {line}" for line, count in lines.items())

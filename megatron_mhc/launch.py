@@ -3,7 +3,8 @@
     torchrun ... -m megatron_mhc.launch pretrain_gpt.py <its arguments> --mhc-num-residual-streams 4
 
 The --mhc-* flags are taken out of the command line and checked, `--spec megatron_mhc.specs
-gpt_mhc_spec` is added to it, and the script runs as if it had been started by itself.
+gpt_mhc_spec` (of a HybridModel's script: hybrid_mhc_spec) is added to it, and the script runs as if it had
+been started by itself.
 """
 
 from __future__ import annotations
@@ -18,7 +19,16 @@ from megatron_mhc.config import ENVIRONMENT, MHCConfig
 from megatron_mhc.version import check_version
 
 SPEC = ("megatron_mhc.specs", "gpt_mhc_spec")
-OTHER_MODELS = {"pretrain_hybrid.py", "pretrain_mamba.py", "pretrain_vlm.py"}
+HYBRID_SPEC = ("megatron_mhc.specs", "hybrid_mhc_spec")
+HYBRID_SCRIPTS = {"pretrain_hybrid.py", "pretrain_mamba.py"}
+OTHER_MODELS = {"pretrain_vlm.py"}
+
+
+def spec_of(script: str, arguments: list[str]) -> tuple[str, str]:
+    """The target of --spec that a script's model takes."""
+    name = os.path.basename(script)
+    pattern = any(word.startswith("--hybrid-layer-pattern") for word in arguments)
+    return HYBRID_SPEC if name in HYBRID_SCRIPTS or (pattern and name != "pretrain_gpt.py") else SPEC
 
 
 def prepare(argv: list[str]) -> tuple[list[str], MHCConfig]:
@@ -46,7 +56,10 @@ def prepare(argv: list[str]) -> tuple[list[str], MHCConfig]:
     if not os.path.isfile(script):
         raise ValueError(f"{script}: no such script; give the path of pretrain_gpt.py before its arguments")
     if os.path.basename(script) in OTHER_MODELS:
-        raise ValueError(f"{script}: mHC wraps the layers of a GPTModel alone; use pretrain_gpt.py")
+        raise ValueError(
+            f"{script}: mHC wraps the layers of a GPTModel and a HybridModel; use pretrain_gpt.py or "
+            "pretrain_hybrid.py"
+        )
     try:
         given, others = parser.parse_known_args(rest)
     except argparse.ArgumentError as error:
@@ -60,14 +73,15 @@ def prepare(argv: list[str]) -> tuple[list[str], MHCConfig]:
                 f"options in flags and in {ENVIRONMENT}: unset {ENVIRONMENT}, so that one place decides"
             )
         mhc = MHCConfig.from_environment()
+    spec = spec_of(script, others)
     if "--spec" in others:
         at = others.index("--spec")
-        if tuple(others[at + 1 : at + 3]) != SPEC:
+        if tuple(others[at + 1 : at + 3]) != spec:
             raise ValueError(
                 f"--spec {' '.join(others[at + 1 : at + 3])}: drop it; mHC wraps what Megatron chooses"
             )
     else:
-        others += ["--spec", *SPEC]
+        others += ["--spec", *spec]
     return [script, *others], mhc
 
 

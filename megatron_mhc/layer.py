@@ -1,12 +1,14 @@
-"""The transformer layer with mHC instead of its residual additions."""
+"""Layers with mHC instead of their residual additions: transformer layers, and what all classes share."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from megatron.core.transformer.cuda_graphs import CudaGraphManager
 from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import (
     MoETransformerLayer,
@@ -14,20 +16,66 @@ from megatron.core.transformer.transformer_layer import (
     TransformerLayerSubmodules,
 )
 from megatron.core.utils import make_viewless_tensor
-from torch import Tensor
+from torch import Tensor, nn
 
-from megatron_mhc import parallel
+from megatron_mhc import norm, parallel
 from megatron_mhc.backend import Backend
 from megatron_mhc.carried import remember
-from megatron_mhc.chunk import ModelChunks
+from megatron_mhc.chunk import ModelChunk, ModelChunks
 from megatron_mhc.config import MHCConfig
 from megatron_mhc.graphs import GraphEdge, Held
 from megatron_mhc.hyper_connection import HyperConnectionModule, check_width
 from megatron_mhc.refusals import LAYER, refuse
-from megatron_mhc.sublayer import Call, SubLayer, Visit
+from megatron_mhc.sublayer import Call, SubLayer, Visit, attention, mlp
 
 
-class HyperConnectionTransformerLayer(TransformerLayer, GraphEdge):
+class BetweenStreams(MegatronModule):
+    """What layers of all classes have between n residual streams: their place in a chunk, and the way in."""
+
+    layer_number: int
+    mhc: MHCConfig
+    chunk: ModelChunk
+    sublayers: tuple[SubLayer, ...]
+    held: Held  # by its CUDA graph
+
+    def connection(
+        self, f: nn.Module, at: int, chunks: ModelChunks, folded: norm.FoldedNorm | None = None
+    ) -> HyperConnectionModule | None:
+        """A connection around f, the sub-layer `at` of this layer; None around an IdentityOp."""
+        if isinstance(f, IdentityOp):
+            return None
+        index = chunks.each * (self.layer_number - 1) + at % chunks.each
+        return HyperConnectionModule(self.config, self.mhc, index, chunks.reserved_sms, folded)
+
+    def parts(self) -> list[tuple[HyperConnectionModule, Callable[..., Tensor]]]:
+        """Its connections with their F, in order."""
+        raise NotImplementedError
+
+    def connections(self) -> list[HyperConnectionModule]:
+        return [connection for connection, _ in self.parts()]
+
+    def join(self, chunks: ModelChunks, held: Held) -> None:
+        """Take its place in a model chunk, once it has its connections."""
+        self.expanding, self.held = Backend(self.mhc), held
+        self.chunk = chunks.of(self)
+        refuse(LAYER, self, self.mhc)
+        self.sublayers = self.chunk.add(self)
+
+    def run(
+        self, hidden_states: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Its forward, by the chunk's runner."""
+        return (self.chunk.runner or in_order).run(self, hidden_states, Call(args, kwargs))
+
+    def enter(self, hidden_states: Tensor) -> Tensor:
+        """Expand the embedding in the model's first layer; elsewhere check that streams came in."""
+        width, n = self.config.hidden_size, self.mhc.num_residual_streams
+        first = self.layer_number == 1
+        check_width(hidden_states, width if first else n * width, f"layer {self.layer_number}")
+        return self.expanding.expand(hidden_states) if first else hidden_states
+
+
+class HyperConnectionTransformerLayer(BetweenStreams, TransformerLayer, GraphEdge):
     """A TransformerLayer between n residual streams.
 
         streams -> pre -> attention -> post_res -> pre -> MLP/MoE -> post_res -> streams
@@ -41,7 +89,8 @@ class HyperConnectionTransformerLayer(TransformerLayer, GraphEdge):
         chunks: shared by the layers of a model chunk; a layer without makes a chunk of its own.
 
     Raises:
-        ValueError: a configuration that mHC does not support (see `parallel.validate`, `refusals.LAYER`).
+        ValueError: a configuration that mHC does not support (see `parallel.validate`, `refusals.LAYER`,
+            `norm.fold`).
 
     Source: arXiv 2512.24880 Eq. (3).
     """
@@ -58,25 +107,19 @@ class HyperConnectionTransformerLayer(TransformerLayer, GraphEdge):
     ):
         parallel.validate(config, mhc)
         remember(config, mhc)
-        super().__init__(config, submodules, layer_number, **kwargs)
-        self.mhc = mhc
-        first = 2 * (self.layer_number - 1)
+        super().__init__(config, norm.fold(submodules, config, mhc), layer_number, **kwargs)
+        self.mhc, self.eager = mhc, False
         chunks = chunks or ModelChunks(config, mhc, layers=1)
-        reserved = chunks.reserved_sms
-        self.self_attention_hyper_connection, self.mlp_hyper_connection = (
-            None if isinstance(f, IdentityOp) else HyperConnectionModule(config, mhc, first + at, reserved)
-            for at, f in enumerate((self.self_attention, self.mlp))
-        )
-        self.expanding = Backend(mhc)
-        self.held, self.eager = Held.of(self), False
-        refuse(LAYER, self, mhc)
-        self.chunk = chunks.of(self)
-        self.sublayers = self.chunk.add(self)
+        before_attention, before_mlp = (norm.folded_in(self, f) for f in ("self_attention", "mlp"))
+        first, second = (self.self_attention, 0), (self.mlp, 1)
+        self.self_attention_hyper_connection = self.connection(*first, chunks, before_attention)
+        self.mlp_hyper_connection = self.connection(*second, chunks, before_mlp)
+        self.join(chunks, Held.of(self))
 
-    def connections(self) -> list[HyperConnectionModule]:
-        """Of its attention and its MLP, as far as it has them."""
-        both = self.self_attention_hyper_connection, self.mlp_hyper_connection
-        return [connection for connection in both if connection is not None]
+    def parts(self) -> list[tuple[HyperConnectionModule, Callable[..., Tensor]]]:
+        """Its attention's connection and its MLP's, as far as it has them."""
+        both = (self.self_attention_hyper_connection, attention), (self.mlp_hyper_connection, mlp)
+        return [(connection, f) for connection, f in both if connection is not None]
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """Run the layer.
@@ -88,14 +131,7 @@ class HyperConnectionTransformerLayer(TransformerLayer, GraphEdge):
         Returns:
             [s, b, n*C] streams and the cross-attention context, which is passed through.
         """
-        return (self.chunk.runner or in_order).run(self, hidden_states, Call(args, kwargs))
-
-    def enter(self, hidden_states: Tensor) -> Tensor:
-        """Expand the embedding in the model's first layer; elsewhere check that streams came in."""
-        width, n = self.config.hidden_size, self.mhc.num_residual_streams
-        first = self.layer_number == 1
-        check_width(hidden_states, width if first else n * width, f"layer {self.layer_number}")
-        return self.expanding.expand(hidden_states) if first else hidden_states
+        return self.run(hidden_states, args, kwargs)
 
     # Of Megatron's CUDA graphs, see `graphs`.
 
@@ -188,17 +224,13 @@ class HyperConnectionMoELayer(HyperConnectionTransformerLayer, MoETransformerLay
 class InOrder:
     """Runs a layer's sub-layers one after the other; a `chunk.Runner`."""
 
-    def run(
-        self, layer: HyperConnectionTransformerLayer, hidden_states: Tensor, call: Call
-    ) -> tuple[Tensor, Tensor | None]:
+    def run(self, layer: BetweenStreams, hidden_states: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
         streams = layer.enter(hidden_states)
         for sublayer in layer.sublayers:
             streams = self.sublayer(sublayer, layer, streams, call)
         return viewless(streams), call.context
 
-    def sublayer(
-        self, sublayer: SubLayer, layer: HyperConnectionTransformerLayer, streams: Tensor, call: Call
-    ) -> Tensor:
+    def sublayer(self, sublayer: SubLayer, layer: BetweenStreams, streams: Tensor, call: Call) -> Tensor:
         visit = sublayer.pre(streams)
         f = sublayer.run(layer, visit, call)
         return sublayer.post_res(visit, f)

@@ -18,11 +18,20 @@ from torch import nn
 from megatron_mhc import refusals
 from megatron_mhc.config import MHCConfig
 
+_DATA_PARALLEL = "megatron.core.distributed.distributed_data_parallel"  # where its forward pre-hooks are made
+
 
 def mark_replicated(module: nn.Module, config: TransformerConfig) -> None:
     """Mark a module's parameters as replicated over TP, to be summed over it under sequence parallel."""
     for parameter in module.parameters():
         parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+
+def gather_parameters(module: nn.Module) -> None:
+    """Have what gathers a module's parameters just before it runs (--overlap-param-gather) do so now."""
+    for hook in module._forward_pre_hooks.values():
+        if hook.__module__ == _DATA_PARALLEL:
+            hook(module, ())
 
 
 def streams_dtype(config: TransformerConfig) -> torch.dtype:

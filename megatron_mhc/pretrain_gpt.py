@@ -1,10 +1,11 @@
-"""Pretrain a GPT with mHC through Megatron's own `pretrain()`, from the wheel alone.
+"""Pretrain a GPT or a HybridModel with mHC through Megatron's own `pretrain()`, from the wheel alone.
 
     torchrun --nproc-per-node 8 -m megatron_mhc.pretrain_gpt <Megatron arguments> [--mhc-...]
 
-Any parallel layout of Megatron-Core; data from --data-path or --mock-data. `--no-mhc` trains the same
-model without mHC. What Megatron-LM's pretrain_gpt.py has beyond that (SFT, fill-in-the-middle, packed
-sequences, ModelOpt) runs with mHC through `megatron_mhc.launch`.
+Any parallel layout of Megatron-Core; data from --data-path or --mock-data. --hybrid-layer-pattern makes it a
+HybridModel, as everywhere in Megatron. `--no-mhc` trains the same model without mHC. What Megatron-LM's
+scripts have beyond that (SFT, fill-in-the-middle, packed sequences, ModelOpt) runs with mHC through
+`megatron_mhc.launch`.
 """
 
 from __future__ import annotations
@@ -37,7 +38,11 @@ from megatron.training import (
     pretrain,
     print_rank_0,
 )
-from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+from megatron.training.argument_utils import (
+    gpt_config_from_args,
+    hybrid_config_from_args,
+    pretrain_cfg_container_from_args,
+)
 from megatron.training.arguments import core_transformer_config_from_args, parse_and_validate_args
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 from torch import Tensor
@@ -55,7 +60,7 @@ BATCH_KEYS = ("tokens", "position_ids", "labels", "loss_mask", "attention_mask")
 def add_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add the --mhc-* flags and --no-mhc; --help then works, which Megatron's own texts break."""
     add_mhc_args(parser)
-    parser.add_argument("--no-mhc", action="store_true", help="train the plain GPT, as a baseline")
+    parser.add_argument("--no-mhc", action="store_true", help="train the plain model, as a baseline")
     for action in parser._actions:
         try:
             (action.help or "") % {**vars(action), "prog": parser.prog}
@@ -232,16 +237,22 @@ def main(step: Callable[..., Any] = forward_step, at_end: Callable[[], None] | N
         step: the forward step; a caller may wrap `forward_step` to look at the model as it runs.
         at_end: called on every rank after training, while the process groups still exist.
     """
-    from megatron_mhc.specs import gpt_mhc_spec
+    from megatron_mhc.specs import gpt_mhc_spec, hybrid_mhc_spec
 
     use_shipped_helpers()
     hooks.check_uses(PRETRAIN_USES + SPEC_USES)
     hooks.require()  # also for --no-mhc, which should know an mHC checkpoint when it meets one
     args = parse_and_validate_args(extra_args_provider=add_args)
     check_args(args)
-    model = gpt_config_from_args(args)
-    if not args.no_mhc:
-        model.transformer_layer_spec = gpt_mhc_spec
+    model: Any
+    if args.hybrid_layer_pattern is None:
+        model = gpt_config_from_args(args)
+        if not args.no_mhc:
+            model.transformer_layer_spec = gpt_mhc_spec
+    else:
+        model = hybrid_config_from_args(args)
+        if not args.no_mhc:
+            model.hybrid_stack_spec = hybrid_mhc_spec
     pretrain(
         pretrain_cfg_container_from_args(args, model),
         datasets,

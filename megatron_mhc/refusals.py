@@ -135,9 +135,15 @@ MODEL = (
         "--offload-modules {value} with --mhc-num-residual-streams 1 and --mhc-h-pre fixed",
         "the norm's input is the stream itself, which post_res reads later; offload other modules",
     ),
+    Refusal(
+        lambda config, mhc: (
+            config.normalization if mhc.norm == "folded" and config.normalization != "RMSNorm" else None
+        ),
+        "--mhc-norm folded does not support --normalization {value}",
+        "its kernels compute RMSNorm; use --normalization RMSNorm, or --mhc-norm auto or apart",
+    ),
     _setting("inference_fuse_tp_communication", "drop it: it adds the residual inside a linear layer"),
     _setting("transformer_impl", "use transformer_engine or local", lambda v: v == "inference_optimized"),
-    _setting("is_hybrid_model", "use a GPT model: Mamba layers are not wrapped"),
     _setting("mtp_standalone", "put the MTP layer on the stage of the last decoder layer and the loss"),
     Refusal(
         _taken_apart,
@@ -167,6 +173,43 @@ MODEL = (
         _other_options,
         "two mHC configurations in one model",
         "{value}; give all layers the same --mhc-num-residual-streams and options",
+    ),
+)
+
+
+def _single_layers(config: Any, mhc: MHCConfig) -> str | None:
+    impl = config.cuda_graph_impl
+    return impl if impl in ("local", "transformer_engine") else None
+
+
+# A configuration that a GPTModel is built with, and one of a HybridModel.
+GPT = (
+    Refusal(
+        lambda config, mhc: config.is_hybrid_model,
+        "--hybrid-layer-pattern is of a HybridModel, and this is the spec of a GPTModel",
+        "use pretrain_hybrid.py with --spec megatron_mhc.specs hybrid_mhc_spec, or drop it",
+    ),
+)
+HYBRID = (
+    Refusal(
+        lambda config, mhc: mhc.pipeline_schedule == "fused" or mhc.pp_boundary == "split",
+        "--mhc-pipeline-schedule {mhc.pipeline_schedule} --mhc-pp-boundary {mhc.pp_boundary} does not "
+        "support a HybridModel, whose layers are no pairs of attention and MLP",
+        "use --mhc-pp-boundary whole, with --mhc-pipeline-schedule interleaved or megatron",
+    ),
+    Refusal(
+        _single_layers,
+        "mHC does not support --cuda-graph-impl {value} in a HybridModel, whose layers are no pairs of "
+        "attention and MLP",
+        "use --cuda-graph-impl full_iteration, or drop it",
+    ),
+)
+# A built stack of it, without its layers yet.
+STACK = (
+    Refusal(
+        lambda stack, mhc: stack.pre_process and not stack.layer_type_list,
+        "mHC expands the embedding in the first layer, but pipeline stage 0 has none",
+        "give --hybrid-layer-pattern a layer in front of its first |",
     ),
 )
 
@@ -237,14 +280,14 @@ def _without_gradients(layer: Any, mhc: MHCConfig) -> str | None:
         return "layernorm"
     if (layer.held.mlp or routed) and layer.recompute_pre_mlp_layernorm:
         return "layernorm"
-    up_projection = getattr(layer.self_attention, "recompute_up_proj", False)
-    return "mla_up_proj" if layer.held.attention and up_projection else None
+    up_projection = layer.held.attention and getattr(layer.self_attention, "recompute_up_proj", False)
+    return "mla_up_proj" if up_projection else None
 
 
 def _lacking(found: Callable[[Any, MHCConfig], Any], what: str, remedy: str) -> Refusal:
-    """A row of layers without attention or without an MLP."""
+    """A row of a GPTModel's layers without attention or without an MLP."""
     return Refusal(
-        lambda layer, mhc: found(layer, mhc) if len(layer.connections()) < 2 else None,
+        lambda layer, mhc: found(layer, mhc) if len(layer.connections()) < layer.chunk.each else None,
         f"{what} does not support layers without attention or without an MLP",
         remedy,
     )
@@ -252,6 +295,11 @@ def _lacking(found: Callable[[Any, MHCConfig], Any], what: str, remedy: str) -> 
 
 # A built layer, whose `held` is what its CUDA graph holds of it.
 LAYER = (
+    Refusal(
+        lambda layer, mhc: len(layer.connections()) > layer.chunk.each,
+        "a layer of a HybridModel with both attention and an MLP",
+        "give its stack two layers instead: mHC has one connection for each",
+    ),
     Refusal(
         _replayed_by_layers,
         "--mhc-recompute-layer-num {value} with CUDA graphs of single layers",

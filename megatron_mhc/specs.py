@@ -12,74 +12,30 @@ from megatron_mhc.version import check_version
 
 check_version()  # another Megatron may lack what is imported below
 
-import torch
+from megatron.core.models.hybrid.hybrid_block import HybridStackSubmodules
+from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
 from megatron.core.transformer import transformer_block
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import MoETransformerLayer, TransformerLayer
 from megatron.core.utils import log_single_rank
 
 from megatron_mhc import hooks, parallel
-from megatron_mhc.backend import choose
-from megatron_mhc.carried import StreamsBlockSubmodules, remember
-from megatron_mhc.chunk import ModelChunk, ModelChunks
-from megatron_mhc.config import MHCConfig, flag, refuse_environment
-from megatron_mhc.diagnostics.training import check_loop, check_writers
+from megatron_mhc.backend import choose, device_type, norms_in_words
+from megatron_mhc.carried import StreamsBlockSubmodules
+from megatron_mhc.config import MHCConfig, refuse_environment
+from megatron_mhc.diagnostics.training import check_writers
 from megatron_mhc.hooks.uses import SPEC_USES
-from megatron_mhc.layer import (
-    HyperConnectionMoELayer,
-    HyperConnectionTransformerLayer,
-    unsupported_submodule,
-)
+from megatron_mhc.hybrid import HyperConnectionHybridStack, wrap_hybrid_spec
 from megatron_mhc.pipeline import auto
 from megatron_mhc.pipeline.layer_times import Launch
-from megatron_mhc.pipeline.links import sms_of_receives
-from megatron_mhc.pipeline.options import check_config
-from megatron_mhc.recompute.chunk import DroppingChunk
-from megatron_mhc.refusals import SPEC_DOOR, refuse
+from megatron_mhc.refusals import GPT, SPEC_DOOR, refuse
 from megatron_mhc.schedule.plans import OVERLAPPED
 from megatron_mhc.streams import contract_norm_builder
-from megatron_mhc.sublayer import bias_dropout
+from megatron_mhc.wrapping import model_chunks, prepare, wrap_layer_spec
 
+__all__ = ["gpt_mhc_spec", "hybrid_mhc_spec", "wrap_block_spec", "wrap_hybrid_spec", "wrap_layer_spec"]
 logger = logging.getLogger(__name__)
-
-
-def wrap_layer_spec(spec: ModuleSpec, mhc: MHCConfig, chunks: ModelChunks | None = None) -> ModuleSpec:
-    """Return a copy of a transformer layer's spec with mHC instead of its residual additions.
-
-    Args:
-        spec: of a TransformerLayer.
-        mhc: mHC options.
-        chunks: shared by the layers of a model chunk; `--mhc-recompute-layer-num` needs it, and
-            `--mhc-boundary fused` then spans layers too.
-
-    Raises:
-        ValueError: a layer class or submodule that mHC cannot wrap, or recompute without `chunks`.
-    """
-    if mhc.recompute_layer_num != "off" and chunks is None:
-        raise ValueError(
-            f"{flag('recompute_layer_num')} {mhc.recompute_layer_num} needs to know all layers of a model "
-            "chunk: wrap them by wrap_block_spec, not one by one by wrap_layer_spec"
-        )
-    if spec.module in (HyperConnectionTransformerLayer, HyperConnectionMoELayer):
-        return spec
-    layer = {
-        TransformerLayer: HyperConnectionTransformerLayer,
-        MoETransformerLayer: HyperConnectionMoELayer,
-    }.get(spec.module)
-    if layer is None:
-        name = getattr(spec.module, "__name__", spec.module)
-        raise ValueError(f"cannot wrap layers of {name}: mHC wraps megatron.core's TransformerLayer")
-    if (part := unsupported_submodule(spec.submodules)) is not None:
-        raise ValueError(f"cannot wrap a layer with {part}: mHC needs self-attention and an MLP, no more")
-    submodules = dataclasses.replace(spec.submodules, self_attn_bda=bias_dropout, mlp_bda=bias_dropout)
-    return ModuleSpec(
-        module=layer,
-        params={**spec.params, "mhc": mhc, "chunks": chunks},
-        submodules=submodules,
-        metainfo=spec.metainfo,
-    )
 
 
 def wrap_block_spec(
@@ -90,8 +46,8 @@ def wrap_block_spec(
 ) -> TransformerBlockSubmodules:
     """Turn what Megatron would build on this pipeline stage into its mHC form.
 
-    Checks the configuration, remembers `mhc` (the pipeline's message width depends on it, see `carried`)
-    and registers the hooks that mHC needs.
+    Checks the configuration, remembers `mhc` and registers the hooks that mHC needs, see
+    `wrapping.prepare`.
 
     Args:
         spec: a layer's spec, or a block's submodules with one spec per local layer.
@@ -103,11 +59,9 @@ def wrap_block_spec(
         ValueError: an unsupported configuration, layer or Megatron version; `log_interval` outside of
             megatron.training.
     """
+    refuse(GPT, config)
     mhc = auto.resolved(config, mhc, launch=None)
-    parallel.validate(config, mhc)
     parallel.validate_stages(config)
-    check_config(config, mhc)
-    check_loop(mhc)
     if isinstance(spec, TransformerBlockSubmodules):
         layers, norm = list(spec.layer_specs or []), spec.layer_norm
     else:
@@ -115,10 +69,8 @@ def wrap_block_spec(
         norm = transformer_block.LayerNormImpl
     if norm is None:
         raise ValueError("the block spec has no layer_norm: mHC contracts its streams at the final norm")
-    hooks.require(training=mhc.log_interval > 0)
-    remember(config, mhc)
-    kind = ModelChunk if mhc.recompute_layer_num == "off" else DroppingChunk
-    chunks = ModelChunks(config, mhc, len(layers), kind, sms_of_receives(config, mhc))
+    prepare(config, mhc)
+    chunks = model_chunks(config, mhc, len(layers))
     return StreamsBlockSubmodules(
         layer_specs=[wrap_layer_spec(layer, mhc, chunks) for layer in layers],
         layer_norm=contract_norm_builder(norm, mhc),  # type: ignore[arg-type]
@@ -160,17 +112,15 @@ class GPTScriptsCallThis:
         mhc = auto.resolved(transformer, mhc_options(args), launch_of(args))
         hooks.require(schedule=mhc.pipeline_schedule in OVERLAPPED)
         spec = wrap_block_spec(default_layer_spec(model_config, vp_stage), mhc, transformer, vp_stage)
-        device = torch.empty(0, device=torch.cuda.current_device()).device.type
-        backend = choose(mhc, transformer.hidden_size, parallel.streams_dtype(transformer), device)
-        log_single_rank(logger, logging.INFO, f"mHC: {mhc.to_options()}; operations: {backend}")
+        log_choice(transformer, mhc)
         return spec
 
     def __getattr__(self, name: str) -> Any:
         if name in ("layer_specs", "layers", "metainfo", "module", "params", "submodules"):
             raise ValueError(
                 "--spec megatron_mhc.specs gpt_mhc_spec is for scripts that build a GPTModel: "
-                f"{os.path.basename(sys.argv[0])} takes it for the spec of another model, such as "
-                "HybridModel: use pretrain_gpt.py, or drop --spec"
+                f"{os.path.basename(sys.argv[0])} takes it for the spec of another model: of a HybridModel "
+                "that is --spec megatron_mhc.specs hybrid_mhc_spec; of others there is none, drop --spec"
             )
         raise AttributeError(name)
 
@@ -179,6 +129,34 @@ class GPTScriptsCallThis:
 
 
 gpt_mhc_spec = GPTScriptsCallThis()
+
+
+class HybridScriptsBuildThis(HyperConnectionHybridStack):
+    """The stack of `--spec megatron_mhc.specs hybrid_mhc_spec`, whose options are those of the launch.
+
+    Megatron's hybrid scripts hand the spec to the model, which builds it. (The class has the name that
+    Megatron's "specialize for ..." prints where a GPT script takes the spec.)
+
+    Raises:
+        ValueError: unsupported settings, or options given both as flags and as MEGATRON_MHC.
+    """
+
+    def __init__(self, config: TransformerConfig, submodules: HybridStackSubmodules, **kwargs: Any):
+        mhc = auto.resolved(config, mhc_options(), launch=None)
+        hooks.require(schedule=mhc.pipeline_schedule in OVERLAPPED)
+        super().__init__(config, submodules, mhc=mhc, **kwargs)
+        log_choice(config, mhc)
+
+
+hybrid_mhc_spec = dataclasses.replace(hybrid_stack_spec, module=HybridScriptsBuildThis)
+
+
+def log_choice(config: TransformerConfig, mhc: MHCConfig) -> None:
+    """Log the options, the back end that serves them, and where norms are computed."""
+    backend = choose(mhc, config.hidden_size, parallel.streams_dtype(config), device_type())
+    norm = norms_in_words(config, mhc, backend)
+    said = f"mHC: {mhc.to_options()}; operations: {backend}; norm in front of F: {norm}"
+    log_single_rank(logger, logging.INFO, said)
 
 
 def mhc_options(args: Any = None) -> MHCConfig:

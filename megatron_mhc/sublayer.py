@@ -1,4 +1,4 @@
-"""A sub-layer between the streams: a connection and its F, which is Megatron's attention or MLP.
+"""A sub-layer between the streams: a connection and its F, which is Megatron's attention, MLP or mixer.
 
 streams -> pre -> Visit -> run -> f -> post_res -> streams
 """
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from megatron.core.ssm.mamba_layer import MambaLayer
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -19,7 +20,8 @@ from megatron_mhc.ops import reference
 if TYPE_CHECKING:
     from megatron_mhc.chunk import ModelChunk
     from megatron_mhc.hyper_connection import Mappings
-    from megatron_mhc.layer import HyperConnectionTransformerLayer
+    from megatron_mhc.layer import BetweenStreams, HyperConnectionTransformerLayer
+    from megatron_mhc.mamba import HyperConnectionMambaLayer
 
 
 class Left:
@@ -84,11 +86,16 @@ def mlp(layer: HyperConnectionTransformerLayer, layer_input: Tensor, call: Call)
     )
 
 
+def mixer(layer: HyperConnectionMambaLayer, layer_input: Tensor, call: Call) -> Tensor:
+    """Run a MambaLayer's norm and mixer on [s, b, C]."""
+    return MambaLayer.forward(layer, layer_input, *call.args, **call.kwargs)
+
+
 class SubLayer:
     """A connection and its F in a model chunk; no module, so the layer keeps the connection's parameters.
 
     Args:
-        f: `attention` or `mlp`.
+        f: `attention`, `mlp` or `mixer`.
         position: in the chunk.
 
     Attributes:
@@ -101,8 +108,8 @@ class SubLayer:
         self, connection: HyperConnectionModule, f: Callable[..., Tensor], chunk: ModelChunk, position: int
     ):
         self.connection, self.f, self.chunk, self.position = connection, f, chunk, position
-        self.read_in: HyperConnectionTransformerLayer | None = None
-        self.written_in: HyperConnectionTransformerLayer | None = None
+        self.read_in: BetweenStreams | None = None
+        self.written_in: BetweenStreams | None = None
 
     def pre(self, streams: Tensor) -> Visit:
         """Read the layer input from streams: [s, b, n*C]."""
@@ -113,7 +120,7 @@ class SubLayer:
             visit.read_by_f(layer_input)
         return visit
 
-    def run(self, layer: HyperConnectionTransformerLayer, visit: Visit, call: Call) -> Tensor:
+    def run(self, layer: BetweenStreams, visit: Visit, call: Call) -> Tensor:
         """F of the layer input: [s, b, C]."""
         return self.f(layer, visit.layer_input, call)
 

@@ -23,4 +23,9 @@ step "codespell"
 step "import-linter"
 "$PYTHON" -c 'from importlinter.cli import lint_imports_command as lint; lint()' --no-cache
 step "pytest"
-"$PYTHON" -m pytest "$@"
+# A test seldom keeps two cores busy: one runs on each core. MHC_PYTHON may lack pytest-xdist.
+workers=()
+if "$PYTHON" -c 'import xdist' 2>/dev/null; then
+    workers=(--numprocesses auto --maxprocesses 4 --dist worksteal)
+fi
+"$PYTHON" -m pytest ${workers[@]+"${workers[@]}"} "$@"

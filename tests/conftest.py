@@ -18,6 +18,7 @@ if NCCL:
     os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # no NVLink multicast
     sys.modules["transformer_engine"] = None  # its router in TF32, and what it does to CUDA at its import
 
+import interpreter  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
@@ -33,6 +34,7 @@ elif MODE:
 else:
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported: tests/ops run in its interpreter
     cpu.install()
+    interpreter.speed_up()
 torch.set_num_threads(1)  # ranks are forked, and share few cores
 
 

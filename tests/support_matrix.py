@@ -27,6 +27,7 @@ class Feature(NamedTuple):
     tests: tuple[str, ...] = ()
 
 
+_HYBRID = "distributed/test_hybrid.py::test_"
 _PARITY = "distributed/test_parity.py::test_"
 _SCHEDULE = "distributed/test_pipeline_schedule.py::test_"
 _REFUSALS = "unit/test_refusals.py::test_"
@@ -120,6 +121,15 @@ FEATURES = (
         ),
     ),
     Feature(
+        "`--mhc-norm folded`",
+        YES,
+        "float64; GQA, MLA, MoE, Megatron's layers and stand-ins for Transformer Engine's",
+        (
+            "distributed/test_folded_norm.py::test_folded_matches_apart",
+            "unit/test_optional_parts.py::test_folded_norms_change_neither_numbers_nor_parameters_nor_entries",
+        ),
+    ),
+    Feature(
         "`--delay-wgrad-compute`",
         YES,
         "under `fused` on a pipeline; elsewhere refused",
@@ -185,6 +195,16 @@ FEATURES = (
         (
             "distributed/test_heterogeneous.py::test_layout_matches_single_process",
             "distributed/test_heterogeneous.py::test_resharded_training_matches_unbroken_run",
+        ),
+    ),
+    Feature(
+        "HybridModel of attention, MLA, MLP, MoE and Mamba layers; TP, EP, PP, VPP, MTP of plain layers",
+        YES,
+        "one connection a layer, [limits](docs/hybrid.md); Mamba shown with a stand-in for its mixer",
+        (
+            _HYBRID + "hybrid_layout_matches_single_process",
+            _HYBRID + "pairs_of_attention_and_mlp_are_the_gpt_whose_checkpoint_they_load",
+            _HYBRID + "resharded_hybrid_training_matches_unbroken_run",
         ),
     ),
     Feature(
@@ -320,15 +340,7 @@ FEATURES = (
         "",
         (_REFUSALS + "unsupported_setting_is_refused",),
     ),
-    Feature(
-        "HybridModel (Mamba), cross-attention",
-        REFUSED,
-        "mHC wraps GPTModel's layers",
-        (
-            "unit/test_doors.py::test_hybrid_model_is_refused_as_it_is_built",
-            _REFUSALS + "layer_with_cross_attention_is_refused",
-        ),
-    ),
+    Feature("cross-attention", REFUSED, "", (_REFUSALS + "layer_with_cross_attention_is_refused",)),
     Feature(
         "no decoder layer on stage 0, or on the last stage under MTP",
         REFUSED,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_mhc.checkpoint_keys import ARITHMETIC
 from megatron_mhc.config import MHCConfig
-from megatron_mhc.convert.check import count_layers
+from megatron_mhc.convert.check import count_layers, refuse_hybrid
 from megatron_mhc.convert.names import PUBLISHED, check, check_state, differences, read_arithmetic, rename
 from megatron_mhc.convert.plain import from_plain
 from megatron_mhc.convert.published import check_left_over, from_published, to_published
@@ -82,6 +82,7 @@ def convert_files(
     collected: dict[str, Tensor] = {}
 
     def change(state: State, first_layer: int) -> State:
+        refuse_hybrid(state)
         if source == "plain":
             return from_plain(state, mhc, first_layer)
         if source in PUBLISHED:
@@ -120,6 +121,7 @@ class _TorchDist:
 
     def options(self) -> MHCConfig:
         with naming(str(self.folder)):
+            refuse_hybrid(self.state)
             return read_arithmetic(self.state)
 
     def convert(self, change: Callable[[State, int], State], into: Path | None) -> None:
@@ -143,6 +145,8 @@ class _Torch:
         for file, chunks in self.files:
             saved = load_torch(file, self.trust)
             for chunk, _ in chunks:
+                with naming(str(file)):
+                    refuse_hybrid(saved[chunk])
                 if ARITHMETIC in saved[chunk]:
                     with naming(str(file)):
                         return read_arithmetic(saved[chunk])

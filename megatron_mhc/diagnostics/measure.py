@@ -45,7 +45,7 @@ def main() -> None:
             samples: dict[int, Sample] = {}
             for sampler in samplers.values():
                 samples |= sampler.samples
-            report = reduce_samples(samples, sampler.config, sampler.mhc, sampler.capacity)
+            report = reduce_samples(samples, sampler.config, sampler.mhc, sampler.capacity, sampler.names)
             if torch.distributed.get_rank() == 0:
                 report.save(path)
 

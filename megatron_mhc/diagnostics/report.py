@@ -58,13 +58,14 @@ class Report:
     """The state of all mappings of a model, the same on every rank.
 
     Args:
-        statistics: name -> one value per sub-layer, in the order in which they run (attention and MLP of
-            each layer). Without what the configuration fixes: the alphas and logits of fixed parts, and
-            the cosine between streams where there is one.
+        sublayers: their names, in the order in which they run.
+        statistics: name -> one value per sub-layer. Without what the configuration fixes: the alphas and
+            logits of fixed parts, and the cosine between streams where there is one.
         h_res: [L, n, n] fp64, mean over tokens of each sub-layer's mapping.
         composite: [L, n, n] fp64, mean over tokens of the composite from the model's input.
     """
 
+    sublayers: list[str]
     statistics: dict[str, list[float]]
     h_res: list[Any]
     composite: list[Any]
@@ -74,24 +75,47 @@ class Report:
         path.write_text(json.dumps(asdict(self)))
 
 
-def sublayer_name(index: int) -> str:
-    """`layer_003_mlp` for index 5: Megatron counts layers from 1, and each has two sub-layers."""
-    return f"layer_{index // 2 + 1:03d}_{'mlp' if index % 2 else 'attention'}"
+# By the symbol of a layer in --hybrid-layer-pattern.
+KINDS = {
+    "*": "attention",
+    "+": "mla",
+    "D": "dsa",
+    "M": "mamba",
+    "G": "gdn",
+    "-": "mlp",
+    "E": "moe",
+}
+
+
+def sublayer_names(config: TransformerConfig, pattern: str | None = None) -> list[str]:
+    """`layer_003_mlp` and the like, of all sub-layers of a model: Megatron counts layers from 1.
+
+    Args:
+        pattern: of a HybridModel, whose layers are one sub-layer each; a GPT's have an attention and an MLP.
+    """
+    kinds = [[KINDS[symbol]] for symbol in pattern] if pattern else [["attention", "mlp"]] * config.num_layers
+    return [f"layer_{layer:03d}_{kind}" for layer, both in enumerate(kinds, start=1) for kind in both]
 
 
 def reduce_samples(
-    samples: Mapping[int, Sample], config: TransformerConfig, mhc: MHCConfig, capacity: int
+    samples: Mapping[int, Sample],
+    config: TransformerConfig,
+    mhc: MHCConfig,
+    capacity: int,
+    names: list[str] | None = None,
 ) -> Report:
     """Reduce this rank's samples with those of all others; a collective call.
 
     Args:
         samples: this rank's, by index of the sub-layer in the model; empty on a stage without layers.
         capacity: upper bound of the samples' tokens, the same on all ranks.
+        names: of the model's sub-layers; None: a GPT's.
 
     Raises:
         ValueError: a sub-layer of the model that no rank has sampled.
     """
-    sublayers, n = 2 * config.num_layers, mhc.num_residual_streams
+    names = names or sublayer_names(config)
+    sublayers, n = len(names), mhc.num_residual_streams
     device = next((s.h_res.device for s in samples.values()), torch.device(torch.cuda.current_device()))
     rows = sorted(samples)
     all_h_res = torch.zeros(sublayers, capacity, n, n, dtype=torch.float64, device=device)
@@ -121,7 +145,7 @@ def reduce_samples(
     if dist.is_initialized():
         dist.all_reduce(sums)
         dist.all_reduce(maxima, op=dist.ReduceOp.MAX)
-    return make_report(sums.cpu(), maxima.cpu(), mhc)
+    return make_report(names, sums.cpu(), maxima.cpu(), mhc)
 
 
 def token_means(local: list[Sample], from_input: Tensor, to_output: Tensor) -> dict[str, Tensor]:
@@ -170,14 +194,14 @@ def token_maxima(local: list[Sample]) -> dict[str, Tensor]:
     return maxima
 
 
-def make_report(sums: Tensor, maxima: Tensor, mhc: MHCConfig) -> Report:
+def make_report(names: list[str], sums: Tensor, maxima: Tensor, mhc: MHCConfig) -> Report:
     """Divide the sums by their counts and name them.
 
     Args:
         sums: [L, 1 + means + 2 n^2] on the host, the number of tokens first. maxima: [L, maxima].
     """
     counts = sums[:, :1]
-    if missing := [sublayer_name(i) for i, count in enumerate(counts) if count == 0]:
+    if missing := [name for name, count in zip(names, counts, strict=True) if count == 0]:
         raise ValueError(f"no rank has sampled {', '.join(missing)}: a composite needs every sub-layer")
     columns = (sums / counts)[:, 1:]
     values = dict(zip(MEANS, columns[:, : len(MEANS)].unbind(1), strict=True))
@@ -190,6 +214,7 @@ def make_report(sums: Tensor, maxima: Tensor, mhc: MHCConfig) -> Report:
     n = mhc.num_residual_streams
     h_res, from_input = columns[:, len(MEANS) :].split(n * n, dim=1)
     return Report(
+        names,
         {name: column.tolist() for name, column in values.items() if name not in left_out(mhc)},
         h_res.unflatten(1, (n, n)).tolist(),
         from_input.unflatten(1, (n, n)).tolist(),

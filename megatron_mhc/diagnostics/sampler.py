@@ -12,7 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megatron_mhc.carried import options_of
-from megatron_mhc.diagnostics.report import Report, reduce_samples
+from megatron_mhc.diagnostics.report import Report, reduce_samples, sublayer_names
 from megatron_mhc.graphs import eagerly
 from megatron_mhc.hyper_connection import HyperConnectionModule
 from megatron_mhc.ops import reference
@@ -60,7 +60,7 @@ class Sampler:
     ):
         mhc = options_of(model, config)
         if mhc is None:
-            raise ValueError("the model has no mHC: build it with --spec megatron_mhc.specs gpt_mhc_spec")
+            raise ValueError("the model has no mHC: build it with a spec of megatron_mhc.specs")
         tokens = mhc.log_tokens if tokens is None else tokens
         if tokens < 1:
             raise ValueError(f"tokens={tokens}: sample at least 1")
@@ -71,6 +71,7 @@ class Sampler:
             shards *= config.tensor_model_parallel_size
         # The same on all ranks, so that pipeline stages exchange blocks of one size.
         self.capacity = max(1, tokens // shards)
+        self.names = sublayer_names(config, hybrid_pattern(model))
         self.samples: dict[int, Sample] = {}
         self._hooked = ExitStack()
 
@@ -97,7 +98,7 @@ class Sampler:
         missing = [c.sublayer_index for c in self.connections if c.sublayer_index not in self.samples]
         if missing:
             raise ValueError(f"sub-layers {missing} did not run: run the model inside the sampler's block")
-        return reduce_samples(self.samples, self.config, self.mhc, self.capacity)
+        return reduce_samples(self.samples, self.config, self.mhc, self.capacity, self.names)
 
 
 @contextmanager
@@ -118,6 +119,16 @@ def connections(model: nn.Module | Sequence[nn.Module]) -> list[HyperConnectionM
     """The mHC connections of a model or of a list of model chunks."""
     chunks = [model] if isinstance(model, nn.Module) else model
     return [m for chunk in chunks for m in chunk.modules() if isinstance(m, HyperConnectionModule)]
+
+
+def hybrid_pattern(model: nn.Module | Sequence[nn.Module]) -> str | None:
+    """The symbols of a HybridModel's layers, those of all stages; None of a GPT."""
+    for module in (model if isinstance(model, nn.Module) else model[0]).modules():
+        if (pattern := getattr(module, "hybrid_layer_pattern", None)) is not None:
+            from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols, parse_hybrid_pattern
+
+            return parse_hybrid_pattern(pattern).main_pattern.replace(Symbols.PIPE, "")
+    return None
 
 
 def take(connection: HyperConnectionModule, streams: Tensor, mappings: Any, capacity: int) -> Sample:
@@ -179,9 +190,7 @@ def capture_h_res(model: nn.Module | Sequence[nn.Module]) -> Iterator[list[Tenso
     """
     found = connections(model)
     if not found:
-        raise ValueError(
-            "the model has no mHC connections: build it with --spec megatron_mhc.specs gpt_mhc_spec"
-        )
+        raise ValueError("the model has no mHC connections: build it with a spec of megatron_mhc.specs")
     captured: list[Tensor] = []
 
     def hook(module: nn.Module, args: Any, output: Any) -> None:

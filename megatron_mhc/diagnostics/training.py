@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from megatron_mhc.config import MHCConfig, flag
-from megatron_mhc.diagnostics.report import PARTS, Report, sublayer_name
+from megatron_mhc.diagnostics.report import PARTS, Report
 
 # Statistics whose worst sub-layer stands for the whole model, and which end is the worse one.
 WORST: dict[str, Callable[[list[float]], float]] = {
@@ -74,7 +74,8 @@ def scalars(report: Report) -> dict[str, float]:
         f"mhc/{name}": worst(name, values) for name, values in report.statistics.items() if name in WORST
     }
     for name, values in report.statistics.items():
-        named |= {f"mhc/{name}/{sublayer_name(i)}": value for i, value in enumerate(values)}
+        pairs = zip(report.sublayers, values, strict=True)
+        named |= {f"mhc/{name}/{sublayer}": value for sublayer, value in pairs}
     return named
 
 
@@ -133,7 +134,7 @@ def out_of_range(report: Report, mhc: MHCConfig, raised: set[str]) -> list[str]:
         raised.add(kind)
         name, i, value = max(outside, key=lambda entry: distance(entry[2], kind))
         messages.append(
-            f"{name} {value:.4g} of {sublayer_name(i)} is outside [{low:.4g}, {high:.4g}] "
+            f"{name} {value:.4g} of {report.sublayers[i]} is outside [{low:.4g}, {high:.4g}] "
             f"({flag('alarm_' + kind)}), the worst of {len({i for _, i, _ in outside})} sub-layers"
         )
     return messages

@@ -19,7 +19,7 @@ from megatron_mhc.doctor.machine import ON_CPU, VARIABLE, choose, explained
 from megatron_mhc.doctor.part import Part, Row, one_line
 from megatron_mhc.version import check_version
 
-SPEC = ("megatron_mhc.specs", "gpt_mhc_spec")
+SPECS = (("megatron_mhc.specs", "gpt_mhc_spec"), ("megatron_mhc.specs", "hybrid_mhc_spec"))
 WHEEL, LAUNCH = "megatron_mhc.pretrain_gpt", "megatron_mhc.launch"
 CPU = "megatron_mhc.testing.cpu"
 
@@ -65,6 +65,7 @@ class Launch(Part):
         self.flags = any(word.startswith("--mhc-") for word in arguments)
         self.plain, self.ours = "--no-mhc" in arguments, WHEEL in program or not program
         self.on_cpu = CPU in program
+        hybrid = any(word.startswith("--hybrid-layer-pattern") for word in arguments)
         spec = arguments[arguments.index("--spec") + 1 :][:2] if "--spec" in arguments else []
         if not program:
             self.say("door", f"none, arguments alone: judged as those of python -m {WHEEL}")
@@ -76,15 +77,16 @@ class Launch(Part):
 
             after = list(program[program.index(LAUNCH) + 1 :])
             self.asks(lambda: launch.prepare(after + arguments))
-        elif tuple(spec) == SPEC:
-            self.say("door", "spec, --spec megatron_mhc.specs gpt_mhc_spec")
+        elif tuple(spec) in SPECS:
+            self.say("door", f"spec, --spec {' '.join(spec)}")
         elif self.flags:
             self.say("door", "flags of the script's own, as a tree has that is patched by patches/")
         else:
             self.plain = True
             self.say("door", "none: this trains without mHC")
             self.in_the_way.append(
-                f"nothing asks for mHC: add --spec {' '.join(SPEC)}, or start it by python -m {LAUNCH}"
+                f"nothing asks for mHC: add --spec {' '.join(SPECS[hybrid])}, or start it by python -m "
+                f"{LAUNCH}"
             )
         if self.flags and program and program[-1].endswith(".py") and LAUNCH not in program:
             self.asks(lambda: _takes_flags(program[-1]))
@@ -192,7 +194,8 @@ class Launch(Part):
             self.asks(lambda: check_args(args))
         if self.plain:
             return
-        rows = refusals.MODEL + refusals.STAGES + refusals_of(config, mhc)
+        kind = refusals.HYBRID if config.is_hybrid_model else refusals.STAGES
+        rows = (*refusals.MODEL, *kind, *refusals_of(config, mhc))
         found = [*refusals.refused(refusals.SPEC_DOOR, args), *refusals.refused(rows, config, mhc)]
         self.in_the_way += map(str, found)
         self.asks(lambda: check_writers(args, mhc))
@@ -206,6 +209,10 @@ class Launch(Part):
             return
         full = config is not None and config.recompute_granularity == "full"
         self.say("boundary", boundary(mhc, chosen, full))
+        if config is not None:
+            from megatron_mhc.backend import norms_in_words
+
+            self.say("norm before F", norms_in_words(config, mhc, chosen))
         if mhc.recompute_layer_num != "off":
             self.say("recompute of mHC", f"{flag('recompute_layer_num')} {mhc.recompute_layer_num}")
 
@@ -255,7 +262,7 @@ def _takes_flags(script: str) -> None:
     """Raise ValueError for a script whose parser has no --mhc-* flags, as that of a stock Megatron."""
     remedy = (
         f"start it by python -m {LAUNCH}, which takes them, or give the options in {ENVIRONMENT} beside "
-        f"--spec {' '.join(SPEC)}"
+        f"--spec {' '.join(SPECS[0])}"
     )
     path = Path(script)
     if not path.is_file():

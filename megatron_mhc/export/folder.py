@@ -58,7 +58,6 @@ def read(load: Path, trust: bool = False) -> tuple[dict[str, Any], dict[str, Ten
         ValueError: of `weights` and `settings`, naming the file or the flag.
     """
     state, args, mhc = weights.read(load, trust)
-    settings.check(args)
     tensors = weights.translate(state, args)
     return settings.config(args, mhc, tensors), tensors, args
 

@@ -25,7 +25,7 @@ from megatron_mhc.convert.read import (
     rank_files,
     read_torch_dist,
 )
-from megatron_mhc.export.settings import head_size
+from megatron_mhc.export.settings import check, head_size
 
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 _EXPERT = re.compile(
@@ -77,7 +77,7 @@ def read(load: Path, trust: bool = False) -> tuple[State, Any, MHCConfig]:
         trust: run what its pickles hold.
 
     Raises:
-        ValueError: naming the file, what is wrong with it and the remedy.
+        ValueError: naming the file or the flag, what is wrong with it and the remedy.
     """
     folder = iteration_folder(load)
     with naming(str(folder)):
@@ -88,6 +88,7 @@ def read(load: Path, trust: bool = False) -> tuple[State, Any, MHCConfig]:
             state, args = _read_torch(folder, trust)
         if getattr(args, "num_layers", None) is None:
             raise ValueError("it has no arguments of a training run: save it by megatron.training")
+        check(args)  # in front of what a HybridModel has not
         mhc = read_arithmetic(state)
         tensors = {key: value for key, value in state.items() if "_extra_state" not in key}
         check_finite(tensors)

@@ -154,25 +154,28 @@ HOOKS: tuple[Hook, ...] = (
             ),
         )
     ),
-    Hook(
-        target="megatron.core.transformer.transformer_block:checkpointed_forward",
-        defined_in="megatron.core.recompute",
-        parameters=(
-            "self",
-            "hidden_states",
-            "attention_mask",
-            "context",
-            "context_mask",
-            "rotary_pos_emb",
-            "attention_bias",
-            "packed_seq_params",
-            "use_inner_quantization_context",
-            "padding_mask",
-            "extract_layer_indices",
-            "layer_offset",
-        ),
-        replacement=ask_input_gradient,
-        reason="full recompute behind a frozen embedding gives no layer a gradient, in stock Megatron too",
+    *(
+        Hook(
+            target=f"megatron.core.{module}:checkpointed_forward",
+            defined_in="megatron.core.recompute",
+            parameters=(
+                "self",
+                "hidden_states",
+                "attention_mask",
+                "context",
+                "context_mask",
+                "rotary_pos_emb",
+                "attention_bias",
+                "packed_seq_params",
+                "use_inner_quantization_context",
+                "padding_mask",
+                "extract_layer_indices",
+                "layer_offset",
+            ),
+            replacement=ask_input_gradient,
+            reason="full recompute behind a frozen embedding gives no layer a gradient, in stock too",
+        )
+        for module in ("transformer.transformer_block", "models.hybrid.hybrid_block")
     ),
 )
 

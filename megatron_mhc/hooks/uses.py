@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 _LAYER = "megatron.core.transformer.transformer_layer:TransformerLayer"
+_HYBRID = "megatron.core.models.hybrid"
+_MAMBA_LAYER = "megatron.core.ssm.mamba_layer:MambaLayer"
 _MOE_LAYER = "megatron.core.transformer.transformer_layer:MoETransformerLayer"
 _GRAPHABLE = "megatron.core.transformer.module:GraphableMegatronModule"
 _WHOLE_STEP = "megatron.core.full_cuda_graph:FullCudaGraphWrapper"
@@ -15,6 +17,7 @@ _BLOCK = "megatron.core.transformer.transformer_block"
 _MOE = "megatron.core.transformer.moe.moe_layer:MoELayer"
 _SHARDED = "megatron.core.dist_checkpointing.optimizer"
 _OPTIMIZER = "megatron.core.optimizer.optimizer"
+_TE = "megatron.core.extensions.transformer_engine"
 _SCHEDULES = "megatron.core.pipeline_parallel.schedules"
 _TRAINING = "megatron.training"
 
@@ -65,6 +68,20 @@ USES: tuple[Use, ...] = (
         "cross_attn_bda, pre_mlp_layernorm, mlp, mlp_bda, sharded_state_dict_keys_map",
     ),
     Use("megatron.core.utils:make_viewless_tensor", "inp, requires_grad, keep_graph"),
+    # norm.py; of Transformer Engine's, Megatron has a class or a stand-in
+    Use("megatron.core.transformer.identity_op:IdentityOp", None),
+    Use(
+        "megatron.core.transformer.attention:SelfAttentionSubmodules",
+        "linear_qkv, core_attention, linear_proj, q_layernorm, k_layernorm",
+    ),
+    Use("megatron.core.transformer.mlp:MLPSubmodules", "linear_fc1, linear_fc2, activation_func"),
+    Use(
+        "megatron.core.transformer.mlp:MLP.as_mlp_submodule",
+        "submodules, config, pg_collection, is_mtp_layer, is_expert, input_size, ffn_hidden_size, name",
+    ),
+    Use(f"{_TE}:TELayerNormColumnParallelLinear", None),
+    Use(f"{_TE}:TEColumnParallelLinear", None),
+    Use(f"{_TE}:HAVE_TE", None),
     # checkpoint_parts.py: it calls ours
     Use(
         "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer._synthesize_state_dict_params_for_model",
@@ -148,6 +165,35 @@ USES: tuple[Use, ...] = (
     Use(f"{_OPTIMIZER}:MegatronOptimizer._extract_common_per_param_step", "state_dict"),
 )
 
+# Of a HybridModel: hybrid.py, mamba.py, sublayer.py, wrapping.py, diagnostics/sampler.py.
+HYBRID_USES: tuple[Use, ...] = (
+    Use(
+        f"{_HYBRID}.hybrid_block:HybridStack.__init__",
+        "self, config, submodules, pre_process, layer_type_list, pp_layer_offset, post_layer_norm, "
+        "post_process, device, dtype, pg_collection, is_mtp_layer, name",
+        ("final_norm", "layers", "pre_process", "layer_type_list"),
+    ),
+    Use(
+        f"{_HYBRID}.hybrid_block:HybridStackSubmodules",
+        "mamba_layer, gdn_layer, attention_layer, dsa_layer, mla_layer, mlp_layer, moe_layer, mtp_block_spec",
+    ),
+    Use(f"{_HYBRID}.hybrid_model:HybridModel.__init__", None, ("hybrid_layer_pattern", "decoder")),
+    Use(f"{_HYBRID}.hybrid_layer_allocation:parse_hybrid_pattern", "pattern"),
+    Use("megatron.core.ssm.mlp_layer:MLPLayer", None),
+    Use(f"{_MAMBA_LAYER}Submodules", "norm, mixer, mamba_bda, sharded_state_dict_keys_map"),
+    Use(
+        f"{_MAMBA_LAYER}.__init__",
+        "self, config, submodules, layer_number, pg_collection, pp_layer_offset, name",
+        ("norm", "mixer", "mamba_bda", "layer_number"),
+    ),
+    Use(
+        f"{_MAMBA_LAYER}.forward",
+        "self, hidden_states, attention_mask, inference_context, rotary_pos_emb, inference_params, "
+        "packed_seq_params",
+        ("mamba_bda",),
+    ),
+)
+
 # Beside targets.TRAINING_HOOKS.
 TRAINING_USES: tuple[Use, ...] = (
     Use(f"{_TRAINING}:get_tensorboard_writer", ""),
@@ -207,6 +253,8 @@ PRETRAIN_USES: tuple[Use, ...] = (
         "store, inprocess_call_wrapper, p2p_communicator, pg_collection, skip_model_parallel_init",
     ),
     Use(f"{_TRAINING}.argument_utils:pretrain_cfg_container_from_args", "args, model_cfg"),
+    Use(f"{_TRAINING}.argument_utils:hybrid_config_from_args", "args, config, model_config_cls"),
+    Use(f"{_TRAINING}.models.hybrid:HybridModelConfig", None),
     Use(f"{_TRAINING}.arguments:core_transformer_config_from_args", "args, config_class"),
     Use(
         f"{_TRAINING}.arguments:parse_and_validate_args",

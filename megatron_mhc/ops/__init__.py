@@ -2,7 +2,8 @@
 
 reference.py   the definition
 boundary.py    post_res and the next `pre` in one node of autograd's graph
-autograd.py    the kernels under autograd, and what connections in a row share
+autograd.py    the kernels under autograd
+link.py        what connections in a row share
 compiled.py    the same as ops of torch.library, which torch.compile traces
 kernels.py     the back ends, and what each can do
 options.py     what the kernels of `pre` take besides tensors
@@ -22,6 +23,7 @@ triton/
 hopper/
     pre.py                pre, by itself or behind the post_res before it, in CUDA for H100 and H200
     pre_backward.py       all gradients of pre
+    norm.py               what they are compiled for where a norm is folded in
     compile.py            NVRTC, launches, how channels are cut
 
 A file imports what stands below it here. Which back end serves a connection, `megatron_mhc.backend` says.

@@ -16,6 +16,9 @@ may work ahead for that `pre`.
 Where a pipeline stage ends between the two terms of the next streams, `mix` stands in for `post_res`: g comes
 through the tunnel too, and dh_post instead of f.
 
+Where the RMSNorm in front of F is folded into `pre` (`ReadNorm`), its output y stands for the layer input,
+and dl for y's gradient.
+
 Under torch.compile the ops of `compiled` stand in for all this.
 """
 
@@ -28,90 +31,11 @@ from torch import Tensor
 
 from megatron_mhc.ops import compiled
 from megatron_mhc.ops.kernels import TRITON, Kernels
-from megatron_mhc.ops.options import Options
+from megatron_mhc.ops.link import Ahead, Link, NextPre, Saved, link_of
+from megatron_mhc.ops.options import Options, ReadNorm
 from megatron_mhc.ops.triton import stage_ends
 from megatron_mhc.ops.triton.post_res import post_backward, post_res_forward
 from megatron_mhc.ops.triton.post_res_project import can_project
-
-
-class Saved(NamedTuple):
-    """What h_post is made of again: `saved` [T, M+1] of `pre_forward`, and affine [M+3]; fp32."""
-
-    projection: Tensor
-    affine: Tensor
-
-
-class NextPre(NamedTuple):
-    """The `pre` of the next connection, for which a post_res works ahead."""
-
-    kernels: Kernels
-    weight: Tensor
-    affine: Tensor
-    options: Options
-
-
-class Ahead:
-    """What was made of a post_res's output by parameters of the `pre` that reads it, for that `pre`."""
-
-    def __init__(self, out: Tensor, made_by: tuple[Tensor, ...], made: Any):
-        self._version, self._made_by = out._version, [(t, t._version) for t in made_by]
-        self._made = made
-
-    def take(self, x: Tensor, *parameters: Tensor) -> Any:
-        """What was made of x, this output, if it was of these very values; once, else None.
-
-        Args:
-            parameters: phi and affine of the connection that reads x; of fewer it may have been made.
-        """
-        made, self._made = self._made, None
-        if x._version != self._version:
-            return None
-        for now, (then, version) in zip(parameters, self._made_by, strict=False):
-            if now._version != version:
-                return None
-            if now is not then and (now.data_ptr(), now.shape) != (then.data_ptr(), then.shape):
-                return None
-        return made
-
-
-class Link:
-    """Joins a post_res with the `pre` that reads its output.
-
-    Forward, it brings that `pre` what post_res made ahead: a projection in parts, or all that `pre_forward`
-    returns; backward, it brings post_res its df.
-    """
-
-    def __init__(self, writer: Saved):
-        self.writer = writer
-        self.ahead: Ahead | None = None
-        self._df: tuple[Tensor, int, int | None, Tensor] | None = None
-
-    def put_df(self, g: Tensor, df: Tensor) -> None:
-        """Keep df, made of this g: the two of one launch."""
-        self._df = (g, g._version, _stream(g), df)
-
-    def take_df(self, g: Tensor) -> Tensor | None:
-        """df of g, if it was made of this very g, unchanged, on the stream that is current now."""
-        kept, self._df = self._df, None
-        if kept is None or g.data_ptr() != kept[0].data_ptr() or g.numel() != kept[0].numel():
-            return None
-        return kept[3] if (g._version, _stream(g)) == kept[1:3] else None
-
-
-def _stream(tensor: Tensor) -> int | None:
-    return torch._C._cuda_getCurrentRawStream(tensor.get_device()) if tensor.is_cuda else None
-
-
-# Nodes of the autograd graph that hand a gradient on as it is: reshapes, and Megatron's make_viewless_tensor.
-_PASSING = ("ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0", "MakeViewlessTensorBackward")
-
-
-def _link_of(x: Tensor) -> Link | None:
-    """The link of the post_res that made x, or None if something else did."""
-    node = x.grad_fn
-    while node is not None and node.name() in _PASSING:
-        node = node.next_functions[0][0]
-    return getattr(node, "link", None)
 
 
 class BackwardHandoff:
@@ -134,6 +58,7 @@ class KernelMappings:
 
     Args:
         coefficients: [T, M] fp32, h_pre, h_post and h_res row-major.
+        norm, norm_saved: folded into `pre`, and what that kept of it, [T, n+1] fp32; or None.
         handoff: from an eager `pre`.
         streams: [T, n, C], from a compiled one, whose tunnels are not the streams.
     """
@@ -143,12 +68,15 @@ class KernelMappings:
         tunnels: tuple[Tensor, ...],
         coefficients: Tensor,
         saved: Saved,
+        norm: ReadNorm | None = None,
+        norm_saved: Tensor | None = None,
         *,
         handoff: BackwardHandoff | None = None,
         streams: Tensor | None = None,
     ):
         self.n = tunnels[0].shape[1]
         self.coefficients, self.saved = coefficients, saved
+        self.norm, self.norm_saved = norm, norm_saved
         self.handoff, self.streams = handoff, streams
         self._tunnels: tuple[Tensor, ...] | None = tunnels
 
@@ -189,6 +117,7 @@ class _Visit(NamedTuple):
 
     kernels: Kernels
     options: Options
+    norm: ReadNorm | None
     upstream: Link | None  # from the post_res that made the streams
     handoff: BackwardHandoff
     shape: tuple[int, ...]  # of x in kernels: [T, n, C]
@@ -202,42 +131,45 @@ class _Pre(torch.autograd.Function):
         streams: Tensor,
         weight: Tensor,
         affine: Tensor,
+        norm_weight: Tensor | None,
         visit: _Visit,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        kernels, options, upstream, _, shape, read = visit
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+        kernels, options, norm, upstream, _, shape, read = visit
         ahead = None
         if upstream is not None and upstream.ahead is not None:
-            ahead = upstream.ahead.take(streams, weight, affine)
+            ahead = upstream.ahead.take(streams, weight, affine, norm=norm)
         x = streams.view(shape)
         if ahead is None:
-            made = kernels.pre_forward(x, weight, affine, options)
+            made = kernels.pre_forward(x, weight, affine, options, norm=norm)
         elif isinstance(ahead, Tensor):
             kernels = kernels if kernels.takes_projection else TRITON
-            made = kernels.pre_forward(x, weight, affine, options, parts=ahead)
+            made = kernels.pre_forward(x, weight, affine, options, parts=ahead, norm=norm)
         else:
             made = ahead
-        layer_input, saved, coefficients = made
+        layer_input, saved, coefficients, norm_saved = made
         layer_input = layer_input if layer_input.shape == read else layer_input.view(read)
-        ctx.save_for_backward(x, weight, affine, saved)
+        ctx.save_for_backward(x, weight, affine, norm_weight, saved, norm_saved)
         ctx.visit, ctx.shape = visit, streams.shape
-        ctx.mark_non_differentiable(saved, coefficients)
-        ctx.set_materialize_grads(False)  # else autograd fills zeros for saved and coefficients
-        return layer_input, x, saved, coefficients
+        ctx.mark_non_differentiable(*made[1 : 4 if norm else 3])
+        ctx.set_materialize_grads(False)  # else autograd fills zeros for what is not differentiable
+        return layer_input, x, saved, coefficients, norm_saved
 
     @staticmethod
     def backward(  # type: ignore[override]
         ctx: Any, dl: Tensor | None, g: Tensor | None, *_: Any
     ) -> tuple[Tensor | None, ...]:
-        x, weight, affine, saved = ctx.saved_tensors
-        kernels, options, upstream, handoff, *_ = ctx.visit
+        x, weight, affine, norm_weight, saved, norm_saved = ctx.saved_tensors
+        kernels, options, norm, upstream, handoff, *_ = ctx.visit
+        norm = norm and norm._replace(weight=norm_weight)
         writer = None if upstream is None else upstream.writer
-        dx, d_weight, d_affine, df = gradients_of_pre(
-            kernels, options, handoff, x, weight, affine, saved, dl, g, writer
-        )
+        dx, d_weight, d_affine, df, d_norm_weight = gradients_of_pre(
+            kernels, options, handoff, x, weight, affine, norm, saved, norm_saved, dl, g, writer,
+            ctx.needs_input_grad[1],
+        )  # fmt: skip
         dx = dx if dx.shape == ctx.shape else dx.view(ctx.shape)
         if df is not None:
             upstream.put_df(dx, df)
-        return dx, d_weight, d_affine, None
+        return dx, d_weight, d_affine, d_norm_weight, None
 
 
 def gradients_of_pre(
@@ -247,12 +179,15 @@ def gradients_of_pre(
     x: Tensor,
     weight: Tensor,
     affine: Tensor,
+    norm: ReadNorm | None,
     saved: Tensor,
+    norm_saved: Tensor | None,
     dl: Tensor | None,
     g: Tensor | None,
     writer: tuple[Tensor, Tensor] | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """dx, d_weight, d_affine and df of the writer, of what has arrived of the two gradients and of f.
+    with_dphi: bool,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]:
+    """dx, d_weight, d_affine, df of the writer and d_norm_weight, of what has arrived of g, dl and f.
 
     Args:
         x, g: [T, n, C]; dl, and f of the handoff: [T, C], or [s, b, C] where kernels take that.
@@ -265,8 +200,9 @@ def gradients_of_pre(
     if serving is not kernels:
         f, dl = None if f is None else f.view(x.shape[::2]), dl.view(x.shape[::2])
     return serving.pre_backward(
-        x, g.contiguous(), f, dl, weight, affine, saved, options, writer=writer, f_bias=f_bias, **more
-    )
+        x, g.contiguous(), f, dl, weight, affine, saved, options,
+        writer=writer, f_bias=f_bias, norm=norm, norm_saved=norm_saved, with_dphi=with_dphi, **more,
+    )  # fmt: skip
 
 
 class _PostRes(torch.autograd.Function):
@@ -285,14 +221,16 @@ class _PostRes(torch.autograd.Function):
         ctx.handoff, ctx.link, ctx.shape = mappings.handoff, Link(saved) if linked else None, tunnel.shape
         if ctx.link is None or next_pre is None or f.dtype != tunnel.dtype or not can_project(tunnel):
             return post_res_forward(tunnel, f, coefficients, f_bias)
-        kernels, weight, affine, options = next_pre
+        kernels, weight, affine, options, norm = next_pre
         if kernels.post_res_pre is not None:
-            out, *made = kernels.post_res_pre(tunnel, f, coefficients, f_bias, weight, affine, options)
-            ctx.link.ahead = Ahead(out, (weight, affine), tuple(made))
+            out, *made = kernels.post_res_pre(
+                tunnel, f, coefficients, f_bias, weight, affine, options, norm=norm
+            )
+            ctx.link.ahead = Ahead(out, (weight, affine), tuple(made), norm)
         else:
             assert kernels.post_res_project is not None
-            out, parts = kernels.post_res_project(tunnel, f, coefficients, weight, f_bias)
-            ctx.link.ahead = Ahead(out, (weight,), parts)
+            out, parts = kernels.post_res_project(tunnel, f, coefficients, weight, f_bias, norm is not None)
+            ctx.link.ahead = Ahead(out, (weight,), parts, norm)
         return out
 
     @staticmethod
@@ -332,29 +270,36 @@ def pre(
     options: Options,
     kernels: Kernels = TRITON,
     n: int | None = None,
+    norm: ReadNorm | None = None,
 ) -> tuple[Tensor, KernelMappings]:
     """Read the layer input from the streams; see `triton.pre.pre_forward` for shapes.
 
     Args:
         kernels: Triton's run what these cannot: a projection made ahead, an f of another dtype.
         n: of streams that come as x: [s, b, n*C].
+        norm: what stands between the layer input and F, if `kernels` are to compute it (`folds_norm`).
 
     Returns:
-        layer input [T, C], or [s, b, C], in x's dtype, and the mappings that `post_res` takes, once.
+        layer input [T, C], or [s, b, C], in x's dtype, or the norm's output; and the mappings that `post_res`
+        takes, once.
     """
     shape = x.shape if n is None else (x.shape[0] * x.shape[1], n, x.shape[2] // n)
     read = shape[::2] if n is None else (*x.shape[:2], shape[2])
     if torch.compiler.is_compiling():
         x = x.view(shape)
-        layer_input, *tunnels, projection, coefficients = compiled.pre(
-            x, weight, affine, *options, kernels.name
+        layer_input, *tunnels, projection, coefficients, norm_saved = compiled.pre(
+            x, weight, affine, *options, kernels.name, *(norm or ())
         )
         saved = Saved(projection, affine)  # whose gradients, and that of x, all leave `pre`
-        return layer_input.view(read), KernelMappings(tuple(tunnels), coefficients, saved, streams=x)
-    visit = _Visit(kernels, options, _link_of(x), BackwardHandoff(), shape, read)
-    layer_input, tunnel, projection, coefficients = _Pre.apply(x.contiguous(), weight, affine, visit)
+        mappings = KernelMappings(tuple(tunnels), coefficients, saved, norm, norm and norm_saved, streams=x)
+        return layer_input.view(read), mappings
+    visit = _Visit(kernels, options, norm, link_of(x), BackwardHandoff(), shape, read)
+    layer_input, tunnel, projection, coefficients, norm_saved = _Pre.apply(
+        x.contiguous(), weight, affine, norm and norm.weight, visit
+    )
     saved = Saved(projection, affine)
-    return layer_input, KernelMappings((tunnel,), coefficients, saved, handoff=visit.handoff)
+    mappings = KernelMappings((tunnel,), coefficients, saved, norm, norm_saved, handoff=visit.handoff)
+    return layer_input, mappings
 
 
 def post_res(

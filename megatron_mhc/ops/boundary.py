@@ -17,15 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_mhc.ops.autograd import (
-    Ahead,
-    BackwardHandoff,
-    KernelMappings,
-    NextPre,
-    Saved,
-    gradients_of_f,
-    gradients_of_pre,
-)
+from megatron_mhc.ops.autograd import BackwardHandoff, KernelMappings, gradients_of_f, gradients_of_pre
+from megatron_mhc.ops.link import Ahead, NextPre, Saved
+from megatron_mhc.ops.options import ReadNorm
 from megatron_mhc.ops.triton.post_res import post_backward
 
 
@@ -34,7 +28,7 @@ class _Visit:
 
     def __init__(self, written: KernelMappings, read: NextPre):
         self.written, self.read, self.handoff = written, read, BackwardHandoff()
-        self.values: tuple[Tensor, Tensor] | None = None  # saved and coefficients
+        self.values: tuple[Tensor, Tensor, Tensor | None] | None = None  # saved, coefficients, norm_saved
 
 
 class _Boundary(torch.autograd.Function):
@@ -46,18 +40,20 @@ class _Boundary(torch.autograd.Function):
         f_bias: Tensor | None,
         weight: Tensor,
         affine: Tensor,
+        norm_weight: Tensor | None,
         visit: _Visit,
     ) -> tuple[Tensor, Tensor, Tensor]:
         written, read = visit.written, visit.read
         assert read.kernels.post_res_pre is not None
-        streams, layer_input, saved, coefficients = read.kernels.post_res_pre(
-            tunnel, f, written.coefficients, f_bias, weight, affine, read.options
+        streams, layer_input, saved, coefficients, norm_saved = read.kernels.post_res_pre(
+            tunnel, f, written.coefficients, f_bias, weight, affine, read.options, norm=read.norm
         )
-        visit.values = saved, coefficients
+        visit.values = saved, coefficients, norm_saved
         # A view would keep the streams, which carry it: a cycle that no collector sees.
         x = streams.data.view(tunnel.shape)
-        ctx.save_for_backward(f, f_bias, *written.saved, streams, weight, affine, saved)
-        ctx.visit = written.handoff, read.kernels, read.options, visit.handoff
+        of_read = weight, affine, norm_weight, saved, norm_saved
+        ctx.save_for_backward(f, f_bias, *written.saved, streams, *of_read)
+        ctx.visit = written.handoff, read, visit.handoff
         ctx.shape = tunnel.shape
         ctx.set_materialize_grads(False)
         return streams, layer_input, x
@@ -66,23 +62,25 @@ class _Boundary(torch.autograd.Function):
     def backward(  # type: ignore[override]
         ctx: Any, g_streams: Tensor | None, dl: Tensor | None, g: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        f, f_bias, *writer, streams, weight, affine, saved = ctx.saved_tensors
+        f, f_bias, *writer, streams, weight, affine, norm_weight, saved, norm_saved = ctx.saved_tensors
         x = streams.view(ctx.shape)
-        written, kernels, options, handoff = ctx.visit
+        written, read, handoff = ctx.visit
+        norm = read.norm and read.norm._replace(weight=norm_weight)
         written.f, written.f_bias = f, f_bias
-        d_weight = d_affine = df = None
+        d_weight = d_affine = df = d_norm_weight = None
         if g is None and dl is None:
             if g_streams is None:
-                return (None,) * 6
+                return (None,) * 7
             dx = g_streams.reshape(x.shape).contiguous()
         else:
-            dx, d_weight, d_affine, df = gradients_of_pre(
-                kernels, options, handoff, x, weight, affine, saved, dl, g, tuple(writer)
+            of_read, trains = (weight, affine, norm, saved, norm_saved), ctx.needs_input_grad[3]
+            dx, d_weight, d_affine, df, d_norm_weight = gradients_of_pre(
+                read.kernels, read.options, handoff, x, *of_read, dl, g, tuple(writer), trains
             )
             if g_streams is not None:
                 dx, df = dx + g_streams.reshape(x.shape), None
         df = post_backward(dx, *writer) if df is None else df
-        return dx, *gradients_of_f(ctx, f, df), d_weight, d_affine, None
+        return dx, *gradients_of_f(ctx, f, df), d_weight, d_affine, d_norm_weight, None
 
 
 def can_join(mappings: KernelMappings, f: Tensor, next_pre: NextPre) -> bool:
@@ -101,21 +99,27 @@ def post_res_pre(
         the streams [s, b, n*C], which carry what that `pre` returns, for `taken`.
     """
     (tunnel,) = mappings.take_tunnel()
-    weight, affine = next_pre.weight, next_pre.affine
+    weight, affine, norm = next_pre.weight, next_pre.affine, next_pre.norm
     visit = _Visit(mappings, next_pre)
-    streams, layer_input, next_tunnel = _Boundary.apply(tunnel, f.contiguous(), f_bias, weight, affine, visit)
+    streams, layer_input, next_tunnel = _Boundary.apply(
+        tunnel, f.contiguous(), f_bias, weight, affine, norm and norm.weight, visit
+    )
     assert visit.values is not None
-    saved, coefficients = visit.values
-    next_mappings = KernelMappings((next_tunnel,), coefficients, Saved(saved, affine), handoff=visit.handoff)
-    streams.mhc_ahead = Ahead(streams, (weight, affine), (layer_input, next_mappings))
+    saved, coefficients, norm_saved = visit.values
+    next_mappings = KernelMappings(
+        (next_tunnel,), coefficients, Saved(saved, affine), norm, norm_saved, handoff=visit.handoff
+    )
+    streams.mhc_ahead = Ahead(streams, (weight, affine), (layer_input, next_mappings), norm)
     return streams
 
 
-def taken(streams: Tensor, weight: Tensor, affine: Tensor) -> tuple[Tensor, KernelMappings] | None:
-    """Layer input [s, b, C] and mappings of the streams, if `post_res_pre` made them by these parameters."""
+def taken(
+    streams: Tensor, weight: Tensor, affine: Tensor, norm: ReadNorm | None = None
+) -> tuple[Tensor, KernelMappings] | None:
+    """What `autograd.pre` returns for the streams, if `post_res_pre` made it by these parameters."""
     ahead = getattr(streams, "mhc_ahead", None)
     if ahead is None:
         return None
-    made = ahead.take(streams, weight, affine)
+    made = ahead.take(streams, weight, affine, norm=norm)
     # Who watches the gradient of the streams wants the whole, of which the node keeps a part to itself.
     return None if streams._backward_hooks or streams.retains_grad else made

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.library import custom_op, register_autograd, register_fake
 
 from megatron_mhc.ops.kernels import BY_NAME
-from megatron_mhc.ops.options import Options
+from megatron_mhc.ops.options import Options, ReadNorm
 from megatron_mhc.ops.triton.common import mapping_rows
 from megatron_mhc.ops.triton.post_res import post_backward, post_res_forward
 
@@ -41,15 +41,33 @@ def pre(
     deepseek_v4: bool,
     reserved_sms: int,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`pre_forward`: layer input, tunnels of g [T, n, C] and of f [T, C], saved, coefficients."""
-    layer_input, saved, coefficients = BY_NAME[backend].pre_forward(
+    norm_weight: Tensor | None = None,
+    read_norm_eps: float = 0.0,
+    zero_centered: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`pre_forward`: layer input, tunnels of g [T, n, C] and of f [T, C], saved, coefficients, norm_saved.
+
+    Args:
+        norm_weight, read_norm_eps, zero_centered: `ReadNorm`; without it, norm_saved is empty.
+    """
+    layer_input, saved, coefficients, norm_saved = BY_NAME[backend].pre_forward(
         x.contiguous(),
         weight.contiguous(),
         affine,
         Options(norm_eps, iterations, deepseek_v4, reserved_sms),
+        norm=_norm(norm_weight, read_norm_eps, zero_centered),
     )
-    return layer_input, *_tunnels(x), saved, coefficients
+    norm_saved = _none(saved) if norm_saved is None else norm_saved
+    return layer_input, *_tunnels(x), saved, coefficients, norm_saved
+
+
+def _none(like: Tensor) -> Tensor:
+    """For an op's output, which has to be a tensor."""
+    return like.new_empty(0)
+
+
+def _norm(weight: Tensor | None, eps: float, zero_centered: bool) -> ReadNorm | None:
+    return None if weight is None else ReadNorm(weight.contiguous(), eps, zero_centered)
 
 
 @custom_op("megatron_mhc::pre_backward", mutates_args=())
@@ -61,13 +79,19 @@ def _pre_backward(
     weight: Tensor,
     affine: Tensor,
     saved: Tensor,
+    norm_saved: Tensor,
     norm_eps: float,
     iterations: int,
     deepseek_v4: bool,
     reserved_sms: int,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    dx, d_weight, d_affine, _ = (
+    norm_weight: Tensor | None = None,
+    read_norm_eps: float = 0.0,
+    zero_centered: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    norm = _norm(norm_weight, read_norm_eps, zero_centered)
+    more = {} if norm is None else dict(norm=norm, norm_saved=norm_saved.contiguous())
+    dx, d_weight, d_affine, _, d_norm_weight = (
         BY_NAME[backend]
         .backward_of(x, f)
         .pre_backward(
@@ -79,9 +103,11 @@ def _pre_backward(
             affine,
             saved.contiguous(),
             Options(norm_eps, iterations, deepseek_v4, reserved_sms),
+            **more,
         )
     )
-    return dx, d_weight, d_affine
+    assert d_weight is not None
+    return dx, d_weight, d_affine, _none(saved) if d_norm_weight is None else d_norm_weight
 
 
 @custom_op("megatron_mhc::post_res", mutates_args=())
@@ -103,16 +129,23 @@ def _post_backward(g: Tensor, saved: Tensor, affine: Tensor) -> Tensor:
     return post_backward(g.contiguous(), saved.contiguous(), affine)
 
 
+# What a fake op is not given has its default: settings are the last ones of `pre` and of its backward.
+
+
 @register_fake("megatron_mhc::pre")
-def _(x: Tensor, *_: Any) -> tuple[Tensor, ...]:
+def _(x: Tensor, weight: Tensor, affine: Tensor, *settings: Any) -> tuple[Tensor, ...]:
     T, n, C = x.shape
     M, f32 = mapping_rows(n), torch.float32
-    return x.new_empty(T, C), *_tunnels(x), x.new_empty(T, M + 1, dtype=f32), x.new_empty(T, M, dtype=f32)
+    saved, coefficients = (x.new_empty(T, rows, dtype=f32) for rows in (M + 1, M))
+    norm_saved = saved.new_empty(T, n + 1) if len(settings) > 5 and settings[5] is not None else _none(saved)
+    return x.new_empty(T, C), *_tunnels(x), saved, coefficients, norm_saved
 
 
 @register_fake("megatron_mhc::pre_backward")
-def _(x: Tensor, g: Tensor, f: Tensor, dl: Tensor, weight: Tensor, affine: Tensor, *_: Any) -> Any:
-    return tuple(t.new_empty(t.shape) for t in (x, weight, affine))
+def _(x: Tensor, g: Tensor, f: Tensor, dl: Tensor, weight: Tensor, affine: Tensor, *more: Any) -> Any:
+    saved, _norm_saved, *settings = more
+    of_norm = settings[5] if len(settings) > 5 and settings[5] is not None else _none(saved)
+    return tuple(t.new_empty(t.shape) for t in (x, weight, affine, of_norm))
 
 
 @register_fake("megatron_mhc::post_res")
@@ -126,19 +159,23 @@ def _(g: Tensor, *_: Any) -> Tensor:
 
 
 def _keep_for_pre(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *_, saved, coefficients = output
-    ctx.save_for_backward(*inputs[:3], saved)
-    ctx.options = inputs[3:]
-    ctx.mark_non_differentiable(saved, coefficients)
+    *_, saved, coefficients, norm_saved = output
+    *options, norm_weight, read_norm_eps, zero_centered = inputs[3:]
+    ctx.save_for_backward(*inputs[:3], norm_weight, saved, norm_saved)
+    ctx.options, ctx.of_norm = options, (read_norm_eps, zero_centered)
+    ctx.mark_non_differentiable(saved, coefficients, norm_saved)
     ctx.set_materialize_grads(False)
 
 
 def _gradients_of_pre(ctx: Any, dl: Tensor | None, g: Tensor | None, f: Tensor | None, *_: Any) -> Any:
-    x, weight, affine, saved = ctx.saved_tensors
+    x, weight, affine, norm_weight, saved, norm_saved = ctx.saved_tensors
     dl = torch.zeros_like(x[:, 0]) if dl is None else dl  # the layer input reaches no loss
     if g is None or f is None:  # no post_res downstream, so f counts for nothing
         g, f = torch.zeros_like(x), torch.zeros_like(dl)
-    return *_pre_backward(x, g, f, dl, weight, affine, saved, *ctx.options), *[None] * 5
+    *grads, d_norm_weight = _pre_backward(
+        x, g, f, dl, weight, affine, saved, norm_saved, *ctx.options, norm_weight, *ctx.of_norm
+    )
+    return *grads, *[None] * 5, None if norm_weight is None else d_norm_weight, None, None
 
 
 def _keep_for_post_res(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:

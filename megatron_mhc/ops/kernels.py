@@ -20,14 +20,15 @@ class Kernels(NamedTuple):
 
     Args:
         name: of --mhc-backend.
-        pre_forward: (x, weight, affine, options) -> layer input, saved, coefficients.
-        pre_backward: (x, g, f, dl, weight, affine, saved, options, writer, f_bias) -> dx, d_weight, d_affine,
-            df of the writer.
+        pre_forward: (x, weight, affine, options, norm) -> layer input, saved, coefficients, norm_saved.
+        pre_backward: (x, g, f, dl, weight, affine, saved, options, writer, f_bias, norm, norm_saved,
+            with_dphi) -> dx, d_weight, d_affine, df of the writer, d_norm_weight.
         dtypes, streams: of x, and its n.
         max_iterations: of Sinkhorn-Knopp.
         channels_per_sm: most of C for each SM of the GPU.
         post_res_project: post_res, and for the next connection its projection, in other bits.
         post_res_pre: post_res, and for the next connection all of its `pre`, in the same bits.
+        folds_norm: takes `norm`, the RMSNorm between `pre` and F.
         takes_projection: `pre_forward` takes the `parts` that post_res_project made.
         takes_dh_post: `pre_backward` takes dh_post instead of f.
         takes_other_f: f may have another dtype than x.
@@ -35,14 +36,15 @@ class Kernels(NamedTuple):
     """
 
     name: str
-    pre_forward: Callable[..., tuple[Tensor, Tensor, Tensor]]
-    pre_backward: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor | None]]
+    pre_forward: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor | None]]
+    pre_backward: Callable[..., tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]]
     dtypes: tuple[torch.dtype, ...]
     streams: tuple[int, ...]
     max_iterations: int | None = None
     channels_per_sm: int | None = None
     post_res_project: Callable[..., tuple[Tensor, Tensor]] | None = None
-    post_res_pre: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] | None = None
+    post_res_pre: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]] | None = None
+    folds_norm: bool = False
     takes_projection: bool = True
     takes_dh_post: bool = True
     takes_other_f: bool = True
@@ -61,6 +63,7 @@ TRITON = Kernels(
     dtypes=(torch.bfloat16, torch.float16, torch.float32),
     streams=(1, 2, 4, 8),
     post_res_project=post_res_project.post_res_project,
+    folds_norm=True,
 )
 HOPPER = Kernels(
     name="hopper",
@@ -73,6 +76,7 @@ HOPPER = Kernels(
     # concurrent launches both fit, and neither waits for the other's SMs.
     channels_per_sm=64,
     post_res_pre=hopper_pre.post_res_pre,
+    folds_norm=True,
     takes_projection=False,
     takes_dh_post=False,
     takes_other_f=False,

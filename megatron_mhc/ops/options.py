@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+from torch import Tensor
+
 
 class Options(NamedTuple):
     """Settings of one connection's kernels.
@@ -18,3 +20,19 @@ class Options(NamedTuple):
     iterations: int
     deepseek_v4: bool
     reserved_sms: int = 0
+
+
+class ReadNorm(NamedTuple):
+    """The RMSNorm between `pre` and F, for a `pre` that writes its output y in place of the layer input l.
+
+    y = w l / rms(l) with rms(l) = sqrt(mean(l^2) + eps).
+
+    Args:
+        weight: [C] in the dtype of the model's parameters; w, or w - 1 with zero_centered.
+        eps: added to mean(l^2) inside the root.
+        zero_centered: as --apply-layernorm-1p.
+    """
+
+    weight: Tensor
+    eps: float
+    zero_centered: bool

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megatron_mhc.ops.autocast import LINEAR, product
+from megatron_mhc.ops.options import ReadNorm
 
 DEEPSEEK_EPS = 1e-6
 
@@ -188,18 +189,26 @@ def hc_mappings(
     return Coefficients(h_pre, h_post, h_res)
 
 
-def pre(x: Tensor, h_pre: Tensor) -> Tensor:
+def pre(x: Tensor, h_pre: Tensor, norm: ReadNorm | None = None) -> Tensor:
     """Read the layer input from the streams: l = H_pre x.
 
     Args:
         x: [T, n, C]; h_pre: [T, n].
+        norm: what stands between l and F; its output is then returned in place of l, which is not rounded.
 
     Returns:
         [T, C] in x's dtype, accumulated in the coefficients'.
 
     Source: arXiv 2512.24880 Eq. (3).
     """
-    return product("tn,tnc->tc", h_pre, x.to(h_pre.dtype)).to(x.dtype)
+    layer_input = product("tn,tnc->tc", h_pre, x.to(h_pre.dtype))
+    return (layer_input if norm is None else read_norm(layer_input, *norm)).to(x.dtype)
+
+
+def read_norm(layer_input: Tensor, weight: Tensor, eps: float, zero_centered: bool) -> Tensor:
+    """RMSNorm of a layer input l [..., C] in the coefficient dtype, in which it computes; see `ReadNorm`."""
+    w = weight.to(layer_input.dtype) + (1.0 if zero_centered else 0.0)
+    return w * layer_input * torch.rsqrt(layer_input.square().mean(dim=-1, keepdim=True) + eps)
 
 
 def post_res(x: Tensor, f: Tensor, h_post: Tensor, h_res: Tensor) -> Tensor:

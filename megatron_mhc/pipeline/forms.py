@@ -71,6 +71,8 @@ def nothing_to_choose(config: Any, launch: Launch | None) -> str | None:
     """Why a launch gets Megatron's schedule whatever a simulation would say."""
     if config.pipeline_model_parallel_size == 1:
         return "one stage, no pipeline"
+    if getattr(config, "is_hybrid_model", False):
+        return "the layers of a HybridModel are not simulated"
     if not config.virtual_pipeline_model_parallel_size:
         return "no virtual stages, without which Megatron's order is not simulated"
     return None if launch else "the training loop's microbatches are not known where the model is built"

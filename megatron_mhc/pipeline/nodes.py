@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from megatron_mhc.backend import Backend
-from megatron_mhc.layer import HyperConnectionTransformerLayer, InOrder
+from megatron_mhc.layer import BetweenStreams, InOrder
 from megatron_mhc.ops import reference
 from megatron_mhc.pipeline.edges import backward, edge_of
 from megatron_mhc.sublayer import Call, SubLayer
@@ -64,9 +64,7 @@ class StageExit(InOrder):
         self._leaf: Tensor | None = None  # what the MLP read, cut off from the rest of the chunk
         self._rest: list[GradientEdge | None] = []  # u, h_post, layer input
 
-    def sublayer(
-        self, sublayer: SubLayer, layer: HyperConnectionTransformerLayer, streams: Tensor, call: Call
-    ) -> Tensor:
+    def sublayer(self, sublayer: SubLayer, layer: BetweenStreams, streams: Tensor, call: Call) -> Tensor:
         """As `InOrder`; of the last sub-layer it returns `pack(f, h_post)`."""
         if not sublayer.chunk.is_last(sublayer):
             return super().sublayer(sublayer, layer, streams, call)

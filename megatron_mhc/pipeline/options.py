@@ -18,7 +18,7 @@ def refusals_of(config: Any, mhc: MHCConfig) -> tuple[Refusal, ...]:
     if mhc.pipeline_schedule not in OVERLAPPED:
         return rows + refusals.MEGATRONS_SCHEDULE
     rows += refusals.OVERLAPPED
-    if config.pipeline_model_parallel_size > 1:
+    if config.pipeline_model_parallel_size > 1 and not config.is_hybrid_model:  # for which see `HYBRID`
         rows += refusals.FUSED if mhc.pipeline_schedule == FUSED else ()
         rows += refusals.SPLIT if mhc.pp_boundary == SPLIT else ()
     return rows

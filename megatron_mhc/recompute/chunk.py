@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 from weakref import ref
@@ -22,10 +22,11 @@ from megatron_mhc.recompute import inventory, plan
 from megatron_mhc.recompute.block import Block
 from megatron_mhc.recompute.sublayer import DroppingSubLayer
 from megatron_mhc.schedule.plans import passes_in_flight
-from megatron_mhc.sublayer import SubLayer, attention, mlp
+from megatron_mhc.sublayer import attention, mlp
 
 if TYPE_CHECKING:
-    from megatron_mhc.layer import HyperConnectionTransformerLayer
+    from megatron_mhc.hyper_connection import HyperConnectionModule
+    from megatron_mhc.layer import BetweenStreams
 
 logger = logging.getLogger(__name__)
 
@@ -48,30 +49,23 @@ class DroppingChunk(ModelChunk):
         self._next = 0  # the sub-layer that the open block expects
         self._latest: ref[Block] | None = None
 
-    def sublayers_of(self, layer: HyperConnectionTransformerLayer) -> tuple[SubLayer, ...]:
-        config, first = self.config, len(self.sublayers)
-
-        def kept(norm: Any, dropped_by_megatron: bool) -> Any:
-            return None if isinstance(norm, IdentityOp) or dropped_by_megatron else norm
-
-        return (
-            DroppingSubLayer(
-                layer.self_attention_hyper_connection,
-                attention,
-                self,
-                first,
-                norm=kept(layer.input_layernorm, layer.recompute_input_layernorm),
-                inside=inventory.attention(config),
-            ),
-            DroppingSubLayer(
-                layer.mlp_hyper_connection,
-                mlp,
-                self,
-                first + 1,
-                norm=kept(layer.pre_mlp_layernorm, layer.recompute_pre_mlp_layernorm),
-                inside=inventory.mlp(config, moe=layer.is_moe_layer),
-            ),
-        )
+    def sublayer(
+        self,
+        layer: BetweenStreams,
+        connection: HyperConnectionModule,
+        f: Callable[..., Tensor],
+        position: int,
+    ) -> DroppingSubLayer:
+        if f is attention:
+            norm, dropped_by_megatron = layer.input_layernorm, layer.recompute_input_layernorm
+            inside = inventory.attention(self.config, connection.norm is not None)
+        elif f is mlp:
+            norm, dropped_by_megatron = layer.pre_mlp_layernorm, layer.recompute_pre_mlp_layernorm
+            inside = inventory.mlp(self.config, layer.is_moe_layer, connection.norm is not None)
+        else:  # a mixer, of which the inventory knows nothing
+            norm, dropped_by_megatron, inside = layer.norm, False, 0
+        kept = None if isinstance(norm, IdentityOp) or dropped_by_megatron else norm
+        return DroppingSubLayer(connection, f, self, position, norm=kept, inside=inside)
 
     def use(self, blocks: list[int]) -> None:
         """Cut the chunk into blocks of these sizes, from the next forward pass on."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_mhc.backend import why_norms_apart
 from megatron_mhc.config import MHCConfig
 from megatron_mhc.recompute import inventory, plan
 from megatron_mhc.schedule.plans import passes_in_flight
@@ -58,28 +59,35 @@ def ranks(config: Any, mhc: MHCConfig, sequence: int, micro_batch: int, micro_ba
         chunks = layers_of_rank(config, rank)
         held = passes_in_flight(config, mhc, rank, micro_batches)
         plain = passes_in_flight(config, MHCConfig(), rank, micro_batches)
-        facts = [f for layer in max(chunks, key=len) for f in _sublayers(config, layer)]
+        facts, plain_facts = (
+            [f for layer in max(chunks, key=len) for f in _sublayers(config, layer, folded)]
+            for folded in (why_norms_apart(config, mhc) is None, False)
+        )
         inside = dict(one=one, tokens=tokens, n=n)
         stored = [inventory.sublayer(**inside, norm=m, inside=i, replayed=False) for m, i in facts]
         again = dict(replayed=True, coefficients=mhc.recompute_coefficients)
         replayed = [inventory.sublayer(**inside, norm=m, inside=i, **again) for m, i in facts]
-        vanilla = plain * sum(one * (1 + norm) + tokens * saved for norm, saved in facts)
+        vanilla = plain * sum(one * (1 + norm) + tokens * saved for norm, saved in plain_facts)
         found.append(Rank([len(c) for c in chunks], held, vanilla, stored, replayed))
     return found
 
 
-def _sublayers(config: Any, layer: int) -> list[tuple[bool, int]]:
-    """For a layer's attention and MLP: whether a separate norm precedes it, and bytes inside."""
+def _sublayers(config: Any, layer: int, folded: bool) -> list[tuple[bool, int]]:
+    """For a layer's attention and MLP: whether a separate norm precedes it, and bytes inside.
+
+    Args:
+        folded: `pre` computes the norms.
+    """
     pattern = config.moe_layer_freq
     is_moe = config.num_moe_experts is not None and (
         bool(pattern[layer]) if isinstance(pattern, list) else layer % pattern == 0
     )
-    mine = not (
+    mine = not folded and not (
         config.recompute_granularity == "selective" and "layernorm" in (config.recompute_modules or [])
     )
     return [
-        (mine and config.multi_latent_attention, inventory.attention(config)),
-        (mine and is_moe, inventory.mlp(config, is_moe)),
+        (mine and config.multi_latent_attention, inventory.attention(config, folded)),
+        (mine and is_moe, inventory.mlp(config, is_moe, folded)),
     ]
 
 

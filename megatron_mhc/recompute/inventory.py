@@ -50,8 +50,12 @@ def itemsize(config: Any) -> int:
     return 2 if config.bf16 or config.fp16 else config.params_dtype.itemsize
 
 
-def attention(config: Any) -> int:
-    """Bytes per token that self-attention saves in addition to its input."""
+def attention(config: Any, folded: bool = False) -> int:
+    """Bytes per token that self-attention saves in addition to its input.
+
+    Args:
+        folded: the norm is computed by `pre`, see `norm`.
+    """
     tp, tokens = config.tensor_model_parallel_size, _gathered(config)
     heads = config.num_attention_heads
     if config.multi_latent_attention:
@@ -67,21 +71,21 @@ def attention(config: Any) -> int:
         out = heads * channels
         # The rotated q and k, and the projection's output, of which v is a view.
         elements = tokens * (2 * (out + groups * channels) + groups * channels) / tp
-        elements += config.hidden_size  # the norm's output, inside the fused norm-linear
+        elements += 0 if folded else config.hidden_size  # the norm's output, inside the fused norm-linear
     elements += tokens * out / tp
     statistics = 4 * tokens * heads / tp  # fp32, of the softmax
     return round(itemsize(config) * elements + statistics)
 
 
-def mlp(config: Any, moe: bool) -> int:
-    """Bytes per token that an MLP, or a mixture of experts, saves beside its input."""
+def mlp(config: Any, moe: bool, folded: bool = False) -> int:
+    """Bytes per token that an MLP, or a mixture of experts, saves beside its input; `folded` as above."""
     gate = 2 if config.gated_linear_unit else 1
     if not moe:
         if _replays(config, "mlp"):
             return 0
         inner = _gathered(config) * config.ffn_hidden_size * (gate + 1)
         inner /= config.tensor_model_parallel_size
-        return round(itemsize(config) * (config.hidden_size + inner))
+        return round(itemsize(config) * (inner + (0 if folded else config.hidden_size)))
     if _replays(config, "moe"):
         return 0
     # Balanced experts: a rank computes as many tokens as it sends out.

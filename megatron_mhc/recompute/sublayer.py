@@ -27,7 +27,8 @@ from megatron_mhc.sublayer import Call, Left, SubLayer, Visit
 
 if TYPE_CHECKING:
     from megatron_mhc.hyper_connection import Mappings
-    from megatron_mhc.layer import HyperConnectionTransformerLayer
+    from megatron_mhc.layer import BetweenStreams
+    from megatron_mhc.ops.options import ReadNorm
     from megatron_mhc.recompute.chunk import DroppingChunk
 
 
@@ -62,7 +63,7 @@ class DroppingSubLayer(SubLayer):
             visit.read_by_f(layer_input)
         return visit
 
-    def run(self, layer: HyperConnectionTransformerLayer, visit: Visit, call: Call) -> Tensor:
+    def run(self, layer: BetweenStreams, visit: Visit, call: Call) -> Tensor:
         with self.chunk.abandoned_on_error():
             return super().run(layer, visit, call)
 
@@ -85,7 +86,8 @@ class DroppingSubLayer(SubLayer):
     def read_again(self, x: Tensor, coefficients: reference.Coefficients, out: Tensor) -> None:
         """Write the layer input of the streams x: [s, b, n*C] into out: [s, b, C], by the reference."""
         x = x.view(out.shape[0] * out.shape[1], -1, out.shape[2])
-        out.copy_(reference.pre(x, coefficients.h_pre).view(out.shape))
+        norm = None if self.connection.norm is None else self.connection.norm.read()
+        out.copy_(reference.pre(x, coefficients.h_pre, norm).view(out.shape))
 
     def write_again(
         self, x: Tensor, f: Tensor, coefficients: reference.Coefficients | Tensor, f_bias: Tensor | None
@@ -109,6 +111,13 @@ def coefficients_of(mappings: Mappings) -> reference.Coefficients | Tensor:
     return mappings.coefficients
 
 
+def folded_norm(mappings: Mappings) -> tuple[ReadNorm | None, Tensor | None]:
+    """The norm that kernels folded into `pre`, if any, and what they kept of it."""
+    if isinstance(mappings, reference.Coefficients):
+        return None, None
+    return mappings.norm, mappings.norm_saved
+
+
 @torch.compiler.disable
 def _see_norm(norm: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
     """Forward hook of the norm in front of F."""
@@ -129,6 +138,7 @@ class Dropped(Left):
         self.norm: nn.Module | None = None
         self.norm_output: Tensor | None = None
         self.coefficients: reference.Coefficients | Tensor | None = None
+        self.folded: tuple[ReadNorm | None, Tensor | None] = None, None
         self.f: Tensor | None = None
         self.needs_grad = streams.requires_grad
         self.stream = stream_of(streams)  # on which the backward pass of `pre` and F will run too
@@ -141,6 +151,8 @@ class Dropped(Left):
         self.slot: ref[Slot] | None = None
         if self.coefficients_again:
             self.slots.keep(list(connection.parameters()))
+            if connection.norm is not None:
+                self.slots.keep([connection.norm.read().weight])
         if block.sublayers:
             self.slot = self.slots.drop(streams)
         else:
@@ -152,6 +164,7 @@ class Dropped(Left):
         self.f = f.detach()
         if not self.coefficients_again:
             self.coefficients = coefficients_of(visit.mappings)
+            self.folded = folded_norm(visit.mappings)
         if output.requires_grad:
             held = {storage_key(f), storage_key(output), *self.slots.dropped()}
             if self.block.first is not None:
@@ -201,7 +214,7 @@ class Dropped(Left):
             assert isinstance(one.coefficients, Tensor) and one.f is not None
             f = one.f.reshape(s * b, width).contiguous()
             out = None if target is None else target.view(s * b, width)
-            kept.append(replay.Connection(one.coefficients, f, out, one.bias))
+            kept.append(replay.Connection(one.coefficients, f, out, one.bias, *one.folded))
         more = len(behind) >= len(row)
         between = replay.replay(x.view(s * b, n, width), kept, behind=more)
         streams = [x, *(t.view(x.shape) for t in between)]
@@ -258,7 +271,7 @@ class Dropped(Left):
         coefficients = self.coefficients
         if coefficients is None:
             return [] if self.f is None else [self.f]
-        return [t for t in (self.f, coefficients) if isinstance(t, Tensor)]
+        return [t for t in (self.f, coefficients, self.folded[1]) if isinstance(t, Tensor)]
 
     def restored(self) -> list[Tensor]:
         """See `block.Replayed`."""

@@ -329,6 +329,9 @@ def use_local_modules() -> None:
             if hasattr(module, name):
                 setattr(module, name, local_norm)
     backends.DotProductAttention = LocalAttention
+    from megatron_mhc.testing.hybrid import use_local_stack
+
+    use_local_stack(local_norm)
 
 
 def main() -> None:

@@ -164,6 +164,7 @@ def build(
     te: bool = False,
     weights: Callable[[list[Any]], None] = fill,
     wrap: Callable[..., list[DistributedDataParallel]] | None = None,
+    model: Callable[..., Any] | None = None,
 ) -> list[DistributedDataParallel]:
     """This rank's model chunks, filled by `weights` and wrapped in DDP.
 
@@ -172,6 +173,8 @@ def build(
         ddp: more of DDP's configuration.
         te: Transformer Engine's layers, not Megatron's local ones.
         wrap: what wraps the chunks instead, given (chunks, config, DDP's configuration).
+        model: what builds a stage of the model instead, given (config, mhc, of Megatron's model: pre_process,
+            post_process, share_embeddings_and_output_weights, vp_stage).
     """
     dtype = torch.bfloat16 if config.bf16 else config.params_dtype
     if dtype == torch.float64:
@@ -180,20 +183,26 @@ def build(
     for stage in range(layout.vpp or 1):
         vp_stage = stage if layout.vpp else None
         where = dict(ignore_virtual=vp_stage is None, vp_stage=vp_stage)
-        model = GPTModel(
+        part: dict[str, Any] = dict(
+            pre_process=ps.is_pipeline_first_stage(**where),
+            post_process=ps.is_pipeline_last_stage(**where),
+            share_embeddings_and_output_weights=kind == "tied",
+            vp_stage=vp_stage,
+        )
+        if model is not None:
+            chunks.append(model(config, mhc, **part))
+            continue
+        chunk = GPTModel(
             config,
             spec(config, kind, mhc, vp_stage, te),
             sizes.vocabulary,
             sizes.sequence,
-            pre_process=ps.is_pipeline_first_stage(**where),
-            post_process=ps.is_pipeline_last_stage(**where),
-            share_embeddings_and_output_weights=kind == "tied",
             position_embedding_type="rope",
             mtp_block_spec=mtp_spec(config, vp_stage, te),
-            vp_stage=vp_stage,
+            **part,
         )
-        model.model_type = ModelType.encoder_or_decoder
-        chunks.append(model)
+        chunk.model_type = ModelType.encoder_or_decoder
+        chunks.append(chunk)
     weights(chunks)
     chunks = [chunk.cuda() for chunk in chunks]
     if config.bf16:

@@ -1,5 +1,7 @@
 """Steps in the graphs of `megatron_mhc.testing.graphs`, as megatron.training makes and replays them."""
 
+from typing import Any
+
 import pytest
 import torch
 from harness import MICRO_BATCH, SEQUENCE, Layout, build, gpt, ps, tokens
@@ -12,7 +14,7 @@ from megatron.core.transformer.transformer_layer import MoETransformerLayer
 from megatron_mhc.testing import graphs, parity
 from megatron_mhc.testing.parameters import global_parameters, gradient
 
-STEPS, WARMUP = 4, 2
+STEPS, WARMUP = 3, 1
 ROUTER = ("moe_router",)
 PREPROCESS = ("moe_router", "moe_preprocess")
 
@@ -46,9 +48,9 @@ def train(layout, kind, mhc, settings, moe_class=False, count=2):
     torch.manual_seed(1234 + torch.distributed.get_rank())
     if moe_class:
         gpt_layer_specs.TransformerLayer = MoETransformerLayer
-    config = layout.config(
-        kind, **dict(params_dtype=torch.float32, cuda_graph_warmup_steps=WARMUP) | settings
-    )
+    layers = 4 if layout.pp > 1 or "moe_layer_freq" in gpt.KINDS[kind] else 3
+    usual = dict(params_dtype=torch.float32, cuda_graph_warmup_steps=WARMUP, num_layers=layers)
+    config = layout.config(kind, **usual | settings)
     chunks = build(layout, config, kind, mhc)
     helper, options = None, {}
     graphs.Graph.all_replays = 0
@@ -77,15 +79,22 @@ def train(layout, kind, mhc, settings, moe_class=False, count=2):
     return losses, found, graphs.Graph.all_replays
 
 
-def compare(layout, kind, mhc, graphed, common=None, moe_class=False, count=2):
+_plain: dict[str, list[Any]] = {}  # what `train` gives on every rank, by what it is given
+
+
+def compare(run_ranks, world, layout, kind, mhc, graphed, common=None, moe_class=False, count=2):
+    """Train with the settings `common`, and with `graphed` too: the same bits, of which replays made some."""
     common = common or {}
-    plain, plain_grads, none = train(layout, kind, mhc, common, moe_class, count)
-    losses, grads, replays = train(layout, kind, mhc, graphed | common, moe_class, count)
-    assert none == 0 and replays > 0
-    assert losses == plain and len(set(losses)) == STEPS
-    for step, (got, want) in enumerate(zip(grads, plain_grads, strict=True)):
-        wrong = [name for name in want if not torch.equal(got[name], want[name])]
-        assert not wrong, (step, wrong)
+    plain = layout, kind, mhc, common, moe_class, count
+    if repr(plain) not in _plain:
+        _plain[repr(plain)] = run_ranks(world, train, *plain)
+    ours = run_ranks(world, train, layout, kind, mhc, graphed | common, moe_class, count)
+    for (expected, wanted, none), (losses, found, replays) in zip(_plain[repr(plain)], ours, strict=True):
+        assert none == 0 and replays > 0
+        assert losses == expected and len(set(losses)) == STEPS
+        for step, (got, want) in enumerate(zip(found, wanted, strict=True)):
+            wrong = [name for name in want if not torch.equal(got[name], want[name])]
+            assert not wrong, (step, wrong)
 
 
 def local(*modules):

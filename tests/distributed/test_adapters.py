@@ -8,6 +8,7 @@ from adapters import ADAPTERS, MAPPINGS, train_alone
 from harness import Iteration, Layout, build, differences, iterate
 from layout_cases import UNIFORM
 from test_checkpoint import FLOAT32_ERROR, SINGLE, check, train
+from thinned import each_value
 
 from megatron_mhc import MHCConfig
 from megatron_mhc.pipeline import engine
@@ -59,8 +60,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("trained", TRAINED)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case, trained", each_value(CASES, TRAINED))
 def test_what_is_trained_gets_the_gradients_of_one_process(run_ranks, case, trained):
     layout, kind, mhc, settings = CASES[case]
     alone(kind, trained)
@@ -76,14 +76,14 @@ def options_of(trained):
     return dict(weights=lambda chunks: weights(chunks=chunks))
 
 
-@pytest.mark.parametrize("trained", ["mappings", "adapters", "both"])
-@pytest.mark.parametrize(
-    "layout", [SINGLE, Layout(distributed_optimizer=True)], ids=["dp2", "dp2_distributed_optimizer"]
-)
+BF16 = {"dp2": SINGLE, "dp2_distributed_optimizer": Layout(distributed_optimizer=True)}
+
+
+@pytest.mark.parametrize("layout, trained", each_value(BF16, ["mappings", "both", "adapters"]))
 def test_bf16_training_resumed_matches_unbroken_run_bit_for_bit(run_ranks, tmp_path, layout, trained):
     def part(steps, *folders):
         return run_ranks(
-            2, lambda: train(layout, "dense", torch.bfloat16, steps, *folders, **options_of(trained))
+            2, lambda: train(BF16[layout], "dense", torch.bfloat16, steps, *folders, **options_of(trained))
         )[0]
 
     folder = tmp_path / "saved"

@@ -22,18 +22,19 @@ MHC = MHCConfig(contract="learned_head")  # the contraction has parameters too
 SINGLE = Layout()
 
 
-def start(layout, kind, dtype, wrap=None, weights=fill, **options):
+def start(layout, kind, dtype, wrap=None, weights=fill, model=None, mhc=MHC, settings=None, **options):
     """A filled model in DDP and its optimizer: (chunks, config, optimizer); options of the optimizer.
 
     Args:
-        wrap, weights: of `gpt.build`.
+        wrap, weights, model: of `gpt.build`.
+        settings: more of the configuration.
     """
     cpu.use_plain_adam()
     layout.initialize()
     bf16 = dtype == torch.bfloat16
     precision = dict(params_dtype=dtype, bf16=bf16)
-    config = layout.config(kind, **precision)
-    chunks = build(layout, config, kind, MHC, wrap=wrap, weights=weights)
+    config = layout.config(kind, **precision, **(settings or {}))
+    chunks = build(layout, config, kind, mhc, wrap=wrap, weights=weights, model=model)
     settings = dict(
         optimizer="adam",
         lr=1e-2,
@@ -183,7 +184,7 @@ BF16 = {
 
 
 RESUMES = [
-    ("dp2", "fully_reshardable"),
+    pytest.param("dp2", "fully_reshardable", marks=pytest.mark.slow),
     ("dp2_distributed_optimizer", "fully_reshardable"),
     ("dp2_distributed_optimizer", "dp_reshardable"),
     pytest.param("pp2_distributed_optimizer", "fully_reshardable", marks=pytest.mark.slow),
@@ -283,7 +284,6 @@ def offload(fraction, run, *args, **options):
 
 
 OFFLOADED = BF16["dp2_distributed_optimizer"], "dense", torch.bfloat16
-FRACTIONS = pytest.mark.parametrize("fraction", [0.25, 1.0])
 
 
 def stepped(*args, **options):
@@ -293,7 +293,7 @@ def stepped(*args, **options):
     return {name: p.detach().clone() for name, p in global_parameters(chunks)}
 
 
-@FRACTIONS
+@pytest.mark.parametrize("fraction", [0.25, 1.0])
 def test_offloaded_optimizer_steps_as_one_on_the_gpu(run_ranks, fraction):
     want = run_ranks(2, stepped, *OFFLOADED)[0]
     got = run_ranks(2, offload, fraction, stepped, *OFFLOADED)[0]
@@ -301,7 +301,7 @@ def test_offloaded_optimizer_steps_as_one_on_the_gpu(run_ranks, fraction):
         torch.testing.assert_close(got[name], parameter, rtol=1e-6, atol=1e-6)
 
 
-@FRACTIONS
+@pytest.mark.parametrize("fraction", [0.25, pytest.param(1.0, marks=pytest.mark.slow)])
 def test_offloaded_optimizer_resumes_bit_for_bit(run_ranks, tmp_path, fraction):
     """Not from dp_reshardable, whose masters Megatron leaves at their bf16 values, of plain models too."""
     run, folder = functools.partial(run_ranks, 2, offload, fraction, train, *OFFLOADED), tmp_path / "saved"

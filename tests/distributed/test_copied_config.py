@@ -7,6 +7,7 @@ import pytest
 from harness import Layout, build, iterate, reference
 from megatron.core.transformer import TransformerConfig
 from pipeline import differences, interleaved
+from thinned import each_value
 
 from megatron_mhc import MHCConfig
 from megatron_mhc.carried import options_of
@@ -66,13 +67,17 @@ def matches(result):
     assert error <= ERROR, name
 
 
-@pytest.mark.parametrize("kind", COPIES)
-@pytest.mark.parametrize(
-    "layout, stages",
-    [(Layout(), None), (Layout(pp=2), None), (Layout(pp=2, vpp=2), None), (Layout(pp=4), "Ett|t||tL")],
-    ids=["pp1", "pp2", "pp2_vpp2", "empty_stage"],
-)
-def test_a_copy_between_the_spec_and_the_model_trains(run_ranks, layout, stages, kind):
+LAYOUTS = {
+    "pp1": (Layout(), None),
+    "pp2": (Layout(pp=2), None),
+    "pp2_vpp2": (Layout(pp=2, vpp=2), None),
+    "empty_stage": (Layout(pp=4), "Ett|t||tL"),
+}
+
+
+@pytest.mark.parametrize("layout, kind", each_value(LAYOUTS, COPIES, also=[("pp2", "field_by_field")]))
+def test_a_copy_between_the_spec_and_the_model_trains(run_ranks, layout, kind):
+    layout, stages = LAYOUTS[layout]
     arguments = (COPIES[kind], copy_between, None, stages)
     matches(run_ranks(layout.pp, train, layout, MHC, reference("dense", MHC), *arguments)[0])
 

@@ -8,6 +8,7 @@ import harness
 import pytest
 import torch
 from harness import Layout, build, global_parameters, gradient, iterate
+from thinned import each_value
 
 from megatron_mhc import MHCConfig
 from megatron_mhc.diagnostics import Report, Sampler
@@ -149,8 +150,7 @@ FOUR = {
 
 
 # 32 tokens in a micro-batch: all of them, and 8, of which each shard takes its part.
-@pytest.mark.parametrize("tokens", [256, 8])
-@pytest.mark.parametrize("name", TWO)
+@pytest.mark.parametrize("name, tokens", each_value(TWO, [8, 256]))
 def test_two_rank_layout_reports_what_the_single_process_does(name, tokens):
     layout, kind, dp = TWO[name]
     check(2, layout, kind, tokens=tokens, dp=dp)

@@ -63,11 +63,13 @@ def schedule(name, **options):
 
 
 PP2, PP2_VPP2 = Layout(pp=2), Layout(pp=2, vpp=2)
+FOLDED = dict(norm="folded")
 CASES = {
     "pp2": (2, PP2, "dense", MHCConfig()),
     "pp2_vpp2": (2, PP2_VPP2, "moe", MHCConfig()),
     "replay": (1, Layout(), "dense", MHCConfig(recompute_layer_num="2", recompute_coefficients=True)),
     "pp2_interleaved_split": (2, PP2, "dense", schedule("interleaved", pp_boundary="split")),
+    "folded_pp2_replay": (2, PP2, "dense", MHCConfig(recompute_layer_num="2", **FOLDED)),
     "pp2_vpp2_fused": (2, PP2_VPP2, "moe", schedule("fused", recompute_layer_num="auto")),
 }
 
@@ -75,8 +77,8 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_layout_matches_single_process(run_ranks, case):
     world, layout, kind, mhc = CASES[case]
-    alone(kind)
-    result = run_ranks(world, compare, layout, kind, mhc)[0]
+    expected = alone(kind, norm=mhc.norm)
+    result = run_ranks(world, compare, layout, kind, mhc, None, expected)[0]
     error, name = result.worst
     assert result.loss <= 1e-6
     assert error <= 1e-5, name

@@ -10,6 +10,7 @@ from layout_cases import UNIFORM
 from megatron.core.models.gpt.heterogeneous import heterogeneous_layer_specs
 from megatron.core.transformer.heterogeneous.heterogeneous_config import HeterogeneousTransformerConfig
 from test_checkpoint import FLOAT32_ERROR, check, train
+from thinned import each_value
 
 from megatron_mhc import MHCConfig
 from megatron_mhc.pipeline import engine
@@ -79,8 +80,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("layers", LAYERS)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case, layers", each_value(CASES, LAYERS, also=[("tp2_sp", "linear")]))
 def test_layout_matches_single_process(run_ranks, case, layers):
     layout, mhc, settings = CASES[case]
     if layers == "linear" and layout.sp:  # in stock such a layer gives every rank the whole sequence

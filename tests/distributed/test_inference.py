@@ -7,16 +7,19 @@ from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.inference.model_inference_wrappers.gpt.gpt_inference_wrapper import GPTInferenceWrapper
 
 from megatron_mhc import MHCConfig
+from megatron_mhc.testing import hybrid
+from megatron_mhc.testing.gpt import SMALL
 
 PROMPT, NEW = 5, 4
 MHC = MHCConfig()
 
 
-def generate(layout, mhc, stages=None):
+def generate(layout, mhc, stages=None, pattern=None):
     """A prompt, then tokens with a KV cache: logits [b, PROMPT + NEW, vocabulary] of the last stage."""
     layout.initialize()
     config = layout.config("dense", params_dtype=torch.float32, pipeline_model_parallel_layout=stages)
-    model = build(layout, config, "dense", mhc)[0].module
+    of = hybrid.model(pattern, SMALL) if pattern else None
+    model = build(layout, config, "dense", mhc, model=of)[0].module
     context = StaticInferenceContext(max_batch_size=2, max_sequence_length=PROMPT + NEW)
     wrapper = GPTInferenceWrapper(model, context)
     wrapper.prep_model_for_inference()
@@ -38,4 +41,11 @@ def test_tokens_on_a_pipeline_have_the_logits_of_one_process(run_ranks, pp, stag
     *others, found = run_ranks(pp, generate, Layout(pp=pp), mhc, stages)
     assert others == [None] * (pp - 1)
     assert found.shape == (2, PROMPT + NEW, 64)
+    assert (found - expected).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("mhc", [None, MHC], ids=["stock", "mhc"])
+def test_tokens_of_a_hybrid_model_on_a_pipeline_have_the_logits_of_one_process(run_ranks, mhc):
+    expected = run_ranks(1, generate, Layout(), mhc, None, "*-*-")[0]
+    _, found = run_ranks(2, generate, Layout(pp=2), mhc, None, "*-*|-")
     assert (found - expected).abs().max() <= 1e-5

@@ -1,5 +1,7 @@
 """Muon, whole and layer-wise: which parameters it takes, layouts, and resumed training."""
 
+import functools
+
 import pytest
 import torch
 from harness import Layout, global_parameters
@@ -59,35 +61,37 @@ LAYOUTS = {
 }
 
 
+@functools.cache
+def single(kind):
+    return run(1, lambda: train(SINGLE, kind, torch.float32, range(3), **MUON))[0]
+
+
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_layout_matches_single_process(run_ranks, name):
     layout, kind = LAYOUTS[name]
-    expected = run(1, lambda: train(SINGLE, kind, torch.float32, range(3), **MUON))[0]
     history = run_ranks(2, lambda: train(layout, kind, torch.float32, range(3), **MUON))[0]
-    check(history, expected, FLOAT32_ERROR)
+    check(history, single(kind), FLOAT32_ERROR)
 
 
-def bf16(run_ranks, steps, load_from=None, save_to=None, **options):
-    return run_ranks(2, lambda: train(SINGLE, "dense", torch.bfloat16, steps, load_from, save_to, **options))[
-        0
-    ]
+def bf16(steps, load_from=None, save_to=None, **options):
+    return run(2, lambda: train(SINGLE, "dense", torch.bfloat16, steps, load_from, save_to, **options))[0]
+
+
+@functools.cache
+def losses_without_clipping(name):
+    return [loss for loss, _ in bf16(range(4), **OPTIMIZERS[name], clip_grad=0.0)]
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_training_resumed_matches_unbroken_run_bit_for_bit(run_ranks, tmp_path, name):
+def test_training_resumed_matches_unbroken_run_bit_for_bit(tmp_path, name):
     options, folder = OPTIMIZERS[name], tmp_path / "saved"
-    history = bf16(run_ranks, range(2), None, folder, **options)
-    history += bf16(run_ranks, range(2, 4), folder, **options)
-    assert history == bf16(run_ranks, range(4), **options)
+    history = bf16(range(2), None, folder, **options) + bf16(range(2, 4), folder, **options)
+    assert history == bf16(range(4), **options)
 
 
 @pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "muon"])
-def test_layer_wise_optimizer_steps_as_the_whole_one_bit_for_bit(run_ranks, name):
+def test_layer_wise_optimizer_steps_as_the_whole_one_bit_for_bit(name):
     """Without clipping, whose norm is summed in another order."""
-
-    def losses(**options):
-        return [loss for loss, _ in bf16(run_ranks, range(4), **options, clip_grad=0.0)]
-
-    whole = losses(**MUON)
-    assert losses(**OPTIMIZERS[name]) == whole
+    whole = losses_without_clipping("muon")
+    assert losses_without_clipping(name) == whole
     assert len(set(whole)) == 4

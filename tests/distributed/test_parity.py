@@ -25,10 +25,15 @@ def check(run_ranks, world, layout, kind, mhc=MHC, dtype=torch.float64, **overri
     assert error <= limit, name
 
 
+def streams_of(layout, kind):
+    """The numbers of streams by default: 4, and on two ranks 1 or 2 as well."""
+    return (4,) if CORE[layout][0] == 4 else (4, 2 if "moe" in kind else 1)
+
+
 @pytest.mark.parametrize(
     "layout, kind, streams",
     [
-        pytest.param(*case, n, marks=pytest.mark.slow if n == 2 and CORE[case[0]][0] == 4 else [])
+        pytest.param(*case, n, marks=[] if n in streams_of(*case) else pytest.mark.slow)
         for case in CORE_CASES
         for n in (1, 2, 4)
     ],

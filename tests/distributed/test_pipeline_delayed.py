@@ -1,6 +1,7 @@
 """Weight gradients that the linears of a fused step put off: that all are there, and where they are made."""
 
 import functools
+import itertools
 from collections import Counter
 from types import SimpleNamespace
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from harness import Layout, build, differences, iterate
 from pipeline import BOUNDARIES, ERROR, interleaved, overlap, pipeline_rank, reference_of
+from thinned import each_value
 
 from megatron_mhc import MHCConfig
 from megatron_mhc.pipeline import comm, engine
@@ -67,8 +69,7 @@ def check(run_ranks, world, layout, kind, boundary, count=4, layers=4, **options
     return times
 
 
-@pytest.mark.parametrize("boundary", BOUNDARIES)
-@pytest.mark.parametrize("vpp", [None, 2])
+@pytest.mark.parametrize("vpp, boundary", each_value([None, 2], BOUNDARIES))
 def test_gradients_of_dense_layers(run_ranks, vpp, boundary):
     check(run_ranks, 2, Layout(pp=2, vpp=vpp), "dense", boundary, count=5)
 
@@ -102,12 +103,15 @@ SETTINGS = {
     "distributed_optimizer": ("dense", dict(distributed=True)),
     "fused_accumulation": ("moe_shared", dict(accumulate=True)),
 }
-FAST = ("biased", "mtp_moe", "replayed", "fused_accumulation")
+FAST = list(zip(("biased", "mtp_moe", "replayed", "fused_accumulation"), 2 * BOUNDARIES, strict=True))
 
 
-@pytest.mark.parametrize("boundary", BOUNDARIES)
 @pytest.mark.parametrize(
-    "setting", [pytest.param(s, marks=[] if s in FAST else pytest.mark.slow) for s in SETTINGS]
+    "setting, boundary",
+    [
+        pytest.param(*case, marks=[] if case in FAST else pytest.mark.slow)
+        for case in itertools.product(SETTINGS, BOUNDARIES)
+    ],
 )
 def test_setting(run_ranks, setting, boundary):
     kind, options = SETTINGS[setting]
@@ -117,8 +121,7 @@ def test_setting(run_ranks, setting, boundary):
     assert any(".mtp." in name for name in of_last_rank) == kind.startswith("mtp")
 
 
-@pytest.mark.parametrize("accumulate", [False, True])
-@pytest.mark.parametrize("align", [False, True])
+@pytest.mark.parametrize("align, accumulate", each_value([False, True], [False, True]))
 def test_overlapped_gradient_reduction(run_ranks, align, accumulate):
     """A bucket goes out by itself, and only once its delayed gradients are in it."""
     check(

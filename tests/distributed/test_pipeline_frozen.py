@@ -4,6 +4,7 @@ import pytest
 import torch
 from harness import Layout
 from pipeline import BOUNDARIES, ERROR, SCHEDULES, compare_partly_trained, interleaved
+from thinned import each_value
 
 TRAINED = {
     "second_half": [r"layers\.[23]\.", "final_layernorm", "output_layer"],
@@ -23,17 +24,14 @@ def check(run_ranks, layout, kind, mhc, trained, world=2, error=ERROR, **setting
     assert worst <= error, name
 
 
-# Every kind under either schedule and either boundary; the other pairs under -m slow.
-CASES = [
-    pytest.param(trained, schedule, boundary, marks=[] if i % 2 == (j + k) % 2 else pytest.mark.slow)
-    for i, trained in enumerate(TRAINED)
-    for j, schedule in enumerate(SCHEDULES)
-    for k, boundary in enumerate(BOUNDARIES)
-]
+WAYS = ("interleaved", "whole"), ("fused", "split"), ("interleaved", "split"), ("fused", "whole")
 
 
-@pytest.mark.parametrize("trained, schedule, boundary", CASES)
-def test_what_is_trained_gets_its_gradients(run_ranks, trained, schedule, boundary):
+@pytest.mark.parametrize(
+    "trained, way", each_value(TRAINED, WAYS, also=[("last_mlp_of_stage_0", ("interleaved", "split"))])
+)
+def test_what_is_trained_gets_its_gradients(run_ranks, trained, way):
+    schedule, boundary = way
     check(run_ranks, Layout(pp=2), "dense", interleaved(boundary, schedule), trained)
 
 

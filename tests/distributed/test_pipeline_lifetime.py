@@ -1,12 +1,14 @@
 """A step that is over, or that failed, lets go of all it had by reference counting alone."""
 
 import gc
+import itertools
 import weakref
 from datetime import timedelta
 
 import pytest
 from harness import Layout, build, gpt, tokens
 from pipeline import BOUNDARIES, SCHEDULES, interleaved, pipeline_rank
+from thinned import each_value
 
 from megatron_mhc.pipeline import comm, engine
 from megatron_mhc.pipeline.step import observers
@@ -52,11 +54,12 @@ def run(layout, kind, mhc, failing):
     return ended, [name for name, one in watched.items() if one() is not None]
 
 
-@pytest.mark.parametrize(
-    "failing", [None, pytest.param(program.FORWARD, marks=pytest.mark.slow), program.BACKWARD]
-)
-@pytest.mark.parametrize("boundary", BOUNDARIES)
-@pytest.mark.parametrize("schedule", SCHEDULES)
+FAILING = (program.BACKWARD, program.FORWARD)
+ENDS = [(*pair, None) for pair in itertools.product(SCHEDULES, BOUNDARIES)]
+ENDS += each_value(SCHEDULES, BOUNDARIES, FAILING)
+
+
+@pytest.mark.parametrize("schedule, boundary, failing", ENDS)
 def test_a_step_frees_itself(run_ranks, schedule, boundary, failing):
     mhc = interleaved(boundary, schedule, recompute_layer_num="2")
     (ended, alive), *_ = run_ranks(2, run, Layout(pp=2, vpp=2), "moe_shared", mhc, failing)

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from harness import MICRO_BATCH, SEQUENCE, Layout, build, iterate, tokens
 from harness import get_forward_backward_func as stock_schedule
 from pipeline import gradients, interleaved, pipeline_rank
+from thinned import each_value
 
 from megatron_mhc import MHCConfig
 from megatron_mhc.pipeline import comm, engine
@@ -175,13 +176,13 @@ def train(layout, kind, mhc, schedule, config_options, per_token, count=4):
     return reports, gradients(chunks)
 
 
-@pytest.mark.parametrize("per_token", [None, False, True])
-@pytest.mark.parametrize(
-    "layout, kind", [(Layout(pp=2, vpp=2), "moe_auxiliary_loss"), (Layout(pp=2), "tied")]
-)
-def test_whole_messages_train_as_megatrons_schedule_does_bit_for_bit(run_ranks, layout, kind, per_token):
+MODELS = {"moe_auxiliary_loss": Layout(pp=2, vpp=2), "tied": Layout(pp=2)}
+
+
+@pytest.mark.parametrize("kind, per_token", each_value(MODELS, [True, None, False]))
+def test_whole_messages_train_as_megatrons_schedule_does_bit_for_bit(run_ranks, kind, per_token):
     """Loss scale, auxiliary losses, tokens, timers, reports and non-loss data."""
-    options = dict(calculate_per_token_loss=bool(per_token))
+    layout, options = MODELS[kind], dict(calculate_per_token_loss=bool(per_token))
     ours = run_ranks(
         2, train, layout, kind, interleaved(), lambda: engine.forward_backward, options, per_token
     )

@@ -12,6 +12,7 @@ from harness import Layout, build, iterate
 from pipeline import BOUNDARIES, SCHEDULES, cases, check, gradients, interleaved, pipeline_rank
 from test_pipeline_lifetime import run as live
 from test_pipeline_schedule import BARE
+from thinned import each_value
 
 from megatron_mhc import parallel
 from megatron_mhc.pipeline import comm, engine
@@ -21,13 +22,14 @@ from megatron_mhc.schedule import program
 PUSH = dict(pipeline_transport="push")
 
 
-@pytest.mark.parametrize("vpp", [None, 3])
+@pytest.mark.parametrize("vpp", [pytest.param(None, marks=pytest.mark.slow), 3])
 def test_two_stages(run_ranks, vpp):
     several = cases((3,), **PUSH) + cases((2,), streams=(1,), **PUSH)
     several += cases((8,), boundaries=("split",), **PUSH)
     check(run_ranks, 2, Layout(pp=2, vpp=vpp), "dense", several, 6, overrides=dict(num_layers=6))
 
 
+@pytest.mark.slow
 def test_four_stages(run_ranks):
     check(run_ranks, 4, Layout(pp=4, vpp=3), "dense", cases((5,), **PUSH))
 
@@ -82,8 +84,7 @@ def steps(layout, mhc, kinds):
     return found, {way.__name__ for way in ways}
 
 
-@pytest.mark.parametrize("boundary", BOUNDARIES)
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule, boundary", each_value(SCHEDULES, BOUNDARIES))
 def test_steps_whose_number_of_micro_batches_changes_with_evaluation_between_them(
     run_ranks, schedule, boundary
 ):

@@ -13,6 +13,7 @@ import socket
 import sys
 import time
 from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 
 from megatron_mhc.testing import cpu
 
@@ -35,6 +36,11 @@ def rank(number: int, processes: int, port: int, module: list[str], output: str)
     cpu.main()
 
 
+def exit_code(process: BaseProcess) -> int | None:
+    process.join()  # its files are closed, which is what was waited for; it may not have ended yet
+    return process.exitcode
+
+
 def run(module: list[str], processes: int, output: str, seconds: float) -> int:
     """The exit status: 0, or the first that was another one; the other ranks are then ended."""
     with socket.socket() as free:
@@ -48,7 +54,7 @@ def run(module: list[str], processes: int, output: str, seconds: float) -> int:
     status = 0
     while running and not status:
         ended = wait(list(running), max(0, until - time.monotonic()))
-        status = next((code for s in ended if (code := running.pop(s).exitcode)), 0 if ended else 124)
+        status = next((code for s in ended if (code := exit_code(running.pop(s)))), 0 if ended else 124)
     for process in ranks:
         process.kill()
         process.join()

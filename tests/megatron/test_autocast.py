@@ -3,12 +3,13 @@
 import gpt
 import pytest
 import torch
+from thinned import each_value
 
 from megatron_mhc import MHCConfig
 from megatron_mhc.diagnostics import capture_h_res, composite
 from megatron_mhc.hyper_connection import HyperConnectionModule
 
-LIVELY = dict(init="uniform", init_gating_factor=0.5)
+LIVELY = dict(init="uniform", init_gating_factor=0.5, sinkhorn_iterations=2)
 BACKENDS = ["reference", "triton"]
 
 
@@ -51,10 +52,17 @@ def test_streams_go_through_the_composite_whose_rows_sum_to_one(run_ranks, backe
     run_ranks(1, check)
 
 
-@pytest.mark.parametrize("coefficients", [False, True], ids=["kept", "replayed"])
-@pytest.mark.parametrize("options", [{}, dict(h_res="unconstrained"), dict(backend="triton")])
-@pytest.mark.parametrize("norm", [None, CastingNorm])
+OPTIONS = {
+    "sinkhorn": {},
+    "unconstrained": dict(h_res="unconstrained"),
+    "triton": dict(backend="triton"),
+}
+REPLAYS = each_value(OPTIONS, ["kept", "replayed"], [CastingNorm, None], also=[("triton", "replayed", None)])
+
+
+@pytest.mark.parametrize("options, coefficients, norm", REPLAYS)
 def test_replay_matches_no_recompute_bit_for_bit(run_ranks, options, coefficients, norm):
+    options, coefficients = OPTIONS[options], coefficients == "replayed"
     settings = dict(num_layers=2, normalization="LayerNorm" if norm else "RMSNorm")
 
     def compare():

@@ -4,6 +4,8 @@ Skipped where transformers is absent or has no DeepSeek-V4. Attention and expert
 sides; the streams, the mappings, the head and every gradient are compared in fp32.
 """
 
+import copy
+
 import pytest
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -87,10 +89,14 @@ class PluginModel(torch.nn.Module):
         self.decoder.final_layernorm.head = ContractHead(config, mhc)
 
     def mappings(self):
-        return {name: parameter.detach().clone() for name, parameter in self.named_parameters()}
+        return {name: value.clone() for name, value in self.state_dict().items()}
 
     def gradients(self):
-        return {name: parameter.grad for name, parameter in self.named_parameters()}
+        """By the names of a checkpoint."""
+        twin = copy.deepcopy(self)
+        for own, other in zip(self.parameters(), twin.parameters(), strict=True):
+            other.data.copy_(own.grad)
+        return twin.mappings()
 
 
 def around(connection, streams, sublayer):

@@ -277,6 +277,13 @@ def test_users_mistakes_name_the_remedy(run_ranks, tmp_path):
         with pytest.raises(ValueError, match="--tensor-model-parallel-size 2 with --ckpt-format torch"):
             export(tmp_path / "parallel", tmp_path / "new")
         args.tensor_model_parallel_size = 1
+        args.hybrid_layer_pattern = "M*"
+        save(gpt.build(), tmp_path / "hybrid", "torch", args)
+        with pytest.raises(
+            ValueError, match=r"--hybrid-layer-pattern M\*: the exported model has no such part"
+        ):
+            export(tmp_path / "hybrid", tmp_path / "new")
+        args.hybrid_layer_pattern = None
         save(gpt.build(), tmp_path / "plain", "torch", args)
         with pytest.raises(ValueError, match="not the checkpoint of a plugin's whole model"):
             export(tmp_path / "plain", tmp_path / "new")

@@ -1,13 +1,16 @@
 """A model whose connections share nodes of the graph (--mhc-boundary fused) has the bits of one without."""
 
+import functools
+
 import gpt
 import pytest
 import torch
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from ops_chains import AHEAD
-from test_layer import VARIANTS
+from test_layer import TRITON, VARIANTS
 
 from megatron_mhc import MHCConfig
+from megatron_mhc.testing import ranks
 
 
 def run(joined, mhc, settings, watched=False, train=True):
@@ -19,8 +22,7 @@ def run(joined, mhc, settings, watched=False, train=True):
         patch.setattr(autograd._Pre, "forward", staticmethod(lambda *a: (read.append(0), forward(*a))[1]))
         if joined:
             patch.setitem(kernels.BY_NAME, "triton", AHEAD)
-        options = dict(init="uniform", init_gating_factor=0.5, backend="triton") | mhc
-        model = gpt.build(MHCConfig(**options), **settings)
+        model = gpt.build(MHCConfig(**TRITON | mhc), **settings)
         if watched:
             for layer in model.modules():
                 if isinstance(layer, TransformerLayer):
@@ -33,13 +35,20 @@ def run(joined, mhc, settings, watched=False, train=True):
     return results, len(read)
 
 
+@functools.cache
+def apart(variant, norm, *settings):
+    """Loss and gradients of a model whose connections share nothing."""
+    mhc = dict(boundary="apart", norm=norm)
+    return ranks.run_ranks(1, run, False, mhc, VARIANTS[variant] | dict(settings))[0][0]
+
+
 @pytest.mark.parametrize(
     "variant, mhc, settings, alone",
     [
         ("dense", {}, {}, 1),
         ("moe", {}, {}, 1),
         ("dense", {}, dict(add_bias_linear=True), 1),
-        ("dense", {}, dict(hidden_dropout=0.1), 1),
+        ("dense", dict(norm="folded"), dict(hidden_dropout=0.1), 1),
         ("dense", dict(boundary="linked"), {}, 4),
         ("dense", dict(boundary="apart"), {}, 4),
         ("dense", dict(recompute_layer_num="3"), {}, 4),  # whose streams are dropped
@@ -48,13 +57,8 @@ def run(joined, mhc, settings, watched=False, train=True):
     ],
 )
 def test_joined_connections_give_the_bits_of_others(run_ranks, variant, mhc, settings, alone):
-    def both():
-        settings_ = VARIANTS[variant] | settings
-        want, _ = run(False, dict(boundary="apart"), settings_)
-        return want, *run(True, mhc, settings_)
-
-    want, got, read = run_ranks(1, both)[0]
-    gpt.same_bits(got, want)
+    got, read = run_ranks(1, run, True, mhc, VARIANTS[variant] | settings)[0]
+    gpt.same_bits(got, apart(variant, mhc.get("norm", "apart"), *settings.items()))
     assert alone is None or read == alone
 
 

@@ -139,3 +139,36 @@ def without_graphs(tmp_path_factory):
 def test_a_run_in_graphs_has_the_losses_of_one_without(without_graphs, tmp_path, impl):
     assert sampled(tmp_path, "--cuda-graph-impl", impl) == without_graphs
     assert without_graphs[-1] < without_graphs[0]
+
+
+HYBRID = (
+    "--hybrid-layer-pattern M*|-E --num-experts 2 --moe-ffn-hidden-size 32 --pipeline-model-parallel-size 2"
+)
+HYBRID += " --train-iters 4 --save-interval 2 --lr-decay-iters 10 --logging-level 20 --mhc-log-interval 2"
+
+
+def test_a_hybrid_model_trains_and_is_sampled(tmp_path):
+    values, output = launch(tmp_path, *MHC, *HYBRID.split())
+    assert values[-1] < values[0]
+    assert "mHC: num_residual_streams=4" in output
+
+
+@pytest.mark.slow
+def test_a_hybrid_run_resumed_equals_the_unbroken_one_bit_for_bit(tmp_path):
+    values, _ = launch(tmp_path / "whole", *MHC, *HYBRID.split(), "--save", str(tmp_path / "checkpoint"))
+    load = ["--load", str(tmp_path / "checkpoint"), "--ckpt-step", "2"]
+    resumed, _ = launch(tmp_path / "resumed", *MHC, *HYBRID.split(), *load)
+    assert resumed == values[2:]
+    code, output = attempt(tmp_path / "plain", *HYBRID.rsplit(" --mhc", 1)[0].split(), "--no-mhc", *load)
+    assert code != 0 and "is an mHC model's: add --spec megatron_mhc.specs hybrid_mhc_spec" in output
+
+
+@pytest.mark.slow
+def test_a_hybrid_model_goes_on_from_the_checkpoint_of_the_same_gpt(tmp_path):
+    """By Megatron's own translation as it loads: weights, mappings and optimizer."""
+    common = [*MHC, *"--train-iters 4 --save-interval 2 --pipeline-model-parallel-size 2".split()]
+    values, _ = launch(tmp_path / "gpt", *common, "--save", str(tmp_path / "checkpoint"))
+    load = ["--load", str(tmp_path / "checkpoint"), "--ckpt-step", "2"]
+    found, output = launch(tmp_path / "hybrid", *common, *load, "--hybrid-layer-pattern", "*-*-|*-*-")
+    assert "4 GPT layers feed 4 attention and 4 MLP positions" in output
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(values[2:]), rtol=1e-6, atol=0)

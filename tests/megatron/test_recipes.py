@@ -59,7 +59,8 @@ def mapping_parameters(form, layers, hidden, n=4):
     return 2 * layers * (rows * columns + n * n + 2 * n + 3) * (form != "vanilla")
 
 
-@pytest.mark.parametrize("model", [model for model in MODELS if model != "3b-1t"])  # the 3b's model
+# That of 3b-1t is the 3b's.
+@pytest.mark.parametrize("model", ["3b", pytest.param("9b", marks=pytest.mark.slow), "27b", "llama-1b"])
 def test_recipe_has_the_papers_size_and_fits_its_gpus(tmp_path, run_ranks, model):
     words = {form: dry_run(tmp_path, model, form) for form in FORMS}
     total, active, world = MODELS[model]
@@ -155,7 +156,9 @@ WITH = {
 }
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(
+    "model", [pytest.param(m, marks=pytest.mark.slow if m in ("9b", "3b-1t") else ()) for m in MODELS]
+)
 def test_megatron_accepts_every_combination_of_argument_files(tmp_path, run_ranks, model):
     """All that examples/README.md offers, through Megatron's parser, its checks, its config and mHC's."""
     extras = ["", "fp8"] if model == "llama-1b" else ["", "fp8", "deepep", "fp8 deepep"]

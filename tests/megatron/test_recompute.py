@@ -7,6 +7,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer import MLATransformerConfig
 from recompute_cases import LIVELY, losses, replaying
+from thinned import each_value
 
 from megatron_mhc import MHCConfig, recompute
 from megatron_mhc.chunk import chunk_of
@@ -42,17 +43,23 @@ CASES = {
     "fixed": (dict(h_res="identity", h_pre="fixed"), {}),
     "one stream": (dict(num_residual_streams=1, h_pre="fixed"), {}),
     "three streams": (dict(num_residual_streams=3), {}),
-    "triton": (dict(backend="triton"), dict(num_layers=1)),
+    "folded norms": (dict(norm="folded"), MOE),
+    "folded norms, bf16": (dict(norm="folded"), dict(params_dtype=torch.bfloat16, bf16=True)),
+    "triton": (dict(backend="triton", norm="folded", sinkhorn_iterations=2), dict(num_layers=1)),
     "triton, two blocks": (dict(backend="triton"), DROPOUT | dict(num_layers=2)),
     "triton, deepseek_v4": (dict(backend="triton", preset="deepseek_v4"), dict(num_layers=2)),
 }
 SLOW = [case for case in CASES if case.startswith("triton,")]  # Triton's interpreter
-
-
-@pytest.mark.parametrize("coefficients", [False, True], ids=["kept", "replayed"])
-@pytest.mark.parametrize(
-    "case", [pytest.param(c, marks=pytest.mark.slow if c in SLOW else ()) for c in CASES]
+HOW = ("kept", "replayed")
+REPLAYS = each_value(
+    [case for case in CASES if case not in SLOW],
+    HOW,
+    also=[("dense", "replayed"), ("bf16", "kept"), ("triton", "replayed")],
 )
+REPLAYS += [pytest.param(case, how, marks=pytest.mark.slow) for case in SLOW for how in HOW]
+
+
+@pytest.mark.parametrize("case, coefficients", REPLAYS)
 def test_replay_matches_no_recompute_bit_for_bit(run_ranks, case, coefficients):
     options, settings = CASES[case]
     settings = dict(num_layers=4) | settings
@@ -60,7 +67,7 @@ def test_replay_matches_no_recompute_bit_for_bit(run_ranks, case, coefficients):
     def compare():
         stored = MHCConfig(**(LIVELY | options | dict(recompute_layer_num="off")))
         want = gpt.forward_backward(gpt.build(stored, **settings))
-        mhc = replaying(**options, recompute_coefficients=coefficients)
+        mhc = replaying(**options, recompute_coefficients=coefficients == "replayed")
         gpt.same_bits(gpt.forward_backward(gpt.build(mhc, **settings)), want)
 
     run_ranks(1, compare)

@@ -2,10 +2,12 @@
 
 import pytest
 
+from multi_gpu.conftest import NCCL
+
 ROWS = 16  # schedules, boundaries and numbers of slots
 
 
-@pytest.mark.parametrize("connections", ["32", "1"])
+@pytest.mark.parametrize("connections", ["32", pytest.param("1", marks=() if NCCL else pytest.mark.slow)])
 @pytest.mark.timeout(300)
 def test_pushed_messages_are_right(report, monkeypatch, connections):
     monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", connections)

@@ -5,7 +5,7 @@ import os
 import torch
 
 from megatron_mhc.ops import autograd, reference
-from megatron_mhc.ops.options import Options
+from megatron_mhc.ops.options import Options, ReadNorm
 
 ON_GPU = bool(os.environ.get("MEGATRON_MHC_GPU_TESTS"))
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -52,6 +52,13 @@ def inputs(tokens, n, channels, dtype, scale=1.0, logits=1.0):
     return [x, weight, torch.cat([bias, torch.tensor([0.5, 0.7, 0.9], device=DEVICE)]), f]
 
 
+def norm_like(f, zero_centered=False, dtype=torch.float32, eps=1e-5):
+    """A norm of layer inputs like f: [T, C], whose weight is about 1."""
+    generator = torch.Generator().manual_seed(7)
+    weight = torch.randn(f.shape[-1], generator=generator) * 0.3 + (not zero_centered)
+    return ReadNorm(weight.to(DEVICE, dtype), eps, zero_centered)
+
+
 def each(tensors):
     """The tensors, and in the place of affine, or of its gradient, the biases and each alpha."""
     out = []
@@ -61,15 +68,15 @@ def each(tensors):
     return out
 
 
-def reference_connection(x, weight, affine, f, v4, iterations=20):
+def reference_connection(x, weight, affine, f, v4, iterations=20, norm=None):
     bias, *alphas = each([affine])
     logits = reference.mapping_logits(x, weight, alphas, bias, 1e-6)
     h = reference.mhc_mappings(logits, x.shape[1], deepseek_v4=v4, sinkhorn_iterations=iterations)
-    return reference.pre(x, h.h_pre), reference.post_res(x, f, h.h_post, h.h_res), h
+    return reference.pre(x, h.h_pre, norm), reference.post_res(x, f, h.h_post, h.h_res), h
 
 
-def triton_connection(x, weight, affine, f, v4, iterations=20):
-    layer_input, mappings = autograd.pre(x, weight, affine, Options(1e-6, iterations, v4))
+def triton_connection(x, weight, affine, f, v4, iterations=20, norm=None):
+    layer_input, mappings = autograd.pre(x, weight, affine, Options(1e-6, iterations, v4), norm=norm)
     return layer_input, autograd.post_res(f, mappings), mappings
 
 
@@ -84,12 +91,14 @@ def error(got, want):
 NAMES = ("x", "weight", "bias", "alpha_pre", "alpha_post", "alpha_res", "f")
 
 
-def compare(tensors, dtype, v4, iterations=20):
-    """Errors of outputs and gradients by name, Triton against float64."""
+def compare(tensors, dtype, v4, iterations=20, norm=None):
+    """Errors of outputs and gradients by name, Triton against float64; with a norm, of its output."""
+    tensors = tensors if norm is None else [*tensors, norm.weight]
     exact = [t.double().requires_grad_() for t in tensors]
     ours = [t.clone().requires_grad_() for t in tensors]
-    want_l, want_x, want_h = reference_connection(*exact, v4, iterations)
-    got_l, got_x, got_h = triton_connection(*ours, v4, iterations)
+    norms = [norm and norm._replace(weight=leaves[-1]) for leaves in (exact, ours)]
+    want_l, want_x, want_h = reference_connection(*exact[:4], v4, iterations, norms[0])
+    got_l, got_x, got_h = triton_connection(*ours[:4], v4, iterations, norms[1])
     generator = torch.Generator().manual_seed(1)
     dl, dx = (torch.randn(o.shape, generator=generator).to(DEVICE).to(dtype) for o in (got_l, got_x))
     torch.autograd.backward([want_l, want_x], [dl.double(), dx.double()])
@@ -97,6 +106,8 @@ def compare(tensors, dtype, v4, iterations=20):
     errors = {"layer_input": error(got_l, want_l), "streams": error(got_x, want_x)}
     for name in ("h_pre", "h_post", "h_res"):
         errors[name] = error(getattr(got_h, name), getattr(want_h, name))
+    assert all(leaf.grad.dtype == leaf.dtype for leaf in ours)
     grads = (each([t.grad for t in tensors]) for tensors in (ours, exact))
-    errors |= {"d " + name: error(a, b) for name, a, b in zip(NAMES, *grads, strict=True)}
+    names = NAMES if norm is None else (*NAMES, "norm")
+    errors |= {"d " + name: error(a, b) for name, a, b in zip(names, *grads, strict=True)}
     return errors

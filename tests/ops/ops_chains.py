@@ -15,10 +15,10 @@ from megatron_mhc.ops.triton.pre import pre_forward
 from megatron_mhc.testing import ranks
 
 
-def _post_res_pre(x, f, before, f_bias, weight, affine, options):
+def _post_res_pre(x, f, before, f_bias, weight, affine, options, norm=None):
     """Hopper's, by Triton."""
     streams = post_res_forward(x, f.view(x[:, 0].shape), before, f_bias)
-    layer_input, *made = pre_forward(streams, weight, affine, options)
+    layer_input, *made = pre_forward(streams, weight, affine, options, norm=norm)
     shape = x.shape if f.dim() == 2 else (*f.shape[:-1], x.shape[1] * x.shape[2])
     return streams.view(shape).clone(), layer_input.view(f.shape).clone(), *made  # no views, as its are none
 
@@ -196,7 +196,7 @@ def run_forward(tokens, n, channels, dtype, count, forward=pre_forward):
     x, weight, affine, f = inputs(tokens, n, channels, dtype)
     streams, kept = [x], []
     for k in range(count):
-        layer_input, _, mappings = forward(x, weight * (k + 1), affine, OPTIONS)
+        layer_input, _, mappings, _ = forward(x, weight * (k + 1), affine, OPTIONS)
         kept.append((mappings, f * (k + 1) + layer_input, layer_input))
         x = post_res_forward(x, kept[-1][1], mappings)
         streams.append(x)

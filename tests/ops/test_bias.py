@@ -4,6 +4,7 @@ import pytest
 import torch
 from ops_cases import DEVICE, ON_GPU, OPTIONS, inputs
 from ops_chains import bias_like, biased, eighths
+from thinned import each_value
 
 from megatron_mhc.ops import autograd
 from megatron_mhc.ops.triton import replay
@@ -21,10 +22,12 @@ if ON_GPU:
     CASES += [(4096, 4, 2560, torch.bfloat16), (333, 2, 272, torch.bfloat16), (130, 8, 1024, torch.float16)]
 
 
-@pytest.mark.parametrize("options", [{}, dict(linked=False), dict(ahead=True)], ids=["", "apart", "ahead"])
-@pytest.mark.parametrize("case", CASES)
-def test_a_bias_that_post_res_adds_has_the_bits_of_one_added_before(case, options):
-    got, want = biased(case, True, **options), biased(case, False, **options)
+HOW = {"": {}, "apart": dict(linked=False), "ahead": dict(ahead=True)}
+
+
+@pytest.mark.parametrize("case, how", each_value(CASES, HOW, also=[(CASES[0], "ahead"), (CASES[1], "")]))
+def test_a_bias_that_post_res_adds_has_the_bits_of_one_added_before(case, how):
+    got, want = biased(case, True, **HOW[how]), biased(case, False, **HOW[how])
     for a, b in zip(got, want, strict=True):
         assert a.dtype == b.dtype and torch.equal(a, b)
     assert not case[0] or all(grad.abs().max() > 0 for grad in got[-2:])

@@ -4,13 +4,13 @@ import functools
 
 import pytest
 import torch
-from ops_cases import ON_GPU, each, inputs
+from ops_cases import ON_GPU, each, inputs, norm_like
 from ops_chains import apart, connections, optimize, results, same, sublayer
 
 from megatron_mhc import MHCConfig
 from megatron_mhc.backend import choose
 from megatron_mhc.ops import autograd, compiled, reference
-from megatron_mhc.ops.options import Options
+from megatron_mhc.ops.options import Options, ReadNorm
 
 MHC = MHCConfig()
 CASES = [
@@ -89,6 +89,21 @@ def test_one_graph_serves_any_number_of_tokens():
     assert graphs() == 1
 
 
+@apart
+def test_a_norm_compiles_to_one_graph_with_the_bits_of_eager():
+    def run(x, weight, affine, f, norm_weight):
+        for _ in range(2):
+            norm = ReadNorm(norm_weight, 1e-5, True)
+            y, mappings = autograd.pre(x, weight, affine, Options(1e-6, 2, False), norm=norm)
+            x = autograd.post_res(sublayer(y, f), mappings)
+        return y, x
+
+    tensors = inputs(5, 4, 48, torch.bfloat16)
+    tensors.append(norm_like(tensors[-1], True, torch.bfloat16).weight)
+    same(results(optimize(run), tensors), results(run, tensors))
+    assert graphs() == 1
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 @apart
 def test_the_choice_of_a_back_end_is_traced(dtype):
@@ -132,16 +147,19 @@ def test_ops_hold_what_torch_asks_of_custom_ops(monkeypatch):
     *tensors, f = inputs(3, 4, 32, torch.float32)
     x, weight, affine = leaves = [t.requires_grad_() for t in tensors]
     settings = 1e-6, 20, False, 0, "triton"
+    of_norm = norm_like(f).weight.requires_grad_(), 1e-5, False
     torch.library.opcheck(compiled.pre, (*leaves, *settings))
-    layer_input, g_tunnel, f_tunnel, saved, values = (t.detach() for t in compiled.pre(*leaves, *settings))
+    torch.library.opcheck(compiled.pre, (*leaves, *settings, *of_norm))
+    made = (t.detach() for t in compiled.pre(*leaves, *settings, *of_norm))
+    layer_input, g_tunnel, f_tunnel, saved, values, norm_saved = made
     tunnels = g_tunnel.requires_grad_(), f_tunnel.requires_grad_()
     torch.library.opcheck(compiled.post_res, (*tunnels, x, f.requires_grad_(), values, saved, affine))
     g = torch.randn_like(x)
     plain = [t.detach() for t in leaves]
     torch.library.opcheck(compiled._post_backward, (g, saved, plain[2]))
-    torch.library.opcheck(
-        compiled._pre_backward, (plain[0], g, f.detach(), layer_input, *plain[1:], saved, *settings)
-    )
+    given = plain[0], g, f.detach(), layer_input, *plain[1:], saved, norm_saved, *settings
+    torch.library.opcheck(compiled._pre_backward, given)
+    torch.library.opcheck(compiled._pre_backward, (*given, of_norm[0].detach(), *of_norm[1:]))
 
 
 @pytest.mark.slow  # inductor calls a C++ compiler

@@ -7,7 +7,17 @@ import functools
 
 import pytest
 import torch
-from ops_cases import COEFFICIENT, DEVICE, ON_GPU, STREAM, compare, error, inputs, triton_connection
+from ops_cases import (
+    COEFFICIENT,
+    DEVICE,
+    ON_GPU,
+    STREAM,
+    compare,
+    error,
+    inputs,
+    norm_like,
+    triton_connection,
+)
 from ops_chains import biased, chain, check_replay, connections, optimize, results, two_in_a_row
 
 from megatron_mhc import MHCConfig
@@ -15,7 +25,8 @@ from megatron_mhc.backend import choose
 from megatron_mhc.ops import autograd
 from megatron_mhc.ops.hopper import pre, pre_backward
 from megatron_mhc.ops.kernels import HOPPER, TRITON
-from megatron_mhc.ops.options import Options
+from megatron_mhc.ops.options import Options, ReadNorm
+from megatron_mhc.ops.triton import replay
 from megatron_mhc.ops.triton.post_res import post_res_forward
 
 BF16 = torch.bfloat16
@@ -62,7 +73,7 @@ def leaves_of(tokens, channels):
 
 def same(got, want):
     for a, b in zip(got, want, strict=True):
-        assert torch.equal(a, b)
+        assert a is b is None or torch.equal(a, b)
 
 
 def test_auto_takes_them():
@@ -139,7 +150,7 @@ def test_mixed_streams_have_the_bits_of_post_res_and_are_read_as_by_pre(tokens, 
 def check_mixed(tokens, channels, v4=False):
     x, weight, affine, f = inputs(tokens, 4, channels, BF16)
     options = Options(1e-6, 20, v4)
-    _, _, before = pre.pre_forward(x, weight.flip(0).contiguous(), affine, options)
+    _, _, before, _ = pre.pre_forward(x, weight.flip(0).contiguous(), affine, options)
     for f_bias in (None, torch.randn(channels, device=DEVICE).to(BF16)):
         made = pre.post_res_pre(x, f, before, f_bias, weight, affine, options)
         streams = post_res_forward(x, f, before, f_bias)
@@ -213,6 +224,102 @@ def test_few_multiprocessors_match_float64(monkeypatch, tokens, channels, groups
         monkeypatch.setattr(module, "multiprocessors", lambda device, enough=enough: enough)
     check(compare(inputs(tokens, 4, channels, BF16), BF16, False))
     check_mixed(tokens, channels)
+
+
+@pytest.mark.parametrize("tokens, channels", [(37, 48), (1000, 4096)])
+def test_a_frozen_phi_gets_no_gradient_and_the_others_keep_theirs(tokens, channels):
+    leaves = leaves_of(tokens, channels)
+    want = step(leaves)
+    leaves[1].requires_grad_(False)
+    layer_input, streams, _ = triton_connection(*leaves, False)
+    loss = layer_input.float().square().sum() + streams.float().square().sum()
+    trained = [leaf for leaf in leaves if leaf.requires_grad]
+    same([layer_input, streams, *torch.autograd.grad(loss, trained)], [*want[:3], *want[4:]])
+
+
+# Of a norm: zero-centred, dtype of its weight.
+NORMS = [(False, torch.float32), (True, BF16)]
+
+
+@pytest.mark.parametrize("of_norm", NORMS)
+@pytest.mark.parametrize("tokens, channels", [*SHAPES, (8192, 4096), (4096, 7168), (333, 6144)])
+def test_a_norm_matches_float64(tokens, channels, of_norm):
+    tensors = inputs(tokens, 4, channels, BF16)
+    norm = norm_like(tensors[-1], *of_norm)
+    errors = compare(tensors, BF16, of_norm[0], norm=norm)
+    if norm.weight.dtype == BF16:
+        assert errors.pop("d norm") <= STREAM[BF16]
+    check(errors)
+
+
+def test_a_norm_of_few_multiprocessors_matches_float64(monkeypatch):
+    for module in (pre, pre_backward):
+        enough = -(-1040 // module.WIDEST) * 2
+        monkeypatch.setattr(module, "multiprocessors", lambda device, enough=enough: enough)
+    tensors = inputs(257, 4, 1040, BF16)
+    check(compare(tensors, BF16, False, norm=norm_like(tensors[-1])))
+
+
+@pytest.mark.parametrize("tokens, channels", [*SHAPES, (8192, 4096)])
+def test_behind_a_post_res_a_norm_has_the_bits_of_pre(tokens, channels):
+    x, weight, affine, f = inputs(tokens, 4, channels, BF16)
+    norm, options = norm_like(f, dtype=BF16), Options(1e-6, 20, False)
+    _, _, before, _ = pre.pre_forward(x, weight.flip(0).contiguous(), affine, options)
+    for f_bias in (None, torch.randn(channels, device=DEVICE).to(BF16)):
+        made = pre.post_res_pre(x, f, before, f_bias, weight, affine, options, norm=norm)
+        streams = post_res_forward(x, f, before, f_bias)
+        same(made, [streams, *pre.pre_forward(streams, weight, affine, options, norm=norm)])
+
+
+@pytest.mark.parametrize("tokens, channels", [(37, 48), (1000, 4096), (333, 1040)])
+def test_a_replay_of_a_norm_has_the_bits_of_the_forward_pass(tokens, channels):
+    x, weight, affine, f = inputs(tokens, 4, channels, BF16)
+    norms = norm_like(f), None, norm_like(f, True, BF16)
+    streams, row, wanted = [x], [], []
+    for norm in norms:
+        made = pre.pre_forward(streams[-1], weight, affine, Options(1e-6, 20, False), norm=norm)
+        y, _, mappings, norm_saved = made
+        row.append(replay.Connection(mappings, f, torch.full_like(y, float("nan")), None, norm, norm_saved))
+        wanted.append(y)
+        streams.append(post_res_forward(streams[-1], f, mappings))
+    same(replay.replay(x, row, True), streams[1:])
+    same([entry.layer_input for entry in row], wanted)
+
+
+@pytest.mark.parametrize("back", [False, True])
+def test_a_norm_one_way_by_these_kernels_and_the_other_by_tritons(monkeypatch, back):
+    there, back_again = (TRITON, HOPPER) if back else (HOPPER, TRITON)
+    mixed = there._replace(pre_backward=back_again.pre_backward)
+    monkeypatch.setattr(autograd, "pre", functools.partial(autograd.pre.func, kernels=mixed))
+    tensors = inputs(257, 4, 1040, BF16)
+    check(compare(tensors, BF16, False, norm=norm_like(tensors[-1])))
+
+
+@pytest.mark.parametrize("tokens, channels", [(2000, 1024), (1000, 4096)])
+def test_results_with_a_norm_repeat_bit_for_bit_alone_and_in_graphs(tokens, channels):
+    leaves = leaves_of(tokens, channels)
+    leaves.append(norm_like(leaves[-1], True, BF16).weight.requires_grad_())
+
+    def norm_step():
+        norm = ReadNorm(leaves[-1], 1e-5, True)
+        y, streams, _ = triton_connection(*leaves[:4], False, norm=norm)
+        loss = (y.float() * leaves[3].detach()).sum() + streams.float().square().sum()
+        return [y, streams, *torch.autograd.grad(loss, leaves)]
+
+    want = [t.detach().clone() for t in norm_step()]
+    for _ in range(2):
+        same(norm_step(), want)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        norm_step()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=side):
+            got = norm_step()
+        for _ in range(2):
+            graph.replay()
+    torch.cuda.synchronize()
+    same(got, want)
 
 
 def test_compiled_graphs_give_the_results_of_eager():

@@ -1,6 +1,7 @@
 """That `hopper` calls the kernels of `ops/hopper`, where Triton's stand for them; how channels are cut."""
 
 import functools
+import itertools
 import types
 
 import pytest
@@ -136,7 +137,7 @@ def test_each_launch_leaves_the_sms_that_its_connection_reserves(monkeypatch, re
     x, f = torch.empty(4096, 4, 512, dtype=BF16), torch.empty(4096, 512, dtype=BF16)
     weight, affine = torch.empty(24, 2048), torch.empty(27)
     for options in (Options(1e-6, 20, False, reserved), Options(1e-6, 20, False)):
-        _, saved, before = pre.pre_forward(x, weight, affine, options)
+        _, saved, before, _ = pre.pre_forward(x, weight, affine, options)
         pre.post_res_pre(x, f, before, None, weight, affine, options)
         pre_backward.pre_backward(x, x, f, f, weight, affine, saved, options)
     assert blocks == [132 - reserved] * 3 + [132] * 3
@@ -149,16 +150,19 @@ def test_what_a_multiprocessor_takes_is_what_the_obstacle_says():
 @pytest.mark.parametrize("width", range(64, 257, 64))
 def test_rings_fit_into_shared_memory_and_hold_tiles_enough(width):
     """Of x at least as many tiles as of f; backward more than are fetched ahead."""
-    for mix in (False, True):
-        shared, stages = pre.memory(width, mix=mix)
+    for mix, norm in itertools.product((False, True), repeat=2):
+        shared, stages = pre.memory(width, mix=mix, norm=norm)
+        assert stages == pre.memory(width, mix=mix, norm=False)[1]  # the norm costs no tile
         assert shared <= compile.SHARED and pre.F_SLOTS <= stages <= pre.MOST_STAGES
-    for iterations in (1, 20, HOPPER.max_iterations):
+    for iterations, norm in itertools.product((1, 20, HOPPER.max_iterations), (False, True)):
         if width <= pre_backward.WIDEST:
-            shared, stages = pre_backward.memory(width, iterations)
+            shared, stages = pre_backward.memory(width, iterations, norm=norm)
             assert shared <= compile.SHARED and 4 < stages <= pre_backward.MOST_STAGES
 
 
-@pytest.mark.parametrize("step, most", [(2, pre.MOST_LOADS), (4, pre_backward.MOST_LOADS)])
+@pytest.mark.parametrize(
+    "step, most", [(2, pre.MOST_LOADS), (4, pre_backward.MOST_LOADS), (2, pre.MOST_LOADS // 2), (4, 4)]
+)
 def test_sums_take_the_fewest_rounds_and_stay_within_what_is_there(step, most):
     for slices in range(1, 133):
         at_once, each = compile.loads(slices, step, most), -(-slices // step)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_mhc.ops.hopper import compile, pre, pre_backward
-from megatron_mhc.ops.options import Options
+from megatron_mhc.ops.options import Options, ReadNorm
 
 nvrtc = pytest.importorskip("cuda.bindings.nvrtc", reason="needs the packages cuda-bindings and NVRTC")
 try:
@@ -30,7 +30,7 @@ def asked(monkeypatch):
 
     plans = {module: module._plan.__wrapped__ for module in (pre, pre_backward)}
 
-    def asked(call, channels, tokens=4096, v4=False, iterations=20):
+    def asked(call, channels, tokens=4096, v4=False, iterations=20, norm=None):
         found = []
 
         class Found:
@@ -52,14 +52,16 @@ def asked(monkeypatch):
         x, f = torch.empty(tokens, 4, channels, dtype=BF16), torch.empty(tokens, channels, dtype=BF16)
         weight, affine, saved = torch.empty(24, 4 * channels), torch.empty(27), torch.empty(tokens, 25)
         options = Options(1e-6, iterations, v4)
+        norm = norm and ReadNorm(torch.empty(channels, dtype=norm), 1e-5, False)
         if call == "pre":
-            pre.pre_forward(x, weight, affine, options)
+            pre.pre_forward(x, weight, affine, options, norm=norm)
         elif call == "pre_mix":
-            pre.post_res_pre(x, f, saved[:, :24], None, weight, affine, options)
+            pre.post_res_pre(x, f, saved[:, :24], None, weight, affine, options, norm=norm)
         else:
             writer = (saved, affine) if call == "pre_backward_df" else None
             g, dl = torch.empty_like(x), torch.empty_like(f)
-            pre_backward.pre_backward(x, g, f, dl, weight, affine, saved, options, writer=writer)
+            more = dict(writer=writer, norm=norm, norm_saved=None)
+            pre_backward.pre_backward(x, g, f, dl, weight, affine, saved, options, **more)
         return found[0]
 
     return asked
@@ -73,12 +75,25 @@ def test_a_variant_compiles_and_its_layout_is_what_python_says(asked, call, chan
     assert compile.cubin(source, **defines)[:4] == b"\x7fELF"
 
 
+@pytest.mark.parametrize("norm", [BF16, torch.float32])
+@pytest.mark.parametrize("call", ["pre_mix", "pre_backward_df"])
+def test_a_variant_with_a_norm_compiles(asked, call, norm):
+    source, defines = asked(call, 4096, norm=norm)
+    assert compile.cubin(source, **defines)[:4] == b"\x7fELF"
+
+
+def test_a_norm_of_another_dtype_is_refused(asked):
+    with pytest.raises(ValueError, match="the norm's weight is torch.float16, not"):
+        asked("pre", 48, norm=torch.float16)
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("norm", [None, BF16, torch.float32])
 @pytest.mark.parametrize("channels", WIDTHS)
 @pytest.mark.parametrize("call", CALLS)
-def test_every_variant_compiles(asked, call, channels):
+def test_every_variant_compiles(asked, call, channels, norm):
     for tokens, v4, iterations in itertools.product((1, 4096), (False, True), (1, 20, 64)):
-        source, defines = asked(call, channels, tokens, v4, iterations)
+        source, defines = asked(call, channels, tokens, v4, iterations, norm)
         assert compile.cubin(source, **defines)
 
 
@@ -119,7 +134,7 @@ def test_nothing_is_compiled_twice(asked, monkeypatch):
 
 @pytest.mark.parametrize("header", sorted(compile.HERE.glob("*.cuh")), ids=lambda path: path.name)
 def test_a_header_includes_what_it_needs(asked, tmp_path, header):
-    _, defines = asked("pre_backward", 48)
+    defines = asked("pre", 48)[1] | asked("pre_backward", 48)[1]
     (tmp_path / "alone.cu").write_text(f'#include "{header.name}"\n' * 2)
     assert compile.cubin(tmp_path / "alone.cu", **defines)
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from ops_cases import ON_GPU, OPTIONS, inputs
 from ops_chains import kernels_of, three_in_a_row
+from thinned import each_value
 
 from megatron_mhc.ops import autograd, boundary
 from megatron_mhc.ops.autograd import NextPre
@@ -36,8 +37,7 @@ def passes(monkeypatch):
     return made
 
 
-@pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case, biased", each_value(CASES, [False, True], also=[(CASE, True)]))
 def test_one_node_has_the_bits_of_two(passes, case, biased):
     want = three_in_a_row(case, False, biased=biased)
     assert passes == ["_Pre", "_PostRes"] * 3

@@ -131,7 +131,7 @@ def test_exit_and_entry_are_pre_and_post_res(tokens, n, channels, dtype, v4):
 def test_pre_backward_with_the_dh_post_that_f_makes():
     """Against the path that reads f: the same products but for the order of one sum."""
     x, weight, affine, f = inputs(5, 4, 48, torch.float32)
-    _, saved, values = pre_forward(x, weight, affine, OPTIONS)
+    _, saved, values, _ = pre_forward(x, weight, affine, OPTIONS)
     g, dl = noise(4, x.shape, f.shape)
     want = pre_backward(x, g, f, dl, weight, affine, saved, OPTIONS)
     df, dh_post = torch.empty_like(f), torch.empty_like(values[:, :4].contiguous())

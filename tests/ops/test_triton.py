@@ -72,6 +72,18 @@ def test_layer_input_alone_has_its_gradient():
     assert error(weight.grad, exact[1].grad) <= 1e-5
 
 
+@pytest.mark.parametrize("n, dtype", [(4, torch.bfloat16), (8, torch.float32)])
+def test_a_frozen_phi_gets_no_gradient_and_the_others_keep_theirs(n, dtype):
+    tensors, grads = inputs(5, n, 16, dtype), []
+    for trained in (True, False):
+        leaves = [t.clone().requires_grad_(trained or place != 1) for place, t in enumerate(tensors)]
+        layer_input, streams, _ = triton_connection(*leaves, False, 2)
+        (layer_input.float().square().sum() + streams.float().square().sum()).backward()
+        grads.append([leaf.grad for leaf in leaves])
+    for place, (got, want) in enumerate(zip(*grads, strict=True)):
+        assert got is not None and (want is None if place == 1 else torch.equal(got, want))
+
+
 def test_second_post_res_is_refused():
     x, weight, affine, f = inputs(2, 2, 16, torch.float32)
     _, mappings = autograd.pre(x, weight, affine, Options(1e-6, 20, False))

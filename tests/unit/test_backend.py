@@ -11,7 +11,7 @@ import torch
 from megatron.core.transformer import TransformerConfig
 
 import megatron_mhc.backend as backends
-from megatron_mhc.backend import H100, Backend, choose
+from megatron_mhc.backend import H100, Backend, choose, norms_in_words, why_norms_apart
 from megatron_mhc.config import MHCConfig
 from megatron_mhc.hyper_connection import HyperConnectionModule, _runs
 
@@ -154,6 +154,34 @@ def test_a_layer_for_hopper_is_built_where_none_is(machine):
     HyperConnectionModule(TransformerConfig(params_dtype=BF16, **shape), MHCConfig(backend="hopper"), 0)
     with pytest.raises(ValueError, match="the streams are torch.float32, not torch.bfloat16"):
         HyperConnectionModule(TransformerConfig(**shape), MHCConfig(backend="hopper"), 0)
+
+
+@pytest.mark.parametrize(
+    "option, settings, backend, said",
+    [
+        ("apart", {}, "hopper", "apart"),
+        ("auto", {}, "hopper", "folded into pre"),
+        ("auto", {}, "triton", "folded into pre"),
+        ("auto", {}, "reference", "apart, since reference has no kernels for it"),
+        ("auto", dict(normalization="LayerNorm"), "triton", "apart, since --normalization is LayerNorm"),
+        ("auto", dict(fp8="hybrid"), "triton", "apart, since linears take FP8"),
+        ("auto", dict(fp32_residual_connection=True), "triton", "apart, since --fp32-residual-connection"),
+        ("folded", {}, "reference", "folded into pre"),
+        (
+            "folded",
+            dict(recompute_granularity="selective", recompute_modules=["layernorm"]),
+            "triton",
+            "folded into pre, so --recompute-modules layernorm finds nothing of it",
+        ),
+    ],
+)
+def test_the_norm_in_front_of_f_follows_option_settings_and_back_end(option, settings, backend, said):
+    config = TransformerConfig(num_layers=1, hidden_size=16, num_attention_heads=1, normalization="RMSNorm")
+    for name, value in settings.items():  # which Megatron checks beside Transformer Engine alone
+        setattr(config, name, value)
+    assert norms_in_words(config, MHCConfig(norm=option), backend).startswith(said)
+    whatever_serves = why_norms_apart(config, MHCConfig(norm=option)) is None
+    assert whatever_serves == (said.startswith("folded") or backend == "reference")
 
 
 def test_a_connection_chooses_once_for_each_kind_of_streams(machine, monkeypatch):

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
+import megatron_mhc.pretrain_gpt  # noqa: F401  # once, not in every process that is forked
 from benchmarks import harness, jobs, report, step, trace
+from megatron_mhc import doctor
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICK = ["--turns", "1", "--steps", "2", "--warm-up", "1"]
@@ -31,8 +33,10 @@ def names(found):
 
 
 def test_kernels(tmp_path):
-    found, printed = run(tmp_path / "kernels.json", "kernels", "--only", "ops,errors", on_cpu=True)
-    ops, error, exact = found["rows"]
+    found, printed = run(tmp_path / "kernels.json", "kernels", "--only", "ops,errors,norms", on_cpu=True)
+    ops, error, exact, *norms = found["rows"]
+    assert [row["name"].partition(",")[2][:5] for row in norms] == [" norm"] * 2
+    assert all(row["graph_us"] > 0 for row in norms)
     assert ops["graph_us"] > 0 and ops["host_us"] > 0 and ops["x floor"] > 0
     for name in ("streams", "x", "weight", "bias", "alpha_pre"):  # bf16, and not nothing
         assert 0 < error[name] < 0.05 and 0 < exact[name] < 0.05
@@ -103,12 +107,11 @@ def test_recipes_are_those_of_the_examples():
 @pytest.mark.parametrize(
     "model, tp, graphs", [("llama-1b", 1, "full_iteration"), ("llama-1b", 2, "none"), ("3b", 1, "none")]
 )
-def test_nothing_is_in_the_way_of_a_step_but_what_a_cpu_lacks(model, tp, graphs):
+def test_nothing_is_in_the_way_of_a_step_but_what_a_cpu_lacks(run_ranks, model, tp, graphs):
     options = argparse.Namespace(model=model, tp=tp, micro_batches=None, tiny=False)
     arguments = step.job("mhc/auto", 1, graphs, options).arguments
     torchrun = ["torchrun", "--nproc-per-node", str(tp), "-m", "megatron_mhc.pretrain_gpt"]
-    command = [sys.executable, "-m", "megatron_mhc", "doctor", "--", *torchrun, *arguments]
-    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
+    said, _ = run_ranks(1, doctor.report, [*torchrun, *arguments])[0]
     in_the_way = said.partition("in the way\n")[2].strip().splitlines()
     assert in_the_way and all("No module named 'transformer_engine'" in line for line in in_the_way), said
 

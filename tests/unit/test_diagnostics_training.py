@@ -10,7 +10,7 @@ import torch
 from diagnostics_cases import C, N, T, config_of, connections, random_samples
 
 from megatron_mhc import MHCConfig
-from megatron_mhc.diagnostics.report import Report, reduce_samples, sublayer_name
+from megatron_mhc.diagnostics.report import Report, reduce_samples, sublayer_names
 from megatron_mhc.diagnostics.training import check_writers, out_of_range, scalars, write
 from megatron_mhc.hooks.train_step import sample_steps
 
@@ -195,4 +195,5 @@ def test_a_report_is_saved_as_json(tmp_path):
 
 
 def test_sublayers_are_named_by_megatrons_layer_numbers():
-    assert [sublayer_name(i) for i in (0, 1, 5)] == ["layer_001_attention", "layer_001_mlp", "layer_003_mlp"]
+    names = sublayer_names(config_of(MHCConfig(), layers=3))
+    assert [names[i] for i in (0, 1, 5)] == ["layer_001_attention", "layer_001_mlp", "layer_003_mlp"]

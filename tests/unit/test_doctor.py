@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 
 import megatron_mhc.pretrain_gpt  # noqa: F401  # once, not in every process that is forked
-from megatron_mhc import doctor
+from megatron_mhc import command_line, doctor
 from megatron_mhc.config import MHCConfig
 from megatron_mhc.doctor import launch, machine
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 SPEC = "--spec megatron_mhc.specs gpt_mhc_spec"
+HYBRID, HYBRID_SPEC = "--hybrid-layer-pattern *-*-", "megatron_mhc.specs hybrid_mhc_spec"
 MODEL = (
     "--num-layers 8 --hidden-size 1024 --num-attention-heads 8 --seq-length 64 --max-position-embeddings 64 "
     "--micro-batch-size 1 --global-batch-size 8 --lr 1e-3 --train-iters 10 --bf16 --transformer-impl local "
@@ -138,6 +139,8 @@ def test_every_machine_gets_a_whole_report_in_one_order(machines):
     [
         ("torchrun -m megatron_mhc.pretrain_gpt", "wheel, python -m megatron_mhc.pretrain_gpt"),
         ("torchrun pretrain_gpt.py --spec megatron_mhc.specs gpt_mhc_spec", "spec, " + SPEC),
+        (f"torchrun pretrain_hybrid.py {HYBRID} --spec {HYBRID_SPEC}", f"spec, --spec {HYBRID_SPEC}"),
+        (f"torchrun -m megatron_mhc.launch own/train.py {HYBRID}", "launch, python -m"),
         ("torchrun patched/pretrain_gpt.py --mhc-num-residual-streams 4", "flags of the script's own"),
         ("", "none, arguments alone"),
     ],
@@ -148,7 +151,7 @@ def test_the_door_of_a_command_is_named(examine, scripts, launch, door):
     assert found["back end"] == (
         "reference here, since there is no GPU; on an H100 hopper, for 4 streams of 1024 channels in bfloat16"
     )
-    assert found["boundary"] == "fused"
+    assert found["boundary"] == "fused" and found["norm before F"] == "apart"
 
 
 @pytest.mark.parametrize("spec", ["", SPEC])
@@ -191,10 +194,18 @@ def test_a_run_on_cpus_is_told_what_runs_there(examine):
     assert any("--mhc-backend hopper: the streams are on cpu" in text for text in blocked)
 
 
-def test_a_script_that_nothing_turns_to_mhc_is_told_how(examine):
-    found, blocked, _ = examine(f"torchrun pretrain_gpt.py {MODEL}")
+@pytest.mark.parametrize("arguments, spec", [("", SPEC), (HYBRID, "--spec " + HYBRID_SPEC)])
+def test_a_script_that_nothing_turns_to_mhc_is_told_how(examine, arguments, spec):
+    found, blocked, _ = examine(f"torchrun train.py {MODEL} {arguments}")
     assert found["door"] == "none: this trains without mHC"
-    assert len(blocked) == 1 and f"add {SPEC}" in blocked[0]
+    assert len(blocked) == 1 and f"add {spec}" in blocked[0]
+
+
+def test_what_a_hybrid_model_does_without_is_in_the_way(examine):
+    asked = "--pipeline-model-parallel-size 2 --mhc-pipeline-schedule fused"
+    line = f"-m megatron_mhc.pretrain_gpt {MODEL} {HYBRID} {asked}"
+    _, blocked, _ = examine(f"CUDA_DEVICE_MAX_CONNECTIONS=32 torchrun --nproc-per-node 2 {line}")
+    assert len(blocked) == 1 and "fused --mhc-pp-boundary whole does not support a HybridModel" in blocked[0]
 
 
 def test_the_launch_door_is_asked_itself(examine):
@@ -269,10 +280,10 @@ def test_values_of_flags_that_nobody_knows_stay_out_of_the_report(examine):
     assert blocked == ["Megatron's parser knows no --my-key"] and "12ab34" not in text
 
 
-def test_home_is_shortened_and_other_variables_stay_out(monkeypatch):
+def test_home_is_shortened_and_other_variables_stay_out(run_ranks, monkeypatch):
     monkeypatch.setenv("HOME", str(ROOT.parent))
     monkeypatch.setenv("WANDB_API_KEY", "0123abc")
-    text, _ = doctor.report([])
+    text, _ = run_ranks(1, doctor.report, [])[0]
     assert f"~/{ROOT.name}/megatron_mhc" in text and str(ROOT) not in text and "0123abc" not in text
 
 
@@ -333,3 +344,11 @@ def test_programs_are_named_on_the_command_line(tmp_path):
 def test_graphs_are_named(examine, flags, said):
     found, blocked, _ = examine(f"{MODEL} {flags}")
     assert found["CUDA graphs"] == said and blocked == []
+
+
+def test_memory_of_a_hybrid_model_is_not_counted(run_ranks):
+    def counted():
+        with pytest.raises(ValueError, match="--hybrid-layer-pattern: a GPT's layers alone are counted"):
+            command_line.parse(f"{MODEL} {HYBRID}".split(), 1)
+
+    run_ranks(1, counted)

@@ -10,6 +10,7 @@ import tomllib
 import types
 from pathlib import Path
 
+import megatron.training
 import pytest
 from megatron.core import parallel_state
 from megatron.core.transformer import TransformerConfig
@@ -21,6 +22,7 @@ from packaging.specifiers import SpecifierSet
 
 from megatron_mhc import MHCConfig, hooks, specs
 from megatron_mhc.layer import HyperConnectionTransformerLayer
+from megatron_mhc.testing import cpu
 from megatron_mhc.version import SUPPORTED
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -88,31 +90,43 @@ def test_a_script_of_another_model_is_told_what_the_spec_is_for(monkeypatch):
     monkeypatch.setattr("sys.argv", ["/somewhere/pretrain_hybrid.py"])
     with pytest.raises(ValueError, match="pretrain_hybrid.py takes it for the spec of another.*HybridModel"):
         build_module(specs.gpt_mhc_spec, config=None)
-    with pytest.raises(ValueError, match="use pretrain_gpt.py"):
+    with pytest.raises(ValueError, match="hybrid_mhc_spec"):
         assert specs.gpt_mhc_spec.submodules.mtp_block_spec
 
 
-def test_hybrid_model_is_refused_as_it_is_built(run_ranks):
-    assert "spec of another model" in run_ranks(1, build_hybrid)[0]
+def test_each_spec_builds_a_hybrid_model_or_says_which_does(run_ranks):
+    kinds, refusal = run_ranks(1, lambda: (build_hybrid("hybrid_mhc_spec"), build_hybrid("gpt_mhc_spec")))[0]
+    assert kinds == ["HyperConnectionTransformerLayer"] * 2
+    assert "that is --spec megatron_mhc.specs hybrid_mhc_spec" in refusal
 
 
-def build_hybrid():
+def build_hybrid(spec):
+    """The classes of its layers, or why it is refused; the options are those of MEGATRON_MHC."""
+    from megatron.core import tensor_parallel
     from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.training import global_vars
     from megatron.training.models.hybrid import HybridModelBuilder, HybridModelConfig
 
+    os.environ["MEGATRON_MHC"] = "num_residual_streams=2"
+    cpu.use_local_modules()
+    global_vars.get_args = megatron.training.get_args = types.SimpleNamespace
+    parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel()
+    tensor_parallel.model_parallel_cuda_manual_seed(1, force_reset_rng=True)
     model = HybridModelConfig(
         transformer=transformer(is_hybrid_model=True),
-        hybrid_stack_spec=specs.gpt_mhc_spec,
+        hybrid_stack_spec=getattr(specs, spec),
         hybrid_layer_pattern="*-",
         vocab_size=64,
         seq_length=8,
     )
     groups = ProcessGroupCollection.use_mpu_process_groups()
     try:
-        HybridModelBuilder(model).build_model(groups, True, True)
+        built = HybridModelBuilder(model).build_model(groups, True, True)
     except ValueError as error:
         return str(error)
+    assert built.config.mhc == MHCConfig(num_residual_streams=2)
+    return [type(layer).__name__ for layer in built.decoder.layers]
 
 
 def test_the_target_is_copied_and_pickled_by_name():

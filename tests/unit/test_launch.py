@@ -68,9 +68,31 @@ def test_options_in_two_places_are_refused(script, monkeypatch):
         launch.prepare([script, "--mhc-num-residual-streams", "2"])
 
 
-@pytest.mark.parametrize("name", ["pretrain_hybrid.py", "pretrain_mamba.py", "pretrain_vlm.py"])
-def test_script_of_another_model_is_refused(script, name):
+HYBRID = ["--spec", "megatron_mhc.specs", "hybrid_mhc_spec"]
+
+
+@pytest.mark.parametrize(
+    "name, arguments, spec",
+    [
+        ("pretrain_hybrid.py", [], HYBRID),
+        ("pretrain_mamba.py", [], HYBRID),
+        ("own.py", ["--hybrid-layer-pattern=*-"], HYBRID),
+        ("own.py", [], SPEC),
+        ("pretrain_gpt.py", ["--hybrid-layer-pattern", "*-"], SPEC),  # whose spec refuses it
+    ],
+)
+def test_the_spec_is_that_of_the_scripts_model(script, name, arguments, spec):
     other = os.path.join(os.path.dirname(script), name)
     os.rename(script, other)
-    with pytest.raises(ValueError, match=f"{name}: .* GPTModel alone; use pretrain_gpt.py"):
+    assert launch.prepare([other, *arguments])[0] == [other, *arguments, *spec]
+    assert launch.prepare([other, *arguments, *spec])[0] == [other, *arguments, *spec]
+    wrong = SPEC if spec is HYBRID else HYBRID
+    with pytest.raises(ValueError, match="drop it; mHC wraps what Megatron chooses"):
+        launch.prepare([other, *arguments, *wrong])
+
+
+def test_script_of_another_model_is_refused(script):
+    other = os.path.join(os.path.dirname(script), "pretrain_vlm.py")
+    os.rename(script, other)
+    with pytest.raises(ValueError, match="pretrain_vlm.py: .*use pretrain_gpt.py or pretrain_hybrid.py"):
         launch.prepare([other])

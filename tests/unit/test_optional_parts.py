@@ -115,6 +115,34 @@ def test_checkpoints_of_norms_with_an_extra_state(found):
         assert checkpoints[way] is True, way
 
 
+@pytest.mark.parametrize("kind", ["absent", "transformer_engine"])
+def test_folded_norms_change_neither_numbers_nor_parameters_nor_entries(found, kind):
+    """In float64; norms that are modules of the layer, and those inside Transformer Engine's linears."""
+    same = found[kind]["folded"]["same"]
+    assert same.keys() == ({"dense", "moe", "mla"} if kind == "transformer_engine" else {"dense", "moe"})
+    for of_kind in same.values():
+        assert of_kind.pop("error") <= 1e-10
+        assert of_kind == {"folded": 2, "described": True, "exchanged": True}
+
+
+@pytest.mark.parametrize("kind", ["absent", "transformer_engine"])
+def test_folded_norms_and_others_take_each_others_checkpoints(found, kind):
+    """With their optimizer's state; and a plain model's, under --mhc-load-dense."""
+    steps = found[kind]["folded"]
+    assert steps["plain"] is True
+    for of in ("folded", "apart of folded", "folded of apart"):
+        assert steps[of] == pytest.approx(steps["apart"], rel=1e-6), of
+
+
+def test_norms_that_cannot_be_folded_are_named(found):
+    fp8, fused, other, *auto = found["transformer_engine"]["refused"]
+    assert "linear_qkv takes FP8 or FP4 from the norm inside it; use no --fp8-format" in fp8
+    assert "in front of Other, nor in a linear_fc1 of it; use Megatron's GPT layers" in fused
+    assert "input_layernorm is a Other; use torch's or Transformer Engine's RMSNorm" in other
+    assert all("or --mhc-norm auto or apart" in said for said in (fp8, fused, other))
+    assert auto == [None, None, None]
+
+
 def test_a_broken_transformer_engine_fails_as_in_megatron(found):
     ours, stock = found["broken_transformer_engine"]["errors"]
     assert ours == stock == "ModuleNotFoundError: No module named 'transformer_engine.pytorch'"

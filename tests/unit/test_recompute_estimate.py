@@ -93,8 +93,13 @@ def test_table_of_a_recipe_with_a_custom_layout(run_ranks):
     assert megatron["vanilla"] == rows["vanilla"] and megatron["mHC"][1] < rows["mHC"][1]
 
 
-@pytest.mark.parametrize("command", ["-m megatron_mhc.recompute --config", "examples/plan_memory.py"])
-@pytest.mark.parametrize("text, words", [(None, "No such file"), ("--lr 'x", "No closing quotation")])
+@pytest.mark.parametrize(
+    "command, text, words",
+    [
+        ("-m megatron_mhc.recompute --config", None, "No such file"),
+        ("examples/plan_memory.py", "--lr 'x", "No closing quotation"),
+    ],
+)
 def test_a_recipe_that_cannot_be_read_is_named(tmp_path, command, text, words):
     path = tmp_path / "recipe.txt"
     if text:
@@ -209,3 +214,12 @@ def test_counting_needs_no_more_than_a_config():
     config = TransformerConfig(num_layers=4, **SIZES)
     found = estimate.ranks(config, MHCConfig(recompute_layer_num="auto"), 32, 2, 1)
     assert [r.layers for r in found] == [[4]] and len(found[0].stored) == 8
+
+
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+def test_a_folded_norm_leaves_one_tensor_less_of_each_sublayer(kind):
+    """In a fused linear the norm's output is F's; by itself a norm has an input and an output."""
+    config = TransformerConfig(num_layers=1, **SIZES | KINDS[kind] | dict(normalization="RMSNorm"))
+    (apart,), (folded,) = (estimate.ranks(config, MHCConfig(norm=n), 32, 2, 1) for n in ("apart", "folded"))
+    one = 32 * 2 * config.hidden_size * inventory.itemsize(config)
+    assert apart.mhc() - folded.mhc() == 2 * one and apart.vanilla == folded.vanilla

@@ -37,7 +37,6 @@ def config(**settings):
         ("cpu_offloading", True),
         ("inference_fuse_tp_communication", True),
         ("transformer_impl", "inference_optimized"),
-        ("is_hybrid_model", True),
         ("mtp_standalone", True),
     ],
 )
@@ -52,6 +51,13 @@ def test_fp32_streams_are_refused_under_the_kernels_that_take_bf16():
     with pytest.raises(ValueError, match="hopper does not support --fp32-residual-connection True"):
         parallel.validate(settings, MHCConfig(backend="hopper"))
     parallel.validate(settings, MHCConfig())
+
+
+def test_a_layernorm_is_not_folded():
+    settings = config(normalization="LayerNorm")
+    with pytest.raises(ValueError, match="--mhc-norm folded does not support --normalization LayerNorm: "):
+        parallel.validate(settings, MHCConfig(norm="folded"))
+    parallel.validate(settings, MHCConfig(norm="auto"))
 
 
 @pytest.mark.parametrize(
@@ -92,6 +98,45 @@ def test_graphs_are_refused_under_the_overlapping_schedules_of_a_pipeline(impl):
 
 
 TWO_STAGES = dict(pipeline_model_parallel_size=2)
+
+
+def test_the_spec_of_a_gpt_is_refused_for_a_hybrid_model():
+    with pytest.raises(ValueError, match="--hybrid-layer-pattern is of a HybridModel.* hybrid_mhc_spec"):
+        specs.wrap_block_spec(get_gpt_layer_local_spec(), MHCConfig(), config(is_hybrid_model=True))
+
+
+@pytest.mark.parametrize(
+    "options, settings, words",
+    [
+        (dict(pipeline_schedule="fused"), {}, "--mhc-pipeline-schedule fused .* does not support a Hybrid"),
+        (dict(pipeline_schedule="interleaved", pp_boundary="split"), {}, "split does not support a Hybrid"),
+        ({}, dict(cuda_graph_impl="local"), "--cuda-graph-impl local in a HybridModel"),
+        (
+            {},
+            dict(cuda_graph_impl="transformer_engine"),
+            "engine in a HybridModel.*full_iteration",
+        ),
+        ({}, dict(cuda_graph_impl="full_iteration"), None),
+        (dict(pipeline_schedule="interleaved"), {}, None),
+    ],
+)
+def test_what_takes_layers_for_pairs_is_refused_in_a_hybrid_model(options, settings, words):
+    settings = config(is_hybrid_model=True, **settings)
+    if words is None:
+        refusals.refuse(refusals.HYBRID, settings, MHCConfig(**options))
+        return
+    with pytest.raises(ValueError, match=words):
+        refusals.refuse(refusals.HYBRID, settings, MHCConfig(**options))
+
+
+def test_first_stage_without_a_layer_of_the_pattern_is_refused():
+    for stack, refused in (
+        (dict(pre_process=True, layer_type_list=[]), True),
+        (dict(pre_process=False, layer_type_list=[]), False),
+        (dict(pre_process=True, layer_type_list=["*"]), False),
+    ):
+        found = list(refusals.refused(refusals.STACK, types.SimpleNamespace(**stack), MHCConfig()))
+        assert [("in front of its first |" in str(error)) for error in found] == [True] * refused
 
 
 @pytest.mark.parametrize(

@@ -3,13 +3,16 @@
 #pragma once
 
 #include "exchange.cuh"
+#include "norm.cuh"
 #include "sinkhorn.cuh"
 
 constexpr int MIDDLE = MHC_MIDDLE;      // such warps
 constexpr int TOGETHER = MHC_TOGETHER;  // tokens that such a warp prepares at once: one, or one in each half
 constexpr int LOADS = MHC_LOADS;        // slices that a lane loads a round
 constexpr bool DF = MHC_DF;             // df of the connection that wrote x is wanted
-// Atoms of a token's sums: g_i with x_0 to x_2, and g_i with x_3, g_i with f and its bias, dl with x_i.
+constexpr bool DPHI = MHC_DPHI;         // phi's gradient is wanted
+// Atoms of a token's sums: g_i with x_0 to x_2, and g_i with x_3, g_i with f and its bias, dl (or u) with
+// x_i.
 constexpr int ATOMS = MHC_ATOMS;
 constexpr int PART = MHC_PART;  // floats of a slice's share of a tile's sums
 static_assert(PART == TILE * ATOMS * 4, "an atom has four words");
@@ -19,9 +22,12 @@ constexpr int COEFFICIENT_ATOMS = MHC_COEFFICIENT_ATOMS;
 constexpr int H_RES_AT = 0, H_PRE_AT = 16;
 constexpr int H_POST_AT = 20;                   // of the connection that wrote x
 constexpr int NORM_AT = 24;                     // s
+constexpr int INVERSE_AT = 25;                  // with NORM, r
 constexpr int D_AT = 26;                        // the gradient of the raw projection
+constexpr int ALONG_AT = 50;                    // with NORM, r k
 constexpr int TOKEN_FLOATS = MHC_TOKEN_FLOATS;  // from one token to the next
-static_assert(D_AT + ROWS <= 3 * COEFFICIENT_ATOMS && 3 * COEFFICIENT_ATOMS <= TOKEN_FLOATS,
+static_assert(D_AT + ROWS <= ALONG_AT && ALONG_AT < 3 * COEFFICIENT_ATOMS &&
+                  3 * COEFFICIENT_ATOMS <= TOKEN_FLOATS,
               "all have a place");
 // Floats of half a warp: a token's coefficients, a matrix, scaling vectors.
 constexpr int STAGING = TOKEN_FLOATS + 16 + 8 * ITERATIONS;
@@ -71,7 +77,8 @@ __device__ __forceinline__ void reduce_by_last(u32* done, const float* partial, 
 __device__ __forceinline__ void middle(const Place at, int groups, int T, int turn, int lane,
                                        const float* __restrict__ affine, const float* __restrict__ saved,
                                        const float* __restrict__ writer_saved,
-                                       const float* __restrict__ writer_affine, const float* parts,
+                                       const float* __restrict__ writer_affine,
+                                       const float* __restrict__ norm_saved, const float* parts,
                                        float* staging, const Gradients to) {
     // The warp prepares TOGETHER tokens at once, then awaits their sums one token after the other.
     const int half = TOGETHER == 2 ? lane / 16 : 0, e = lane % 16, i = e / STREAMS, j = e % STREAMS;
@@ -89,6 +96,11 @@ __device__ __forceinline__ void middle(const Place at, int groups, int T, int tu
         const float* row = saved + (u64)min(t, T - 1) * 25;
         const float u_early = row[e], u_late = e < 9 ? row[16 + e] : 0.f;
         const float inverse = __shfl_sync(ALL_LANES, u_late, lane / 16 * 16 + 8);
+        float kept = 0.f, norm_inverse = 0.f;
+        if constexpr (NORM) {
+            kept = norm_saved[(u64)min(t, T - 1) * KEPT + min(e, STREAMS)];
+            norm_inverse = __shfl_sync(ALL_LANES, kept, lane / 16 * 16 + STREAMS);
+        }
         const float res0 = __shfl_sync(ALL_LANES, u_early, lane / 16 * 16 + ((e + 8) & 15));
         const float res1 = __shfl_sync(ALL_LANES, u_late, lane / 16 * 16 + ((e - 8) & 15));
         const float u_res = e < 8 ? res0 : res1;
@@ -132,7 +144,14 @@ __device__ __forceinline__ void middle(const Place at, int groups, int T, int tu
             const float b1 = __shfl_sync(ALL_LANES, products.y, 2 * a);
             const float b2 = __shfl_sync(ALL_LANES, products.z, 2 * a);
             const float post = __shfl_sync(ALL_LANES, products.y, 2 * j + 1);
-            const float read = __shfl_sync(ALL_LANES, products.z, 2 * j + 1);
+            float read = __shfl_sync(ALL_LANES, products.z, 2 * j + 1);
+            if constexpr (NORM) {  // lane e < 4 has h_pre e, <x_e, u> and <x_e, l>
+                const float with_u = sum_axis<1>(__fmul_rn(s + (V4 ? EPS : 0.f), read));
+                const float along = __fmul_rn(norm_inverse * norm_inverse, with_u) / CHANNELS;
+                read = norm_inverse * __fmaf_rn(-along, kept, read);
+                if (half == turned && e == 0)
+                    coefficient[INVERSE_AT] = norm_inverse, coefficient[ALONG_AT] = norm_inverse * along;
+            }
             float d_early = 0.f;
             if (e < STREAMS)
                 d_early = read * s * (1.f - s);

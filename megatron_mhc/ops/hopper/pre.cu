@@ -22,17 +22,22 @@
 //              warp, and stores x' from shared memory
 // f has a ring of its own, F_SLOTS deep. A tile's coefficients (`before`) come with the tile.
 //
+// With NORM, `out` is the norm's output y. |l|^2 = sum_ij h_i h_j <x_i, x_j> is known before l is, of ten
+// products that go with the others through the exchange: 34 numbers as twelve atoms.
+//   project    also computes <x_i, x_j> of its slice, eight tokens a warp
+//   finish     computes r too, saves <x_i, l> and r, and gives `aggregate` h_pre r
+//   aggregate  multiplies by w
+//
 // x, streams [T, 4, C], f, out [T, C], f_bias [C] bf16, before, mappings [T, 24] fp32, weight [24, 4 C] fp32,
-// saved [T, 25] fp32 (projection / r, 1 / r), parts and ticket zeros. Without MIX, f, streams, f_bias and
-// before are not read.
+// saved [T, 25] fp32 (projection / r, 1 / r), norm_saved [T, 5] fp32, parts and ticket zeros. Without MIX, f,
+// streams, f_bias and before are not read.
 #include "exchange.cuh"
-#include "sinkhorn.cuh"
+#include "atoms.cuh"
+#include "mix.cuh"
 
 constexpr bool MIX = MHC_MIX;
 constexpr int F_SLOTS = MHC_F_SLOTS;
-constexpr int LOADS = MHC_LOADS;                                           // slices that a lane loads a round
 constexpr int PROJECTING = MHC_PROJECTING, AGGREGATING = MHC_AGGREGATING;  // warps
-constexpr int FINISHING = MHC_FINISHING;                                   // warps, in pairs
 constexpr int THREADS = MHC_THREADS;
 static_assert((PROJECTING + AGGREGATING + FINISHING + 1) * 32 == THREADS, "every warp has a role");
 static_assert(TILE == 16,
@@ -42,82 +47,38 @@ static_assert(!MIX || STAGES >= F_SLOTS, "f must not run ahead of x");
 constexpr int TURNS = 8;            // in which `aggregate` takes a tile; the warps of `aggregate` take turns
 constexpr int EACH = TILE / TURNS;  // tokens of a turn
 constexpr int STEPS_EACH = STREAMS * WIDTH / 16 / PROJECTING;  // of 16 columns, per warp of `project`
-constexpr int ATOMS = MHC_ATOMS;                               // that hold a token's 25 numbers
-constexpr int PART = MHC_PART;                                 // floats of a slice's share of a tile's sums
-constexpr int SUMS = TILE * ATOMS * 3;
-static_assert(PART == TILE * ATOMS * 4, "an atom has four words");
+constexpr int SUMS = TILE * (NORM ? ROWS : ATOMS * 3);
+static_assert(!NORM || WIDTH <= 256, "a lane of `aggregate` has eight channels");
 
 // Shared memory, in bytes; memory() of pre.py has the same sum.
 constexpr int STAGE = STREAMS * REGION;
 constexpr int F_AT = STAGES * STAGE;
 constexpr int SUMS_AT = F_AT + MIX * F_SLOTS * REGION;                       // [2, PROJECTING, SUMS]
-constexpr int COEFFICIENTS_AT = SUMS_AT + 2 * PROJECTING * SUMS * 4;         // [STAGES, TILE, ROWS]
+constexpr int GRAM_AT = SUMS_AT + 2 * PROJECTING * SUMS * 4;                 // [2, PROJECTING, GRAM]
+constexpr int COEFFICIENTS_AT = GRAM_AT + NORM * 2 * PROJECTING * GRAM * 4;  // [STAGES, TILE, ROWS]
 constexpr int LOGITS_AT = COEFFICIENTS_AT + MIX * STAGES * TILE * ROWS * 4;  // [FINISHING, 8, 16]
 constexpr int H_PRE_AT = LOGITS_AT + FINISHING * 8 * 16 * 4;                 // [STAGES, TILE, STREAMS]
 constexpr int F_BIAS_AT = H_PRE_AT + STAGES * TILE * STREAMS * 4;            // [WIDTH] bf16
 static_assert(F_BIAS_AT + MIX * WIDTH * 2 == MHC_SHARED, "memory() of pre.py lays out otherwise");
 
-// Where an atom of a token is in a part: first the READ atoms that h_pre is made of, of all tokens; then
-// every token's rest. A macro, since as a function it makes registers spill at some widths.
-constexpr int READ = 2;
-#define ATOM_AT(token, atom)                                                                                 \
-    (((atom) < READ ? (token) * READ + (atom) : TILE * READ + (token) * (ATOMS - READ) + (atom) - READ) * 4)
-
-// H_res of up to eight tokens: lane 4 k + i computes row i of token k, whose number in the sequence is t.
-__device__ __forceinline__ void finish_held(const float* logits, int tokens, int t, int lane,
-                                            float* mappings) {
-    __syncwarp();
-    if (tokens == 0) return;
-    const float4 z =
-        lane / 4 < tokens ? *(const float4*)(logits + lane * 4) : make_float4(0.f, 0.f, 0.f, 0.f);
-    float h[STREAMS] = {z.x, z.y, z.z, z.w};
-    sinkhorn_rows(h);
-    if (lane / 4 < tokens) {
-        float* to = mappings + (u64)t * ROWS + 2 * STREAMS;
-        const int i = lane % 4;
-        if (V4)
-#pragma unroll
-            for (int j = 0; j < STREAMS; j++) to[j * STREAMS + i] = h[j];  // comb is H_res transposed
-        else
-            *(float4*)(to + i * STREAMS) = make_float4(h[0], h[1], h[2], h[3]);
-    }
-    __syncwarp();
-}
-
-// Writes x' of four channels of a token over its x. h: the token's h_post, then H_res; here: where the
-// channels lie in every region.
-__device__ __forceinline__ void mix(unsigned char* tile, const unsigned char* f, const float* h, u32 here,
-                                    uint2 added) {
-    const uint2 fv = *(const uint2*)(f + here);
-    const u32 f0 = pack(low_half(fv.x) + low_half(added.x), high_half(fv.x) + high_half(added.x));
-    const u32 f1 = pack(low_half(fv.y) + low_half(added.y), high_half(fv.y) + high_half(added.y));
-    uint2 v[STREAMS];
-#pragma unroll
-    for (int j = 0; j < STREAMS; j++) v[j] = *(const uint2*)(tile + j * REGION + here);
-    const float4 write = *(const float4*)h;
-    const float writes[STREAMS] = {write.x, write.y, write.z, write.w};
-#pragma unroll
-    for (int i = 0; i < STREAMS; i++) {
-        const float4 row = *(const float4*)(h + STREAMS + i * STREAMS);
-        const float mixing[STREAMS] = {row.x, row.y, row.z, row.w};
-        // The order of post_res.mixed, whose bits these are.
-        float a0 = __fmul_rn(writes[i], low_half(f0)), a1 = __fmul_rn(writes[i], high_half(f0));
-        float a2 = __fmul_rn(writes[i], low_half(f1)), a3 = __fmul_rn(writes[i], high_half(f1));
-#pragma unroll
-        for (int j = 0; j < STREAMS; j++) {
-            a0 = __fmaf_rn(mixing[j], low_half(v[j].x), a0), a1 = __fmaf_rn(mixing[j], high_half(v[j].x), a1);
-            a2 = __fmaf_rn(mixing[j], low_half(v[j].y), a2), a3 = __fmaf_rn(mixing[j], high_half(v[j].y), a3);
-        }
-        *(uint2*)(tile + i * REGION + here) = make_uint2(pack(a0, a1), pack(a2, a3));
-    }
-}
-
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     pre(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap f,
         const __grid_constant__ TensorMap streams, const bf16* __restrict__ f_bias,
         const float* __restrict__ before, const float* __restrict__ weight, const float* __restrict__ affine,
-        bf16* __restrict__ out, float* __restrict__ saved, float* __restrict__ mappings, float* parts,
-        u32* ticket, int T, int groups, float eps) {
+        bf16* __restrict__ out, float* __restrict__ saved, float* __restrict__ mappings,
+#if MHC_NORM
+        const void* __restrict__ norm_weight, float* __restrict__ norm_saved,
+#endif
+        float* parts, u32* ticket,
+#if MHC_NORM
+        float norm_eps, float norm_offset,
+#endif
+        int T, int groups, float eps) {
+#if MHC_NORM
+    const Norm norm = {norm_weight, norm_saved, norm_eps, norm_offset};
+#else
+    const Norm norm = {};
+#endif
     DYNAMIC_SHARED(memory);
     SHARED_ARRAY(u64, full, STAGES);
     SHARED_ARRAY(u64, known, STAGES);
@@ -125,6 +86,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     SHARED_ARRAY(u64, mixed, STAGES);  // with MIX
     unsigned char* outputs = memory + F_AT;
     float* sums = (float*)(memory + SUMS_AT);
+    float* grams = (float*)(memory + GRAM_AT);
     float* coefficients = (float*)(memory + COEFFICIENTS_AT);
     float* held = (float*)(memory + LOGITS_AT);
     float* reads = (float*)(memory + H_PRE_AT);
@@ -222,7 +184,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                     multiply16(acc[n], a[0], a[1], a[2], a[3], high[s][n][0], high[s][n][1]);
                 }
 #pragma unroll
-                for (int k = 0; k < 4; k++) {
+                for (int k = 0; k < 4 && !NORM; k++) {
                     const float square =
                         __fmaf_rn(low_half(a[k]), low_half(a[k]), high_half(a[k]) * high_half(a[k]));
                     if (k % 2)
@@ -231,27 +193,48 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                         square0 += square;
                 }
             }
-            square0 = sum_axis<1>(square0);
-            square1 = sum_axis<1>(square1);
+            if constexpr (!NORM) square0 = sum_axis<1>(square0), square1 = sum_axis<1>(square1);
             float* buffer = sums + (BUG(sums_overwritten) ? 0 : it & 1) * (PROJECTING * SUMS);
             // In the order of atoms: squares behind pre.
-            float* own = buffer + warp * SUMS + row * (ATOMS * 3);
+            float* own = buffer + warp * SUMS + row * (NORM ? ROWS : ATOMS * 3);
+            if constexpr (NORM) {
 #pragma unroll
-            for (int n = 0; n < 3; n++) {
-                const int at_n = n * 8 + pair + (n > 0 || pair >= STREAMS);
-                own[at_n] = acc[n][0] + rest[n][0];
-                own[at_n + 1] = acc[n][1] + rest[n][1];
-                own[8 * (ATOMS * 3) + at_n] = acc[n][2] + rest[n][2];
-                own[8 * (ATOMS * 3) + at_n + 1] = acc[n][3] + rest[n][3];
+                for (int n = 0; n < 3; n++) {
+                    float2* to = (float2*)(own + n * 8 + pair);
+                    to[0] = make_float2(acc[n][0] + rest[n][0], acc[n][1] + rest[n][1]);
+                    to[8 * ROWS / 2] = make_float2(acc[n][2] + rest[n][2], acc[n][3] + rest[n][3]);
+                }
+                gram(grams + ((BUG(gram_overwritten) ? 0 : it & 1) * PROJECTING + warp) * GRAM,
+                     tiles + stage * STAGE, warp % 2 * 8, warp / 2, lane);
+            } else {
+#pragma unroll
+                for (int n = 0; n < 3; n++) {
+                    const int at_n = n * 8 + pair + (n > 0 || pair >= STREAMS);
+                    own[at_n] = acc[n][0] + rest[n][0];
+                    own[at_n + 1] = acc[n][1] + rest[n][1];
+                    own[8 * (ATOMS * 3) + at_n] = acc[n][2] + rest[n][2];
+                    own[8 * (ATOMS * 3) + at_n + 1] = acc[n][3] + rest[n][3];
+                }
+                if (pair == 0) own[STREAMS] = square0, own[8 * (ATOMS * 3) + STREAMS] = square1;
             }
-            if (pair == 0) own[STREAMS] = square0, own[8 * (ATOMS * 3) + STREAMS] = square1;
             if (!BUG(sums_unawaited)) sync_threads<PROJECTING * 32>(1);
             if (threadIdx.x < TILE * ATOMS) {
                 float total[3] = {};
+                if constexpr (NORM) {
+                    const int token = threadIdx.x / ATOMS, atom = threadIdx.x % ATOMS;
 #pragma unroll
-                for (int w = 0; w < PROJECTING; w++)
+                    for (int k = 0; k < 3; k++)
+                        total[k] = of_gram(atom, k)
+                                       ? sum_gram<PROJECTING>(grams + (BUG(gram_overwritten) ? 0 : it & 1) *
+                                                                          PROJECTING * GRAM,
+                                                              token, pair_of(atom, k))
+                                       : sum_projection<PROJECTING>(buffer, token, row_of(atom, k));
+                } else {
 #pragma unroll
-                    for (int k = 0; k < 3; k++) total[k] += buffer[w * SUMS + 3 * threadIdx.x + k];
+                    for (int w = 0; w < PROJECTING; w++)
+#pragma unroll
+                        for (int k = 0; k < 3; k++) total[k] += buffer[w * SUMS + 3 * threadIdx.x + k];
+                }
                 put(parts + ((it % EXCHANGE) * SLICES + at.slice) * PART +
                         ATOM_AT(threadIdx.x / ATOMS, threadIdx.x % ATOMS),
                     total[0], total[1], total[2], BUG(wrong_tag) ? it : it + 1);
@@ -262,6 +245,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     } else {
         set_registers<88>();
         if (warp < PROJECTING + AGGREGATING) {
+            float w[8];  // of this lane's channels
+            if constexpr (NORM)
+#pragma unroll
+                for (int e = 0; e < 8; e++) {
+                    const int c = min(lane * 8, WIDTH - 8) + e;
+                    w[e] = c < at.width ? norm[at.first_channel + c] : 0.f;
+                }
             for (int turn = warp - PROJECTING; turn < at.tiles * TURNS; turn += AGGREGATING) {
                 const int it = turn / TURNS, first = turn % TURNS * EACH, stage = it % STAGES;
                 barrier_wait(fulls + 8 * stage, it / STAGES & 1);
@@ -289,6 +279,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                                 l[2 * e + 1] = __fmaf_rn(h[j], high_half(v4[e]), l[2 * e + 1]);
                             }
                         }
+                        if constexpr (NORM)
+#pragma unroll
+                            for (int e = 0; e < 8; e++) l[e] = __fmul_rn(l[e], w[e]);
                         if (t < T && c0 + lane * 8 < at.width)
                             *(uint4*)(out + (u64)t * CHANNELS + at.first_channel + c) = make_uint4(
                                 pack(l[0], l[1]), pack(l[2], l[3]), pack(l[4], l[5]), pack(l[6], l[7]));
@@ -314,7 +307,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                 if (half == 0 && lane == 0) MARK(it, 7);
                 await_slices(of_tile + ATOM_AT(first, 0), at.slice, PART, it + 1, lane);
                 if (half == 0 && lane == 0) MARK(it, 3);
-                {
+                if constexpr (NORM) {
+                    read_scaled(reads + (stage * TILE + first) * STREAMS, of_tile, first, tile * TILE, it,
+                                at.slice, T, lane, gate_pre, shift_pre, eps, norm);
+                } else {
                     // Either half of the lanes sums up every second slice. Then lane 2 t has pre 0 to 2 of
                     // token t, and lane 2 t + 1 has pre 3 and the squares.
                     const float3 some = sum_slices<2, LOADS>(of_tile + ATOM_AT(first, 0) + lane % 16 * 4,
@@ -339,10 +335,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                     const float3 total = add_lanes(some, lane % 16, lane % 16 + 16);
                     if (r + SLICES >= TILE && lane == 0) MARK(it, 6);
                     if (r + SLICES >= TILE && lane == 0) barrier_arrive(empties + 8 * stage);
-                    const float inverse =
-                        rsqrtf(__fmaf_rn(pick(total, STREAMS), 1.f / (STREAMS * CHANNELS), eps));
-                    const float u = __fmul_rn(pick(total, m + (m >= STREAMS)), inverse),
-                                z = __fmaf_rn(u, gate, shift);
+                    float squares;
+                    if constexpr (NORM)
+                        squares = (pick(total, 1) + pick(total, 4)) + (pick(total, 7) + pick(total, 10));
+                    else
+                        squares = pick(total, STREAMS);
+                    const int number =
+                        NORM ? m < STREAMS ? 3 * m : 3 * READ + m - STREAMS : m + (m >= STREAMS);
+                    const float inverse = rsqrtf(__fmaf_rn(squares, 1.f / (STREAMS * CHANNELS), eps));
+                    const float u = __fmul_rn(pick(total, number), inverse), z = __fmaf_rn(u, gate, shift);
                     const int t = tile * TILE + r;
                     if (t < T) {
                         if (lane <= ROWS) saved[(u64)t * 25 + lane] = lane < ROWS ? u : inverse;

@@ -21,8 +21,12 @@
 // At the end groups add their share of phi's gradient in turn, and the last block to finish sums up the
 // gradients of biases and alphas: every run gives the same bits.
 //
+// With NORM, dl is the gradient of the norm's output (norm.cuh): `dots` computes <x_i, u> in place of <x_i,
+// dl>, of u as bf16 high + low halves; `middle` and `dx` make the layer input's; w's gathers beside phi's.
+//
 // x, g, dx [T, 4, C] bf16, f, dl, df [T, C] bf16, weight, d_weight [24, 4 C] fp32, saved [T, 25] fp32,
-// partial [MIDDLE blocks, 48] fp32; parts, coefficients and counts [2 + DX SLICES] zeros.
+// partial [MIDDLE blocks, 48] fp32; parts, coefficients and counts [2 + DX SLICES] zeros; norm_saved [T, 5]
+// and norm_sums [C] fp32, d_norm [C] in norm_weight's dtype.
 #include "exchange.cuh"
 #include "middle.cuh"
 
@@ -54,7 +58,8 @@ __device__ __forceinline__ constexpr int odd_stage(int stage) {
 
 // Shared memory, in bytes; memory() of pre_backward.py has the same sum.
 constexpr int SLOT_BYTES = TILE * TOKEN_FLOATS * 4;  // a tile's coefficients
-constexpr int STAGES_AT = F_SLOTS * REGION;          // behind f
+constexpr int U_AT = F_SLOTS * REGION;               // behind f; with NORM a tile's u, high and low halves
+constexpr int STAGES_AT = U_AT + NORM * 2 * REGION;
 constexpr int SLOTS_AT = STAGES_AT + STAGES * STAGE;
 constexpr int F_BIAS_AT = SLOTS_AT + FETCHED * SLOT_BYTES;  // as a row of boxes: BOX_BYTES apart
 constexpr int STAGING_AT = F_BIAS_AT + (BOXES - 1) * BOX_BYTES + BOX * 2;
@@ -70,8 +75,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                  const bf16* __restrict__ f_bias, const float* __restrict__ weight,
                  const float* __restrict__ affine, const float* __restrict__ saved,
                  const float* __restrict__ writer_saved, const float* __restrict__ writer_affine,
-                 float* d_weight, float* d_affine, float* parts, float* coefficients, float* partial,
-                 u32* counts, int T, int groups) {
+                 float* d_weight, float* d_affine,
+#if MHC_NORM
+                 const void* __restrict__ norm_weight, float* __restrict__ norm_saved, void* d_norm,
+#endif
+                 float* parts, float* coefficients, float* partial, u32* counts,
+#if MHC_NORM
+                 float* norm_sums, float norm_offset,
+#endif
+                 int T, int groups) {
+#if MHC_NORM
+    const Norm norm = {norm_weight, norm_saved, 0.f, norm_offset, norm_sums, d_norm};
+#else
+    const Norm norm = {};
+#endif
     DYNAMIC_SHARED(memory);
     SHARED_ARRAY(u64, full, STAGES);
     SHARED_ARRAY(u64, finished, STAGES);
@@ -129,6 +146,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                 place(region_at(X_AT + 2 * j + lane / 16) + lane % 8 * 128, own / 8 + lane / 8 % 2);
 #pragma unroll
         for (int k = 0; k < 9; k++) pairs[k] = place(region_at(k) + row * 128, own / 8) + pair * 2;
+        float w[2][2], d_w[2][2] = {};  // of the norm, [8 channels, of a pair]
+        if (NORM && active) load_pairs(w, norm, at.first_channel + own + pair);
         for (int it = 0; it < at.tiles; it++) {
             const int stage = it % STAGES, slot = it % FETCHED;
             const u32 odd = odd_stage(stage);
@@ -138,7 +157,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             if (threadIdx.x == 0) MARK(it, 8);
             if (active) {
                 const float* coefficient = (const float*)(slots + slot * SLOT_BYTES);
-                {
+                if constexpr (DPHI) {
                     u32 d_high[3], d_low[3];  // [rows of phi, tokens], two tokens a register
 #pragma unroll
                     for (int n = 0; n < 3; n++) {
@@ -182,14 +201,26 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                     const float4 read = *(const float4*)(h + H_PRE_AT);
                     const float from_norm = h[NORM_AT];
                     const float reads[STREAMS] = {read.x, read.y, read.z, read.w};
+                    float dl0 = low_half(dlv), dl1 = high_half(dlv);
+                    if constexpr (NORM) {
+                        float l0 = 0.f, l1 = 0.f;
+#pragma unroll
+                        for (int j = 0; j < STREAMS; j++) {
+                            const u32 xv = load_pair(here(X_AT + j));
+                            l0 = __fmaf_rn(reads[j], low_half(xv), l0);
+                            l1 = __fmaf_rn(reads[j], high_half(xv), l1);
+                        }
+                        through_norm(dl0, l0, h[INVERSE_AT], h[ALONG_AT], w[n][0], d_w[n][0]);
+                        through_norm(dl1, l1, h[INVERSE_AT], h[ALONG_AT], w[n][1], d_w[n][1]);
+                    }
                     float v[STREAMS][2];
 #pragma unroll
                     for (int j = 0; j < STREAMS; j++) {
                         const u32 xv = load_pair(here(X_AT + j));
                         v[j][0] = __fmaf_rn(from_norm, low_half(xv),
-                                            __fmaf_rn(reads[j], low_half(dlv), acc[j][0] + acc[j][2]));
+                                            __fmaf_rn(reads[j], dl0, acc[j][0] + acc[j][2]));
                         v[j][1] = __fmaf_rn(from_norm, high_half(xv),
-                                            __fmaf_rn(reads[j], high_half(dlv), acc[j][1] + acc[j][3]));
+                                            __fmaf_rn(reads[j], dl1, acc[j][1] + acc[j][3]));
                     }
 #pragma unroll
                     for (int i = 0; i < STREAMS; i++) {
@@ -222,7 +253,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         }
         u32* turn = turns + at.slice * DX + warp;
         if (!BUG(out_of_turn)) await(turn, at.group, lane);
-        if (active) {
+        if (NORM && active) finish_norm(d_w, norm, at.first_channel + own + pair, at.group, groups, row);
+        if (DPHI && active) {
             float* to = d_weight + (u64)pair * STREAMS * CHANNELS + at.first_channel + own + row;
             const auto there = [&](int j, int n, int k) -> float& {
                 return to[(u64)(n * 8 + k % 2) * STREAMS * CHANNELS + (u64)j * CHANNELS + k / 2 * 8];
@@ -252,6 +284,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             // Which half of 16 channels this lane's row is of.
             const int left_half = lane / 16, right_half = lane / 8 % 2;
             const int left_at = region_at(G_AT + min(r, 4)) + (first + lane / 8 % 2) * 128;
+            const int u_at = (r == 4 ? 0 : REGION) + (first + lane / 8 % 2) * 128;  // with NORM
+            float w[8];
+            if constexpr (NORM) load_weights(w, norm, at, lane);
             const int right_at = r < 4 ? region_at(X_AT + r) : 0, right_token = first + lane / 16;
             for (int it = 0; it < at.tiles; it++) {
                 const int stage = it % STAGES;
@@ -260,7 +295,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                 u32 left[2], right[2];  // where the rows of two pairs begin
 #pragma unroll
                 for (int k = 0; k < 2; k++) {
-                    left[k] = tile + (place(left_at + k * 256, left_half) ^ odd_stage(stage));
+                    left[k] = NORM && r >= 4
+                                  ? shared_address(memory + U_AT) + place(u_at + k * 256, left_half)
+                                  : tile + (place(left_at + k * 256, left_half) ^ odd_stage(stage));
                     right[k] = r < 4   ? tile + (place(right_at + (right_token + 2 * k) * 128, right_half) ^
                                                odd_stage(stage))
                                : r < 5 ? output + place((right_token + 2 * k) * 128, right_half)
@@ -268,6 +305,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                 }
                 barrier_wait(fulls + 8 * stage, it / STAGES & 1);
                 if (warp == DX && lane == 0) MARK(it, 1);
+                if constexpr (NORM)
+                    lay_out_u(memory + U_AT, tiles + stage * STAGE, region_at(DL_AT), odd_stage(stage), first,
+                              w, lane);
                 float acc[2][2][4] = {};  // [pair, token of it], independent chains
                 // 16 channels on are two chunks, an address that the swizzle changes in two bits.
 #pragma unroll
@@ -282,7 +322,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                     }
 #pragma unroll
                 for (int k = 0; k < 4; k++) {
-                    const float v0 = acc[k / 2][k % 2][k % 2 * 2], v1 = acc[k / 2][k % 2][k % 2 * 2 + 1];
+                    float v0 = acc[k / 2][k % 2][k % 2 * 2], v1 = acc[k / 2][k % 2][k % 2 * 2 + 1];
+                    if constexpr (NORM) add_halves(v0, v1, row);
                     const float next = __shfl_sync(ALL_LANES, pair == 4 ? v0 + v1 : v0, lane + 1);
                     const float even = __shfl_sync(ALL_LANES, v0, 16 + row / 2);
                     const float odd = __shfl_sync(ALL_LANES, v1, 16 + row / 2);
@@ -353,7 +394,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         }
     } else {
         const Gradients to = {d_affine, coefficients, partial, done};
-        middle(at, groups, T, warp - DX - DOTS - 3, lane, affine, saved, writer_saved, writer_affine, parts,
-               staging, to);
+        middle(at, groups, T, warp - DX - DOTS - 3, lane, affine, saved, writer_saved, writer_affine,
+               norm.saved, parts, staging, to);
     }
 }

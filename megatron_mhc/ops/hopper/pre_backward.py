@@ -10,7 +10,8 @@ from torch import Tensor
 
 from megatron_mhc.ops.hopper.compile import AHEAD, SHARED, Source, kernel, layout, loads, multiprocessors
 from megatron_mhc.ops.hopper.launch import BOX, Box, raw_stream
-from megatron_mhc.ops.options import Options
+from megatron_mhc.ops.hopper.norm import Kind, define, kind
+from megatron_mhc.ops.options import Options, ReadNorm
 
 WIDEST = 128
 WARPS = dict(DX=8, DOTS=2, MIDDLE=3)  # and three: fetch, load, store
@@ -43,34 +44,48 @@ def pre_backward(
     *,
     writer: tuple[Tensor, Tensor] | None = None,
     f_bias: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    norm: ReadNorm | None = None,
+    norm_saved: Tensor | None = None,
+    with_dphi: bool = True,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]:
     """`megatron_mhc.ops.triton.pre_backward.pre_backward` of bf16; f and dl may be [s, b, C] too."""
     T, _, C = x.shape
     dx = torch.empty_like(x)
-    d_weight, d_affine = torch.empty_like(weight), torch.empty_like(affine)
+    d_weight, d_affine = torch.empty_like(weight) if with_dphi else None, torch.empty_like(affine)
+    d_norm = None if norm is None else torch.empty_like(norm.weight)
     if T == 0:
-        return dx, d_weight.zero_(), d_affine.zero_(), None
+        d_weight, d_norm = (None if t is None else t.zero_() for t in (d_weight, d_norm))
+        return dx, d_weight, d_affine.zero_(), None, d_norm
     df = None if writer is None else torch.empty_like(dl)
     unused = (saved, affine)  # neither read nor, as dl, written
     device = x.get_device()
-    plan = _plan(
-        T, C, options, df is not None, device, multiprocessors(device), raw_stream(device), get_ident()
-    )
+    how = device, multiprocessors(device), raw_stream(device), get_ident()
+    plan = _plan(T, C, options, df is not None, norm and kind(norm), *how, with_dphi)
+    of_norm = () if norm is None else (norm.weight, norm_saved, d_norm)
     plan.launch(
         (x, g, f, dl, dx, dl if df is None else df),
-        (f_bias, weight, affine, saved, *(writer or unused), d_weight, d_affine),
+        (f_bias, weight, affine, saved, *(writer or unused), d_weight, d_affine, *of_norm),
     )
-    return dx, d_weight, d_affine, df
+    return dx, d_weight, d_affine, df, d_norm
 
 
 @functools.lru_cache(maxsize=64)
 def _plan(
-    T: int, C: int, options: Options, with_df: bool, device: int, sms: int, stream: int, thread: int
+    T: int,
+    C: int,
+    options: Options,
+    with_df: bool,
+    norm: Kind | None,
+    device: int,
+    sms: int,
+    stream: int,
+    thread: int,
+    with_dphi: bool = True,
 ) -> Any:
     """The `launch.Plan` of the current stream and thread."""
     cut = layout(T, C, WIDEST, sms, TILE, options.reserved_sms)
-    shared, stages = memory(cut.width, options.iterations)
-    defines = cut.defines(C, TILE, stages)
+    shared, stages = memory(cut.width, options.iterations, norm=norm is not None)
+    defines = cut.defines(C, TILE, stages) | dict(NORM=define(norm), DPHI=int(with_dphi))
     defines |= dict(ITERATIONS=options.iterations, V4=int(options.deepseek_v4), DF=int(with_df))
     defines |= dict(LOADS=loads(cut.slices, 4, MOST_LOADS), TOGETHER=2 if cut.slices <= FEW else 1)
     blocks, slots = cut.groups * cut.slices, cut.groups * defines["EXCHANGE"]
@@ -83,16 +98,18 @@ def _plan(
             slots * TILE * COEFFICIENT_ATOMS * 4,
             WARPS["MIDDLE"] * blocks * 48,  # partial, which need not be zero
             2 + WARPS["DX"] * cut.slices,
+            *(() if norm is None else (C,)),  # norm_sums, which need not be zero
         ),
-        (T, cut.groups),
+        (*(() if norm is None else (norm.offset,)), T, cut.groups),
     )
 
 
-def memory(width: int, iterations: int) -> tuple[int, int]:
+def memory(width: int, iterations: int, *, norm: bool) -> tuple[int, int]:
     """Shared bytes of a block, and the tiles that its ring holds in them."""
     region = TILE * width * 2
     stage = 9 * region + 512
     rest = F_SLOTS * region + FETCHED * TILE * TOKEN_FLOATS * 4  # f, coefficients
+    rest += 2 * region * norm  # u
     rest += ((width // BOX - 1) * TILE + 1) * BOX * 2  # f's bias, a row of each box
     rest += WARPS["MIDDLE"] * 2 * 4 * (TOKEN_FLOATS + 16 + 8 * iterations)  # two tokens a warp of `middle`
     stages = min(MOST_STAGES, (SHARED - rest) // stage)

@@ -22,7 +22,7 @@ constexpr int REGION = BOXES * BOX_BYTES;  // a slice of one stream
 static_assert(BOX * 2 == 128, "a box is as wide as the swizzle");
 static_assert((SLICES - 1) * WIDTH < CHANNELS && CHANNELS <= SLICES * WIDTH, "slices cover the channels");
 
-// Whether to plant the fault `name`: the emulator's tests do (tests/ops/test_hopper_emulated.py), a GPU
+// Whether to plant the fault `name`: the emulator's tests do (tests/ops/test_hopper_orders.py), a GPU
 // never.
 #ifndef BUG
 #define BUG(name) false

@@ -18,6 +18,12 @@ def mapping_rows(n: int) -> int:
     return n * n + 2 * n
 
 
+def part_rows(n: int, gram: bool) -> int:
+    """Numbers of a token in the parts of a projection: M, then the sum of squares of x or, where a norm is
+    folded into `pre`, the products <x_i, x_j> of i <= j, row-major."""
+    return mapping_rows(n) + (n * (n + 1) // 2 if gram else 1)
+
+
 def mapping_block(n: int) -> int:
     """Columns of a tile that holds M mapping rows and one more; tensor cores want at least 16."""
     return max(16, power_of_two(mapping_rows(n) + 1))
@@ -53,6 +59,25 @@ def add_product(total, a, b, PAIR: tl.constexpr, UPCAST: tl.constexpr):
             return tl.dot(a, low, tl.dot(a, high, total))
     else:
         return tl.dot(a.to(tl.float32), b, total, input_precision="ieee" if UPCAST else "tf32x3")
+
+
+@triton.jit
+def load_norm_weight(weight, c, C, ZERO_CENTERED: tl.constexpr):
+    """w of channels c in fp32, see `ReadNorm`."""
+    w = tl.load(weight + c, mask=c < C, other=0.0).to(tl.float32)
+    if ZERO_CENTERED:
+        w += 1.0
+    return w
+
+
+@triton.jit
+def add_gram(grams, xs, N: tl.constexpr):
+    """grams, a tuple of [BT], plus <x_i, x_j> of i <= j, row-major, of the tiles xs [BT, BC] in fp32."""
+    grown = ()
+    for i in tl.static_range(N):
+        for j in tl.static_range(i, N):
+            grown = grown + (grams[(i * (2 * N - i + 1)) // 2 + j - i] + tl.sum(xs[i] * xs[j], axis=1),)
+    return grown
 
 
 @triton.jit

@@ -4,6 +4,10 @@ One launch reads x, g, f and dl once for the products over C that the coefficien
 and turns them, in registers, into the gradient of the raw projection.
 
 Shapes as in `pre`; g [T, n, C] is the gradient of x' as it came, dl [T, C] that of the layer input.
+
+Where dl is the gradient of a folded norm's output y = w l r, r = 1/rms(l), with u = w dl the layer input's is
+r (u - k l), k = r^2 <l, u> / C. So the products with u that are summed here give those with it:
+<x_i, .> = r (<x_i, u> - k <x_i, l>).
 """
 
 from typing import Any
@@ -13,8 +17,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_mhc.ops.options import Options
-from megatron_mhc.ops.triton.common import INTERPRETED, load_output, mapping_block, mapping_rows, power_of_two
+from megatron_mhc.ops.options import Options, ReadNorm
+from megatron_mhc.ops.triton.common import (
+    INTERPRETED,
+    load_norm_weight,
+    load_output,
+    mapping_block,
+    mapping_rows,
+    power_of_two,
+)
 from megatron_mhc.ops.triton.sinkhorn import sinkhorn_bwd, unfused_product
 
 VECTOR = tl.constexpr(8)  # channels a thread sums before anything is exchanged
@@ -22,16 +33,17 @@ VECTOR = tl.constexpr(8)  # channels a thread sums before anything is exchanged
 
 @triton.jit
 def _dots_kernel(
-    x, g, f, f_bias, dh_post, dl, saved, affine, d, mappings, partial, turns,
+    x, g, f, f_bias, dh_post, dl, saved, affine, norm_weight, norm_saved, d, mappings, partial, turns,
     T, C, TURNS,
-    N: tl.constexpr, MP: tl.constexpr, ITERATIONS: tl.constexpr, V4: tl.constexpr,
-    BT: tl.constexpr, G: tl.constexpr,
+    N: tl.constexpr, MP: tl.constexpr, ITERATIONS: tl.constexpr, V4: tl.constexpr, NORM: tl.constexpr,
+    ZERO_CENTERED: tl.constexpr, BT: tl.constexpr, G: tl.constexpr,
 ):  # fmt: skip
     """Gradients per token.
 
     d [T, MP]: of the raw projection; column M holds the factor of x from the norm. mappings [T, N + N*N]:
-    h_pre and h_res, replayed. partial [programs, 2, M]: sums over this program's tokens of dlogit and of
-    dlogit * u. turns [TURNS]: set to zero for the next launch. dh_post [T, N]: None where f makes it.
+    h_pre and h_res, replayed; with NORM two columns more, r and r k. partial [programs, 2, M]: sums over this
+    program's tokens of dlogit and of dlogit * u. turns [TURNS]: set to zero for the next launch. dh_post
+    [T, N]: None where f makes it.
     """
     M: tl.constexpr = 2 * N + N * N
     t = (tl.program_id(0) * BT + tl.arange(0, BT)).to(tl.int64)
@@ -51,6 +63,8 @@ def _dots_kernel(
         if dh_post is None:
             fv = load_output(f, f_bias, t3 * C + c, c, C, keep)
         dv = tl.load(dl + t3 * C + c, mask=keep, other=0.0).to(tl.float32)
+        if NORM:
+            dv *= load_norm_weight(norm_weight, c, C, ZERO_CENTERED)
         xs = ()
         for j in tl.static_range(N):
             xs = xs + (tl.load(x + (t3 * N + j) * C + c, mask=keep, other=0.0).to(tl.float32),)
@@ -95,6 +109,15 @@ def _dots_kernel(
     a_pre, a_post, a_res = tl.load(affine + M), tl.load(affine + M + 1), tl.load(affine + M + 2)
     s_pre = tl.sigmoid(u_pre * a_pre + tl.load(affine + n1)[None, :])
     s_post = tl.sigmoid(u_post * a_post + tl.load(affine + N + n1)[None, :])
+    h_pre = s_pre
+    if V4:
+        h_pre = s_pre + 1e-6
+    if NORM:
+        row = norm_saved + t * (N + 1)
+        with_l = tl.load(row[:, None] + n1[None, :], mask=live[:, None], other=0.0)
+        of_l = tl.load(row + N, mask=live, other=0.0)
+        along = of_l * of_l * tl.sum(unfused_product(d_pre, h_pre), axis=1) / C
+        d_pre = of_l[:, None] * (d_pre - along[:, None] * with_l)
     logits = u_res * a_res + tl.load(affine + 2 * N + ij)[None, :, :]
     h_res, d_res = sinkhorn_bwd(logits, d_res, ITERATIONS, V4)
     d_pre = d_pre * s_pre * (1 - s_pre)
@@ -120,10 +143,11 @@ def _dots_kernel(
     tl.store(row[:, None] + N + n1[None, :], d_post, mask=live[:, None])
     tl.store(row[:, None, None] + 2 * N + ij[None, :, :], d_res, mask=live[:, None, None])
     tl.store(row + M, -inner * inverse_rms * inverse_rms / (N * C), mask=live)
-    row = mappings + t * (N + N * N)
-    h_pre = s_pre
+    row = mappings + t * (N + N * N + (2 if NORM else 0))
+    if NORM:
+        tl.store(row + N + N * N, of_l, mask=live)
+        tl.store(row + N + N * N + 1, of_l * along, mask=live)
     if V4:
-        h_pre = s_pre + 1e-6
         ij = n1[:, None] + n1[None, :] * N
     tl.store(row[:, None] + n1[None, :], h_pre, mask=live[:, None])
     tl.store(row[:, None, None] + N + ij[None, :, :], h_res, mask=live[:, None, None])
@@ -141,13 +165,17 @@ def mapping_backward(
     *,
     f_bias: Tensor | None = None,
     dh_post: Tensor | None = None,
+    norm: ReadNorm | None = None,
+    norm_saved: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the raw projection [T, MP], replayed h_pre and h_res [T, n + n*n], partial sums; all fp32.
+
+    With a norm, h_pre and h_res are followed by r and r k, [T, n + n*n + 2].
 
     Clears `turns` int32, which the launch behind this one counts with.
 
     Args:
-        x, affine, saved: of `pre_forward`; g: [T, n, C]; f, dl: [T, C].
+        x, affine, saved, norm, norm_saved: of `pre_forward`; g: [T, n, C]; f, dl: [T, C].
         f_bias: as in `post_res_forward`; dh_post: [T, n] fp32 in place of f, which is then not read.
     """
     T, n, C = x.shape
@@ -155,10 +183,12 @@ def mapping_backward(
     BT, G = (8, power_of_two(C) // 8) if INTERPRETED else (2, min(32, power_of_two(C) // 8))
     programs = triton.cdiv(T, BT)
     f32: dict[str, Any] = dict(device=x.device, dtype=torch.float32)
-    d, mappings = torch.empty(T, MP, **f32), torch.empty(T, n + n * n, **f32)
+    d, mappings = torch.empty(T, MP, **f32), torch.empty(T, n + n * n + 2 * (norm is not None), **f32)
     partial = torch.empty(programs, 2, M, **f32)
     _dots_kernel[(programs,)](
-        x, g, f, f_bias, dh_post, dl, saved, affine, d, mappings, partial, turns, T, C, turns.numel(),
-        n, MP, options.iterations, options.deepseek_v4, BT, G, num_warps=2 if n < 8 else 4,
+        x, g, f, f_bias, dh_post, dl, saved, affine, norm and norm.weight, norm_saved, d, mappings, partial,
+        turns, T, C, turns.numel(),
+        n, MP, options.iterations, options.deepseek_v4, norm is not None,
+        norm is not None and norm.zero_centered, BT, G, num_warps=2 if n < 8 else 4,
     )  # fmt: skip
     return d, mappings, partial

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from megatron_mhc.ops.triton.common import (
     INTERPRETED,
+    add_gram,
     add_product,
     load_output,
     mapping_block,
-    mapping_rows,
+    part_rows,
     split,
 )
 from megatron_mhc.ops.triton.post_res import streams_like
@@ -26,12 +27,14 @@ from megatron_mhc.ops.triton.post_res import streams_like
 def _boundary_kernel(
     x, f, f_bias, mappings, weight, out, parts, T, C, CS,
     N: tl.constexpr, MP: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
-    STAGES: tl.constexpr, UPCAST: tl.constexpr,
+    STAGES: tl.constexpr, GRAM: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """out_i = sum_j h_res[i, j] x_j + h_post_i (f + f_bias) on one slice of CS channels;
-    parts[s, t, :M] = the slice's out . weight^T over all streams; parts[s, t, M] = its sum of squares.
+    parts[s, t, :M] = the slice's out . weight^T over all streams; parts[s, t, M] = its sum of squares,
+    or with GRAM parts[s, t, M:] = its <out_i, out_j>.
     """
     M: tl.constexpr = 2 * N + N * N
+    PAIRS: tl.constexpr = N * (N + 1) // 2
     t = (tl.program_id(0) * BT + tl.arange(0, BT)).to(tl.int64)
     piece = tl.program_id(1)
     m = tl.arange(0, MP)
@@ -45,6 +48,9 @@ def _boundary_kernel(
             res = res + (tl.load(row + 2 * N + i * N + j, mask=live, other=0.0),)
     total = tl.zeros([BT, MP], tl.float32)
     squares = tl.zeros([BT, BC], tl.float32)
+    grams = ()
+    for _ in tl.static_range(PAIRS):
+        grams = grams + (tl.zeros([BT], tl.float32),)
     for c0 in tl.range(piece * CS, min(C, piece * CS + CS), BC, num_stages=STAGES):
         c = c0 + tl.arange(0, BC)
         inside = c < C
@@ -56,6 +62,7 @@ def _boundary_kernel(
             xs = xs + (tl.load(x + (t * N + j)[:, None] * C + c[None, :], mask=keep, other=0.0),)
             rows = weight + m[None, :] * (N * C) + j * C + c[:, None]
             ws = ws + (tl.load(rows, mask=(m < M)[None, :] & inside[:, None], other=0.0),)
+        written = ()
         for i in tl.static_range(N):
             acc = post[i][:, None] * fv
             for j in tl.static_range(N):
@@ -69,11 +76,20 @@ def _boundary_kernel(
                 )
             tl.store(out + (t * N + i)[:, None] * C + c[None, :], rounded, mask=keep)
             exact = rounded.to(tl.float32)
-            squares += exact * exact
+            if GRAM:
+                written = written + (exact,)
+            else:
+                squares += exact * exact
             total = add_product(total, rounded, ws[i], True, UPCAST)
-    place = parts + (piece * T + t) * (M + 1)
+        if GRAM:
+            grams = add_gram(grams, written, N)
+    place = parts + (piece * T + t) * (M + (PAIRS if GRAM else 1))
     tl.store(place[:, None] + m[None, :], total, mask=live[:, None] & (m < M)[None, :])
-    tl.store(place + M, tl.sum(squares, axis=1), mask=live)
+    if GRAM:
+        for k in tl.static_range(PAIRS):
+            tl.store(place + M + k, grams[k], mask=live)
+    else:
+        tl.store(place + M, tl.sum(squares, axis=1), mask=live)
 
 
 def can_project(x: Tensor) -> bool:
@@ -82,27 +98,32 @@ def can_project(x: Tensor) -> bool:
 
 
 def post_res_project(
-    x: Tensor, f: Tensor, mappings: Tensor, weight: Tensor, f_bias: Tensor | None = None
+    x: Tensor,
+    f: Tensor,
+    mappings: Tensor,
+    weight: Tensor,
+    f_bias: Tensor | None = None,
+    gram: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """x' [T, n, C], and the parts of its projection [pieces, T, M+1] fp32 that `pre_forward` takes.
+    """x' [T, n, C], and the parts of its projection [pieces, T, part_rows] fp32 that `pre_forward` takes.
 
     Args:
         x: [T, n, C] bf16; f: [T, C] bf16; mappings: [T, M] fp32, of this connection.
         weight: [M, n*C] fp32, of the next one.
         f_bias, and f: [s, b, C]: as in `post_res_forward`.
+        gram: for a `pre_forward` with a norm.
 
     Source: arXiv 2512.24880 Eqs. (3), (14)-(16).
     """
     T, n, C = x.shape
-    M = mapping_rows(n)
     BT, BC = (16, 16) if INTERPRETED else (64, 32)
     # One program a multiprocessor is resident: two rounds of 132 of them, however few tokens there are.
     size, pieces = split(C, max(1, min(16, 264 * BT // max(T, 1))), BC)
     out = streams_like(x, f)
-    parts = torch.empty(pieces, T, M + 1, device=x.device, dtype=torch.float32)
+    parts = torch.empty(pieces, T, part_rows(n, gram), device=x.device, dtype=torch.float32)
     if T:
         _boundary_kernel[(triton.cdiv(T, BT), pieces)](
             x, f, f_bias, mappings, weight, out, parts, T, C, size,
-            n, mapping_block(n), BT, BC, 3, INTERPRETED, num_warps=8,
+            n, mapping_block(n), BT, BC, 3, gram, INTERPRETED, num_warps=8,
         )  # fmt: skip
     return out, parts

@@ -3,6 +3,9 @@
 Shapes: T tokens, n streams, C channels, K = n*C, M = n*n + 2n mapping rows (pre, post, res).
 Two launches: a projection that splits K over programs, x read once by the tensor cores, and an
 aggregation that sums the parts in fixed order, runs Sinkhorn in registers and reads x again.
+
+A folded norm needs |l|^2 before l is there: |l|^2 = sum_ij h_pre_i h_pre_j <x_i, x_j>, whose products the
+projection sums too.
 """
 
 import torch
@@ -10,16 +13,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_mhc.ops.options import Options
+from megatron_mhc.ops.options import Options, ReadNorm
 from megatron_mhc.ops.triton.common import (
     INTERPRETED,
+    add_gram,
     add_product,
+    load_norm_weight,
     mapping_block,
     mapping_rows,
+    part_rows,
     power_of_two,
     split,
 )
-from megatron_mhc.ops.triton.sinkhorn import sinkhorn_fwd
+from megatron_mhc.ops.triton.sinkhorn import sinkhorn_fwd, unfused_product
 
 
 @triton.jit
@@ -49,12 +55,52 @@ def _project_kernel(
 
 
 @triton.jit
-def _aggregate_kernel(
-    x, parts, affine, out, saved, mappings, T, C, PIECES, eps,
-    N: tl.constexpr, ITERATIONS: tl.constexpr, V4: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
+def _project_gram_kernel(
+    x, weight, parts, T, C, CS,
+    N: tl.constexpr, MP: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
+    PAIR: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Finish the projection, keep u = projection / r and 1 / r, write the coefficients and h_pre . x."""
+    """parts[s, t, :M] = x[t, :, slice s] . weight[:, slice s]; parts[s, t, M:] = the slice's <x_i, x_j>."""
     M: tl.constexpr = 2 * N + N * N
+    GRAM: tl.constexpr = N * (N + 1) // 2
+    t = (tl.program_id(0) * BT + tl.arange(0, BT)).to(tl.int64)
+    piece = tl.program_id(1)
+    m = tl.arange(0, MP)
+    live = t < T
+    acc = tl.zeros([BT, MP], tl.float32)
+    grams = ()
+    for _ in tl.static_range(GRAM):
+        grams = grams + (tl.zeros([BT], tl.float32),)
+    for c0 in tl.range(piece * CS, min(C, piece * CS + CS), BC):
+        c = c0 + tl.arange(0, BC)
+        inside = c < C
+        xs = ()
+        for j in tl.static_range(N):
+            rows = x + (t * N + j)[:, None] * C + c[None, :]
+            xv = tl.load(rows, mask=live[:, None] & inside[None, :], other=0.0)
+            columns = weight + m[None, :] * (N * C) + j * C + c[:, None]
+            wv = tl.load(columns, mask=(m < M)[None, :] & inside[:, None], other=0.0)
+            acc = add_product(acc, xv, wv, PAIR, UPCAST)
+            xs = xs + (xv.to(tl.float32),)
+        grams = add_gram(grams, xs, N)
+    row = parts + (piece * T + t) * (M + GRAM)
+    tl.store(row[:, None] + m[None, :], acc, mask=live[:, None] & (m < M)[None, :])
+    for k in tl.static_range(GRAM):
+        tl.store(row + M + k, grams[k], mask=live)
+
+
+@triton.jit
+def _aggregate_kernel(
+    x, parts, affine, norm_weight, out, saved, mappings, norm_saved, T, C, PIECES, eps, read_norm_eps,
+    N: tl.constexpr, ITERATIONS: tl.constexpr, V4: tl.constexpr, NORM: tl.constexpr,
+    ZERO_CENTERED: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """Finish the projection, keep u = projection / r and 1 / r, write the coefficients and h_pre . x.
+
+    With NORM, write its norm in its place; keep <x_i, l> and 1 / rms(l).
+    """
+    M: tl.constexpr = 2 * N + N * N
+    R: tl.constexpr = M + (N * (N + 1) // 2 if NORM else 1)
     # Last tokens first: the projection has just read those, so part of x is still in L2.
     t = ((tl.num_programs(0) - 1 - tl.program_id(0)) * BT + tl.arange(0, BT)).to(tl.int64)
     live = t < T
@@ -64,12 +110,22 @@ def _aggregate_kernel(
     pre = tl.zeros([BT, N], tl.float32)
     post = tl.zeros([BT, N], tl.float32)
     res = tl.zeros([BT, N, N], tl.float32)
+    if NORM:
+        low, high = tl.minimum(i[:, None], i[None, :]), tl.maximum(i[:, None], i[None, :])
+        pair = low * (2 * N - low + 1) // 2 + high - low
+        gram = tl.zeros([BT, N, N], tl.float32)
     for piece in tl.range(PIECES):
-        row = parts + (piece * T + t) * (M + 1)
-        squares += tl.load(row + M, mask=live, other=0.0)
+        row = parts + (piece * T + t) * R
+        if NORM:
+            products = row[:, None, None] + M + pair[None, :, :]
+            gram += tl.load(products, mask=live[:, None, None], other=0.0)
+        else:
+            squares += tl.load(row + M, mask=live, other=0.0)
         pre += tl.load(row[:, None] + i[None, :], mask=live[:, None], other=0.0)
         post += tl.load(row[:, None] + N + i[None, :], mask=live[:, None], other=0.0)
         res += tl.load(row[:, None, None] + 2 * N + ij[None, :, :], mask=live[:, None, None], other=0.0)
+    if NORM:
+        squares = tl.sum(tl.sum(tl.where((i[:, None] == i[None, :])[None, :, :], gram, 0.0), axis=2), axis=1)
     inverse_rms = tl.rsqrt(squares / (N * C) + eps)
     pre = pre * inverse_rms[:, None]
     post = post * inverse_rms[:, None]
@@ -93,27 +149,50 @@ def _aggregate_kernel(
         ij = i[:, None] + i[None, :] * N
     tl.store(row[:, None, None] + 2 * N + ij[None, :, :], h_res, mask=live[:, None, None])
 
+    read = h_pre
+    if NORM:
+        with_l = tl.sum(unfused_product(gram, tl.broadcast_to(h_pre[:, None, :], [BT, N, N])), axis=2)
+        of_l = tl.sum(unfused_product(with_l, h_pre), axis=1)
+        inverse_rms = tl.rsqrt(tl.where(of_l < 0.0, 0.0, of_l) / C + read_norm_eps)
+        row = norm_saved + t * (N + 1)
+        tl.store(row[:, None] + i[None, :], with_l, mask=live[:, None])
+        tl.store(row + N, inverse_rms, mask=live)
+        read = h_pre * inverse_rms[:, None]
+
     for c0 in tl.range(0, C, BC):
         c = c0 + tl.arange(0, BC)
         keep = live[:, None] & (c < C)[None, :]
         acc = tl.zeros([BT, BC], tl.float32)
         for j in tl.static_range(N):
-            h = tl.sum(tl.where(i[None, :] == j, h_pre, 0.0), axis=1)
+            h = tl.sum(tl.where(i[None, :] == j, read, 0.0), axis=1)
             xv = tl.load(x + (t * N + j)[:, None] * C + c[None, :], mask=keep, other=0.0)
             acc += h[:, None] * xv.to(tl.float32)
+        if NORM:
+            acc *= load_norm_weight(norm_weight, c, C, ZERO_CENTERED)[None, :]
         tl.store(out + t[:, None] * C + c[None, :], acc.to(out.dtype.element_ty), mask=keep)
 
 
-def _project(x: Tensor, weight: Tensor) -> Tensor:
-    """The projection of x and its sum of squares in parts, [pieces, T, M+1] fp32."""
+def _project(x: Tensor, weight: Tensor, gram: bool) -> Tensor:
+    """The projection of x and the sums beside it in parts, [pieces, T, part_rows] fp32."""
     T, n, C = x.shape
     M, K = mapping_rows(n), n * C
     BT, BK = (16, 64) if INTERPRETED else (128, 64)
     if n == 8:
         BT = min(BT, 64)  # four times the accumulator columns
     # Enough programs for every multiprocessor, however few tokens there are.
-    size, pieces = split(K, max(4, min(16, 1024 * 128 // (T * 4))), BK)
-    parts = torch.empty(pieces, T, M + 1, device=x.device, dtype=torch.float32)
+    most = max(4, min(16, 1024 * 128 // (T * 4)))
+    if gram:
+        BC = 16 if INTERPRETED or n == 8 else 32  # of all streams
+        size, pieces = split(C, most, BC)
+    else:
+        size, pieces = split(K, most, BK)
+    parts = torch.empty(pieces, T, part_rows(n, gram), device=x.device, dtype=torch.float32)
+    if gram:
+        _project_gram_kernel[(triton.cdiv(T, BT), pieces)](
+            x, weight, parts, T, C, size, n, mapping_block(n), BT, BC, x.dtype == torch.bfloat16, INTERPRETED,
+            num_warps=8, num_stages=3 if n < 8 else 2,
+        )  # fmt: skip
+        return parts
     _project_kernel[(triton.cdiv(T, BT), pieces)](
         x, weight, parts, T, K, size, M, mapping_block(n), BT, BK, x.dtype == torch.bfloat16, INTERPRETED,
         num_warps=8, num_stages=4 if n < 8 else 2,
@@ -127,18 +206,21 @@ def pre_forward(
     affine: Tensor,
     options: Options,
     parts: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    norm: ReadNorm | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Compute coefficients and layer input.
 
     Args:
         x: [T, n, C] bf16, fp16 or fp32, contiguous; C a multiple of 16.
         weight: [M, n*C] fp32.
         affine: [M+3] fp32, the biases, then alpha_pre, alpha_post and alpha_res.
-        parts: [pieces, T, M+1] fp32, the projection in parts, where x's writer has made it.
+        parts: [pieces, T, part_rows] fp32, the projection in parts, where x's writer has made it.
+        norm: of the layer input l, whose output is written in its place.
 
     Returns:
         layer input [T, C] in x's dtype; `saved` [T, M+1] fp32 (u and 1/r, for backward); the
-        coefficients [T, M] fp32 (h_pre, h_post, h_res row-major).
+        coefficients [T, M] fp32 (h_pre, h_post, h_res row-major); with a norm `norm_saved` [T, n+1] fp32,
+        <x_i, l> and 1/rms(l).
 
     Source: arXiv 2512.24880 Eqs. (14)-(19).
     """
@@ -147,13 +229,17 @@ def pre_forward(
     f32 = dict(device=x.device, dtype=torch.float32)
     out = x.new_empty(T, C)
     saved, mappings = torch.empty(T, M + 1, **f32), torch.empty(T, M, **f32)
+    norm_saved = None if norm is None else torch.empty(T, n + 1, **f32)
     if T == 0:
-        return out, saved, mappings
+        return out, saved, mappings, norm_saved
     if parts is None:
-        parts = _project(x, weight)
+        parts = _project(x, weight, norm is not None)
+    norm_weight, read_norm_eps, zero_centered = norm or (None, 0.0, False)
     BT, BC = (8, power_of_two(C)) if INTERPRETED else (2, min(512, power_of_two(C)))
     _aggregate_kernel[(triton.cdiv(T, BT),)](
-        x, parts, affine, out, saved, mappings, T, C, parts.shape[0], options.norm_eps,
-        n, options.iterations, options.deepseek_v4, BT, BC, num_warps=2, num_stages=2,
+        x, parts, affine, norm_weight, out, saved, mappings, norm_saved, T, C, parts.shape[0],
+        options.norm_eps, read_norm_eps,
+        n, options.iterations, options.deepseek_v4, norm is not None, zero_centered, BT, BC,
+        num_warps=2, num_stages=2,
     )  # fmt: skip
-    return out, saved, mappings
+    return out, saved, mappings, norm_saved

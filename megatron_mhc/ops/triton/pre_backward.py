@@ -4,6 +4,8 @@
 dl, last tokens first since those are still in L2, and writes dx, complete, while dphi gathers in registers.
 Where x came straight from another connection's post_res, dx is that connection's g: its df, which is made
 of g alone, is written from the same registers, and nobody reads g for it again.
+With a folded norm (`ReadNorm`), dl is the gradient of its output, of which that of the layer input is made in
+registers, and the gradient of its weight gathers beside dphi.
 No float atomics: programs that own the same columns of phi add their sums one after the other, in the order
 of their tickets, so results repeat bit for bit. A program waits for an earlier ticket alone, which
 runs already: no deadlock, whatever else the GPU runs and however few programs are resident.
@@ -16,12 +18,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_mhc.ops.options import Options
+from megatron_mhc.ops.options import Options, ReadNorm
 from megatron_mhc.ops.triton.common import (
     INTERPRETED,
     add_product,
     await_turn,
     finish_turn,
+    load_norm_weight,
     mapping_block,
     mapping_rows,
     split,
@@ -62,20 +65,23 @@ def _reduce(partial, d_affine, part, P, N: tl.constexpr, BP: tl.constexpr):
 
 @triton.jit
 def _dx_kernel(
-    x, g, dl, weight, d, mappings, writer, writer_affine, dx, df, d_weight,
+    x, g, dl, weight, d, mappings, writer, writer_affine, norm_weight, dx, df, d_weight, norm_sums, d_norm,
     turns, partial, d_affine, T, C, SLICES, RANGES, P,
     N: tl.constexpr, MP: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr,
     STAGES: tl.constexpr, PAIR: tl.constexpr, DPHI: tl.constexpr, DF: tl.constexpr, UPCAST: tl.constexpr,
+    REDUCE: tl.constexpr, NORM: tl.constexpr, ZERO_CENTERED: tl.constexpr,
 ):  # fmt: skip
     """dx_j = sum_i h_res[i, j] g_i + h_pre_j dl + (d . weight)_j + d[M] x_j, BC channels of every RANGES-th
-    block of tokens; with DPHI also d_weight, and three programs more for d_affine; with DF also
-    the df of the connection that wrote x, from what that has saved.
+    block of tokens; with DPHI also d_weight; with REDUCE three programs more for d_affine; with DF also
+    the df of the connection that wrote x, from what that has saved. With NORM, dl is the gradient of the
+    norm's output, and d_norm [C] that of its weight, of which norm_sums [C] fp32 are the sums on the way.
 
     turns [0] counts tickets out, turns [1 + slice] the programs that have added to that slice's d_weight.
     """
     M: tl.constexpr = 2 * N + N * N
+    H: tl.constexpr = N + N * N + (2 if NORM else 0)
     ticket = tl.atomic_add(turns, 1, sem="relaxed")
-    if DPHI and ticket >= SLICES * RANGES:
+    if REDUCE and ticket >= SLICES * RANGES:
         _reduce(partial, d_affine, ticket - SLICES * RANGES, P, N, BP)
     else:
         piece = ticket // SLICES
@@ -92,6 +98,9 @@ def _dx_kernel(
                 w = w.to(tl.bfloat16)
             weights = weights + (w,)
             totals = totals + (tl.zeros([BC, MP], tl.float32),)
+        if NORM:
+            norm_w = load_norm_weight(norm_weight, c, C, ZERO_CENTERED)
+            norm_total = tl.zeros([BC], tl.float32)
         blocks = tl.cdiv(T, BT)
         for block in tl.range(piece, blocks, RANGES, num_stages=STAGES):
             t = ((blocks - 1 - block) * BT + tl.arange(0, BT)).to(tl.int64)
@@ -111,7 +120,16 @@ def _dx_kernel(
                 for j in tl.static_range(N):
                     grown = grown + (add_product(totals[j], tl.trans(xs[j]), dv, PAIR, UPCAST),)
                 totals = grown
-            row = mappings + t * (N + N * N)
+            row = mappings + t * H
+            if NORM:
+                layer_input = tl.zeros([BT, BC], tl.float32)
+                for j in tl.static_range(N):
+                    layer_input += tl.load(row + j, mask=live, other=0.0)[:, None] * xs[j].to(tl.float32)
+                inverse_rms = tl.load(row + N + N * N, mask=live, other=0.0)[:, None]
+                along = tl.load(row + N + N * N + 1, mask=live, other=0.0)[:, None]
+                dy = dlv.to(tl.float32)
+                norm_total += tl.sum(dy * (layer_input * inverse_rms), axis=0)
+                dlv = inverse_rms * (norm_w[None, :] * dy) - along * layer_input
             dfv = tl.zeros([BT, BC], tl.float32)
             for j in tl.static_range(N):
                 if PAIR and not UPCAST:
@@ -133,10 +151,18 @@ def _dx_kernel(
                     dfv += h_post[:, None] * rounded.to(tl.float32)
             if DF:
                 tl.store(df + t[:, None] * C + c[None, :], dfv.to(df.dtype.element_ty), mask=keep)
-        if DPHI:
+        if DPHI or NORM:
             await_turn(turns + 1 + mine, piece)
-            for j in tl.static_range(N):
-                _store_dphi(d_weight, totals[j], j * C + c, inside, N * C, M, MP, piece == 0)
+            if DPHI:
+                for j in tl.static_range(N):
+                    _store_dphi(d_weight, totals[j], j * C + c, inside, N * C, M, MP, piece == 0)
+            if NORM:
+                if piece > 0:
+                    norm_total += tl.load(norm_sums + c, mask=inside, other=0.0)
+                if piece < RANGES - 1:
+                    tl.store(norm_sums + c, norm_total, mask=inside)
+                else:
+                    tl.store(d_norm + c, norm_total.to(d_norm.dtype.element_ty), mask=inside)
             finish_turn(turns + 1 + mine)
 
 
@@ -182,47 +208,59 @@ def pre_backward(
     writer: tuple[Tensor, Tensor] | None = None,
     f_bias: Tensor | None = None,
     dh_post: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients of x [T, n, C] in x's dtype, weight [M, n*C] and affine [M+3] in fp32; df or None.
+    norm: ReadNorm | None = None,
+    norm_saved: Tensor | None = None,
+    with_dphi: bool = True,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]:
+    """Gradients of x [T, n, C] in x's dtype, weight [M, n*C] and affine [M+3] in fp32; df or None; and of the
+    norm's weight [C] in its dtype, or None.
 
     Args:
-        x, weight, affine: as given to `pre_forward`; saved: as it returned.
-        g: [T, n, C], gradient of x'; f: [T, C], the sub-layer's output; dl: [T, C], gradient of its input.
+        x, weight, affine, norm: as given to `pre_forward`; saved, norm_saved: as it returned.
+        g: [T, n, C], gradient of x'; f: [T, C], the sub-layer's output; dl: [T, C], gradient of its input,
+            which with a norm is the norm's output.
         writer: saved and affine of the connection that wrote x, whose df [T, C] is made too.
         f_bias: [C], what post_res added to f, if anything.
         dh_post: [T, n] fp32, where another pipeline stage has made it of f; f is then not read.
+        with_dphi: else the gradient of weight is None.
     """
     T, n, C = x.shape
     M, MP, K = mapping_rows(n), mapping_block(n), n * C
     f32 = dict(device=x.device, dtype=torch.float32)
     dx = torch.empty_like(x)
-    d_weight, d_affine = torch.empty(M, K, **f32), torch.empty(M + 3, **f32)
+    d_weight, d_affine = torch.empty(M, K, **f32) if with_dphi else None, torch.empty(M + 3, **f32)
+    d_norm = None if norm is None else torch.empty_like(norm.weight)
     if T == 0:
-        return dx, d_weight.zero_(), d_affine.zero_(), None
+        d_weight, d_norm = (None if t is None else t.zero_() for t in (d_weight, d_norm))
+        return dx, d_weight, d_affine.zero_(), None, d_norm
+    norm_weight, _, zero_centered = norm or (None, 0.0, False)
+    norm_sums = None if norm is None else torch.empty(C, **f32)
     is_pair = x.dtype == torch.bfloat16
-    with_dphi = is_pair and n < 8  # elsewhere the sums of dphi do not fit beside the rest
+    beside = with_dphi and is_pair and n < 8  # elsewhere the sums of dphi do not fit beside the rest
+    reduces = beside or not with_dphi
     BT, BC = 16, 64 if n < 8 else 32
     if x.dtype == torch.float32:  # twice the bytes, and three times the operands of TF32 products
         BC //= 2
     slices = triton.cdiv(C, BC)
     # Two programs are resident on each of about 132 multiprocessors; without dphi there is no sum to share.
-    ranges = max(1, min(264 // slices if with_dphi else 16, triton.cdiv(T, 4 * BT)))
+    ranges = max(1, min(264 // slices if beside else 16, triton.cdiv(T, 4 * BT)))
     BK = 64 if INTERPRETED else 128
     turns = torch.empty(1 + max(slices, triton.cdiv(K, BK)), device=x.device, dtype=torch.int32)
     d, mappings, partial = mapping_backward(
-        x, g, f, dl, affine, saved, turns, options, f_bias=f_bias, dh_post=dh_post
-    )
+        x, g, f, dl, affine, saved, turns, options,
+        f_bias=f_bias, dh_post=dh_post, norm=norm, norm_saved=norm_saved,
+    )  # fmt: skip
     df = None if writer is None else torch.empty_like(dl)
     unused = (saved, affine)  # neither read nor, as dl, written
     sums = (turns, partial, d_affine)
     P, BP = partial.shape[0], 256 if n < 8 else 64
-    _dx_kernel[(slices * ranges + 3 * with_dphi,)](
-        x, g, dl, weight, d, mappings, *(writer or unused), dx, dl if df is None else df, d_weight, *sums,
-        T, C, slices, ranges, P,
-        n, MP, BT, BC, BP, 3 if n < 8 else 1, is_pair, with_dphi, df is not None, INTERPRETED,
-        num_warps=4,
+    _dx_kernel[(slices * ranges + 3 * reduces,)](
+        x, g, dl, weight, d, mappings, *(writer or unused), norm_weight, dx, dl if df is None else df,
+        d_weight, norm_sums, d_norm, *sums, T, C, slices, ranges, P,
+        n, MP, BT, BC, BP, 3 if n < 8 else 1, is_pair, beside, df is not None, INTERPRETED,
+        reduces, norm is not None, zero_centered, num_warps=4,
     )  # fmt: skip
-    if not with_dphi:
+    if not reduces:
         turns.zero_()
         BT, slices = 16 if INTERPRETED else 64, triton.cdiv(K, BK)
         TS, ranges = split(T, 4, BT)
@@ -230,4 +268,4 @@ def pre_backward(
             x, d, d_weight, *sums, T, K, TS, slices, ranges, P,
             n, MP, BT, BK, BP, 3 if n < 8 else 2, is_pair, INTERPRETED, num_warps=4 if n < 8 else 8,
         )  # fmt: skip
-    return dx, d_weight, d_affine, df
+    return dx, d_weight, d_affine, df, d_norm

@@ -2,6 +2,8 @@
 
     x -> l_0 = h_pre_0 . x,  x_1 = H_res_0 x + h_post_0^T f_0,  l_1 = h_pre_1 . x_1,  x_2 = ...
 
+Where a norm is folded into `pre`, its output stands for l.
+
 For recompute: x is read once, each f is read, each l and each x after the first is written. 6 + 4 / k units
 for each of k connections, where pre and post_res take 14. Order and rounding are those of `pre` and
 `post_res`, so the bits are the same.
@@ -14,7 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_mhc.ops.triton.common import load_output
+from megatron_mhc.ops.options import ReadNorm
+from megatron_mhc.ops.triton.common import load_norm_weight, load_output
 from megatron_mhc.ops.triton.post_res import mixed, programs, tile
 
 
@@ -25,22 +28,26 @@ def at_once(n: int) -> int:
 
 class Connection(NamedTuple):
     """What a connection kept: coefficients [T, M] fp32 (h_pre, h_post, h_res), f [T, C], where its layer
-    input [T, C] goes, None for nowhere, and what post_res added to f, if anything: [C]."""
+    input [T, C] goes, None for nowhere, what post_res added to f, if anything: [C], and the norm folded into
+    its `pre`, with what that kept of it."""
 
     mappings: Tensor
     f: Tensor
     layer_input: Tensor | None
     f_bias: Tensor | None = None
+    norm: ReadNorm | None = None
+    norm_saved: Tensor | None = None
 
 
 @triton.jit
 def _replay_kernel(
-    x, mappings, fs, f_biases, layer_inputs, streams, T, C,
+    x, mappings, fs, f_biases, norm_weights, norms_saved, layer_inputs, streams, T, C,
     K: tl.constexpr, READS: tl.constexpr, WRITES: tl.constexpr, BIASES: tl.constexpr,
+    NORMS: tl.constexpr, ZERO_CENTERED: tl.constexpr,
     N: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """K connections; bit k of READS: write its layer input, of WRITES: the streams behind it, of BIASES:
-    add a bias to its f."""
+    add a bias to its f, of NORMS: a norm is folded into its `pre`, of ZERO_CENTERED: whose weight is so."""
     M: tl.constexpr = 2 * N + N * N
     t, c, live, keep = tile(T, C, BT, BC)
     narrow = t[:, None] * C + c[None, :]
@@ -52,7 +59,12 @@ def _replay_kernel(
         if (READS >> k) & 1:
             acc = tl.zeros([BT, BC], tl.float32)
             for j in tl.static_range(N):
-                acc += tl.load(row + j, mask=live, other=0.0)[:, None] * xs[j]
+                read = tl.load(row + j, mask=live, other=0.0)
+                if (NORMS >> k) & 1:
+                    read *= tl.load(norms_saved[k] + t * (N + 1) + N, mask=live, other=0.0)
+                acc += read[:, None] * xs[j]
+            if (NORMS >> k) & 1:
+                acc *= load_norm_weight(norm_weights[k], c, C, (ZERO_CENTERED >> k) & 1)[None, :]
             tl.store(layer_inputs[k] + narrow, acc.to(layer_inputs[k].dtype.element_ty), mask=keep)
         if (WRITES >> k) & 1:
             if (BIASES >> k) & 1:
@@ -83,6 +95,8 @@ def replay(x: Tensor, row: list[Connection], behind: bool) -> list[Tensor]:
     streams = [torch.empty_like(x) for _ in range(count if behind else count - 1)]
     reads = sum((entry.layer_input is not None) << k for k, entry in enumerate(row))
     biases = sum((entry.f_bias is not None) << k for k, entry in enumerate(row))
+    folded = [(entry.norm, k) for k, entry in enumerate(row) if entry.norm is not None]
+    norms, zero_centered = sum(1 << k for _, k in folded), sum(norm.zero_centered << k for norm, k in folded)
     if T == 0 or not (reads or writes):
         return streams
     grid, sizes = programs(T, C)
@@ -92,8 +106,10 @@ def replay(x: Tensor, row: list[Connection], behind: bool) -> list[Tensor]:
             tuple(entry.mappings for entry in row),
             tuple(entry.f for entry in row),
             tuple(entry.f if entry.f_bias is None else entry.f_bias for entry in row),
+            tuple(entry.f if entry.norm is None else entry.norm.weight for entry in row),
+            tuple(entry.mappings if entry.norm_saved is None else entry.norm_saved for entry in row),
             tuple(entry.f if entry.layer_input is None else entry.layer_input for entry in row),
             (*streams, x)[:count],  # the last one's is not written without `behind`
-            T, C, count, reads, writes, biases, n, *sizes, num_warps=4,
+            T, C, count, reads, writes, biases, norms, zero_centered, n, *sizes, num_warps=4,
         )  # fmt: skip
     return streams

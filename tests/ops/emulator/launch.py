@@ -122,7 +122,7 @@ class _Kernel:
         emulator.launched.append((name, blocks, self.defines))
         defines = dict(SHARED=self.shared, **source.constants, **self.defines)
         run = _build(emulator.folder, source.path, emulator.bugs.get(name, "none"), **defines)
-        names = _parameters(source.path)
+        names = _parameters(source.path, self.defines["NORM"] > 0)
         assert len(names) == len(arguments)
 
         guarded: dict[Any, _Guarded] = {}
@@ -184,9 +184,12 @@ def _aligned(value: Any) -> tuple[int, Any]:
 
 
 @functools.cache
-def _parameters(source: Path) -> list[str]:
+def _parameters(source: Path, norm: bool) -> list[str]:
     """The names of a kernel's parameters."""
-    signature = re.search(rf"\b{source.stem}\((const __grid_constant__ [^)]*)\) {{", source.read_text())[1]
+    text = re.sub(
+        r"#if MHC_NORM\n((?:[^#].*\n)*)#endif\n", lambda m: m[1] if norm else "", source.read_text()
+    )
+    signature = re.search(rf"\b{source.stem}\((const __grid_constant__ [^)]*)\) {{", text)[1]
     return [re.search(r"(\w+)$", part.strip())[1] for part in signature.split(",")]
 
 

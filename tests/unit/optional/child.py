@@ -92,6 +92,13 @@ def findings(kind: str, folder: Path) -> dict[str, Any]:
         found["recompute"] = trials.recompute(te)
     if te:
         found["checkpoints"] = trials.checkpoints(folder)
+    if kind in ("absent", "transformer_engine"):
+        import folded
+
+        (folder / kind).mkdir()
+        found["folded"] = folded.checkpoints(te, folder / kind) | {"same": folded.same(te)}
+        if te:
+            found["refused"] = folded.refused()
     return found | {"importers": sorted(importers)}
 
 

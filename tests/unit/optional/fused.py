@@ -94,16 +94,25 @@ class Norm(WithState):
 
     kind = "LayerNorm"
 
-    def __init__(self, normalized_shape: int, eps: float, sequence_parallel: bool = False, **_: Any):
+    def __init__(
+        self,
+        normalized_shape: int,
+        eps: float,
+        sequence_parallel: bool = False,
+        zero_centered_gamma: bool = False,
+        params_dtype: torch.dtype = torch.float32,
+        **_: Any,
+    ):
         super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(normalized_shape))
-        self.bias = nn.Parameter(torch.zeros(normalized_shape)) if self.kind == "LayerNorm" else None
+        self.eps, self.zero_centered_gamma = eps, zero_centered_gamma
+        start = torch.full((normalized_shape,), 0.0 if zero_centered_gamma else 1.0, dtype=params_dtype)
+        self.weight = nn.Parameter(start)
+        self.bias = nn.Parameter(torch.zeros_like(start)) if self.kind == "LayerNorm" else None
         for parameter in self.parameters():
             parameter.sequence_parallel = sequence_parallel
 
     def forward(self, x: Tensor) -> Tensor:
-        return norm(x, self.weight, self.bias, self.eps)
+        return norm(x, self.weight + self.zero_centered_gamma, self.bias, self.eps)
 
 
 class RMSNorm(Norm):
@@ -143,16 +152,28 @@ class Linear(WithState):
 
 
 class LayerNormLinear(Linear):
-    def __init__(self, *args: Any, eps: float, normalization: str = "LayerNorm", **kwargs: Any):
+    def __init__(
+        self,
+        *args: Any,
+        eps: float,
+        normalization: str = "LayerNorm",
+        zero_centered_gamma: bool = False,
+        sequence_parallel: bool = False,
+        **kwargs: Any,
+    ):
         super().__init__(*args, **kwargs)
-        self.eps = eps
-        dtype = self.weight.dtype
-        self.layer_norm_weight = nn.Parameter(torch.ones(self.in_features, dtype=dtype))
-        bias = normalization == "LayerNorm"
-        self.layer_norm_bias = nn.Parameter(torch.zeros(self.in_features, dtype=dtype)) if bias else None
+        self.eps, self.zero_centered_gamma = eps, zero_centered_gamma
+        start = torch.full((self.in_features,), float(not zero_centered_gamma), dtype=self.weight.dtype)
+        of_linear, self._parameters = self._parameters, {}
+        self.layer_norm_weight = nn.Parameter(start)
+        self.layer_norm_bias = nn.Parameter(torch.zeros_like(start)) if normalization == "LayerNorm" else None
+        for parameter in self.parameters():
+            parameter.sequence_parallel = sequence_parallel
+        self._parameters |= of_linear
 
     def forward(self, x: Tensor, is_first_microbatch: bool | None = None) -> Any:
-        return super().forward(norm(x, self.layer_norm_weight, self.layer_norm_bias, self.eps))
+        weight = self.layer_norm_weight + self.zero_centered_gamma
+        return super().forward(norm(x, weight, self.layer_norm_bias, self.eps))
 
 
 class DotProductAttention(nn.Module):

@@ -119,9 +119,16 @@ def forward_backward(model: Any, number: int) -> torch.Tensor:
 class Training:
     """A model under DDP, and its optimizer."""
 
-    def __init__(self, te: bool, bf16: bool, distributed: bool, mhc: MHCConfig | None = MHC):
+    def __init__(
+        self,
+        te: bool,
+        bf16: bool,
+        distributed: bool,
+        mhc: MHCConfig | None = MHC,
+        normalization: str = "LayerNorm",
+    ):
         precision = dict(bf16=bf16, params_dtype=torch.bfloat16 if bf16 else torch.float32)
-        model = build(mhc, "LayerNorm", te, **precision)
+        model = build(mhc, normalization, te, **precision)
         self.bare, config = model, model.config
         if bf16:
             model = Float16Module(config, model)
@@ -144,8 +151,7 @@ class Training:
         return [loss.item(), float(norm)]
 
     def state(self, loading: bool = False) -> dict[str, Any]:
-        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-        metadata = dict(distrib_optim_sharding_type="fully_reshardable", dp_cp_group=group)
+        metadata = dict(distrib_optim_sharding_type="fully_reshardable", dp_cp_group=data_parallel())
         metadata |= dict(chained_optim_avoid_prefix=True, singleton_local_shards=False)
         state = {"model": self.bare.sharded_state_dict(metadata=metadata)}
         options = dict(is_loading=loading, metadata=metadata)
@@ -156,6 +162,10 @@ class Training:
         state = dist_checkpointing.load(self.state(loading=True), str(folder))
         self.bare.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+
+
+def data_parallel() -> Any:
+    return parallel_state.get_data_parallel_group(with_context_parallel=True)
 
 
 def keys(tree: Any) -> list[str]:

@@ -1,0 +1,96 @@
+"""What a post_res and the `pre` that reads its output do for each other (`autograd`)."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from megatron_mhc.ops.kernels import Kernels
+from megatron_mhc.ops.options import Options, ReadNorm
+
+
+class Saved(NamedTuple):
+    """What h_post is made of again: `saved` [T, M+1] of `pre_forward`, and affine [M+3]; fp32."""
+
+    projection: Tensor
+    affine: Tensor
+
+
+class NextPre(NamedTuple):
+    """The `pre` of the next connection, for which a post_res works ahead."""
+
+    kernels: Kernels
+    weight: Tensor
+    affine: Tensor
+    options: Options
+    norm: ReadNorm | None = None
+
+
+class Ahead:
+    """What was made of a post_res's output by parameters of the `pre` that reads it, for that `pre`."""
+
+    def __init__(self, out: Tensor, made_by: tuple[Tensor, ...], made: Any, norm: ReadNorm | None = None):
+        self._version, self._settings = out._version, norm and norm[1:]
+        of_norm = () if norm is None else (norm.weight,)
+        self._made_by = [(t, t._version) for t in (*of_norm, *made_by)]
+        self._made = made
+
+    def take(self, x: Tensor, *parameters: Tensor, norm: ReadNorm | None = None) -> Any:
+        """What was made of x, this output, if it was of these very values; once, else None.
+
+        Args:
+            parameters: phi and affine of the connection that reads x; of fewer it may have been made.
+            norm: that its `pre` computes too.
+        """
+        made, self._made = self._made, None
+        if x._version != self._version or (norm and norm[1:]) != self._settings:
+            return None
+        of_norm = () if norm is None else (norm.weight,)
+        for now, (then, version) in zip((*of_norm, *parameters), self._made_by, strict=False):
+            if now._version != version:
+                return None
+            if now is not then and (now.data_ptr(), now.shape) != (then.data_ptr(), then.shape):
+                return None
+        return made
+
+
+class Link:
+    """Joins a post_res with the `pre` that reads its output.
+
+    Forward, it brings that `pre` what post_res made ahead: a projection in parts, or all that `pre_forward`
+    returns; backward, it brings post_res its df.
+    """
+
+    def __init__(self, writer: Saved):
+        self.writer = writer
+        self.ahead: Ahead | None = None
+        self._df: tuple[Tensor, int, int | None, Tensor] | None = None
+
+    def put_df(self, g: Tensor, df: Tensor) -> None:
+        """Keep df, made of this g: the two of one launch."""
+        self._df = (g, g._version, _stream(g), df)
+
+    def take_df(self, g: Tensor) -> Tensor | None:
+        """df of g, if it was made of this very g, unchanged, on the stream that is current now."""
+        kept, self._df = self._df, None
+        if kept is None or g.data_ptr() != kept[0].data_ptr() or g.numel() != kept[0].numel():
+            return None
+        return kept[3] if (g._version, _stream(g)) == kept[1:3] else None
+
+
+def _stream(tensor: Tensor) -> int | None:
+    return torch._C._cuda_getCurrentRawStream(tensor.get_device()) if tensor.is_cuda else None
+
+
+# Nodes of the autograd graph that hand a gradient on as it is: reshapes, and Megatron's make_viewless_tensor.
+_PASSING = ("ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0", "MakeViewlessTensorBackward")
+
+
+def link_of(x: Tensor) -> Link | None:
+    """The link of the post_res that made x, or None if something else did."""
+    node = x.grad_fn
+    while node is not None and node.name() in _PASSING:
+        node = node.next_functions[0][0]
+    return getattr(node, "link", None)
