@@ -3,6 +3,8 @@
     python -m megatron_mhc doctor [-- COMMAND]     what is installed, what would run, what is in the way
     python -m megatron_mhc memory --config FILE    activations of every pipeline rank
     python -m megatron_mhc convert ...             checkpoints of other implementations, and plain ones
+    python -m megatron_mhc export ...              a trained model as a Hugging Face folder
+    python -m megatron_mhc generate ...            text of a trained model
     python -m megatron_mhc simulate ...            a pipeline step in time
     python -m megatron_mhc plot ...                pictures of training runs
 
@@ -17,6 +19,8 @@ from importlib import import_module
 PROGRAMS = {
     "doctor": "megatron_mhc.doctor",
     "convert": "megatron_mhc.convert.__main__",
+    "export": "megatron_mhc.export.__main__",
+    "generate": "megatron_mhc.generate",
     "memory": "megatron_mhc.recompute.__main__",
     "simulate": "megatron_mhc.pipeline.simulate",
     "plot": "megatron_mhc.plot",

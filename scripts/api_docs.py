@@ -16,6 +16,7 @@ MODULES = (
     "megatron_mhc.recompute",
     "megatron_mhc.diagnostics",
     "megatron_mhc.convert",
+    "megatron_mhc.export",
 )
 
 

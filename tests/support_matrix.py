@@ -302,6 +302,15 @@ FEATURES = (
         ("distributed/test_inference.py::test_tokens_on_a_pipeline_have_the_logits_of_one_process",),
     ),
     Feature(
+        "export to a Hugging Face folder: GQA, MLA, experts, every form of mHC",
+        YES,
+        "[limits](docs/export.md); the logits of Megatron's local layers within 1e-4, fp32",
+        (
+            "megatron/test_export.py::test_exported_model_has_the_logits_of_the_trained_one",
+            "megatron/test_export.py::test_what_the_exported_model_has_no_form_for_is_refused_by_name",
+        ),
+    ),
+    Feature(
         "apex and Transformer Engine, each there or not",
         YES,
         "",

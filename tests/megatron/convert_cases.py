@@ -6,12 +6,12 @@ import torch
 from megatron.core import dist_checkpointing
 
 
-def save(model, folder, kind="torch_dist"):
-    """As megatron.training lays a checkpoint out."""
+def save(model, folder, kind="torch_dist", arguments=None):
+    """As megatron.training lays a checkpoint out; `arguments` of the run that trained it."""
     iteration = folder / "iter_0000003"
     iteration.mkdir(parents=True)
     (folder / "latest_checkpointed_iteration.txt").write_text("3")
-    arguments = argparse.Namespace(pipeline_model_parallel_size=1)
+    arguments = arguments or argparse.Namespace(pipeline_model_parallel_size=1)
     common = {"args": arguments, "iteration": 3, "checkpoint_version": 3.0, "optimizer": {"step": 3}}
     if kind == "torch_dist":
         state = model.sharded_state_dict(metadata={"singleton_local_shards": False})
