@@ -17,6 +17,7 @@ CONFIG = types.SimpleNamespace(
     variable_seq_lengths=False,
     cuda_graph_impl="none",
     num_layers=4,
+    is_hybrid_model=False,
 )
 INTERLEAVED = MHCConfig(pipeline_schedule="interleaved")
 VARIABLE = "CUDA_DEVICE_MAX_CONNECTIONS"
