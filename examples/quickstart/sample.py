@@ -10,7 +10,7 @@ from pathlib import Path
 
 from prepare_text import END_OF_DOCUMENT
 
-PROMPT = "    def "
+PROMPT = "        return "
 END_OF_LINE = 10
 
 

@@ -285,7 +285,7 @@ def test_the_quickstart_ends_by_a_sampled_line_and_code_that_loads_the_export(
         with contextlib.redirect_stdout(io.StringIO()) as text:
             program["quickstart"](program["Machine"](gpu=False, processes=2), 4, tmp_path)
         *_, sampled, exported, empty, first, second = text.getvalue().splitlines()
-        assert re.fullmatch(r"sampled     def .+", sampled) and not empty
+        assert re.fullmatch(r"sampled     return .+", sampled) and not empty
         assert exported.startswith(f"exported    {tmp_path / 'mhc' / 'exported'},")
         exec(f"{first.strip()}\n{second.strip()}", found := {})
         return found["model"].config.vocab_size
