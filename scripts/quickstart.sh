@@ -1,6 +1,7 @@
 #!/bin/bash
 # From a fresh machine to a small GPT with mHC and the same GPT without it, in minutes: finds a Python,
-# makes .venv, installs, trains both on the Python library's sources, plots.
+# makes .venv, installs, trains both on the Python library's sources, plots, exports the one with mHC for
+# transformers and samples a line from it.
 #
 #   bash scripts/quickstart.sh [--steps N] [--out FOLDER] [--cpu]
 #
@@ -12,5 +13,5 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-ensure_python train
+ensure_python train,export
 exec "$PYTHON" "$ROOT/examples/quickstart/run.py" "$@"

@@ -306,7 +306,7 @@ FEATURES = (
         YES,
         "[limits](docs/export.md); the logits of Megatron's local layers within 1e-4, fp32",
         (
-            "megatron/test_export.py::test_exported_model_has_the_logits_of_the_trained_one",
+            "megatron/test_export.py::test_exported_model_has_logits_and_loss_of_the_trained_one",
             "megatron/test_export.py::test_what_the_exported_model_has_no_form_for_is_refused_by_name",
         ),
     ),

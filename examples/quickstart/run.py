@@ -3,8 +3,8 @@
     python examples/quickstart/run.py          (or `bash scripts/quickstart.sh`, which installs first)
 
 Both go through Megatron's own `pretrain()`, with the same data and seed. All results are written to
-runs/quickstart/: data/, and per model log.txt, train.sh, tensorboard/; for mHC also checkpoint/ and
-resume.sh; and quickstart.png.
+runs/quickstart/: data/, and per model log.txt, train.sh, tensorboard/; for mHC also checkpoint/,
+resume.sh and exported/; and quickstart.png.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import shutil
 import subprocess
 import sys
 import time
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from settings import ROOT, Machine, data_arguments
@@ -135,8 +136,30 @@ def measure_gains(machine: Machine, out: Path) -> None:
     run(out / "gains.sh", out / "gains.log", "measuring the composite mapping")
 
 
+def exports() -> bool:
+    """Whether transformers is here, of a version that loads what is exported; it brings safetensors."""
+    try:
+        return int(version("transformers").split(".")[0]) >= 5
+    except PackageNotFoundError:
+        return False
+
+
+def export_and_sample(out: Path) -> str:
+    """Export the mHC checkpoint for transformers, and a line that the exported model says."""
+    folder = out / "mhc"
+    words = ["--load", str(folder / "checkpoint"), "--out", str(folder / "exported")]
+    write_script(folder / "export.sh", [sys.executable, "-m", "megatron_mhc.export", *words])
+    run(folder / "export.sh", folder / "export.log", "exporting the checkpoint")
+    line = folder / "sample.txt"
+    write_script(
+        folder / "sample.sh", [sys.executable, str(HERE / "sample.py"), str(folder / "exported"), str(line)]
+    )
+    run(folder / "sample.sh", folder / "sample.log", "sampling from the exported model")
+    return line.read_text()
+
+
 def quickstart(machine: Machine, steps: int, out: Path) -> None:
-    """Prepare the text, train both models, plot, and say where everything is."""
+    """Prepare the text, train both models, plot, export, sample, and say where everything is."""
     started = time.time()
     out.mkdir(parents=True, exist_ok=True)
     print(f"training on {machine}, {steps} steps each, results in {out}")
@@ -150,6 +173,8 @@ def quickstart(machine: Machine, steps: int, out: Path) -> None:
     measure_gains(machine, out)
     write_script(out / "plot.sh", [sys.executable, str(HERE / "report.py"), str(out)])
     run(out / "plot.sh", out / "plot.log", "plotting")
+    print("exporting the checkpoint, and sampling from what is exported ...", flush=True)
+    line = export_and_sample(out)
 
     print(f"\ndone in {(time.time() - started) / 60:.1f} minutes\n")
     print("validation loss (nats per byte)")
@@ -158,6 +183,10 @@ def quickstart(machine: Machine, steps: int, out: Path) -> None:
     print(f"plot        {out / 'quickstart.png'}")
     print(f"checkpoint  {out / 'mhc' / 'checkpoint'}")
     print(f"resume it   bash {out / 'mhc' / 'resume.sh'}      ({steps} more steps, at the lowest rate)")
+    print(f"sampled     {line}")
+    print(f"exported    {out / 'mhc' / 'exported'}, without Megatron loaded by\n")
+    print("    from transformers import AutoModelForCausalLM")
+    print(f'    model = AutoModelForCausalLM.from_pretrained("{out}/mhc/exported", trust_remote_code=True)')
 
 
 def main() -> int:
@@ -170,6 +199,8 @@ def main() -> int:
     args = parser.parse_args()
     if args.steps is not None and args.steps < 4:
         parser.error(f"--steps {args.steps}: give at least 4, or leave it out")
+    if not exports():
+        parser.error(f"{sys.executable} exports and samples by transformers 5: pip install 'transformers>=5'")
     machine = Machine.find(args.cpu)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:

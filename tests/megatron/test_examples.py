@@ -66,6 +66,16 @@ def test_the_quickstart_logs_what_plot_draws(tmp_path, monkeypatch):
     assert "--mhc" not in (tmp_path / "plain" / "train.sh").read_text()
 
 
+def test_the_quickstart_asks_for_transformers_before_it_trains(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(EXAMPLES / "quickstart"))
+    run = runpy.run_path(str(EXAMPLES / "quickstart" / "run.py"))
+    run["main"].__globals__.update(version=lambda _: "4.57.1", quickstart=lambda *_: None)
+    monkeypatch.setattr("sys.argv", ["run.py", "--cpu"])
+    with pytest.raises(SystemExit, match="2"):
+        run["main"]()
+    assert "pip install 'transformers>=5'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("script", sorted(p.name for p in EXAMPLES.glob("*.s*") if p.suffix != ".py"))
 def test_script_parses(script):
     subprocess.run(["bash", "-n", str(EXAMPLES / script)], check=True)

@@ -66,7 +66,7 @@ def trained(words):
     """The model that megatron.training builds of these arguments, with random weights, and the arguments."""
     gpt.start()
     args, config, mhc = command_line.parse(shlex.split(BASE + words), 1)
-    args.padded_vocab_size = 64
+    args.padded_vocab_size = args.vocab_size
     spec = get_gpt_decoder_block_spec(
         config, use_transformer_engine=False, normalization=config.normalization
     )
@@ -101,11 +101,11 @@ def exported(model, args, path, kind, monkeypatch):
     return loaded
 
 
-def logits(model, tokens):
-    """Of Megatron's model, [b, s, vocabulary]."""
+def logits(model, tokens, labels=None):
+    """Of Megatron's model, [b, s, vocabulary]; with labels the loss of each token, [b, s]."""
     b, s = tokens.shape
     mask = torch.ones(1, 1, s, s, dtype=torch.bool).triu(1)
-    return model(tokens, torch.arange(s).expand(b, s), mask)
+    return model(tokens, torch.arange(s).expand(b, s), mask, labels=labels)
 
 
 def greedy(model, tokens, count):
@@ -115,8 +115,11 @@ def greedy(model, tokens, count):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_exported_model_has_the_logits_of_the_trained_one(run_ranks, tmp_path, monkeypatch, case):
-    """Whole, token by token with the KV cache, and padded on the left; for GQA also 64 greedy tokens."""
+def test_exported_model_has_logits_and_loss_of_the_trained_one(run_ranks, tmp_path, monkeypatch, case):
+    """Whole, token by token with the KV cache, and padded on the left; for GQA also 64 greedy tokens.
+
+    The loss is the mean cross entropy of a batch, which Megatron logs.
+    """
     kind = "torch" if list(CASES).index(case) % 2 else "torch_dist"
 
     @torch.no_grad()
@@ -134,16 +137,18 @@ def test_exported_model_has_the_logits_of_the_trained_one(run_ranks, tmp_path, m
         padding = torch.tensor([[0] * 3 + [1] * 12] * 2)
         padded = ours(torch.cat([tokens[:, :3], tokens], 1), attention_mask=padding).logits[:, 3:]
         found = [(logit - expected).abs().max().item() for logit in (whole, torch.cat(parts, 1), padded)]
+        losses = ours(tokens, labels=tokens).loss, logits(model, tokens[:, :-1], tokens[:, 1:]).mean()
         texts = None
         if case == "gqa":
             how = dict(max_new_tokens=64, do_sample=False, disable_compile=True)
             continued = [ours.generate(tokens, **how, cache_implementation=c) for c in ("dynamic", "static")]
             texts = [text.tolist() for text in (*continued, greedy(model, tokens, 64))]
-        return found, expected.std().item(), texts
+        return found, expected.std().item(), [loss.item() for loss in losses], texts
 
-    found, spread, texts = run_ranks(1, compare)[0]
+    found, spread, (loss, loss_of_megatron), texts = run_ranks(1, compare)[0]
     assert spread > 0.1
     assert max(found) <= 1e-4 * spread
+    assert loss == pytest.approx(loss_of_megatron, rel=1e-5)
     if case == "gqa":
         ours, static, theirs = texts
         assert ours == static == theirs and len(ours[0]) == 76
@@ -254,6 +259,38 @@ def test_the_commands_of_the_page_run_in_their_order(run_ranks, tmp_path, monkey
     assert generated == loaded
     assert all(re.fullmatch(r"w\d+", word) for word in generated.split())
     assert 10 < len(generated.split()) <= 3 + 64
+
+
+def test_the_quickstart_ends_by_a_sampled_line_and_code_that_loads_the_export(
+    run_ranks, tmp_path, monkeypatch
+):
+    """Of a checkpoint that is there: nothing is trained, measured or drawn."""
+    monkeypatch.syspath_prepend(str(ROOT / "examples" / "quickstart"))
+    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    program = runpy.run_path(str(ROOT / "examples" / "quickstart" / "run.py"))
+    steps = program["quickstart"].__globals__
+
+    def in_this_process(script, command):
+        if script.name in ("export.sh", "sample.sh"):
+            sys.argv = command[1:] if command[1] != "-m" else command[2:]
+            start = runpy.run_path if command[1] != "-m" else runpy.run_module
+            with contextlib.redirect_stdout(io.StringIO()):
+                start(sys.argv[0], run_name="__main__")
+
+    def quickstart():
+        model, args = trained(CASES["gqa"] + " --vocab-size 320")
+        save(model, tmp_path / "mhc" / "checkpoint", "torch_dist", args)
+        steps.update(write_script=in_this_process, run=lambda *_: {}, measure_gains=lambda *_: None)
+        steps["train"] = lambda *_: {"final": [(4, 5.0)]}
+        with contextlib.redirect_stdout(io.StringIO()) as text:
+            program["quickstart"](program["Machine"](gpu=False, processes=2), 4, tmp_path)
+        *_, sampled, exported, empty, first, second = text.getvalue().splitlines()
+        assert re.fullmatch(r"sampled     return .+", sampled) and not empty
+        assert exported.startswith(f"exported    {tmp_path / 'mhc' / 'exported'},")
+        exec(f"{first.strip()}\n{second.strip()}", found := {})
+        return found["model"].config.vocab_size
+
+    assert run_ranks(1, quickstart) == [320]
 
 
 def test_users_mistakes_name_the_remedy(run_ranks, tmp_path):
