@@ -51,9 +51,17 @@ def write_torch(saved: State, file: Path) -> None:
     torch.save({key: value for key, value in saved.items() if key not in RUN_STATE}, file)
 
 
+def save_safetensors(tensors: dict[str, Any], path: Path) -> None:
+    """Save a .safetensors file, which others may read where they may any new file."""
+    path.touch()
+    mode = path.stat().st_mode
+    import_safetensors().torch.save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(mode)
+
+
 def write_published(tensors: dict[str, Any], path: Path) -> None:
     """Save a .safetensors file, or torch.save's under any other ending."""
     if path.suffix == ".safetensors":
-        import_safetensors().torch.save_file(tensors, path)
+        save_safetensors(tensors, path)
     else:
         torch.save(tensors, path)

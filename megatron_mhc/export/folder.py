@@ -10,8 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from megatron_mhc import __version__
-from megatron_mhc.convert.read import import_safetensors
-from megatron_mhc.convert.write import staged
+from megatron_mhc.convert.write import save_safetensors, staged
 from megatron_mhc.export import settings, weights
 
 MODELING = Path(__file__).with_name("modeling_mhc_gpt.py")
@@ -104,8 +103,7 @@ def write(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> N
         part = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
         name = f"model{part}.safetensors"
         index |= dict.fromkeys(keys, name)
-        held = {key: tensors[key] for key in keys}
-        import_safetensors().torch.save_file(held, folder / name, metadata={"format": "pt"})
+        save_safetensors({key: tensors[key] for key in keys}, folder / name)
     if len(shards) > 1:
         total = {"total_size": sum(tensor.nbytes for tensor in tensors.values())}
         _write_json(folder / "model.safetensors.index.json", {"metadata": total, "weight_map": index})

@@ -250,6 +250,7 @@ def test_the_commands_of_the_page_run_in_their_order(run_ranks, tmp_path, monkey
                 runpy.run_module(program, run_name="__main__", alter_sys=True)
             printed.append(text.getvalue())
         assert (tmp_path / "folder" / "model.safetensors.index.json").exists()
+        assert len({file.stat().st_mode for file in (tmp_path / "folder").glob("*.*")}) == 1
         with contextlib.redirect_stdout(io.StringIO()) as text:
             exec(python)
         return printed, text.getvalue()
