@@ -41,7 +41,8 @@ OTHER_LAYOUT = (
 )
 _OPTIMIZER = (
     "is of a model without mHC's parameters (a plain one, or fixed mappings), and so is the optimizer "
-    f"state in it: pass --finetune, or --no-load-optim, and {flag('load_dense')}, which both need"
+    f"state in it: pass --finetune, or --no-load-optim, and {flag('load_dense')}, which both need (where a "
+    "HybridModel loads a GPT's checkpoint, Megatron looks at --no-load-optim alone)"
     f"{in_options('load_dense', True)}"
 )
 

@@ -8,7 +8,7 @@ from typing import Any
 from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import nn
+from torch import Tensor, nn
 
 from megatron_mhc import hooks
 from megatron_mhc.carried import StreamsModule
@@ -65,6 +65,12 @@ class HyperConnectionHybridStack(StreamsModule, HybridStack):
         refuse(STACK, self, mhc)
         if self.post_process and self.post_layer_norm:
             self.final_norm = ContractNorm(config, mhc, self.final_norm)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """HybridStack's forward, whose output is never its input: Megatron's schedules free what was sent."""
+        hidden_states = super().forward(*args, **kwargs)
+        passes_on = not self.layers and not (self.post_process and self.post_layer_norm)
+        return hidden_states.clone() if passes_on else hidden_states
 
 
 def wrap_hybrid_spec(spec: ModuleSpec, mhc: MHCConfig) -> ModuleSpec:

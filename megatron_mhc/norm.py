@@ -38,17 +38,32 @@ class FoldedNorm:
     """The norm in front of one F, for that connection's `pre`.
 
     Args:
+        layer, path: where the owner stands.
         owner: the module that has its weight, [C], as `name`.
         eps, zero_centered: see `ReadNorm`.
     """
 
+    layer: nn.Module
+    path: tuple[str, ...]
     owner: nn.Module
     name: str
     eps: float
     zero_centered: bool
 
     def read(self) -> ReadNorm:
-        """The norm, with its weight gathered: `pre` runs ahead of the owner."""
+        """The norm, with its weight gathered: `pre` runs ahead of the owner.
+
+        Raises:
+            ValueError: something that has not the owner inside, as an adapter has, took its place.
+        """
+        module: nn.Module | None = self.layer
+        for name in self.path:
+            module = None if module is None else module._modules.get(name)
+        if module is not self.owner and all(module is not self.owner for module in self.layer.modules()):
+            raise ValueError(
+                f"{flag('norm')}: `pre` reads the {self.name} of the {'.'.join(self.path)} that the layer "
+                f"was built with, and another stands there: wrap the first, or use {flag('norm')} apart"
+            )
         gather_parameters(self.owner)
         return ReadNorm(getattr(self.owner, self.name), self.eps, self.zero_centered)
 
@@ -92,11 +107,11 @@ def folded_in(layer: TransformerLayer, f: str) -> FoldedNorm | None:
     """The norm of a built layer's `self_attention` or `mlp`, if it is left to `pre`."""
     norm: Any = getattr(layer, _NORMS[f])
     linear: Any = getattr(getattr(layer, f), _LINEARS[f], None)
-    eps, zero_centered = layer.config.layernorm_epsilon, layer.config.layernorm_zero_centered_gamma
+    settings = layer.config.layernorm_epsilon, layer.config.layernorm_zero_centered_gamma
     if isinstance(norm, PassesOn):
-        return FoldedNorm(norm, "weight", eps, zero_centered)
+        return FoldedNorm(layer, (_NORMS[f],), norm, "weight", *settings)
     if type(linear) is _linear():
-        return FoldedNorm(linear, "layer_norm_weight", eps, zero_centered)
+        return FoldedNorm(layer, (f, _LINEARS[f]), linear, "layer_norm_weight", *settings)
     return None
 
 

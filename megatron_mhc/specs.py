@@ -14,6 +14,7 @@ check_version()  # another Megatron may lack what is imported below
 
 from megatron.core.models.hybrid.hybrid_block import HybridStackSubmodules
 from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
+from megatron.core.num_microbatches_calculator import StepBatchsizeNumMicroBatchesCalculator
 from megatron.core.transformer import transformer_block
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
@@ -181,4 +182,10 @@ def launch_of(args: Any) -> Launch | None:
     if not all(sizes):
         return None
     sequence, micro_batch, batch, ranks = sizes
-    return Launch(sequence, micro_batch, max(1, batch // (micro_batch * ranks)))
+    batches = [batch]
+    if steps := getattr(args, "step_batch_size_schedule", None):  # and none is --global-batch-size
+        batches = [size for _, size in StepBatchsizeNumMicroBatchesCalculator._parse_schedule(steps, None)]
+    *others, count = (max(1, size // (micro_batch * ranks)) for size in batches)
+    if evaluated := getattr(args, "eval_global_batch_size", None):
+        others.append(max(1, evaluated // ((args.eval_micro_batch_size or micro_batch) * ranks)))
+    return Launch(sequence, micro_batch, count, tuple(others))

@@ -242,6 +242,10 @@ SPEC_USES: tuple[Use, ...] = (
     Use(f"{_TRAINING}:get_args", ""),
     Use(f"{_TRAINING}.models.gpt:default_layer_spec", "config, vp_stage"),
     Use(f"{_TRAINING}.argument_utils:gpt_config_from_args", "args, config, model_config_cls"),
+    Use(
+        "megatron.core.num_microbatches_calculator:StepBatchsizeNumMicroBatchesCalculator._parse_schedule",
+        "schedule_str, seq_length",
+    ),
 )
 
 # Of pretrain_gpt.py.

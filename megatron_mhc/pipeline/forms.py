@@ -80,13 +80,14 @@ def nothing_to_choose(config: Any, launch: Launch | None) -> str | None:
 
 def obstacle(config: Any, mhc: MHCConfig, launch: Launch, form: Form) -> str | None:
     """What keeps a configuration from a form, or None."""
-    pp, count = config.pipeline_model_parallel_size, launch.micro_batches
+    pp, counts = config.pipeline_model_parallel_size, (launch.micro_batches, *launch.others)
     group = max(pp, config.microbatch_group_size_per_vp_stage or 0)
     if form == STOCK:
-        if 0 < count % group < pp:
-            return f"{count} microbatches leave a group of {count % group}, fewer than {pp} ranks"
-    elif pp < group > count:
-        return f"--microbatch-group-size-per-virtual-pipeline-stage {group} of {count} microbatches"
+        for count in counts:
+            if 0 < count % group < pp:
+                return f"{count} microbatches leave a group of {count % group}, fewer than {pp} ranks"
+    elif pp < group > min(counts):
+        return f"--microbatch-group-size-per-virtual-pipeline-stage {group} of {min(counts)} microbatches"
     elif mhc.pp_boundary not in (AUTO, form.boundary):
         return f"--mhc-pp-boundary {mhc.pp_boundary}"
     elif form != PLAINEST and getattr(config, "heterogeneous_block_specs", False):

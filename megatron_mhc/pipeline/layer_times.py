@@ -15,11 +15,16 @@ PASSES, POST_PASSES, BACKWARD_PASSES = 2.5, 1.5, 5.0  # forward, post_res of it,
 
 
 class Launch(NamedTuple):
-    """A step as a launch asks for it: tokens of a sequence, sequences of a microbatch, microbatches."""
+    """A step as a launch asks for it: tokens of a sequence, sequences of a microbatch, microbatches.
+
+    Args:
+        others: microbatches of its other steps: of smaller batches, and of evaluation.
+    """
 
     sequence: int
     micro_batch: int
     micro_batches: int
+    others: tuple[int, ...] = ()
 
 
 class Layer(NamedTuple):

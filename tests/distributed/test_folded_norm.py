@@ -97,6 +97,36 @@ def test_a_weight_is_gathered_before_pre_reads_it(run_ranks):
     assert run_ranks(1, gathered_late, "moe")[0] == pytest.approx(reference("moe", APART).loss, rel=1e-10)
 
 
+class Wrapper(torch.nn.Module):
+    def __init__(self, to_wrap):
+        super().__init__()
+        self.to_wrap = to_wrap
+
+    def forward(self, *args):
+        return self.to_wrap(*args)
+
+
+def replaced(replacement):
+    """The loss where something took a norm's place after the model was built."""
+    ONE.initialize()
+    config = ONE.config("dense")
+    chunks = build(ONE, config, "dense", folded())
+    layer = chunks[0].module.decoder.layers[1]
+    layer.input_layernorm = replacement(layer.input_layernorm)
+    return iterate(chunks, config)
+
+
+def test_a_norm_may_be_wrapped_and_is_missed_where_it_was_replaced(run_ranks):
+    """By an adapter; and by a norm that `pre` would not read, of its own output."""
+    assert run_ranks(1, replaced, Wrapper)[0] == pytest.approx(reference("dense", APART).loss, rel=1e-10)
+
+    def another():
+        with pytest.raises(ValueError, match="the weight of the input_layernorm that the layer was built"):
+            replaced(lambda norm: torch.nn.RMSNorm(norm.weight.shape, norm.eps, dtype=norm.weight.dtype))
+
+    run_ranks(1, another)
+
+
 @pytest.mark.parametrize(
     "kind, graphed",
     [("dense", te()), ("moe_shared", te(*PREPROCESS))]

@@ -84,9 +84,10 @@ LAYOUTS = {
     "pp2_mla": (2, Layout(pp=2), "+-|+-"),
     "pp2_mtp": (2, Layout(pp=2), "*-|*-/*-"),
     "pp2_last_stage_without_layers": (2, Layout(pp=2), "*-*-|"),
+    "pp2_vpp2_stage_without_layers": (2, Layout(pp=2, vpp=2), "*-||*|E"),  # stock: wrong gradients
 }
 FEW = {("tp2", 2), ("tp2_pp2_sp", 2), ("tp2_sp_mamba", 2), ("pp2_mla", 2), ("pp2_mtp", 2)}
-FEW |= {("pp2_last_stage_without_layers", 2), ("pp2_mamba", 2)}
+FEW |= {("pp2_last_stage_without_layers", 2), ("pp2_vpp2_stage_without_layers", 2), ("pp2_mamba", 2)}
 
 
 @pytest.mark.parametrize(

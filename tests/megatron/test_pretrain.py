@@ -172,3 +172,16 @@ def test_a_hybrid_model_goes_on_from_the_checkpoint_of_the_same_gpt(tmp_path):
     found, output = launch(tmp_path / "hybrid", *common, *load, "--hybrid-layer-pattern", "*-*-|*-*-")
     assert "4 GPT layers feed 4 attention and 4 MLP positions" in output
     torch.testing.assert_close(torch.tensor(found), torch.tensor(values[2:]), rtol=1e-6, atol=0)
+
+
+@pytest.mark.slow
+def test_a_hybrid_model_starts_from_the_checkpoint_of_a_plain_gpt(tmp_path):
+    """Megatron asks for a GPT's optimizer state under --finetune too."""
+    common = "--train-iters 4 --save-interval 2 --pipeline-model-parallel-size 2".split()
+    launch(tmp_path / "gpt", "--no-mhc", *common, "--save", str(tmp_path / "checkpoint"))
+    load = ["--load", str(tmp_path / "checkpoint"), "--ckpt-step", "2", "--mhc-load-dense", *common]
+    load += ["--hybrid-layer-pattern", "*-*-|*-*-"]
+    code, output = attempt(tmp_path / "refused", "--mhc-num-residual-streams", "4", *load, "--finetune")
+    assert code != 0 and "Megatron looks at --no-load-optim alone" in output
+    values, _ = launch(tmp_path / "hybrid", "--mhc-num-residual-streams", "4", *load, "--no-load-optim")
+    assert len(values) == 2

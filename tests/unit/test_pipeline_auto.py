@@ -158,6 +158,8 @@ def test_a_plainer_form_is_kept_inside_the_margin(monkeypatch, steps, taken):
         (config(microbatch_group_size_per_vp_stage=16), AUTO, LAUNCH, [STOCK]),
         # Megatron's own schedule stops, exchanges the wrong tensors, or leaves weight gradients.
         (config(), AUTO, Launch(4096, 2, 7), [WHOLE, SPLIT]),
+        (config(), AUTO, Launch(4096, 2, 8, (4, 7)), [WHOLE, SPLIT]),
+        (config(microbatch_group_size_per_vp_stage=4), AUTO, Launch(4096, 2, 8, (2,)), [STOCK]),
         (config(overlap_p2p_comm=False, batch_p2p_comm=True), AUTO, LAUNCH, [WHOLE, SPLIT]),
         (moe(delay_wgrad_compute=True, overlap_moe_expert_parallel_comm=True), AUTO, LAUNCH, list(FORMS[3:])),
     ],
@@ -280,5 +282,8 @@ def test_sizes_of_a_step_come_from_megatrons_arguments():
 
     args = types.SimpleNamespace(seq_length=8, micro_batch_size=2, global_batch_size=24, data_parallel_size=3)
     assert launch_of(args) == Launch(8, 2, 4)
+    args.step_batch_size_schedule, args.eval_global_batch_size = "0:12 1M:30 8:18", 9
+    args.eval_micro_batch_size = 1
+    assert launch_of(args) == Launch(8, 2, 5, (2, 3, 3))  # the last size, and then those of evaluation
     args.global_batch_size = None
     assert launch_of(args) is None
