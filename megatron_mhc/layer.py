@@ -16,7 +16,7 @@ from megatron.core.transformer.transformer_layer import (
     TransformerLayerSubmodules,
 )
 from megatron.core.utils import make_viewless_tensor
-from torch import Tensor, nn
+from torch import Tensor
 
 from megatron_mhc import norm, parallel
 from megatron_mhc.backend import Backend
@@ -38,13 +38,12 @@ class BetweenStreams(MegatronModule):
     sublayers: tuple[SubLayer, ...]
     held: Held  # by its CUDA graph
 
-    def connection(
-        self, f: nn.Module, at: int, chunks: ModelChunks, folded: norm.FoldedNorm | None = None
-    ) -> HyperConnectionModule | None:
-        """A connection around f, the sub-layer `at` of this layer; None around an IdentityOp."""
-        if isinstance(f, IdentityOp):
+    def connection(self, f: str, at: int, chunks: ModelChunks) -> HyperConnectionModule | None:
+        """A connection around the module f, the sub-layer `at` of this layer; None around an IdentityOp."""
+        if isinstance(getattr(self, f), IdentityOp):
             return None
         index = chunks.each * (self.layer_number - 1) + at % chunks.each
+        folded = norm.folded_in(self, f)
         return HyperConnectionModule(self.config, self.mhc, index, chunks.reserved_sms, folded)
 
     def parts(self) -> list[tuple[HyperConnectionModule, Callable[..., Tensor]]]:
@@ -110,10 +109,8 @@ class HyperConnectionTransformerLayer(BetweenStreams, TransformerLayer, GraphEdg
         super().__init__(config, norm.fold(submodules, config, mhc), layer_number, **kwargs)
         self.mhc, self.eager = mhc, False
         chunks = chunks or ModelChunks(config, mhc, layers=1)
-        before_attention, before_mlp = (norm.folded_in(self, f) for f in ("self_attention", "mlp"))
-        first, second = (self.self_attention, 0), (self.mlp, 1)
-        self.self_attention_hyper_connection = self.connection(*first, chunks, before_attention)
-        self.mlp_hyper_connection = self.connection(*second, chunks, before_mlp)
+        self.self_attention_hyper_connection = self.connection("self_attention", 0, chunks)
+        self.mlp_hyper_connection = self.connection("mlp", 1, chunks)
         self.join(chunks, Held.of(self))
 
     def parts(self) -> list[tuple[HyperConnectionModule, Callable[..., Tensor]]]:

@@ -46,7 +46,7 @@ class HyperConnectionMambaLayer(BetweenStreams, MambaLayer):
         super().__init__(config, submodules, layer_number, **kwargs)
         self.mhc = mhc
         chunks = chunks or ModelChunks(config, mhc, layers=1, each=1)
-        self.mixer_hyper_connection = self.connection(self.mixer, 0, chunks)
+        self.mixer_hyper_connection = self.connection("mixer", 0, chunks)
         self.join(chunks, Held())
 
     def parts(self) -> list[tuple[HyperConnectionModule, Callable[..., Tensor]]]:

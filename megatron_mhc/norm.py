@@ -21,7 +21,7 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 from torch import nn
 
 from megatron_mhc.backend import H100, choose, device_type, folds_norm, why_norms_apart
@@ -103,8 +103,10 @@ def fold(
     return replace(submodules, **changed)
 
 
-def folded_in(layer: TransformerLayer, f: str) -> FoldedNorm | None:
-    """The norm of a built layer's `self_attention` or `mlp`, if it is left to `pre`."""
+def folded_in(layer: Any, f: str) -> FoldedNorm | None:
+    """The norm of a built layer's F, if it is left to `pre`; that of a `mixer` never is."""
+    if f not in _NORMS:
+        return None
     norm: Any = getattr(layer, _NORMS[f])
     linear: Any = getattr(getattr(layer, f), _LINEARS[f], None)
     settings = layer.config.layernorm_epsilon, layer.config.layernorm_zero_centered_gamma

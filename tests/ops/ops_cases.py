@@ -117,3 +117,19 @@ def compare(tensors, dtype, v4, iterations=20, norm=None):
     for name, a, b in zip(names[alphas], got[alphas], want[alphas], strict=True):
         errors["d " + name] = ((a.double() - b).norm() / size).item()
     return errors
+
+
+def replayed(step):
+    """What `step` returns, from the second replay of its CUDA graph on another stream."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=side):
+            got = step()
+        for _ in range(2):
+            graph.replay()
+        got = [tensor.clone() for tensor in got]  # its memory is the graph's, which ends here
+    torch.cuda.synchronize()
+    return got

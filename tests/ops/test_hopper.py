@@ -16,6 +16,7 @@ from ops_cases import (
     error,
     inputs,
     norm_like,
+    replayed,
     triton_connection,
 )
 from ops_chains import biased, chain, check_replay, connections, optimize, results, two_in_a_row
@@ -309,16 +310,7 @@ def test_results_with_a_norm_repeat_bit_for_bit_alone_and_in_graphs(tokens, chan
     want = [t.detach().clone() for t in norm_step()]
     for _ in range(2):
         same(norm_step(), want)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        norm_step()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=side):
-            got = norm_step()
-        for _ in range(2):
-            graph.replay()
-    torch.cuda.synchronize()
+    got = replayed(norm_step)
     same(got, want)
 
 

@@ -15,6 +15,7 @@ from ops_cases import (
     error,
     inputs,
     reference_connection,
+    replayed,
     triton_connection,
 )
 
@@ -103,15 +104,6 @@ def test_replayed_graph_on_another_stream_gives_the_same_bits():
         return [layer_input, streams, *torch.autograd.grad(loss, leaves)]
 
     want = [t.detach().clone() for t in step()]
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=side):
-            got = step()
-        for _ in range(2):
-            graph.replay()
-    torch.cuda.synchronize()
+    got = replayed(step)
     for a, b in zip(got, want, strict=True):
         assert torch.equal(a, b)
