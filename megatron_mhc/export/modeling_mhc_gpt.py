@@ -12,6 +12,8 @@ from transformers import DynamicCache, GenerationMixin, PreTrainedConfig, PreTra
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 V4_EPS = 1e-6
+# The KV cache's name from transformers 5.24 on, and below; `forward` takes both.
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
 class MHCGPTConfig(PreTrainedConfig):
@@ -382,17 +384,19 @@ class MHCGPTForCausalLM(PreTrainedModel, GenerationMixin):
         input_ids=None,
         attention_mask=None,
         position_ids=None,
-        past_key_values=None,
+        cache=None,
         inputs_embeds=None,
         labels=None,
         use_cache=None,
         logits_to_keep=0,
+        past_key_values=None,
         **kwargs,
     ):
-        if past_key_values is None and use_cache:
-            past_key_values = DynamicCache()
+        cache = past_key_values if cache is None else cache
+        if cache is None and use_cache:
+            cache = DynamicCache()
         x = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        hidden = self.model(x, attention_mask, position_ids, past_key_values)
+        hidden = self.model(x, attention_mask, position_ids, cache)
         logits = self.lm_head(hidden[:, -logits_to_keep:])  # 0 keeps all
         loss = None if labels is None else self.loss_function(logits, labels, self.config.vocab_size)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: cache})

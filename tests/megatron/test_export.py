@@ -129,14 +129,18 @@ def test_exported_model_has_logits_and_loss_of_the_trained_one(run_ranks, tmp_pa
         tokens = torch.randint(0, 64, (2, 12), generator=torch.Generator().manual_seed(0))
         whole = ours(tokens).logits
         expected = logits(model, tokens)
-        cache, parts = None, []
-        for piece in (tokens[:, :5], *tokens[:, 5:].split(1, dim=1)):
-            done = ours(piece, past_key_values=cache, use_cache=True)
-            cache = done.past_key_values
-            parts.append(done.logits)
+        # By both names of the cache: transformers 5.24 renamed it.
+        parts = {"cache": [], "past_key_values": []}
+        for name, logits_of_pieces in parts.items():
+            cache = None
+            for piece in (tokens[:, :5], *tokens[:, 5:].split(1, dim=1)):
+                done = ours(piece, **{name: cache}, use_cache=True)
+                cache = next(done[key] for key in ("cache", "past_key_values") if key in done)
+                logits_of_pieces.append(done.logits)
         padding = torch.tensor([[0] * 3 + [1] * 12] * 2)
         padded = ours(torch.cat([tokens[:, :3], tokens], 1), attention_mask=padding).logits[:, 3:]
-        found = [(logit - expected).abs().max().item() for logit in (whole, torch.cat(parts, 1), padded)]
+        stepwise = (torch.cat(pieces, 1) for pieces in parts.values())
+        found = [(logit - expected).abs().max().item() for logit in (whole, *stepwise, padded)]
         losses = ours(tokens, labels=tokens).loss, logits(model, tokens[:, :-1], tokens[:, 1:]).mean()
         texts = None
         if case == "gqa":
