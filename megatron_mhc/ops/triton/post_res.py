@@ -83,18 +83,21 @@ def streams_like(x: Tensor, f: Tensor) -> Tensor:
     return torch.empty_like(x) if f.dim() == 2 else x.new_empty((*f.shape[:2], x.shape[1] * x.shape[2]))
 
 
-def post_res_forward(x: Tensor, f: Tensor, mappings: Tensor, f_bias: Tensor | None = None) -> Tensor:
+def post_res_forward(
+    x: Tensor, f: Tensor, mappings: Tensor, f_bias: Tensor | None = None, out: Tensor | None = None
+) -> Tensor:
     """x' of x: [T, n, C], f: [T, C] and coefficients [T, n*n+2n] fp32; in x's dtype.
 
     Where f is [s, b, C], x' is [s, b, n*C].
 
     Args:
         f_bias: [C] in f's dtype, which is added to f, with the bits of an addition of its own.
+        out: where x' goes; by default new memory.
 
     Source: arXiv 2512.24880 Eq. (3).
     """
     T, n, C = x.shape
-    out = streams_like(x, f)
+    out = streams_like(x, f) if out is None else out
     if T:
         grid, sizes = programs(T, C)
         _post_res_kernel[grid](x, f, f_bias, mappings, out, T, C, n, *sizes, num_warps=4)
