@@ -18,7 +18,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any, TypeVar, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -56,10 +56,8 @@ _ROWS: tuple[Refusal, ...] = (
     ),
 )  # fmt: skip
 
-Model = TypeVar("Model", bound=torch.nn.Module)
 
-
-def accelerate(model: Model, backend: str = "auto") -> Model:
+def accelerate[Model: torch.nn.Module](model: Model, backend: str = "auto") -> Model:
     """Have Megatron's own connections in a model compute by the plugin's kernels, and return the model.
 
     Args:
@@ -75,7 +73,9 @@ def accelerate(model: Model, backend: str = "auto") -> Model:
     theirs = _connection_of_megatron()
     found = [module for module in model.modules() if type(module) is theirs]
     if not found:
-        raise ValueError("accelerate(): no connection in this model; build it with --enable-hyper-connections")
+        raise ValueError(
+            "accelerate(): no connection in this model; build it with --enable-hyper-connections"
+        )
     for module in found:
         refuse(_ROWS, module.config)
         if {module.norm_eps, module.sinkhorn_eps, module.compute_h_eps} != {EPS}:
@@ -85,7 +85,7 @@ def accelerate(model: Model, backend: str = "auto") -> Model:
     return model
 
 
-def _connection_of_megatron() -> type[torch.nn.Module]:
+def _connection_of_megatron() -> Any:
     """Megatron's HyperConnectionModule.
 
     Raises:
@@ -110,8 +110,8 @@ def _connection_of_megatron() -> type[torch.nn.Module]:
     outputs = inspect.signature(HyperConnectionModule.forward, eval_str=True).return_annotation
     if len(get_args(outputs)) != _OUTPUTS:
         raise ValueError(
-            f"accelerate(): {_WHERE}.HyperConnectionModule.forward returns {outputs}, not {_OUTPUTS} tensors; "
-            "this Megatron is not the one that megatron_mhc.native is written for"
+            f"accelerate(): {_WHERE}.HyperConnectionModule.forward returns {outputs}, not {_OUTPUTS} "
+            "tensors; this Megatron is not the one that megatron_mhc.native is written for"
         )
     return HyperConnectionModule
 
@@ -221,19 +221,20 @@ def _recomputed(manager: Any, output: Tensor, write: Callable[[Tensor], Any]) ->
     """Have a block of --recompute-modules mhc drop the output, and bring it back by `write`."""
     from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
 
+    nbytes = output.untyped_storage().nbytes()
+
     class Replayed(CheckpointWithoutOutput):
         def __init__(self) -> None:
             super().__init__()
-            self.outputs, self.write = (output,), write
-            self.nbytes = output.untyped_storage().nbytes()
+            self.outputs: tuple[Tensor, ...] = (output,)  # that the manager drops
+            self.write: Callable[[Tensor], Any] = write
 
         def _recompute(self, _: Any) -> None:
-            if self.outputs is None:  # brought back
-                return
-            (dropped,) = self.outputs
-            dropped.untyped_storage().resize_(self.nbytes)
-            with torch.no_grad():
-                self.write(dropped.detach())
-            self.outputs = self.write = None
+            for dropped in self.outputs:
+                dropped.untyped_storage().resize_(nbytes)
+                with torch.no_grad():
+                    self.write(dropped.detach())
+                del self.write
+            self.outputs = ()  # brought back
 
     manager.add_checkpoint(Replayed())

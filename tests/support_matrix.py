@@ -357,6 +357,15 @@ FEATURES = (
         (_REFUSALS + "two_stages_with_virtual_ones_need_overlapped_p2p",),
     ),
     Feature(
+        "Megatron's own mHC, of its branch `dev`, by these kernels",
+        YES,
+        "[limits](native.md); in CI under a stand-in for its module",
+        (
+            "megatron/test_native.py::test_accelerated_connections_equal_megatrons",
+            "megatron/test_native.py::test_recomputed_connections_have_the_bits_of_kept_ones",
+        ),
+    ),
+    Feature(
         "Megatron-Core 0.20 and branches with `hyper_connection.py`",
         REFUSED,
         "their own mHC has the same names",
