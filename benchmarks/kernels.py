@@ -10,6 +10,8 @@ errors   relative L2 against float64 of every output and gradient, over many dra
          gradient of an alpha, a sum that cancels, is luck
 norms    connections in a row, each with the RMSNorm in front of F: folded into the kernels, behind the same
          kernels, and behind Transformer Engine's, see norms; `x floor` is of a connection without
+native   connections in a row of Megatron's own mHC, with its operations and with these, and their errors, see
+         native; by itself, since it needs another Megatron
 stages   what a tile of the Hopper kernels does when, see hopper_stages
 
 Numbers are of a connection, medians over alternating rounds:
@@ -50,7 +52,7 @@ from benchmarks.harness import (
 )
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-SECTIONS = ("ops", "rivals", "errors", "norms", "stages")
+SECTIONS = ("ops", "rivals", "errors", "norms", "native", "stages")
 GRADS = ("x", "weight", "bias", "alpha_pre", "alpha_post", "alpha_res")
 
 
@@ -98,6 +100,7 @@ def plugin(
     boundary: str = "auto",
     compiled: bool = False,
     exact: bool = False,
+    preset: str = "paper",
 ) -> Connections:
     """The plugin's connections.
 
@@ -113,7 +116,7 @@ def plugin(
     tokens, n, width = x.shape
     dtype = torch.float64 if exact else x.dtype
     config = TransformerConfig(num_layers=1, hidden_size=width, num_attention_heads=1, params_dtype=dtype)
-    mhc = MHCConfig(num_residual_streams=n, backend=backend, boundary=boundary)
+    mhc = MHCConfig(num_residual_streams=n, preset=preset, backend=backend, boundary=boundary)
     row = [HyperConnectionModule(config, mhc, at).cuda() for at in range(count)]
     for connection in row:
         set_parameters(connection, values)
@@ -281,14 +284,14 @@ def measure(
         report.add(section, names[name], failed.get(name) or timed[name].row(stream_us))
 
 
-def errors(make: Provider, width: int, options: argparse.Namespace) -> Row:
+def errors(make: Provider, width: int, options: argparse.Namespace, preset: str = "paper") -> Row:
     """Relative L2 of 1024 tokens' outputs and gradients, all seeds together."""
     n, dtype, tokens = options.n, DTYPES[options.dtype], 64 if options.tiny else 1024
     missed: dict[str, float] = dict.fromkeys(("layer_input", "streams", *GRADS), 0.0)
     lengths = dict(missed)
     for seed in range(options.seeds):
         drawn = draw(tokens, width, n, dtype, seed)
-        exact = plugin([drawn[0].double(), *drawn[1:]], 1, "reference")
+        exact = plugin([drawn[0].double(), *drawn[1:]], 1, "reference", preset=preset)
         g = torch.randn(tokens, n, width, device="cuda").to(dtype)
         row = make(drawn, 1)
         last = row.leaves[0].shape[-1] == n  # Transformer Engine's layout
@@ -304,7 +307,7 @@ def errors(make: Provider, width: int, options: argparse.Namespace) -> Row:
                 for at in (1, 2):
                     found[at] = found[at].view(tokens, width, n).transpose(1, 2)
                 found[3:5] = [ours(t, width, n) for t in found[3:5]]
-            else:
+            elif len(found) == 5:  # affine is one
                 found[4:] = found[4].split([drawn[1].shape[0], 1, 1, 1])
             results.append(found)
         for name, wanted, got in zip(missed, *results, strict=True):
@@ -362,6 +365,15 @@ def main(argv: list[str] | None = None) -> None:
             theirs_ = functools.partial(transformer_engine, norm=norms.norm_module)
             found = norms.PROVIDERS | {"TransformerEngine, its norm": theirs_} if ON_GPU else norms.ON_CPU
             measure(report, "norms", (tokens, width), chosen(found), options.sublayers, options)
+        if "native" in sections:
+            from benchmarks import native
+
+            providers = chosen(native.PROVIDERS if ON_GPU else native.ON_CPU)
+            measure(report, "native", (tokens, width), providers, options.sublayers, options)
+            for name, make in providers.items():
+                run = functools.partial(errors, make, width, options, "deepseek_v4")
+                report.run("errors", f"{name}, C={width}, n={options.n}", run)
+                clean()
         if "stages" in sections and ON_GPU:
             from benchmarks import hopper_stages
 
