@@ -294,7 +294,7 @@ def read_published(path: Path, trust: bool = False) -> State:
         ValueError: naming the file and what is wrong.
     """
     out: State = {}
-    for file in _published_files(path):
+    for file in published_files(path):
         if file.suffix == ".safetensors":
             with naming(str(file)), import_safetensors().safe_open(file, "pt") as opened:
                 tensors = {key: opened.get_tensor(key) for key in opened.keys() if is_mapping(key)}
@@ -309,7 +309,12 @@ def read_published(path: Path, trust: bool = False) -> State:
     return out
 
 
-def _published_files(path: Path) -> list[Path]:
+def published_files(path: Path) -> list[Path]:
+    """The files of a folder's tensors, all of those that its index names; or the file itself.
+
+    Raises:
+        ValueError: naming the file that is absent, or a folder without any.
+    """
     if path.is_file():
         return [path]
     for kind in ("*.safetensors", "*.bin"):
