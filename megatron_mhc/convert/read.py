@@ -321,7 +321,11 @@ def published_files(path: Path) -> list[Path]:
         files = sorted(path.glob(kind))
         for index in path.glob(f"{kind}.index.json"):
             with naming(str(index)):
-                names = set(json.loads(index.read_text())["weight_map"].values())
+                placed = json.loads(index.read_text())["weight_map"]
+                for key, name in placed.items():
+                    if not isinstance(name, str):
+                        raise ValueError(f"{key} is in {name!r:.80}, which is no name of a file")
+                names = set(placed.values())
             if missing := sorted(names - {file.name for file in files}):
                 raise ValueError(f"{path / missing[0]} is absent, which {index.name} names")
         if files:

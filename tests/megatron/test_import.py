@@ -334,7 +334,10 @@ def test_users_mistakes_name_the_remedy(run_ranks, folders, tmp_path):
             (dict(megatron=None), "megatron is absent: export the model by this version"),
             (dict(rms_norm_eps=0.1), "rms_norm_eps is 0.1, by its `megatron` 1e-05"),
             (dict(mhc=config["mhc"] | dict(h_res="sinkhorned")), "h_res='sinkhorned'"),
-            (dict(mhc=config["mhc"] | dict(num_residual_streams=2)), "attn_hc.weight is of shape"),
+            (
+                dict(mhc=config["mhc"] | dict(num_residual_streams=2)),
+                "attn_hc.(weight|bias|alpha) is of shape",
+            ),
             (dict(megatron=config["megatron"] | dict(normalization="LayerNorm")), "LayerNorm"),
         ):
             file.write_text(json.dumps(config | changed))
