@@ -15,7 +15,7 @@ from megatron_mhc.checkpoint_keys import FINAL_NORMS, MAPPING, NORM, PLAIN_NORM
 from megatron_mhc.config import MHCConfig
 from megatron_mhc.convert import from_plain
 from megatron_mhc.convert.files import single_process
-from megatron_mhc.convert.read import TRACKER
+from megatron_mhc.convert.read import TRACKER, naming
 from megatron_mhc.export import weights
 from megatron_mhc.specs import gpt_mhc_spec
 
@@ -24,8 +24,8 @@ EXTRA = "_extra_state"
 
 
 @contextmanager
-def empty_model(args: Any, config: Any) -> Iterator[Any]:
-    """Megatron's GPT without values, in a process group of this process."""
+def empty_model(args: Any, config: Any, source: str) -> Iterator[Any]:
+    """Megatron's GPT without values, in a process group of this process; `source` is named in errors."""
     from megatron.core.models.gpt import GPTModel
 
     with single_process():
@@ -34,14 +34,16 @@ def empty_model(args: Any, config: Any) -> Iterator[Any]:
             parallel_state.initialize_model_parallel()
         try:
             tensor_parallel.model_parallel_cuda_manual_seed(1234, force_reset_rng=True)
-            yield GPTModel(
-                config,
-                gpt_mhc_spec(args, config),
-                args.padded_vocab_size,
-                args.max_position_embeddings,
-                share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
-                position_embedding_type="rope",
-            )
+            with naming(source):
+                model = GPTModel(
+                    config,
+                    gpt_mhc_spec(args, config),
+                    args.padded_vocab_size,
+                    args.max_position_embeddings,
+                    share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
+                    position_embedding_type="rope",
+                )
+            yield model
         finally:
             if ours:
                 parallel_state.destroy_model_parallel()

@@ -86,7 +86,10 @@ def _base(rope: Values) -> int:
 
 
 def _grouped_attention(values: Values, kind: str, heads: int, width: int) -> dict[str, Any]:
-    groups = values.size("num_key_value_heads", heads)
+    # Of a key that is absent the models' own defaults differ.
+    groups = (
+        values.size("num_key_value_heads", heads) if kind == "llama" else values.size("num_key_value_heads")
+    )
     if heads % groups:
         raise ValueError(
             f"num_key_value_heads is {groups}, which does not divide num_attention_heads {heads}"
@@ -134,6 +137,8 @@ def _windows(values: Values, kind: str, layers: int) -> dict[str, Any]:
         values.expect("use_sliding_window", False, why=why)
         values.drop("sliding_window")
     else:
+        if kind == "mistral" and "sliding_window" not in values.left:
+            raise ValueError(f"sliding_window is absent, which means 4096: {why}; null is none")
         values.expect("sliding_window", None, default=None, why=why)
     types = values.take("layer_types", ["full_attention"] * layers)
     if types != ["full_attention"] * layers:
@@ -221,14 +226,14 @@ def _sigmoid_experts(values: Values, layers: int) -> dict[str, Any]:
     values.expect("scoring_func", "sigmoid")
     values.expect("topk_method", "noaux_tc")
     values.expect("norm_topk_prob", True)
-    first = values.size("first_k_dense_replace", 0, least=0)
+    first = values.size("first_k_dense_replace", least=0)
     out = _experts(values, [int(i >= first) for i in range(layers)], experts, "n_routed_experts")
     if (chosen := out["moe_router_topk"]) == 1:
         raise ValueError(
             "num_experts_per_tok is 1: Megatron does not normalise the weight of a single expert"
         )
     shared = values.size("n_shared_experts") * out["moe_ffn_hidden_size"]
-    groups, kept = values.size("n_group", 1), values.size("topk_group", 1)
+    groups, kept = values.size("n_group"), values.size("topk_group")
     if experts % groups or kept > groups or (groups > 1 and experts < 2 * groups):
         raise ValueError(f"n_group is {groups} and topk_group {kept}, of n_routed_experts {experts}")
     if groups > 1:

@@ -64,8 +64,10 @@ def import_folder(
         flags = launch.words(given, mhc, dtype, vocabulary)
         args, config, mhc = launch.parse(flags, given)
         settings.check(args)
-    with checkpoint.empty_model(args, config) as model:
-        _check(read, checkpoint.expected(model, args), named, files, load, exported)
+    with checkpoint.empty_model(args, config, str(file)) as model:
+        with naming(str(file)):
+            wanted = checkpoint.expected(model, args)
+        _check(read, wanted, named, files, load, exported)
         if sizes is not None:
             with naming(str(file)):
                 _compare(sizes, settings.config(args, mhc, read))
@@ -97,6 +99,9 @@ def _exported(values: Values) -> tuple[dict[str, Any], MHCConfig, dict[str, Any]
         "max_position_embeddings",
     ):
         Values(given, "megatron").size(name)
+    groups, heads = given.get("num_query_groups"), given["num_attention_heads"]
+    if given.get("group_query_attention") and (type(groups) is not int or groups < 1 or heads % groups):
+        raise ValueError(f"megatron.num_query_groups is {groups!r:.80}, which does not divide {heads} heads")
     frequency = given.get("moe_layer_freq")
     if isinstance(frequency, list) and len(frequency) != given["num_layers"]:
         raise ValueError(

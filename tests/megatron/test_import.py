@@ -245,7 +245,7 @@ def test_the_commands_of_the_page_run_in_their_order(run_ranks, tmp_path, monkey
 def folders(tmp_path_factory):
     """A dense model of each kind."""
     root = tmp_path_factory.mktemp("dense")
-    for name in ("llama", "qwen2", "qwen3_moe", "deepseek_v3_yarn"):
+    for name in ("llama", "mistral", "qwen2", "qwen3_moe", "deepseek_v3_yarn"):
         dense(*DENSE[name], root / name)
     return root
 
@@ -282,6 +282,8 @@ REFUSED = [  # of which model, its changed keys (None takes one away), and what 
     ),
     ("llama", rope(rope_theta=1.5), "rope_theta is 1.5: Megatron's --rotary-base"),
     ("llama", dict(rope_theta=5.0), "rope_theta is 5.0, and another one in rope_parameters"),
+    ("mistral", dict(sliding_window=None), "sliding_window is absent, which means 4096"),
+    ("mistral", dict(num_key_value_heads=None), "num_key_value_heads is absent"),
     ("qwen2", dict(use_sliding_window=True), "use_sliding_window is True: sliding windows"),
     ("qwen2", dict(layer_types=["sliding_attention"] * 3), "layer_types is"),
     ("qwen3_moe", dict(num_local_experts=None, num_experts=None), "num_local_experts is None"),
@@ -290,6 +292,7 @@ REFUSED = [  # of which model, its changed keys (None takes one away), and what 
     ("qwen3_moe", dict(num_experts_per_tok=9), "num_experts_per_tok is 9"),
     ("deepseek_v3_yarn", dict(scoring_func="softmax"), "scoring_func is 'softmax'"),
     ("deepseek_v3_yarn", dict(topk_method="greedy"), "topk_method is 'greedy'"),
+    ("deepseek_v3_yarn", dict(n_group=None), "n_group is absent"),
     ("deepseek_v3_yarn", dict(n_group=8, topk_group=4), "n_group is 8"),
     ("deepseek_v3_yarn", dict(n_group=2, topk_group=1), "topk_group is 1 with num_experts_per_tok 4"),
     ("deepseek_v3_yarn", dict(q_lora_rank=None), "q_lora_rank is absent"),
