@@ -294,7 +294,7 @@ def read_published(path: Path, trust: bool = False) -> State:
         ValueError: naming the file and what is wrong.
     """
     out: State = {}
-    for file in _published_files(path):
+    for file in published_files(path):
         if file.suffix == ".safetensors":
             with naming(str(file)), import_safetensors().safe_open(file, "pt") as opened:
                 tensors = {key: opened.get_tensor(key) for key in opened.keys() if is_mapping(key)}
@@ -309,14 +309,23 @@ def read_published(path: Path, trust: bool = False) -> State:
     return out
 
 
-def _published_files(path: Path) -> list[Path]:
+def published_files(path: Path) -> list[Path]:
+    """The files of a folder's tensors, all of those that its index names; or the file itself.
+
+    Raises:
+        ValueError: naming the file that is absent, or a folder without any.
+    """
     if path.is_file():
         return [path]
     for kind in ("*.safetensors", "*.bin"):
         files = sorted(path.glob(kind))
         for index in path.glob(f"{kind}.index.json"):
             with naming(str(index)):
-                names = set(json.loads(index.read_text())["weight_map"].values())
+                placed = json.loads(index.read_text())["weight_map"]
+                for key, name in placed.items():
+                    if not isinstance(name, str):
+                        raise ValueError(f"{key} is in {name!r:.80}, which is no name of a file")
+                names = set(placed.values())
             if missing := sorted(names - {file.name for file in files}):
                 raise ValueError(f"{path / missing[0]} is absent, which {index.name} names")
         if files:

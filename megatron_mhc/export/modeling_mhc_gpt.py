@@ -23,6 +23,7 @@ class MHCGPTConfig(PreTrainedConfig):
     mla: sizes of multi-latent attention; None for grouped-query attention.
     moe: sizes and router of the experts, and `layers`, whether each layer has them; None without.
     mhc: num_residual_streams, preset, h_res, h_pre, h_post, sinkhorn_iterations, contract, norm_eps.
+    megatron: arguments of the training, for the way back; the model does not read them.
     """
 
     model_type = "mhc_gpt"
@@ -44,6 +45,7 @@ class MHCGPTConfig(PreTrainedConfig):
     mla: dict | None = None
     moe: dict | None = None
     mhc: dict | None = None
+    megatron: dict | None = None
 
 
 def wide(x):

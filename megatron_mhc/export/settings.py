@@ -53,6 +53,21 @@ KNOWN: dict[str, tuple[Any, ...]] = {
     "moe_router_force_load_balancing": _NONE,
     "moe_router_force_biased": _NONE,
 }
+# The arguments that give a model its sizes and its forward pass: `megatron` of config.json, by which
+# megatron_mhc.import_hf makes the checkpoint of it again.
+ARCHITECTURE = tuple(
+    """
+    num_layers hidden_size ffn_hidden_size num_attention_heads kv_channels group_query_attention
+    num_query_groups max_position_embeddings position_embedding_type rotary_base rotary_percent
+    use_rope_scaling rope_scaling_factor rotary_seq_len_interpolation_factor normalization
+    layernorm_epsilon swiglu add_bias_linear add_qkv_bias qk_layernorm untie_embeddings_and_output_weights
+    multi_latent_attention q_lora_rank kv_lora_rank qk_head_dim qk_pos_emb_head_dim v_head_dim rope_type
+    rotary_scaling_factor mscale mscale_all_dim num_experts moe_layer_freq moe_ffn_hidden_size
+    moe_shared_expert_intermediate_size moe_shared_expert_gate moe_router_topk moe_router_num_groups
+    moe_router_group_topk moe_router_score_function moe_router_pre_softmax moe_router_topk_scaling_factor
+    moe_router_enable_expert_bias moe_router_dtype
+    """.split()
+)
 _ROUTERS = ("none", "aux_loss", "seq_aux_loss", "global_aux_loss")
 
 
@@ -180,6 +195,7 @@ def config(args: Any, mhc: MHCConfig, state: dict[str, Tensor]) -> dict[str, Any
         "moe": moe(args, state),
         "mhc": mhc.arithmetic(),
         "dtype": str(state["model.embed_tokens.weight"].dtype).removeprefix("torch."),
+        "megatron": {name: getattr(args, name) for name in ARCHITECTURE if hasattr(args, name)},
     }
     if args.multi_latent_attention:
         out["qk_norm"] = first + "self_attn.kv_a_layernorm.weight" in state

@@ -27,8 +27,8 @@ from megatron_mhc.convert.read import (
 )
 from megatron_mhc.export.settings import check, head_size
 
-_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
-_EXPERT = re.compile(
+LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
+EXPERT = re.compile(
     r"mlp\.experts\.(?:local_experts\.(\d+)\.(linear_fc[12]\.weight)|(linear_fc[12]\.weight)(\d+))"
 )
 _NAMES = {  # of a layer; Transformer Engine keeps a norm with the linear layer behind it
@@ -58,7 +58,7 @@ _NAMES = {  # of a layer; Transformer Engine keeps a norm with the linear layer 
     "mlp.shared_experts.linear_fc2.weight": "mlp.shared.down_proj.weight",
     "mlp.shared_experts.gate_weight": "mlp.shared_gate.weight",
 }
-_MODEL = {
+MODEL = {
     "embedding.word_embeddings.weight": "model.embed_tokens.weight",
     "output_layer.weight": "lm_head.weight",
     "decoder.final_layernorm.norm.weight": "model.norm.weight",
@@ -107,7 +107,7 @@ def _read_torch(folder: Path, trust: bool) -> tuple[State, Any]:
                 raise ValueError(f"{flag} {size} with --ckpt-format torch: save as torch_dist")
         for chunk, first in chunks:
             for key, value in saved[chunk].items():
-                if match := _LAYER.fullmatch(key):
+                if match := LAYER.fullmatch(key):
                     key = f"decoder.layers.{int(match[1]) + first}.{match[2]}"
                 state[key] = value
     return state, args
@@ -127,7 +127,7 @@ def stack_experts(state: State) -> State:
     """The experts of a layer as one tensor, [experts, ...]; torch has each by itself."""
     experts: dict[str, dict[int, Tensor]] = {}
     for key in list(state):
-        if (layer := _LAYER.fullmatch(key)) and (match := _EXPERT.fullmatch(layer[2])):
+        if (layer := LAYER.fullmatch(key)) and (match := EXPERT.fullmatch(layer[2])):
             whole = f"decoder.layers.{layer[1]}.mlp.experts.experts.{match[2] or match[3]}"
             experts.setdefault(whole, {})[int(match[1] or match[4])] = state.pop(key)
     return state | {key: torch.stack([parts[i] for i in sorted(parts)]) for key, parts in experts.items()}
@@ -144,11 +144,11 @@ def translate(state: State, args: Any) -> dict[str, Tensor]:
     for key, value in state.items():
         if key.startswith("mtp."):
             continue
-        if key in _MODEL:
-            out[_MODEL[key]] = value
+        if key in MODEL:
+            out[MODEL[key]] = value
             continue
-        match = _LAYER.fullmatch(key)
-        found = None if match is None else _of_layer(match[2], value, args)
+        match = LAYER.fullmatch(key)
+        found = None if match is None else of_layer(match[2], value, args)
         if match is None or found is None:
             raise ValueError(f"{key}: the exported model has no such part; generate by Megatron instead")
         layer = f"model.layers.{match[1]}."
@@ -165,7 +165,7 @@ def translate(state: State, args: Any) -> dict[str, Tensor]:
     return {key: value.contiguous() for key, value in out.items()}
 
 
-def _of_layer(name: str, value: Tensor, args: Any) -> dict[str, Tensor] | None:
+def of_layer(name: str, value: Tensor, args: Any) -> dict[str, Tensor] | None:
     """One of Megatron's tensors, or what it is made of; None where it is not known."""
     module, _, part = name.rpartition(".")
     if module.split(".")[0] in _CONNECTIONS:

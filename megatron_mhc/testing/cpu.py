@@ -248,6 +248,7 @@ def patch_megatron() -> None:
     import megatron.core.datasets.utils as dataset_utils
     import megatron.core.dist_checkpointing.strategies.async_utils as async_utils
     import megatron.core.dist_checkpointing.strategies.filesystem_async as filesystem_async
+    import megatron.core.inference.communication_utils as inference
     import megatron.core.tensor_parallel.random as tp_random
 
     checkpoint_init = tp_random.CheckpointWithoutOutput.__init__
@@ -271,6 +272,7 @@ def patch_megatron() -> None:
     else:
         # A synchronous save passes its results through a manager process per rank (6 s, 0.5 GB).
         filesystem_async._results_queue = queue.Queue()
+    inference._is_cuda = lambda tensor: None  # what the engines broadcast over a pipeline
     # The wheel has the compiled helpers but not their Makefile, without which this exits.
     dataset_utils.compile_helpers = lambda: None
 

@@ -9,7 +9,7 @@ from megatron.core import dist_checkpointing
 def save(model, folder, kind="torch_dist", arguments=None):
     """As megatron.training lays a checkpoint out; `arguments` of the run that trained it."""
     iteration = folder / "iter_0000003"
-    iteration.mkdir(parents=True)
+    iteration.mkdir(parents=True, exist_ok=True)  # by each of several ranks
     (folder / "latest_checkpointed_iteration.txt").write_text("3")
     arguments = arguments or argparse.Namespace(pipeline_model_parallel_size=1)
     common = {"args": arguments, "iteration": 3, "checkpoint_version": 3.0, "optimizer": {"step": 3}}
