@@ -15,7 +15,10 @@ from typing import NamedTuple
 from packaging.specifiers import SpecifierSet
 
 SUPPORTED = ">=0.18.0,<0.20"  # what an index has; pyproject.toml says the same
-MAIN = "Megatron-LM's main branch at d98e8a64 (2026-08-22)"
+MAIN = "Megatron-LM's main branch of 2026-08-22 (d98e8a64)"
+KNOWN = f"megatron-core {SUPPORTED}, or take {MAIN}"  # behind "install"
+# By which Megatron's own mHC is turned on, on main and on dev; fields of TransformerConfig, and flags.
+OWN_SWITCHES = ("enable_mhc_connections", "enable_hyper_connections")
 
 _LAYER = "megatron.core.transformer.transformer_layer:TransformerLayer"
 _DISTRIBUTED = "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer"
@@ -45,25 +48,25 @@ class Release(NamedTuple):
 
     Args:
         versions: as a specifier of pip.
-        own_mhc: it has hyper-connections of its own.
+        own_mhc: it has hyper-connections of its own, see OWN_SWITCHES.
+        own_options: those of its own that it registers as flags by names of ours.
         symbols: what differs from the tables of `hooks/`, by their targets.
         read_by_mlp: keywords of a layer's forward that `_forward_mlp` takes behind `inference_context`.
         after_mlp: the layer's method that adds an MLP's output to the residual.
         spec_is_called: --spec may name a function, which Megatron calls; else it is the spec itself.
         not_packed: the keyword by which `get_batch_on_this_tp_rank` is told that sequences are not packed.
         te_router_graphs: Transformer Engine's graphs that end at the router hand on what crosses their edge.
-        remedy: what to install where a symbol is not as it should be.
     """
 
     versions: str
     own_mhc: bool = False
+    own_options: tuple[str, ...] = ()
     symbols: Mapping[str, Other] = MappingProxyType({})
     read_by_mlp: tuple[str, ...] = ("padding_mask", "packed_seq_params")
     after_mlp: str = "_forward_post_mlp"
     spec_is_called: bool = True
     not_packed: str = "has_cu_seqlens"
     te_router_graphs: bool = True
-    remedy: str = f"install megatron-core {SUPPORTED}"
 
 
 RELEASES = (
@@ -111,6 +114,12 @@ RELEASES = (
     Release(
         ">=0.20.0.dev0,<0.21",
         own_mhc=True,
+        own_options=(
+            "num_residual_streams",
+            "sinkhorn_iterations",
+            "init_gating_factor",
+            "recompute_layer_num",
+        ),
         symbols={
             f"{_LAYER}._forward_attention": Other(names=("_apply_self_attn_bda_step",)),
             f"{_LAYER}._forward_post_mlp": Other(
@@ -124,7 +133,6 @@ RELEASES = (
             ),
         },
         after_mlp="_apply_mlp_bda_step",
-        remedy=f"take {MAIN}, or install megatron-core {SUPPORTED}",
     ),
 )
 
@@ -145,7 +153,7 @@ def release() -> Release:
             return row
     if own:
         raise ValueError(
-            f"megatron-core {version} has hyper-connections of its own, and is not {MAIN}, which this "
-            f"package knows: use them, take that, or install megatron-core {SUPPORTED}"
+            f"megatron-core {version} has hyper-connections of its own, as Megatron-LM's dev branch: use "
+            f"those, or install {KNOWN}"
         )
-    raise ValueError(f"megatron-core {version} is not supported: install megatron-core {SUPPORTED}")
+    raise ValueError(f"megatron-core {version} is not supported: install {KNOWN}")

@@ -178,7 +178,7 @@ def mhc_options(args: Any = None) -> MHCConfig:
 
     args = args or get_args()
     refuse(SPEC_DOOR, args)
-    if not hasattr(args, "mhc_num_residual_streams"):
+    if not MHCConfig.has_flags(args):
         mhc = MHCConfig.from_environment()
     else:
         refuse_environment()

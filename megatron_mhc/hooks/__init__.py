@@ -19,7 +19,7 @@ check_version()  # another Megatron may lack what is imported below
 from megatron_mhc.hooks.targets import HOOKS, SCHEDULE_HOOKS, TRAINING_HOOKS, Hook
 from megatron_mhc.hooks.uses import SCHEDULE_USES, TRAINING_USES, USES, Use
 from megatron_mhc.hyper_connection import operations
-from megatron_mhc.releases import ABSENT, Other, release
+from megatron_mhc.releases import ABSENT, KNOWN, Other, release
 
 _lock = threading.RLock()
 _registrations: list[Handle] = []
@@ -51,7 +51,7 @@ class Handle:
         from megatron_mhc.pipeline.auto import decisions
 
         state = "registered" if _registrations else "not registered"
-        lines = [f"megatron_mhc hooks on megatron-core {version} ({SUPPORTED} supported): {state}"]
+        lines = [f"megatron_mhc hooks on megatron-core {version} ({SUPPORTED} and main supported): {state}"]
         hooks = [one.hook for one in _replaced.values() if one.on] or HOOKS
         lines += [f"  {hook.target}\n      {hook.reason}" for hook in hooks]
         lines += [f"  {line}" for line in operations() or ["no connection is built yet"]]
@@ -247,4 +247,4 @@ def _check_parameters(target: str, found: Callable[..., Any], expected: tuple[st
 
 
 def _remedy(target: str) -> str:
-    return "install another torch" if target.startswith("torch") else release().remedy
+    return "install another torch" if target.startswith("torch") else f"install {KNOWN}"
