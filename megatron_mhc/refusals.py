@@ -7,7 +7,7 @@ from dataclasses import fields
 from typing import Any, NamedTuple
 
 from megatron_mhc.config import ENVIRONMENT, MHCConfig
-from megatron_mhc.releases import OWN_SWITCHES
+from megatron_mhc.releases import OWN_SWITCHES, release
 from megatron_mhc.schedule.stages import layer_counts
 
 
@@ -321,6 +321,11 @@ LAYER = (
         _without_gradients,
         "--recompute-modules {value} with --cuda-graph-impl local leaves its parameters without a gradient",
         "recompute without it, or use --cuda-graph-impl transformer_engine",
+    ),
+    Refusal(
+        lambda layer, mhc: layer.held.router and not release().te_router_graphs,
+        "--cuda-graph-impl transformer_engine with --cuda-graph-modules moe_router under Megatron-Core 0.18",
+        "its graphs hand on nothing of ours behind the router; drop moe_router, or install 0.19",
     ),
     _lacking(
         lambda layer, mhc: mhc.recompute_layer_num != "off",
