@@ -66,15 +66,6 @@ def setting_rows(what: str, instead: str, *rows: tuple[Any, ...]) -> tuple[Refus
     )
 
 
-# Megatron's parsed arguments: of our own pretrain_gpt, and of every script that takes --spec.
-ENTRY_POINT = tuple(
-    setting_row(
-        name,
-        "run Megatron-LM's own script by `python -m megatron_mhc.launch pretrain_gpt.py ...`",
-        what="{flag} is not supported by this entry point",
-    )
-    for name in ("sft", "fim_data", "hybrid_context_parallel", "dataloader_inter_document_masking")
-)
 OWN = tuple(
     setting_row(
         name,
@@ -82,6 +73,19 @@ OWN = tuple(
         what="{flag} turns on Megatron's own mHC, beside this plugin's",
     )
     for name in OWN_SWITCHES
+)
+
+# Megatron's parsed arguments: of our own pretrain_gpt, and of every script that takes --spec.
+ENTRY_POINT = (
+    *OWN,
+    *(
+        setting_row(
+            name,
+            "run Megatron-LM's own script by `python -m megatron_mhc.launch pretrain_gpt.py ...`",
+            what="{flag} is not supported by this entry point",
+        )
+        for name in ("sft", "fim_data", "hybrid_context_parallel", "dataloader_inter_document_masking")
+    ),
 )
 
 

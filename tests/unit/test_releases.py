@@ -11,7 +11,7 @@ import pytest
 import torch
 from megatron.core.transformer import TransformerConfig
 
-from megatron_mhc import MHCConfig, hooks, parallel, refusals, releases, sublayer
+from megatron_mhc import MHCConfig, hooks, launch, parallel, refusals, releases, sublayer
 from megatron_mhc.arguments import add_mhc_args, use_mhc
 from megatron_mhc.hooks import targets, uses
 
@@ -153,8 +153,11 @@ def test_megatrons_own_mhc_is_refused_beside_ours(switch):
     setattr(config, switch, True)
     with pytest.raises(ValueError, match=said):
         parallel.validate(config, MHCConfig())
+    for door in (refusals.SPEC_DOOR, refusals.ENTRY_POINT):
+        with pytest.raises(ValueError, match=said):
+            refusals.refuse(door, types.SimpleNamespace(**{switch: True}))
     with pytest.raises(ValueError, match=said):
-        refusals.refuse(refusals.SPEC_DOOR, types.SimpleNamespace(**{switch: True}))
+        launch.prepare([__file__, said.split()[0]])  # any script that exists
 
 
 def test_a_flag_of_mains_beside_the_spec_is_not_ignored(monkeypatch):
