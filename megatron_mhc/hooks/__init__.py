@@ -218,9 +218,8 @@ def _resolve(hook: Hook) -> tuple[Any, str, Callable[..., Any]]:
             f"{hook.target} was replaced by {original.__module__}: start without that patch, "
             "or call megatron_mhc.register() before it is applied"
         )
-    other = release().symbols.get(hook.target)
-    parameters = hook.parameters if other is None else tuple(str(other.parameters).split(", "))
-    _check_parameters(hook.target, original, parameters)
+    other = release().symbols.get(hook.target, ABSENT).parameters
+    _check_parameters(hook.target, original, tuple(other.split(", ")) if other else hook.parameters)
     return owner, name, original
 
 
