@@ -322,7 +322,7 @@ FEATURES = (
         "[what each has](existing_script.md#releases); tested where `MHC_MEGATRON` names them",
         (
             "megatron/test_other_releases.py::test_layouts_match_a_single_process",
-            "megatron/test_other_releases.py::test_a_checkpoint_of_the_installed_release_is_continued",
+            "megatron/test_other_releases.py::test_the_installed_release_continues_its_checkpoint",
             "megatron/test_other_releases.py::test_its_own_script_trains_by_spec_and_by_the_launcher",
         ),
     ),

@@ -55,7 +55,7 @@ class Megatron(NamedTuple):
         return pretrain_runs.losses(folder)
 
 
-@pytest.fixture(params=PATHS, ids=lambda path: path.name)
+@pytest.fixture(scope="module", params=PATHS, ids=lambda path: path.name)
 def megatron(request):
     if (request.param / "bin" / "python").exists():
         return Megatron(str(request.param / "bin" / "python"), None)
@@ -80,6 +80,21 @@ def installed(tmp_path_factory):
     return losses, folder / "checkpoints"
 
 
+@pytest.fixture(scope="module")
+def own(megatron, tmp_path_factory):
+    """The losses of this Megatron on two stages, by the wheel's door, and the folder of its checkpoints."""
+    folder = tmp_path_factory.mktemp("own")
+    saved = folder / "checkpoints"
+    words = [*pretrain_runs.MHC, *TWO_STAGES, "--save", str(saved)]
+    return megatron.train(folder / "tensorboard", WHEEL, *words), saved
+
+
+@pytest.fixture(scope="module")
+def row(megatron):
+    asked = "from megatron_mhc.releases import RELEASES, release; print(RELEASES.index(release()))"
+    return RELEASES[int(megatron.run("-c", asked).stdout)]
+
+
 def resume(checkpoints: Path) -> list[str]:
     return [*TWO_STAGES, "--load", str(checkpoints), "--ckpt-step", str(HALF)]
 
@@ -95,28 +110,33 @@ def test_every_symbol_is_as_the_row_of_its_release_says(megatron):
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-def test_wheel_door_trains_as_under_the_installed_release_and_resumes(megatron, installed, tmp_path):
-    losses, _ = installed
-    saved = tmp_path / "checkpoints"
-    first = megatron.train(tmp_path / "first", WHEEL, *pretrain_runs.MHC, *TWO_STAGES, "--save", str(saved))
-    assert first == pytest.approx(losses, rel=1e-5)
-    again = megatron.train(tmp_path / "again", WHEEL, *pretrain_runs.MHC, *resume(saved))
-    assert again == first[HALF:]
+def test_wheel_door_trains_as_under_the_installed_release_and_resumes(megatron, own, installed, tmp_path):
+    losses, saved = own
+    assert losses == pytest.approx(installed[0], rel=1e-5)
+    assert megatron.train(tmp_path, WHEEL, *pretrain_runs.MHC, *resume(saved)) == losses[HALF:]
 
 
-def test_a_checkpoint_of_the_installed_release_is_continued(megatron, installed, tmp_path):
+def test_the_installed_release_continues_its_checkpoint(own, tmp_path):
+    losses, saved = own
+    found, _ = pretrain_runs.launch(tmp_path, *pretrain_runs.MHC, *resume(saved))
+    assert found == pytest.approx(losses[HALF:], rel=1e-5)
+
+
+def test_it_continues_a_checkpoint_of_the_installed_release(megatron, row, installed, tmp_path):
+    if row is RELEASES[0]:
+        pytest.skip("stock 0.18 finds no common.pt in what 0.19 saves")
     losses, saved = installed
     found = megatron.train(tmp_path, WHEEL, *pretrain_runs.MHC, *resume(saved))
     assert found == pytest.approx(losses[HALF:], rel=1e-5)
 
 
-def test_its_own_script_trains_by_spec_and_by_the_launcher(megatron, script, installed, tmp_path):
-    losses, saved = installed
+def test_its_own_script_trains_by_spec_and_by_the_launcher(megatron, script, own, tmp_path):
+    losses, saved = own
     options = {"MEGATRON_MHC": "init=uniform,init_gating_factor=0.5"}
     by_spec = megatron.train(tmp_path / "spec", [script], *SPEC, *resume(saved), **options)
     launcher = ["-m", "megatron_mhc.launch", script]
     by_launcher = megatron.train(tmp_path / "launch", launcher, *pretrain_runs.MHC, *resume(saved))
-    assert by_spec == by_launcher == pytest.approx(losses[HALF:], rel=1e-5)
+    assert by_spec == by_launcher == losses[HALF:]
 
 
 def test_its_own_script_is_as_without_the_plugin_where_mhc_is_off(megatron, script, tmp_path):
@@ -124,10 +144,9 @@ def test_its_own_script_is_as_without_the_plugin_where_mhc_is_off(megatron, scri
     assert megatron.train(tmp_path / "off", WHEEL, "--no-mhc", *TWO_STAGES) == plain
 
 
-def test_megatrons_own_mhc_is_refused_by_name(megatron, script):
+def test_megatrons_own_mhc_is_refused_by_name(megatron, row, script):
     """Where it has one: its flags are then its own, and the plugin's spec is not combined with it."""
-    asked = "from megatron_mhc.releases import RELEASES, release; print(RELEASES.index(release()))"
-    if not RELEASES[int(megatron.run("-c", asked).stdout)].own_mhc:
+    if not row.own_mhc:
         pytest.skip("it has none")
     own = "--enable-mhc-connections"
     for door, words, said in (
