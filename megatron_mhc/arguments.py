@@ -12,18 +12,22 @@ from functools import partial
 from typing import Any, NoReturn
 
 from megatron_mhc.config import MHCConfig, flag, read, refuse_environment
-from megatron_mhc.version import check_version
+from megatron_mhc.releases import OWN_SWITCHES, release
 
 
 def add_mhc_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add the --mhc-* flags; pass it to Megatron as `extra_args_provider`.
 
+    Flags that Megatron's main has for its own mHC are read for this package's, unless its own is turned on.
+
     Raises:
-        ValueError: an unsupported Megatron; one that has hyper-connections has flags of these names too.
+        ValueError: an unsupported Megatron.
     """
-    if "megatron.core" in sys.modules:  # else the parser is not Megatron's
-        check_version()
+    # Else the parser is not Megatron's.
+    own = release().own_options if "megatron.core" in sys.modules else ()
+    theirs = {name: parser._option_string_actions.get(flag(name)) for name in own}
     group = parser.add_argument_group("mhc")
+    shared = parser.add_argument_group("mhc, also Megatron's own", conflict_handler="resolve")
     for option in fields(MHCConfig):
         rules = option.metadata
         # None means "not given", so that MHCConfig alone knows the defaults.
@@ -34,9 +38,43 @@ def add_mhc_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
             settings["choices"] = rules["choices"]
         else:
             settings |= dict(type=partial(_read, option), metavar="|".join((*rules["choices"], "N")))
-        group.add_argument(flag(option.name), **settings)
+        (shared if theirs.get(option.name) else group).add_argument(flag(option.name), **settings)
     parser.error = partial(_explain, parser.error)  # type: ignore[method-assign]
+    both = {name: action for name, action in theirs.items() if action is not None}
+    if both:
+        settle = partial(_settle, parser, parser.parse_known_args, both)
+        parser.parse_known_args = settle  # type: ignore[assignment, method-assign]
     return parser
+
+
+def _settle(
+    parser: argparse.ArgumentParser,
+    parse: Callable[..., Any],
+    theirs: dict[str, argparse.Action],
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Parse, and let shared flags mean what they mean to Megatron where its own mHC is turned on."""
+    namespace, rest = parse(*args, **kwargs)
+    if own_switch(namespace) is None:
+        return namespace, rest
+    for name, action in theirs.items():
+        value = getattr(namespace, action.dest)
+        read_by: Any = action.type
+        try:
+            setattr(namespace, action.dest, action.default if value is None else read_by(value))
+        except ValueError:
+            parser.error(
+                f"argument {flag(name)}: {value} is not for Megatron's own mHC, which "
+                f"{own_switch(namespace)} turns on and which reads it by {read_by.__name__}: drop either"
+            )
+    return namespace, rest
+
+
+def own_switch(args: Any) -> str | None:
+    """The flag by which these arguments turn on Megatron's own mHC."""
+    given = (name for name in OWN_SWITCHES if getattr(args, name, False))
+    return next(("--" + name.replace("_", "-") for name in given), None)
 
 
 def no_such_flags(words: Iterable[str]) -> list[str]:
@@ -73,12 +111,18 @@ def use_mhc(args: Any, model_config: Any) -> None:
         model_config: Megatron's GPTModelConfig, whose `transformer_layer_spec` is set.
 
     Raises:
-        ValueError: options in MEGATRON_MHC, another --spec, or a model that takes no layer spec.
+        ValueError: options in MEGATRON_MHC, another --spec, a model that takes no layer spec, or Megatron's
+            own mHC.
     """
-    given = [f.name for f in fields(MHCConfig) if getattr(args, "mhc_" + f.name) is not None]
+    switch = own_switch(args)
+    own = release().own_options if switch else ()
+    names = [option.name for option in fields(MHCConfig) if option.name not in own]
+    given = [name for name in names if getattr(args, "mhc_" + name) is not None]
     refuse_environment()
     if not given:
         return
+    if switch:
+        raise ValueError(f"{switch} turns on Megatron's own mHC, which has no {flag(given[0])}: drop either")
     from megatron_mhc.specs import gpt_mhc_spec
 
     if args.spec is not None and list(args.spec) != ["megatron_mhc.specs", "gpt_mhc_spec"]:

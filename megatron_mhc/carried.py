@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
 from megatron_mhc.config import MHCConfig, flag
@@ -26,6 +27,14 @@ class StreamsModule(nn.Module):
     """A module of layers, maybe of none at all, whose model has these mHC options."""
 
     mhc: MHCConfig
+
+
+class SpecOfBlock:
+    """What stands for a block's spec, and makes it when the block is built."""
+
+    def of_block(self, config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
+        """The submodules of a block of this config and virtual stage."""
+        raise NotImplementedError
 
 
 def remember(config: Any, mhc: MHCConfig) -> None:

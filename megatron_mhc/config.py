@@ -316,6 +316,11 @@ class MHCConfig:
         return cls.from_options(os.environ.get(ENVIRONMENT, ""))
 
     @classmethod
+    def has_flags(cls, args: Any) -> bool:
+        """Whether the parser of these arguments was extended so; Megatron's main has some flags by itself."""
+        return all(hasattr(args, "mhc_" + option.name) for option in fields(cls))
+
+    @classmethod
     def from_args(cls, args: Any) -> MHCConfig:
         """Build from the namespace of a parser that `arguments.add_mhc_args` extended."""
         given = {f.name: getattr(args, "mhc_" + f.name, None) for f in fields(cls)}

@@ -16,6 +16,8 @@ import sys
 
 from megatron_mhc.arguments import add_mhc_args, no_such_flags
 from megatron_mhc.config import ENVIRONMENT, MHCConfig
+from megatron_mhc.refusals import OWN, refuse
+from megatron_mhc.releases import OWN_SWITCHES
 from megatron_mhc.version import check_version
 
 SPEC = ("megatron_mhc.specs", "gpt_mhc_spec")
@@ -66,6 +68,8 @@ def prepare(argv: list[str]) -> tuple[list[str], MHCConfig]:
         raise ValueError(str(error)) from error
     if unknown := no_such_flags(others):
         raise ValueError("; ".join(unknown))
+    switches = argparse.Namespace(**{name: f"--{name.replace('_', '-')}" in others for name in OWN_SWITCHES})
+    refuse(OWN, switches)
     mhc = MHCConfig.from_args(given)
     if os.environ.get(ENVIRONMENT):
         if mhc != MHCConfig():

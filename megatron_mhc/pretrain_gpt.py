@@ -26,28 +26,15 @@ import torch
 from megatron.core import mpu
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
-from megatron.core.enums import ModelType
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.transformer.multi_token_prediction import get_mtp_ranks, mtp_on_this_rank
 from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
-from megatron.training import (
-    get_args,
-    get_tensorboard_writer,
-    get_timers,
-    get_tokenizer,
-    pretrain,
-    print_rank_0,
-)
-from megatron.training.argument_utils import (
-    gpt_config_from_args,
-    hybrid_config_from_args,
-    pretrain_cfg_container_from_args,
-)
+from megatron.training import get_args, get_tensorboard_writer, get_timers, get_tokenizer, print_rank_0
 from megatron.training.arguments import core_transformer_config_from_args, parse_and_validate_args
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 from torch import Tensor
 
-from megatron_mhc import hooks
+from megatron_mhc import hooks, releases, training_doors
 from megatron_mhc.arguments import add_mhc_args
 from megatron_mhc.config import MHCConfig
 from megatron_mhc.graphs import release
@@ -114,7 +101,7 @@ def get_batch(data_iterator: Iterator[dict[str, Any]] | None, model: Any) -> dic
         batch = {k: sample[k].cuda(non_blocking=True) if k in sample else None for k in BATCH_KEYS}
     batch = get_batch_on_this_tp_rank(
         batch,
-        has_cu_seqlens=False,
+        **{releases.release().not_packed: False},
         is_hybrid_cp=False,
         create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader,
         broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),
@@ -244,22 +231,8 @@ def main(step: Callable[..., Any] = forward_step, at_end: Callable[[], None] | N
     hooks.require()  # also for --no-mhc, which should know an mHC checkpoint when it meets one
     args = parse_and_validate_args(extra_args_provider=add_args)
     check_args(args)
-    model: Any
-    if args.hybrid_layer_pattern is None:
-        model = gpt_config_from_args(args)
-        if not args.no_mhc:
-            model.transformer_layer_spec = gpt_mhc_spec
-    else:
-        model = hybrid_config_from_args(args)
-        if not args.no_mhc:
-            model.hybrid_stack_spec = hybrid_mhc_spec
-    pretrain(
-        pretrain_cfg_container_from_args(args, model),
-        datasets,
-        ModelType.encoder_or_decoder,
-        step,
-        get_embedding_ranks=embedding_ranks,
-    )
+    spec: Any = gpt_mhc_spec if args.hybrid_layer_pattern is None else hybrid_mhc_spec
+    training_doors.train(args, None if args.no_mhc else spec, datasets, step, embedding_ranks)
     if at_end is not None:
         at_end()
     finish()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import fields
 from typing import Any, NamedTuple
 
 from megatron_mhc.config import ENVIRONMENT, MHCConfig
+from megatron_mhc.releases import OWN_SWITCHES, release
 from megatron_mhc.schedule.stages import layer_counts
 
 
@@ -64,18 +66,53 @@ def setting_rows(what: str, instead: str, *rows: tuple[Any, ...]) -> tuple[Refus
     )
 
 
-# Megatron's parsed arguments: of our own pretrain_gpt, and of every script that takes --spec.
-ENTRY_POINT = tuple(
+OWN = tuple(
     setting_row(
         name,
-        "run Megatron-LM's own script by `python -m megatron_mhc.launch pretrain_gpt.py ...`",
-        what="{flag} is not supported by this entry point",
+        "drop it, or train without this plugin's mHC (no --spec megatron_mhc.specs ..., no wrap_..._spec)",
+        what="{flag} turns on Megatron's own mHC, beside this plugin's",
     )
-    for name in ("sft", "fim_data", "hybrid_context_parallel", "dataloader_inter_document_masking")
+    for name in OWN_SWITCHES
 )
-SPEC_DOOR = tuple(
-    setting_row(name, "use --use-distributed-optimizer instead", what="mHC does not support {flag}")
-    for name in ("use_megatron_fsdp", "use_torch_fsdp2")
+
+# Megatron's parsed arguments: of our own pretrain_gpt, and of every script that takes --spec.
+ENTRY_POINT = (
+    *OWN,
+    *(
+        setting_row(
+            name,
+            "run Megatron-LM's own script by `python -m megatron_mhc.launch pretrain_gpt.py ...`",
+            what="{flag} is not supported by this entry point",
+        )
+        for name in ("sft", "fim_data", "hybrid_context_parallel", "dataloader_inter_document_masking")
+    ),
+)
+
+
+def _own_flag(args: Any, mhc: MHCConfig | None) -> str | None:
+    # Of Megatron's own mHC: a script whose parser has our flags reads all of them for us.
+    if MHCConfig.has_flags(args):
+        return None
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    values = {f.name: (f.default, getattr(args, f.name, f.default)) for f in fields(TransformerConfig)}
+    for name, (default, value) in values.items():
+        if name.startswith("mhc_") and value != default:
+            return f"--{name.replace('_', '-')} {value}"
+    return None
+
+
+SPEC_DOOR = (
+    *OWN,
+    *(
+        setting_row(name, "use --use-distributed-optimizer instead", what="mHC does not support {flag}")
+        for name in ("use_megatron_fsdp", "use_torch_fsdp2")
+    ),
+    Refusal(
+        _own_flag,
+        "{value} is here a flag of Megatron's own mHC, which is off",
+        f"give the option in {ENVIRONMENT}, or start the script by `python -m megatron_mhc.launch`",
+    ),
 )
 
 
@@ -118,6 +155,7 @@ def _other_options(config: Any, mhc: MHCConfig) -> str | None:
 
 # A model's configuration, at each of its layers.
 MODEL = (
+    *OWN,
     Refusal(
         lambda config, mhc: config.fp32_residual_connection and mhc.backend == "hopper",
         "--mhc-backend hopper does not support --fp32-residual-connection {value}",
@@ -287,6 +325,11 @@ LAYER = (
         _without_gradients,
         "--recompute-modules {value} with --cuda-graph-impl local leaves its parameters without a gradient",
         "recompute without it, or use --cuda-graph-impl transformer_engine",
+    ),
+    Refusal(
+        lambda layer, mhc: layer.held.router and not release().te_router_graphs,
+        "--cuda-graph-impl transformer_engine with --cuda-graph-modules moe_router under Megatron-Core 0.18",
+        "its graphs hand on nothing of ours behind the router; drop moe_router, or install 0.19",
     ),
     _lacking(
         lambda layer, mhc: mhc.recompute_layer_num != "off",

@@ -21,9 +21,9 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import log_single_rank
 
-from megatron_mhc import hooks, parallel
+from megatron_mhc import hooks, parallel, training_doors
 from megatron_mhc.backend import choose, device_type, norms_in_words
-from megatron_mhc.carried import StreamsBlockSubmodules
+from megatron_mhc.carried import SpecOfBlock, StreamsBlockSubmodules
 from megatron_mhc.config import MHCConfig, refuse_environment
 from megatron_mhc.diagnostics.training import check_writers
 from megatron_mhc.hooks.uses import SPEC_USES
@@ -31,6 +31,7 @@ from megatron_mhc.hybrid import HyperConnectionHybridStack, wrap_hybrid_spec
 from megatron_mhc.pipeline import auto
 from megatron_mhc.pipeline.layer_times import Launch
 from megatron_mhc.refusals import GPT, SPEC_DOOR, refuse
+from megatron_mhc.releases import release
 from megatron_mhc.schedule.plans import OVERLAPPED
 from megatron_mhc.streams import contract_norm_builder
 from megatron_mhc.wrapping import model_chunks, prepare, wrap_layer_spec
@@ -79,12 +80,12 @@ def wrap_block_spec(
     )
 
 
-class GPTScriptsCallThis:
+class GPTScriptsCallThis(SpecOfBlock):
     """The target of `--spec megatron_mhc.specs gpt_mhc_spec`: the spec Megatron would choose, with mHC.
 
-    Megatron's GPT scripts call it. Scripts that build other models take what --spec names for the spec
-    itself; it then says so, where a function would become the model's decoder. (The class has the name
-    that Megatron's "specialize for ..." prints.)
+    Megatron's GPT scripts call it; those of 0.18 hand it to the model's block, whose hook does. Scripts that
+    build other models take what --spec names for the spec itself; it then says so, where a function would
+    become the model's decoder. (The class has the name that Megatron's "specialize for ..." prints.)
     """
 
     def __call__(
@@ -102,21 +103,30 @@ class GPTScriptsCallThis:
         """
         hooks.check_uses(SPEC_USES)
         from megatron.training import get_args
-        from megatron.training.argument_utils import gpt_config_from_args
-        from megatron.training.models.gpt import default_layer_spec
 
         if isinstance(config, TransformerConfig):
-            args, model_config = model_config, gpt_config_from_args(model_config, config)
+            args, transformer = model_config, config
+            layers = training_doors.stock_layers(args, transformer, vp_stage)
         else:
+            from megatron.training.models.gpt import default_layer_spec
+
             args, vp_stage = get_args(), config if vp_stage is None else vp_stage
-        transformer = model_config.transformer
+            transformer, layers = model_config.transformer, default_layer_spec(model_config, vp_stage)
         mhc = auto.resolved(transformer, mhc_options(args), launch_of(args))
         hooks.require(schedule=mhc.pipeline_schedule in OVERLAPPED)
-        spec = wrap_block_spec(default_layer_spec(model_config, vp_stage), mhc, transformer, vp_stage)
+        spec = wrap_block_spec(layers, mhc, transformer, vp_stage)
         log_choice(transformer, mhc)
         return spec
 
+    def of_block(self, config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
+        """Choose and wrap for a block that was handed the target itself."""
+        from megatron.training import get_args
+
+        return self(get_args(), config, vp_stage)
+
     def __getattr__(self, name: str) -> Any:
+        if name == "layer_specs" and not release().spec_is_called:  # that a GPT's script looks for
+            raise AttributeError(name)
         if name in ("layer_specs", "layers", "metainfo", "module", "params", "submodules"):
             raise ValueError(
                 "--spec megatron_mhc.specs gpt_mhc_spec is for scripts that build a GPTModel: "
@@ -130,6 +140,8 @@ class GPTScriptsCallThis:
 
 
 gpt_mhc_spec = GPTScriptsCallThis()
+if not release().spec_is_called:
+    hooks.require()  # Megatron imports what --spec names, and calls nothing of it before a block is built
 
 
 class HybridScriptsBuildThis(HyperConnectionHybridStack):
@@ -166,7 +178,7 @@ def mhc_options(args: Any = None) -> MHCConfig:
 
     args = args or get_args()
     refuse(SPEC_DOOR, args)
-    if not hasattr(args, "mhc_num_residual_streams"):
+    if not MHCConfig.has_flags(args):
         mhc = MHCConfig.from_environment()
     else:
         refuse_environment()

@@ -16,12 +16,15 @@ from torch.nn import functional as F
 
 from megatron_mhc.hyper_connection import HyperConnectionModule
 from megatron_mhc.ops import reference
+from megatron_mhc.releases import release
 
 if TYPE_CHECKING:
     from megatron_mhc.chunk import ModelChunk
     from megatron_mhc.hyper_connection import Mappings
     from megatron_mhc.layer import BetweenStreams, HyperConnectionTransformerLayer
     from megatron_mhc.mamba import HyperConnectionMambaLayer
+
+_READ_BY_MLP = release().read_by_mlp
 
 
 class Left:
@@ -81,8 +84,7 @@ def mlp(layer: HyperConnectionTransformerLayer, layer_input: Tensor, call: Call)
     return layer._forward_mlp(
         layer_input,
         call.kwargs.get("inference_context"),
-        padding_mask=call.kwargs.get("padding_mask"),
-        packed_seq_params=call.kwargs.get("packed_seq_params"),
+        **{name: call.kwargs.get(name) for name in _READ_BY_MLP},
     )
 
 

@@ -338,6 +338,16 @@ FEATURES = (
         "",
         ("unit/test_optional_parts.py::test_losses_and_norms_match_those_without_fused_parts",),
     ),
+    Feature(
+        "Megatron-Core 0.18, and Megatron-LM's main of 2026-08-22",
+        YES,
+        "[what each has](existing_script.md#releases); tested where `MHC_MEGATRON` names them",
+        (
+            "megatron/test_other_releases.py::test_layouts_match_a_single_process",
+            "megatron/test_other_releases.py::test_the_installed_release_continues_its_checkpoint",
+            "megatron/test_other_releases.py::test_its_own_script_trains_by_spec_and_by_the_launcher",
+        ),
+    ),
     Feature("FP8 (Transformer Engine)", UNTESTED, "F's linears alone; 50 steps trained by hand on one H100"),
     Feature(
         "`--use-precision-aware-optimizer`; inference engines on a GPU; Blackwell",
@@ -388,9 +398,15 @@ FEATURES = (
         ),
     ),
     Feature(
-        "Megatron-Core 0.20 and branches with `hyper_connection.py`",
+        "Megatron-Core 0.17 and older; Megatron-LM's dev branch",
         REFUSED,
-        "their own mHC has the same names",
-        ("unit/test_hooks.py::test_core_with_its_own_hyper_connections_is_refused",),
+        "",
+        ("unit/test_releases.py::test_another_megatron_is_refused_by_what_it_is",),
+    ),
+    Feature(
+        "main's own mHC (`--enable-mhc-connections`) beside this one",
+        REFUSED,
+        "",
+        ("unit/test_releases.py::test_megatrons_own_mhc_is_refused_beside_ours",),
     ),
 )

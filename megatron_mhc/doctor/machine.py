@@ -84,7 +84,7 @@ class Machine(Part):
             self.in_the_way.append(f"megatron-core cannot be imported: {one_line(error)}")
             return
         place = Path(str(core.__file__)).parent
-        self.say("megatron-core", f"{core.__version__} in {place}; {SUPPORTED} is supported")
+        self.say("megatron-core", f"{core.__version__} in {place}; {SUPPORTED} and main are supported")
         training = self.asks(lambda: find_spec("megatron.training")) is not None
         self.say("megatron.training", "there" if training else "not there; only the library door works")
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import sys
@@ -18,6 +19,7 @@ check_version()  # another Megatron may lack what is imported below
 from megatron_mhc.hooks.targets import HOOKS, SCHEDULE_HOOKS, TRAINING_HOOKS, Hook
 from megatron_mhc.hooks.uses import SCHEDULE_USES, TRAINING_USES, USES, Use
 from megatron_mhc.hyper_connection import operations
+from megatron_mhc.releases import ABSENT, KNOWN, Other, release
 
 _lock = threading.RLock()
 _registrations: list[Handle] = []
@@ -49,7 +51,7 @@ class Handle:
         from megatron_mhc.pipeline.auto import decisions
 
         state = "registered" if _registrations else "not registered"
-        lines = [f"megatron_mhc hooks on megatron-core {version} ({SUPPORTED} supported): {state}"]
+        lines = [f"megatron_mhc hooks on megatron-core {version} ({SUPPORTED} and main supported): {state}"]
         hooks = [one.hook for one in _replaced.values() if one.on] or HOOKS
         lines += [f"  {hook.target}\n      {hook.reason}" for hook in hooks]
         lines += [f"  {line}" for line in operations() or ["no connection is built yet"]]
@@ -169,7 +171,9 @@ def check_uses(uses: tuple[Use, ...]) -> None:
 
     One that somebody else has wrapped is left alone.
     """
-    for use in uses:
+    for use in map(installed, uses):
+        if use is None:
+            continue
         _, _, found = _find(use.target)
         if _is_somebody_elses(found):
             continue
@@ -177,6 +181,17 @@ def check_uses(uses: tuple[Use, ...]) -> None:
             _check_parameters(use.target, found, tuple(use.parameters.split(", ")) if use.parameters else ())
         if use.names and (gone := set(use.names) - set(_names(inspect.unwrap(found).__code__))):
             raise ValueError(f"{use.target} knows no {', '.join(sorted(gone))}: {_remedy(use.target)}")
+
+
+def installed(row: Use) -> Use | None:
+    """A row of `uses.py` as the installed release has it; None where that has no such symbol."""
+    other = release().symbols.get(row.target)
+    if other is ABSENT:
+        return None
+    given = {name: value for name, value in (other or Other())._asdict().items() if value is not None}
+    if "name" in given:
+        given["target"] = given.pop("name")
+    return dataclasses.replace(row, **given)
 
 
 def _is_somebody_elses(found: Any) -> bool:
@@ -203,7 +218,8 @@ def _resolve(hook: Hook) -> tuple[Any, str, Callable[..., Any]]:
             f"{hook.target} was replaced by {original.__module__}: start without that patch, "
             "or call megatron_mhc.register() before it is applied"
         )
-    _check_parameters(hook.target, original, hook.parameters)
+    other = release().symbols.get(hook.target, ABSENT).parameters
+    _check_parameters(hook.target, original, tuple(other.split(", ")) if other else hook.parameters)
     return owner, name, original
 
 
@@ -230,4 +246,4 @@ def _check_parameters(target: str, found: Callable[..., Any], expected: tuple[st
 
 
 def _remedy(target: str) -> str:
-    return "install another torch" if target.startswith("torch") else f"install megatron-core {SUPPORTED}"
+    return "install another torch" if target.startswith("torch") else f"install {KNOWN}"

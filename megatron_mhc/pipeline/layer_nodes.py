@@ -19,9 +19,11 @@ from megatron_mhc.ops import reference
 from megatron_mhc.pipeline.edges import backward, edge_of
 from megatron_mhc.pipeline.nodes import pack
 from megatron_mhc.pipeline.streams import HostStreams, stream_of
+from megatron_mhc.releases import release
 from megatron_mhc.sublayer import Call, Visit
 
 Where = tuple[int, str]  # local layer and node
+_AFTER_MLP = release().after_mlp
 
 
 class Tape:
@@ -242,7 +244,8 @@ def _route(
 
 def _join(layer: HyperConnectionTransformerLayer, combined: Tensor, shared: Tensor | None) -> Tensor:
     output = layer.mlp.postprocess(combined, shared)
-    return layer._forward_post_mlp((output, None), output)
+    add = getattr(layer, _AFTER_MLP)
+    return add((output, None), output)
 
 
 def _crossing(visit: Visit) -> tuple[Tensor, ...]:

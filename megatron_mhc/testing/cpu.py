@@ -275,6 +275,16 @@ def patch_megatron() -> None:
     inference._is_cuda = lambda tensor: None  # what the engines broadcast over a pipeline
     # The wheel has the compiled helpers but not their Makefile, without which this exits.
     dataset_utils.compile_helpers = lambda: None
+    _name_inference_classes()
+
+
+def _name_inference_classes() -> None:
+    """Let main ask whether a layer is one of these; without TransformerEngine their names hold stand-ins."""
+    import megatron.core.tensor_parallel.inference_layers as inference_layers
+
+    for name in ("InferenceColumnParallelLinear", "InferenceLayerNormColumnParallelLinear"):
+        if not isinstance(getattr(inference_layers, name, object), type):
+            setattr(inference_layers, name, type(name, (), {}))
 
 
 def _async_loop(*args: Any, **kwargs: Any) -> None:

@@ -74,7 +74,7 @@ def local_submodules(norm: Callable[..., torch.nn.Module]) -> HybridStackSubmodu
         depth, submodules=dataclasses.replace(depth.submodules, eh_proj=ColumnParallelLinear, **ends)
     )
     block = hybrid_stack_spec.submodules.mtp_block_spec
-    return HybridStackSubmodules(
+    parts = dict(
         mamba_layer=ModuleSpec(module=MambaLayer, submodules=mamba),
         attention_layer=layer(TransformerLayer, dense, *attention),
         mla_layer=layer(TransformerLayer, mla, *attention),
@@ -84,6 +84,8 @@ def local_submodules(norm: Callable[..., torch.nn.Module]) -> HybridStackSubmodu
             block, submodules=dataclasses.replace(block.submodules, layer_specs=[depth])
         ),
     )
+    has = {field.name for field in dataclasses.fields(HybridStackSubmodules)}
+    return HybridStackSubmodules(**{name: part for name, part in parts.items() if name in has})
 
 
 def use_local_stack(norm: Callable[..., torch.nn.Module]) -> None:

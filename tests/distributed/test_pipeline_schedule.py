@@ -159,6 +159,8 @@ def returns_a_pair(config, chunks):
     """As Transformer Engine's norm does under --fused-residual-rmsnorm: its output, and what it has read."""
     for chunk in chunks:
         for layer in layers_of(chunk):
+            # What main's layers ask their norms when they are built.
+            layer._input_layernorm_returns_residual = layer._pre_mlp_layernorm_returns_residual = True
             for norm in (layer.input_layernorm, layer.pre_mlp_layernorm):
                 alone = norm.forward
                 norm.forward = lambda x, alone=alone: (alone(x), x)

@@ -25,7 +25,7 @@ def broken_transformer_engine(folder: Path) -> None:
     sys.path.insert(0, str(folder))
 
 
-def other_megatron(folder: Path, version: str = "0.18.1", own: bool = False) -> None:
+def other_megatron(folder: Path, version: str = "0.17.1", own: bool = False) -> None:
     core = folder / version / "megatron" / "core"
     (core / "transformer").mkdir(parents=True)
     (core / "__init__.py").write_text(f"__version__ = '{version}'\n")
@@ -42,7 +42,7 @@ KINDS = {
     "no cuda-bindings": lambda folder: lacks("cuda"),
     "broken transformer engine": broken_transformer_engine,
     "old megatron": other_megatron,
-    "megatron with its own": lambda folder: other_megatron(folder, "0.20.0", own=True),
+    "megatron with its own": lambda folder: other_megatron(folder, "0.19.0", own=True),
     "no megatron": lambda folder: lacks("megatron"),
 }
 

@@ -58,8 +58,8 @@ def other_megatron(tmp_path):
 @pytest.mark.parametrize(
     "version, own, words",
     [
-        ("0.20.0rc0", True, "megatron-core 0.20.0rc0 has hyper-connections of its own"),
-        ("0.18.2", False, "megatron-core 0.18.2 is not supported: install megatron-core"),
+        ("0.19.0", True, "megatron-core 0.19.0 has hyper-connections of its own"),
+        ("0.16.1", False, "megatron-core 0.16.1 is not supported: install megatron-core"),
     ],
 )
 @pytest.mark.parametrize("door", DOORS)
@@ -76,7 +76,7 @@ def test_launcher_takes_the_megatron_that_lies_beside_the_script(other_megatron,
         f"import sys; sys.path.remove({str(tmp_path)!r}); sys.argv[1:] = ['{tmp_path}/pretrain_gpt.py'];"
         "from megatron_mhc.launch import main; main()"
     )
-    assert "megatron-core 0.18.2 is not supported" in other_megatron(code, "0.18.2", False).stderr
+    assert "megatron-core 0.16.1 is not supported" in other_megatron(code, "0.16.1", False).stderr
 
 
 def test_the_package_asks_pip_for_the_versions_that_it_supports():
