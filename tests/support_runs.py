@@ -74,13 +74,14 @@ def runs(folder: Path = FOLDER) -> list[Run]:
 def missing(feature: Feature, runs: Iterable[Run]) -> str | None:
     """The first of a row's tests that no run shows, and why; None where all passed and none failed."""
     runs = [run for run in runs if feature.on in ("", run["kind"])]
+    where = {"gpu": " on a GPU", "nccl": " on two GPUs"}.get(feature.on, "")
     for test in feature.tests:
         found = [run["tests"][test] for run in runs if test in run["tests"]]
         name = test.partition("::")[2].removeprefix("test_")
         if any(one["failed"] for one in found):
             return f"{name} failed"
         if not any(one["passed"] for one in found):
-            return f"{name} was skipped" if found else f"{name} did not run"
+            return f"{name} was skipped" if found else f"{name} did not run{where}"
     return None
 
 

@@ -37,7 +37,7 @@ def feature(*names, declared=YES, on=""):
         (feature("a"), [], "a did not run"),
         (feature("a", "b"), [run(a=PASSED)], "b did not run"),
         (feature("a", "b"), [run(a=PASSED), run("gpu", b=PASSED)], None),
-        (feature("a", on="nccl"), [run(a=PASSED)], "a did not run"),
+        (feature("a", on="nccl"), [run(a=PASSED)], "a did not run on two GPUs"),
         (feature("a", on="nccl"), [run("nccl", a=PASSED)], None),
         (feature(declared=UNTESTED), [], None),
     ],
