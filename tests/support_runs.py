@@ -1,4 +1,4 @@
-"""What the tests that the support matrix names did where they ran: docs/results/support/<machine>.json.
+"""What the tests that the support matrix names did where they ran: docs/results/support/*.json.
 
 MEGATRON_MHC_TEST_REPORT=docs/results/support/cpu.json python -m pytest $(python tests/support_runs.py)
 python tests/support_runs.py build/support.json   # fails where this run shows less than the kept ones

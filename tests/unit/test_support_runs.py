@@ -101,8 +101,7 @@ def test_a_session_writes_down_what_each_named_test_did(tmp_path, workers):
 
 
 def test_every_run_that_is_kept_says_where_and_of_what_it_was():
-    kinds = [found["kind"] for found in support_runs.runs()]
-    assert "cpu" in kinds and len(kinds) == len(set(kinds))
+    assert "cpu" in [found["kind"] for found in support_runs.runs()]
     for found in support_runs.runs():
         assert found["device"] and found["date"] and found["versions"]["megatron-core"]
         assert not found["commit"].endswith("+"), "files differed from the commit"
