@@ -24,7 +24,8 @@ from typing import Any
 
 import torch
 
-Row = dict[str, Any]
+from benchmarks.rows import Row, brief, tables
+
 ROOT = Path(__file__).resolve().parents[1]
 ON_GPU = torch.empty(0, device="cuda").is_cuda if torch.cuda.is_available() else False  # see testing.cpu
 PACKAGES = ("torch", "triton", "transformer-engine", "megatron-core", "megatron-mhc")
@@ -168,37 +169,6 @@ def attempt(measure: Callable[[], Row]) -> Row:
             error = error.__context__
     clean()
     return {"failed": "; ".join(reasons)}
-
-
-def tables(rows: list[Row]) -> str:
-    """All sections in Markdown: a line for each row, a column for each number or word in them."""
-    parts = []
-    for section in dict.fromkeys(row["section"] for row in rows):
-        mine = [row for row in rows if row["section"] == section]
-        columns = list(dict.fromkeys(key for row in mine for key in row if _shown(key, row[key])))
-        lines = [f"\n**{section}**\n", f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
-        for row in mine:
-            lines.append(f"| {' | '.join([row['name'], *(text(row.get(c)) for c in columns)])} |")
-        parts.append("\n".join(lines))
-    return "\n".join(parts)
-
-
-def brief(result: Row) -> str:
-    """A row in a line."""
-    return ", ".join(f"{key} {text(value)}" for key, value in result.items() if _shown(key, value))
-
-
-def _shown(key: str, value: Any) -> bool:
-    return key not in ("section", "name") and isinstance(value, (bool, int, float, str))
-
-
-def text(value: Any) -> str:
-    """A value in a table."""
-    if isinstance(value, bool):
-        return "yes" if value else "**NO**"
-    if isinstance(value, float):
-        return f"{value:.1e}" if value and abs(value) < 0.01 else f"{value:.4g}"
-    return "-" if value is None else str(value).replace("|", "/").replace("\n", " ")[:200]
 
 
 def over(rows: Sequence[Row], base: Row | None, keys: Sequence[str]) -> None:

@@ -14,7 +14,6 @@ import re
 import shlex
 import shutil
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -78,11 +77,9 @@ class _Running:
         self.answers: list[list[Row]] = []  # of each turn, of each rank
         folder.mkdir(parents=True)
         self.log = (folder / "log").open("w")
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(job.ranks)]
-        command += ["--master-addr", "127.0.0.1", "--master-port", str(port)]
+        # Standalone: the port is the one that torchrun listens at, so nobody takes it while a rank starts.
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
+        command += ["--nproc-per-node", str(job.ranks)]
         command += ["-m", "megatron_mhc.testing.cpu"] * (not ON_GPU) + ["-m", "benchmarks.job"]
         path = f"{ROOT}:{os.environ['PYTHONPATH']}" if os.environ.get("PYTHONPATH") else str(ROOT)
         plan = [turns.warm_up, *[turns.steps] * turns.turns, PROFILE]
@@ -103,7 +100,8 @@ class _Running:
         files = [self.folder / f"{name}_{rank}" for rank in range(self.job.ranks)]
         deadline = time.monotonic() + seconds
         while not all(file.exists() for file in files):
-            if self.process.poll() is not None:
+            # A job may answer and end between two looks.
+            if self.process.poll() is not None and not all(file.exists() for file in files):
                 raise Failed(f"exit {self.process.returncode}: {reason(self.folder / 'log')}")
             if time.monotonic() > deadline:
                 raise Failed(f"{name}: no answer after {seconds:.0f} s: {reason(self.folder / 'log')}")

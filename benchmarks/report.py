@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import Report, Row, tables
+from benchmarks.rows import Row, tables
 
 TITLES = {
     "step": "Training steps",
@@ -92,6 +92,8 @@ def publish(folder: Path, docs: Path) -> Path:
 
 def adopt(source: Path, out: Path) -> None:
     """Make a report of a JSON file with a list of rows, or with lists of them by section."""
+    from benchmarks.harness import Report
+
     name = out.name.partition(".")[0]
     out.unlink(missing_ok=True)
     report = Report(out, name, {})
@@ -111,6 +113,8 @@ def close(path: Path, piece: str, status: int, seconds: int, log: Path) -> None:
     if path.exists():
         found = json.loads(path.read_text())
     else:
+        from benchmarks.harness import Report
+
         found = Report(None, piece, {}).head | {"rows": []}
     for row in found["rows"]:
         if row.pop("running", False):

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields
 from typing import Any, NamedTuple
 
+from megatron_mhc import precision
 from megatron_mhc.config import ENVIRONMENT, MHCConfig
 from megatron_mhc.releases import OWN_SWITCHES, release
 from megatron_mhc.schedule.stages import layer_counts
@@ -116,6 +117,11 @@ SPEC_DOOR = (
 )
 
 
+def _offloaded_replay(config: Any, mhc: MHCConfig) -> bool:
+    # Stock Megatron: what the replay offloads in the midst of backward is asked for by no forward.
+    return bool(config.fine_grained_activation_offloading and config.recompute_granularity == "full")
+
+
 def _offloaded_streams(config: Any, mhc: MHCConfig) -> str | None:
     # Megatron frees what a norm has read. With one stream that nothing maps, that is the streams.
     if not config.fine_grained_activation_offloading or mhc.num_residual_streams > 1 or mhc.h_pre != "fixed":
@@ -148,6 +154,24 @@ def _recomputed_twice(config: Any, mhc: MHCConfig) -> str | None:
     return mhc.recompute_layer_num if twice else None
 
 
+def _mtp_of_full_recompute(config: Any, mhc: MHCConfig) -> int | None:
+    # Stock Megatron: an assertion of its first step.
+    full = config.recompute_granularity == "full" and config.recompute_method == "uniform"
+    layers = config.recompute_num_layers
+    return layers if full and config.mtp_num_layers and layers != 1 else None
+
+
+def _shared_out_mtp(config: Any, mhc: MHCConfig) -> int | None:
+    # Stock Megatron: the second depth reads what the first one's checkpoint has shared out over TP.
+    full = config.recompute_granularity == "full" and config.recompute_method == "uniform"
+    several = full and config.distribute_saved_activations and (config.mtp_num_layers or 0) > 1
+    return config.mtp_num_layers if several else None
+
+
+def _low_precision(config: Any, mhc: MHCConfig) -> precision.Lack | None:
+    return precision.lacking(config)
+
+
 def _other_options(config: Any, mhc: MHCConfig) -> str | None:
     known = getattr(config, "mhc", mhc)
     return f"{known.to_options()} and {mhc.to_options()}" if known != mhc else None
@@ -167,6 +191,11 @@ MODEL = (
         "--mhc-recompute-layer-num {mhc.recompute_layer_num} does not support "
         "--fine-grained-activation-offloading {value}",
         "both take the layer inputs from memory; drop one of them",
+    ),
+    Refusal(
+        _offloaded_replay,
+        "--recompute-granularity full with --fine-grained-activation-offloading {value}",
+        "use --recompute-granularity selective, or drop one of them",
     ),
     Refusal(
         _offloaded_streams,
@@ -207,6 +236,18 @@ MODEL = (
         "streams already",
         "drop --mhc-recompute-layer-num, or use --recompute-granularity selective",
     ),
+    Refusal(
+        _mtp_of_full_recompute,
+        "--recompute-method uniform --recompute-num-layers {value} with --mtp-num-layers, whose layers "
+        "Megatron recomputes one by one",
+        "use --recompute-num-layers 1",
+    ),
+    Refusal(
+        _shared_out_mtp,
+        "--distribute-saved-activations with --mtp-num-layers {value} and --recompute-granularity full",
+        "drop --distribute-saved-activations, or use --mtp-num-layers 1",
+    ),
+    Refusal(_low_precision, "{value.what}", "{value.remedy}"),
     Refusal(
         _other_options,
         "two mHC configurations in one model",

@@ -6,7 +6,7 @@ A table stands between `<!-- NAME -->` and `<!-- /NAME -->`:
 
     options    docs/options.md    the fields of MHCConfig
     hooks      docs/hooks.md      hooks/targets.py
-    matrix     docs/support.md    tests/support_matrix.py
+    matrix     docs/support.md    tests/support_matrix.py, and docs/results/support, where its tests ran
     works      README.md          the same, names alone
     simulated  docs/schedules.md  pipeline/simulate.py, its default times
     costs      README.md          step*.json of the newest folder in docs/results
@@ -32,6 +32,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+import support_runs  # noqa: E402
 from support_matrix import FEATURES, Feature  # noqa: E402
 
 from megatron_mhc.config import MHCConfig, flag, takes  # noqa: E402
@@ -74,23 +75,34 @@ def _target(target: str) -> tuple[str, str]:
 
 
 def matrix() -> str:
-    """Every feature: its state, how far it goes, what shows it."""
-    return table(["", "state", "", "shown by"], map(_feature, FEATURES))
+    """Where the tests ran; every feature: its state, how far it goes, what shows it."""
+    runs = support_runs.runs()
+    about = "".join(map(_run, runs))
+    return f"{about}\n" + table(["", "state", "", "shown by"], (_feature(one, runs) for one in FEATURES))
 
 
-def _feature(feature: Feature) -> list[str]:
+def _run(run: support_runs.Run) -> str:
+    versions = ", ".join(f"{name} {found}" for name, found in run["versions"].items() if found)
+    source = f"[{run['kind']}](results/support/{run['file']})"
+    return f"- {source}: {run['device']}, {run['date']}, commit {run['commit']}, {versions}\n"
+
+
+def _feature(feature: Feature, runs: list[support_runs.Run]) -> list[str]:
     links = []
     for test in feature.tests:
         file, _, name = test.partition("::")
         links.append(f"[{name.removeprefix('test_')}](../tests/{file})")
-    return [feature.name, feature.state, feature.note.replace("](docs/", "]("), ", ".join(links)]
+    state, why = support_runs.state(feature, runs)
+    notes = [note for note in (feature.note.replace("](docs/", "]("), why) if note]
+    return [feature.name, state, "; ".join(notes), ", ".join(links)]
 
 
 def works() -> str:
     """The features' names by state."""
     names: dict[str, list[str]] = {}
+    runs = support_runs.runs()
     for feature in FEATURES:
-        names.setdefault(feature.state, []).append(feature.name)
+        names.setdefault(support_runs.state(feature, runs)[0], []).append(feature.name)
     return "".join(f"- **{state}**: {' · '.join(found)}\n" for state, found in names.items())
 
 

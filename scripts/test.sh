@@ -28,4 +28,7 @@ workers=()
 if "$PYTHON" -c 'import xdist' 2>/dev/null; then
     workers=(--numprocesses auto --maxprocesses 4 --dist worksteal)
 fi
+export MEGATRON_MHC_TEST_REPORT="$ROOT/build/support.json"
 "$PYTHON" -m pytest ${workers[@]+"${workers[@]}"} "$@"
+step "support matrix" # no row says more than this run shows
+"$PYTHON" tests/support_runs.py "$MEGATRON_MHC_TEST_REPORT"

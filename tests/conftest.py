@@ -2,6 +2,8 @@
 
 MEGATRON_MHC_GPU_TESTS=1 leaves the patches out, for tests/gpu and tests/ops. With =nccl the layouts of
 tests/distributed run on GPUs, as many as there are; tests that need more are skipped.
+
+MEGATRON_MHC_TEST_REPORT is a file that keeps what the tests of the support matrix did, see support_runs.py.
 """
 
 import os
@@ -20,6 +22,7 @@ if NCCL:
 
 import interpreter  # noqa: E402
 import pytest  # noqa: E402
+import support_runs  # noqa: E402
 import torch  # noqa: E402
 
 from megatron_mhc.testing import cpu, ranks  # noqa: E402
@@ -36,6 +39,14 @@ else:
     cpu.install()
     interpreter.speed_up()
 torch.set_num_threads(1)  # ranks are forked, and share few cores
+
+
+def pytest_configure(config):
+    path = os.environ.get("MEGATRON_MHC_TEST_REPORT")
+    if path and not hasattr(config, "workerinput"):  # of pytest-xdist, whose workers report to this process
+        config.pluginmanager.register(
+            support_runs.Recorder(Path(path), {"1": "gpu"}.get(MODE, MODE or "cpu"))
+        )
 
 
 @pytest.fixture

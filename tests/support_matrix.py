@@ -1,7 +1,8 @@
 """What works together with mHC, as data: scripts/doc_tables.py writes it into docs/support.md.
 
-A row's tests are what shows it. tests/unit/test_doc_pages.py asks that each of them exists and that the page
-is current.
+A row's tests are what shows it: the page says "yes" or "refused" where they passed in a run whose outcomes
+docs/results/support keeps (support_runs.py). tests/unit/test_doc_pages.py asks that each test exists and that
+the page is current.
 """
 
 from __future__ import annotations
@@ -19,14 +20,17 @@ class Feature(NamedTuple):
         state: YES where a test runs it, REFUSED where building the model raises, else UNTESTED.
         note: how far it goes, or why not.
         tests: "file under tests/::function"; none for UNTESTED.
+        on: the kind of machine that shows it, gpu or nccl; any where empty.
     """
 
     name: str
     state: str
     note: str
     tests: tuple[str, ...] = ()
+    on: str = ""
 
 
+_AWARE = "distributed/test_precision_aware.py::test_"
 _HYBRID = "distributed/test_hybrid.py::test_"
 _PARITY = "distributed/test_parity.py::test_"
 _SCHEDULE = "distributed/test_pipeline_schedule.py::test_"
@@ -34,9 +38,10 @@ _REFUSALS = "unit/test_refusals.py::test_"
 
 FEATURES = (
     Feature(
-        "random combinations of the switches below, on two ranks",
+        "random combinations of the switches below, on two and four ranks",
         YES,
-        "each trains as one process does, or is refused as it is built; 12 of 300 without `-m slow`",
+        "each trains as one process does, or is refused as it is built: "
+        "[what each of 300 did](docs/results/support/switches.tsv), of which 12 run without `-m slow`",
         ("distributed/test_switches.py::test_combination_trains_as_its_twin_or_is_refused_by_name",),
     ),
     Feature(
@@ -80,6 +85,7 @@ FEATURES = (
         YES,
         "`MEGATRON_MHC_GPU_TESTS=nccl`",
         (_PARITY + "core_layout_matches_single_process", _SCHEDULE + "two_stages"),
+        on="nccl",
     ),
     Feature(
         "GQA, MLA, biases, dropout, LayerNorm, RMSNorm, tied embeddings, MTP of plain layers",
@@ -93,7 +99,7 @@ FEATURES = (
         "",
         (
             _PARITY + "setting_matches_plain_single_process",
-            "gpu/test_te.py::test_recompute_matches_no_recompute_bit_for_bit",
+            _HYBRID + "full_recompute_behind_a_frozen_embedding_trains_a_hybrid_model",
         ),
     ),
     Feature(
@@ -178,7 +184,11 @@ FEATURES = (
         "Transformer Engine, bf16, grouped GEMM, gradient-accumulation fusion",
         YES,
         "one GPU",
-        ("gpu/test_te.py::test_fused_gradient_accumulation_matches_unfused",),
+        (
+            "gpu/test_te.py::test_fused_gradient_accumulation_matches_unfused",
+            "gpu/test_te.py::test_recompute_matches_no_recompute_bit_for_bit",
+        ),
+        on="gpu",
     ),
     Feature(
         "`--fp32-residual-connection`",
@@ -210,7 +220,7 @@ FEATURES = (
     Feature(
         "`--fine-grained-activation-offloading`",
         YES,
-        "under Megatron's schedule, shown on a CPU; not with `--mhc-recompute-layer-num`",
+        "under Megatron's schedule, shown on a CPU; not with `--mhc-recompute-layer-num` or full recompute",
         ("distributed/test_offloading.py::test_offloaded_activations_give_the_gradients_of_stored_ones",),
     ),
     Feature(
@@ -236,13 +246,17 @@ FEATURES = (
         ),
     ),
     Feature(
-        "`--mhc-backend hopper`, `triton`, `reference`",
+        "`--mhc-backend triton`, `reference`",
         YES,
         "every gradient against float64",
-        (
-            "ops/test_hopper.py::test_outputs_and_every_gradient_match_float64",
-            "ops/test_triton.py::test_outputs_and_every_gradient_match_float64",
-        ),
+        ("ops/test_triton.py::test_outputs_and_every_gradient_match_float64",),
+    ),
+    Feature(
+        "`--mhc-backend hopper`",
+        YES,
+        "every gradient against float64",
+        ("ops/test_hopper.py::test_outputs_and_every_gradient_match_float64",),
+        on="gpu",
     ),
     Feature(
         "checkpoints resharded, optimizer included; fully parallel save; `torch` format",
@@ -250,7 +264,7 @@ FEATURES = (
         "",
         (
             "distributed/test_checkpoint.py::test_resharded_training_matches_unbroken_run",
-            "megatron/test_pretrain.py::test_fully_parallel_save_and_load_resume_bit_for_bit",
+            "distributed/test_checkpoint.py::test_what_ranks_save_in_parts_resumes_bit_for_bit",
         ),
     ),
     Feature(
@@ -264,6 +278,16 @@ FEATURES = (
         YES,
         "",
         ("distributed/test_checkpoint.py::test_offloaded_optimizer_resumes_bit_for_bit",),
+    ),
+    Feature(
+        "`--use-precision-aware-optimizer`",
+        YES,
+        "with a stand-in for Transformer Engine's Adam; its checkpoint goes on without the flag too",
+        (
+            _AWARE + "masters_in_the_optimizer_step_as_megatrons_own_bit_for_bit",
+            _AWARE + "training_resumed_matches_unbroken_run_bit_for_bit",
+            _AWARE + "its_checkpoint_goes_on_without_the_flag",
+        ),
     ),
     Feature(
         "Muon, also with `--use-distributed-optimizer` (layer-wise)",
@@ -348,11 +372,20 @@ FEATURES = (
             "megatron/test_other_releases.py::test_its_own_script_trains_by_spec_and_by_the_launcher",
         ),
     ),
-    Feature("FP8 (Transformer Engine)", UNTESTED, "F's linears alone; 50 steps trained by hand on one H100"),
     Feature(
-        "`--use-precision-aware-optimizer`; inference engines on a GPU; Blackwell",
+        "FP8 (tensorwise, delayed, blockwise), MXFP8, NVFP4",
         UNTESTED,
-        "",
+        "accepted where the machine has them; of F's linears alone; 50 steps trained by hand on one H100",
+    ),
+    Feature("inference engines on a GPU; Blackwell", UNTESTED, ""),
+    Feature(
+        "FP8, MXFP8 or NVFP4 on GPUs, a Transformer Engine or a CUDA that have no such recipe",
+        REFUSED,
+        "shown with stand-ins for the machines",
+        (
+            "unit/test_precision.py::test_a_recipe_is_refused_where_the_machine_lacks_it",
+            "unit/test_precision.py::test_a_recipe_is_accepted_where_the_machine_has_it",
+        ),
     ),
     Feature(
         "`--overlap-moe-expert-parallel-comm`",
@@ -371,6 +404,13 @@ FEATURES = (
         REFUSED,
         "",
         (_REFUSALS + "unsupported_setting_is_refused",),
+    ),
+    Feature(
+        "full recompute of several layers at once with MTP, shared out over TP with two MTP layers, or with "
+        "activation offloading",
+        REFUSED,
+        "stock stops in the first step",
+        (_REFUSALS + "full_recompute_that_stops_in_stocks_first_step_is_refused",),
     ),
     Feature("cross-attention", REFUSED, "", (_REFUSALS + "layer_with_cross_attention_is_refused",)),
     Feature(

@@ -116,6 +116,24 @@ def master_every_parameter(divide: Callable[..., Any]) -> Callable[..., Any]:
     return divide_masters
 
 
+def save_current_float32(get: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `DistributedOptimizer._get_main_param_and_optimizer_states` (--use-precision-aware-optimizer).
+
+    Transformer Engine's Adam makes a master of every parameter, and steps an fp32 one without it: what
+    Megatron would save is the parameter at its first step, to which a run without the flag would return.
+    """
+
+    def get_current(self: Any, model_param: torch.Tensor) -> Any:
+        tensors = get(self, model_param)
+        in_adam = self.config.use_precision_aware_optimizer and not self.config.optimizer_cpu_offload
+        if in_adam and model_param.dtype == torch.float32:
+            group, place = self.model_param_group_index_map[model_param]
+            tensors["param"] = self.optimizer.param_groups[group]["params"][place].detach()
+        return tensors
+
+    return get_current
+
+
 def explain_other_layout(load: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap what loads an optimizer's state of --ckpt-format torch, and fails where it does not fit."""
 

@@ -22,6 +22,7 @@ from megatron_mhc.hooks.optimizer import (
     master_every_parameter,
     number_all_parameters,
     number_float32_first,
+    save_current_float32,
 )
 from megatron_mhc.hooks.schedule import choose_schedule
 from megatron_mhc.hooks.train_step import sample_steps
@@ -119,6 +120,13 @@ HOOKS: tuple[Hook, ...] = (
         parameters=("gbuf_ranges", "param_gbuf_map", "opt_group_ranges", "config"),
         replacement=detach_float32_shards,
         reason="it leaves fp32 shards attached to autograd, which optimizers and loading refuse",
+    ),
+    Hook(
+        target=f"{_DISTRIBUTED}:DistributedOptimizer._get_main_param_and_optimizer_states",
+        defined_in=_DISTRIBUTED,
+        parameters=("self", "model_param"),
+        replacement=save_current_float32,
+        reason="--use-precision-aware-optimizer: of an fp32 parameter it saves the value of the first step",
     ),
     Hook(
         target=f"{_HYBRID}:HybridDeviceOptimizer._get_sub_optimizer_param_groups",

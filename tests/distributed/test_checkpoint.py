@@ -8,6 +8,8 @@ import torch.distributed as dist
 from harness import Layout, build, global_parameters, iterate
 from megatron.core import dist_checkpointing
 from megatron.core import parallel_state as ps
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 
@@ -75,13 +77,16 @@ def unwrap(chunk):
     return chunk
 
 
-def save(folder, chunks, optimizer, sharding):
+def save(folder, chunks, optimizer, sharding, fully_parallel=False):
+    """With `fully_parallel` the data-parallel ranks share the writing."""
     if dist.get_rank() == 0:
         folder.mkdir()
     dist.barrier()
     state, metadata = sharded_state(chunks, optimizer, sharding)
-    metadata.pop("dp_cp_group")
-    dist_checkpointing.save(state, str(folder), content_metadata=metadata)
+    group, strategy = metadata.pop("dp_cp_group"), TorchDistSaveShardedStrategy()
+    if fully_parallel:
+        strategy = FullyParallelSaveStrategyWrapper(strategy, group)
+    dist_checkpointing.save(state, str(folder), strategy, content_metadata=metadata)
 
 
 def load(folder, chunks, optimizer, sharding):
@@ -198,6 +203,14 @@ def test_bf16_training_resumed_matches_unbroken_run(run_ranks, tmp_path, layout,
     history = run_ranks(2, train, *where, range(2), None, folder, sharding)[0]
     history += run_ranks(2, train, *where, range(2, 4), folder, None, sharding)[0]
     assert history == unbroken("dense", 4, 2, BF16[layout], torch.bfloat16)
+
+
+def test_what_ranks_save_in_parts_resumes_bit_for_bit(run_ranks, tmp_path, monkeypatch):
+    where, folder = (BF16["dp2_distributed_optimizer"], "dense", torch.bfloat16), tmp_path / "checkpoint"
+    monkeypatch.setitem(globals(), "save", functools.partial(save, fully_parallel=True))
+    history = run_ranks(2, train, *where, range(2), None, folder)[0]
+    history += run_ranks(2, train, *where, range(2, 4), folder)[0]
+    assert history == unbroken("dense", 4, 2, where[0], torch.bfloat16)
 
 
 def test_bf16_resharded_training_matches_unbroken_run(run_ranks, tmp_path):

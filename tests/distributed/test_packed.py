@@ -94,17 +94,29 @@ def forward_step(thd, iterator, model):
     return output, loss
 
 
+def take_packed(token_local=False):
+    """Have attention of models whose kind is token-local take packed sequences."""
+    gpt.TokenLocalAttention, PackedAttention.token_local = PackedAttention, token_local
+
+
 def iterate(layout, kind, mhc, apart=False, thd=True, token_local=False, **settings):
-    """One iteration; the loss, and the chunks.
+    """One iteration; the loss, and the chunks."""
+    take_packed(token_local)
+    layout.initialize()
+    config = layout.config(kind, **settings)
+    chunks = build(layout, config, kind, mhc)
+    megatron = mhc is None or mhc.pipeline_schedule == "megatron"
+    schedule = get_forward_backward_func() if megatron else engine.forward_backward
+    return loss_of(chunks, schedule, apart, thd), chunks
+
+
+def loss_of(chunks, schedule, apart=False, thd=True):
+    """The loss of one iteration.
 
     Args:
         apart: of one sequence a micro-batch.
         thd: packed, else beside each other under a mask.
     """
-    gpt.TokenLocalAttention, PackedAttention.token_local = PackedAttention, token_local
-    layout.initialize()
-    config = layout.config(kind, **settings)
-    chunks = build(layout, config, kind, mhc)
     if apart:
         batch = [packed([words]) for parts in sequences() for words in parts]
     else:
@@ -112,8 +124,7 @@ def iterate(layout, kind, mhc, apart=False, thd=True, token_local=False, **setti
         batch = [packed(parts) for parts in sequences()[own]]
     for chunk in chunks:
         chunk.zero_grad_buffer()
-    megatron = mhc is None or mhc.pipeline_schedule == "megatron"
-    reports = (get_forward_backward_func() if megatron else engine.forward_backward)(
+    reports = schedule(
         forward_step_func=functools.partial(forward_step, thd and not apart),
         data_iterator=[iter(batch) for _ in chunks],
         model=chunks,
@@ -130,7 +141,7 @@ def iterate(layout, kind, mhc, apart=False, thd=True, token_local=False, **setti
     total = torch.tensor(sums, dtype=torch.float64, device="cuda")
     dist.all_reduce(total)
     parts = ps.get_context_parallel_world_size() * (len(batch) / len(BATCH) if apart else 1)
-    return (total[0] / total[1]).item() * parts, chunks
+    return (total[0] / total[1]).item() * parts
 
 
 @functools.cache

@@ -93,8 +93,13 @@ LAYER_WISE = "--optimizer muon --use-distributed-optimizer --bf16".split()
 ASYNC = "--async-save --use-persistent-ckpt-worker --async-strategy mcore --bf16".split()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("arguments", [LAYER_WISE, ASYNC], ids=["layer_wise_muon", "async_save"])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        pytest.param(LAYER_WISE, id="layer_wise_muon", marks=pytest.mark.slow),
+        pytest.param(ASYNC, id="async_save"),
+    ],
+)
 def test_run_resumed_under_a_switch_equals_the_unbroken_one_bit_for_bit(tmp_path, arguments):
     if arguments is LAYER_WISE:
         pytest.importorskip("emerging_optimizers")

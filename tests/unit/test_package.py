@@ -43,7 +43,9 @@ def environment(folder, *what):
     (folder / "lib" / version / "site-packages" / "beside.pth").write_text("\n".join(beside))
     command = [sys.executable, "-m", "pip", "--python", str(python), "install", "--no-deps", "--no-index"]
     command += ["--no-build-isolation", *map(str, what)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    # A checkout on PYTHONPATH that was itself installed has an .egg-info: pip would take it for ours.
+    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(command, env=clean, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     return python
 
@@ -111,6 +113,16 @@ def test_wheel_is_imported_and_has_its_program(installed):
     ], done.stderr
     done = run(installed.with_name("megatron-mhc"), "--help")
     assert done.returncode == 0 and "doctor" in done.stdout
+
+
+def test_a_checkout_on_the_path_that_was_installed_itself_is_in_nobodys_way(built, tmp_path, monkeypatch):
+    about = tmp_path / "checkout" / "megatron_mhc.egg-info" / "PKG-INFO"
+    about.parent.mkdir(parents=True)
+    version = megatron_mhc.__version__
+    about.write_text(f"Metadata-Version: 2.1\nName: megatron-mhc\nVersion: {version}\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "checkout"))
+    python = environment(tmp_path / "environment", built[0])
+    assert list(python.parents[1].glob("lib/*/site-packages/megatron_mhc/__init__.py"))
 
 
 def test_an_editable_installation_is_found_from_the_folder_that_holds_the_clone(tmp_path):

@@ -218,6 +218,36 @@ def test_recomputed_mlp_with_biases_is_refused():
     parallel.validate(settings, MHCConfig())
 
 
+FULL = dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        (dict(mtp_num_layers=1, recompute_num_layers=2), "--recompute-num-layers 2 with --mtp-num-layers"),
+        (
+            dict(mtp_num_layers=2, distribute_saved_activations=True),
+            "--distribute-saved-activations with --mtp-num-layers 2",
+        ),
+        (dict(recompute_num_layers=2), None),
+        (dict(mtp_num_layers=1, distribute_saved_activations=True), None),
+        (dict(mtp_num_layers=2), None),
+        (
+            dict(fine_grained_activation_offloading=True),
+            "full with --fine-grained-activation-offloading True",
+        ),
+        (dict(mtp_num_layers=1, recompute_num_layers=2, recompute_method="block"), None),
+    ],
+)
+def test_full_recompute_that_stops_in_stocks_first_step_is_refused(settings, words):
+    settings = config(**FULL | settings)
+    if words is None:
+        parallel.validate(settings, MHCConfig())
+        return
+    with pytest.raises(ValueError, match=words):
+        parallel.validate(settings, MHCConfig())
+
+
 def test_two_configurations_in_one_model_are_refused():
     settings = config()
     settings.mhc = MHCConfig(num_residual_streams=2)
