@@ -79,6 +79,23 @@ SPEC_DOOR = tuple(
 )
 
 
+# Options of a model that Megatron-Bridge builds and trains.
+BRIDGE = (
+    Refusal(
+        lambda provider, mhc: mhc.pipeline_schedule in ("interleaved", "fused"),
+        "pipeline_schedule={mhc.pipeline_schedule} in Megatron-Bridge",
+        "its loop runs Megatron's schedule; use pipeline_schedule=megatron, or call "
+        "megatron_mhc.pipeline.forward_backward in a loop of your own",
+    ),
+    Refusal(
+        lambda provider, mhc: mhc.log_interval or None,
+        "use_mhc: log_interval={value} is the training's, not the model's",
+        "give it, and alarm, to Megatron-Bridge's pretrain() as "
+        "callbacks=[megatron_mhc.bridge.MHCDiagnostics(log_interval={value})]",
+    ),
+)
+
+
 def _offloaded_streams(config: Any, mhc: MHCConfig) -> str | None:
     # Megatron frees what a norm has read. With one stream that nothing maps, that is the streams.
     if not config.fine_grained_activation_offloading or mhc.num_residual_streams > 1 or mhc.h_pre != "fixed":

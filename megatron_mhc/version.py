@@ -5,6 +5,7 @@ from importlib.util import find_spec
 from packaging.specifiers import SpecifierSet
 
 SUPPORTED = ">=0.19.0,<0.20"  # pyproject.toml says the same
+SUPPORTED_BRIDGE = ">=0.6.2,<0.7"  # of megatron-bridge; not asked for, its symbols are
 
 
 def check_version() -> None:
