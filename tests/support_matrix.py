@@ -27,6 +27,7 @@ class Feature(NamedTuple):
     tests: tuple[str, ...] = ()
 
 
+_BRIDGE = "bridge/test_bridge.py::test_"
 _HYBRID = "distributed/test_hybrid.py::test_"
 _PARITY = "distributed/test_parity.py::test_"
 _SCHEDULE = "distributed/test_pipeline_schedule.py::test_"
@@ -311,6 +312,34 @@ FEATURES = (
         ),
     ),
     Feature(
+        "Megatron-Bridge 0.6: providers of GPT, Hugging Face weights, its training loop, copies of a config",
+        YES,
+        "[page](docs/bridge.md); TP 2, PP 2 and VPP on a CPU; skipped where it is not installed",
+        (
+            _BRIDGE + "hugging_face_weights_give_their_logits",
+            _BRIDGE + "two_ranks_train_as_one_process",
+            _BRIDGE + "resumed_training_is_the_unbroken_one",
+            _BRIDGE + "checkpoint_is_exported_to_a_folder_of_the_same_logits",
+            _BRIDGE + "layers_of_mtp_stay_plain",
+            _BRIDGE + "copies_of_a_provider_build_the_same_model",
+        ),
+    ),
+    Feature(
+        "frameworks that call the target of `--spec` as `(args, config, vp_stage)`",
+        YES,
+        "",
+        ("unit/test_doors.py::test_gpt_scripts_call_the_target_with_two_arguments_or_three",),
+    ),
+    Feature(
+        "diagnostics as a callback of Megatron-Bridge",
+        YES,
+        "",
+        (
+            _BRIDGE + "diagnostics_are_written_at_their_steps",
+            _BRIDGE + "alarm_stops_training_where_a_gain_is_out_of_range",
+        ),
+    ),
+    Feature(
         "apex and Transformer Engine, each there or not",
         YES,
         "",
@@ -339,6 +368,15 @@ FEATURES = (
         REFUSED,
         "",
         (_REFUSALS + "unsupported_setting_is_refused",),
+    ),
+    Feature(
+        "Megatron-Bridge: a dense Hugging Face model or adapters of an mHC model, other providers, FSDP",
+        REFUSED,
+        "`python -m megatron_mhc.export` makes a folder of its checkpoints",
+        (
+            _BRIDGE + "ways_to_a_dense_model_are_refused_with_the_way_to_export",
+            _BRIDGE + "what_cannot_be_served_is_refused_by_name",
+        ),
     ),
     Feature("cross-attention", REFUSED, "", (_REFUSALS + "layer_with_cross_attention_is_refused",)),
     Feature(

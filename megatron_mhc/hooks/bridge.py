@@ -70,8 +70,8 @@ def refuse_dense_export(write: Callable[..., Any]) -> Callable[..., Any]:
 
 def _no_dense_form(what: str) -> ValueError:
     return ValueError(
-        f"{what} is of an mHC model, whose streams have no place in a dense Hugging Face model or in adapters "
-        "of one: save a checkpoint, and turn it into a folder that transformers loads by `python -m "
+        f"{what} is of an mHC model, whose streams have no place in a dense Hugging Face model or its "
+        "adapters: save a checkpoint, and turn it into a folder that transformers loads by `python -m "
         "megatron_mhc.export --load CHECKPOINT --out FOLDER`"
     )
 
@@ -84,7 +84,7 @@ def refuse_fsdp(get_model: Callable[..., Any]) -> Callable[..., Any]:
         for name in ("use_megatron_fsdp", "use_torch_fsdp2"):
             if kwargs.get(name) and options_of(chunks, get_model_config(chunks[0])) is not None:
                 raise ValueError(
-                    f"mHC does not support dist.{name}: use ddp.use_distributed_optimizer instead"
+                    f"mHC does not support dist.{name} True: use ddp.use_distributed_optimizer instead"
                 )
         return chunks
 
