@@ -33,7 +33,7 @@ def arguments(folder: Path) -> Namespace | None:
         return None
     try:
         run = yaml.safe_load(file.read_text())
-        model, words = dict(run["model"]), dict(run["tokenizer"])
+        model, words = dict(run["model"]), dict(run.get("tokenizer") or {})  # of a mere conversion: none
     except (KeyError, TypeError, ValueError, yaml.YAMLError) as error:
         raise ValueError(
             f"{RUN_CONFIG}: {' '.join(str(error).split())}; save the checkpoint again"

@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import transformers
 from megatron.bridge import AutoBridge
+from megatron.bridge.models.conversion.mapping_registry import MegatronMappingRegistry
 from megatron.bridge.models.gpt_provider import GPTModelProvider, local_layer_spec
 from megatron.core import parallel_state
 from megatron.core.models.gpt import gpt_layer_specs
@@ -20,7 +22,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.core.utils import get_attr_wrapped_model, get_model_config
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from megatron_mhc import MHCConfig
+from megatron_mhc import MHCConfig, hooks
 from megatron_mhc.bridge import MHCDiagnostics, register, use_mhc
 from megatron_mhc.diagnostics.sampler import connections
 from megatron_mhc.hyper_connection import HyperConnectionModule
@@ -57,6 +59,57 @@ def llama(folder: str) -> LlamaForCausalLM:
     if not Path(folder, "config.json").exists():
         model.save_pretrained(folder)
     return model
+
+
+EXPERTS = dict(moe_grouped_gemm=False, moe_permute_fusion=False, moe_token_dispatcher_type="alltoall")
+_SIZES = dict(
+    vocab_size=VOCABULARY,
+    hidden_size=32,
+    intermediate_size=64,
+    moe_intermediate_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_experts_per_tok=2,
+    max_position_embeddings=SEQUENCE,
+    tie_word_embeddings=False,
+    initializer_range=0.2,
+)
+
+
+def with_experts(kind: str, folder: str) -> Any:
+    """A small model of another architecture, in a folder of Hugging Face's."""
+    torch.manual_seed(0)
+    if kind == "qwen3_moe":
+        sizes = _SIZES | dict(num_experts=4, num_key_value_heads=2, head_dim=8)
+        model: Any = transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**sizes))
+    else:  # MLA, a dense layer and one with shared experts
+        heads = dict(q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=12)
+        experts = dict(
+            n_routed_experts=4, n_shared_experts=1, n_group=1, topk_group=1, first_k_dense_replace=1
+        )
+        sizes = _SIZES | heads | experts | dict(num_key_value_heads=4)
+        model = transformers.DeepseekV3ForCausalLM(transformers.DeepseekV3Config(**sizes))
+    model.save_pretrained(folder)
+    return model.eval()
+
+
+def logits_with_experts(kind: str, folder: str, modules: str) -> tuple[torch.Tensor, ...]:
+    """Hugging Face's, those of the mHC model with its weights, and those of that model's exported folder."""
+    expected = with_experts(kind, folder)(batch()[0]).logits.detach()
+    provider = AutoBridge.from_hf_pretrained(folder).to_megatron_provider()
+    adapt_model(provider)
+    provider.transformer_layer_spec = functools.partial(
+        gpt_layer_specs.get_gpt_decoder_block_spec, use_transformer_engine=False
+    )
+    for name, value in EXPERTS.items():
+        setattr(provider, name, value)
+    use_mhc(provider)
+    provider.finalize()
+    model = build(provider)
+    assert len(connections(model)) == 4
+    found = model(*batch()).detach()
+    AutoBridge.from_hf_pretrained(folder).save_megatron_model([model], folder + "/megatron")
+    return expected, found, exported(folder + "/megatron", folder + "/out", modules)
 
 
 def adapt_model(provider: Any) -> None:
@@ -159,7 +212,17 @@ def refusals(folder: str) -> dict[str, str]:
     said["decentralized"] = error_of(lambda: provider_of(folder, {}).provide(True, True))
     said["full_te_layer"] = error_of(lambda: build(full_te_layer(folder)))
     said["fsdp"] = error_of(lambda: fsdp(folder))
+    hooks.revert_all()
+    MegatronMappingRegistry.megatron_to_hf_lookup = another
+    said["another_bridge"] = error_of(asked(num_residual_streams=2))
     return said
+
+
+def another(self: Any, megatron_param_name: str, stage: int) -> None:
+    """A symbol of another release."""
+
+
+another.__module__ = MegatronMappingRegistry.__module__
 
 
 def full_te_layer(folder: str) -> GPTModelProvider:
@@ -228,6 +291,25 @@ def mtp(folder: str) -> tuple[float, float, list[str]]:
     )
     _, expected = loss_of(stock)
     return loss, expected, [layer.__name__ for layer in layers]
+
+
+def lora(folder: str) -> tuple[list[str], float, str]:
+    """What Bridge's adapters leave to train, how far the logits are off, and how their export is refused."""
+    from megatron.bridge.peft import utils
+    from megatron.bridge.peft.lora import LoRA
+
+    utils.HAVE_TE = False  # its stand-in has no classes
+    expected = llama(folder)(batch()[0]).logits
+    provider = provider_of(folder, {})
+    adapters = LoRA(target_modules=["linear_qkv", "linear_proj"], dim=4, alpha=8, dropout=0.0)
+    provider.register_pre_wrap_hook(lambda chunks: adapters(chunks, training=True))
+    model = build(provider)
+    off = (model(*batch()) - expected).abs().max().item()
+    tokens = batch()[0]
+    model.train()(*batch(), labels=tokens.roll(-1, 1)).mean().backward()
+    trained = [name for name, parameter in model.named_parameters() if parameter.grad is not None]
+    bridge = AutoBridge.from_hf_pretrained(folder)
+    return trained, off, error_of(lambda: list(bridge.export_adapter_weights([model])))
 
 
 class Watch:
@@ -320,8 +402,6 @@ def loaded(checkpoint: str) -> torch.Tensor:
 
 def exported(checkpoint: str, folder: str, modules: str) -> torch.Tensor:
     """Logits of what `python -m megatron_mhc.export` makes of a checkpoint."""
-    import transformers
-
     from megatron_mhc.export import export
 
     export(Path(checkpoint), Path(folder))

@@ -61,6 +61,21 @@ def test_hugging_face_weights_give_their_logits(folder, model):
     assert expected.std() > 0.5
 
 
+@pytest.mark.parametrize("kind", ["qwen3_moe", "deepseek_v3"])
+def test_models_with_experts_are_imported_and_exported(kind, tmp_path):
+    folder = tmp_path / "hugging_face"
+    folder.mkdir()
+    expected, found, exported = ask("logits_with_experts", kind, str(folder), str(tmp_path / "modules"))
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-4)
+    torch.testing.assert_close(exported, found, rtol=0, atol=2e-4)
+
+
+def test_adapters_of_bridge_train_alone_and_are_not_exported(folder):
+    trained, off, refused = ask("lora", folder)
+    assert len(trained) == 16 and all(".adapter." in name for name in trained)
+    assert off < 2e-4 and "of an mHC model" in refused
+
+
 def test_mappings_that_start_at_random_do_so_beside_imported_weights(folder):
     assert all(deviation > 0.05 for deviation in ask("random_mappings", folder))
 
@@ -84,6 +99,7 @@ REFUSED = {
     "diagnostics_interval": "give log_interval=100",
     "decentralized": "dist.use_decentralized_pg True",
     "full_te_layer": "cannot wrap layers of Linear",
+    "another_bridge": "expected ('self', 'megatron_param_name'): install megatron-bridge >=0.6.2,<0.7",
     "fsdp": "dist.use_megatron_fsdp True: use ddp.use_distributed_optimizer",
 }
 
