@@ -312,7 +312,7 @@ FEATURES = (
         ),
     ),
     Feature(
-        "Megatron-Bridge 0.6: providers of GPT, Hugging Face weights, its training loop, copies of a config",
+        "Megatron-Bridge 0.6: GPT (experts, MLA) and hybrid providers, Hugging Face weights, training, LoRA",
         YES,
         "[page](docs/bridge.md); TP 2, PP 2 and VPP on a CPU; skipped where it is not installed",
         (
@@ -322,6 +322,10 @@ FEATURES = (
             _BRIDGE + "checkpoint_is_exported_to_a_folder_of_the_same_logits",
             _BRIDGE + "layers_of_mtp_stay_plain",
             _BRIDGE + "copies_of_a_provider_build_the_same_model",
+            _BRIDGE + "models_with_experts_are_imported_and_exported",
+            _BRIDGE + "training_starts_from_a_pretrained_checkpoint",
+            _BRIDGE + "hybrid_provider_builds_the_plain_models_function_with_mhc",
+            _BRIDGE + "adapters_of_bridge_train_alone_and_are_not_exported",
         ),
     ),
     Feature(

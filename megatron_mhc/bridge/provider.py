@@ -17,7 +17,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron_mhc import hooks
 from megatron_mhc.config import MHCConfig
 from megatron_mhc.refusals import BRIDGE, refuse
-from megatron_mhc.specs import wrap_block_spec
+from megatron_mhc.specs import wrap_block_spec, wrap_hybrid_spec
 
 
 def use_mhc(provider: Any, mhc: MHCConfig | None = None, **options: Any) -> None:
@@ -27,7 +27,7 @@ def use_mhc(provider: Any, mhc: MHCConfig | None = None, **options: Any) -> None
     the rest keeps its initial values.
 
     Args:
-        provider: a GPTModelProvider, or of one of its classes; changed in place.
+        provider: a GPTModelProvider or HybridModelProvider, or of one of their classes; changed in place.
         mhc: the options; or name them: `num_residual_streams=4`.
 
     Raises:
@@ -38,22 +38,31 @@ def use_mhc(provider: Any, mhc: MHCConfig | None = None, **options: Any) -> None
         raise ValueError(f"use_mhc: give an MHCConfig or options, not both: {', '.join(options)}")
     mhc = mhc or MHCConfig.from_mapping(options, "use_mhc")
     register()
-    from megatron.bridge.models.gpt_provider import GPTModelProvider
-
-    if not isinstance(provider, GPTModelProvider):
-        raise ValueError(
-            f"use_mhc serves providers of a GPTModel, and this is a {type(provider).__name__}: take one of "
-            "AutoBridge.to_megatron_provider(), or wrap the specs by megatron_mhc.wrap_block_spec and "
-            "wrap_hybrid_spec"
-        )
-    spec = provider.transformer_layer_spec
-    if isinstance(spec, partial) and spec.func is mhc_layer_spec:
+    field, in_mhc_form = _spec_of(provider)
+    spec = getattr(provider, field)
+    if isinstance(spec, partial) and spec.func is in_mhc_form:
         raise ValueError(
             f"use_mhc: the provider has mHC already, with {spec.keywords['options']}: call it once"
         )
     refuse(BRIDGE, provider, mhc)
     # A partial of a function is what Bridge can write into a checkpoint's run_config.yaml.
-    provider.transformer_layer_spec = partial(mhc_layer_spec, layer_spec=spec, options=mhc.to_options())
+    setattr(provider, field, partial(in_mhc_form, plain=spec, options=mhc.to_options()))
+
+
+def _spec_of(provider: Any) -> tuple[str, Callable[..., Any]]:
+    """Where a provider keeps its spec, and what turns that into its mHC form."""
+    from megatron.bridge.models.gpt_provider import GPTModelProvider
+    from megatron.bridge.models.hybrid.hybrid_provider import HybridModelProvider
+
+    if isinstance(provider, GPTModelProvider):
+        return "transformer_layer_spec", mhc_layer_spec
+    if isinstance(provider, HybridModelProvider):
+        return "hybrid_stack_spec", mhc_stack_spec
+    raise ValueError(
+        "use_mhc serves providers of a GPTModel or HybridModel, and this is a "
+        f"{type(provider).__name__}: take one of AutoBridge.to_megatron_provider(), or wrap the specs by "
+        "megatron_mhc.wrap_block_spec and wrap_hybrid_spec"
+    )
 
 
 def register() -> None:
@@ -69,30 +78,47 @@ def register() -> None:
 
 
 def mhc_layer_spec(
-    config: Any, vp_stage: int | None = None, *, layer_spec: Any, options: str
+    config: Any, vp_stage: int | None = None, *, plain: Any, options: str
 ) -> TransformerBlockSubmodules:
-    """A provider's `transformer_layer_spec`, in its mHC form.
+    """A GPTModelProvider's `transformer_layer_spec`, in its mHC form.
 
     Args:
         config: the provider.
         vp_stage: virtual pipeline stage, None without them.
-        layer_spec: what the provider had: a spec, or a function of it.
+        plain: what the provider had: a spec, or a function of it.
         options: those of mHC, `MHCConfig.to_options`.
 
     Raises:
         ValueError: an unsupported configuration, layer or version.
     """
+    mhc = _prepared(options)
+    spec = plain if isinstance(plain, ModuleSpec) else _called(plain, config, vp_stage)
+    if config.attention_backend == AttnBackend.local and isinstance(spec, ModuleSpec):
+        # The provider does so with a spec of one layer.
+        spec = copy.deepcopy(spec)
+        spec.submodules.self_attention.submodules.core_attention = DotProductAttention
+    return wrap_block_spec(spec, mhc, config, vp_stage)
+
+
+def mhc_stack_spec(config: Any, *, plain: Any, options: str) -> ModuleSpec:
+    """A HybridModelProvider's `hybrid_stack_spec`, in its mHC form; as `mhc_layer_spec`."""
+    mhc = _prepared(options)
+    from megatron.bridge.models.hybrid.hybrid_provider import get_default_hybrid_stack_spec
+
+    if not isinstance(plain, ModuleSpec):
+        plain = plain or get_default_hybrid_stack_spec
+        plain = plain(config) if inspect.signature(plain).parameters else plain()
+    return wrap_hybrid_spec(plain, mhc)
+
+
+def _prepared(options: str) -> MHCConfig:
+    """The options, once Bridge is known to be one that can build them."""
     register()
     if not parallel_state.model_parallel_is_initialized():
         raise ValueError(
             "dist.use_decentralized_pg True: mHC asks Megatron's parallel_state for its groups; use False"
         )
-    spec = layer_spec if isinstance(layer_spec, ModuleSpec) else _called(layer_spec, config, vp_stage)
-    if config.attention_backend == AttnBackend.local and isinstance(spec, ModuleSpec):
-        # The provider does so with a spec of one layer.
-        spec = copy.deepcopy(spec)
-        spec.submodules.self_attention.submodules.core_attention = DotProductAttention
-    return wrap_block_spec(spec, MHCConfig.from_options(options), config, vp_stage)
+    return MHCConfig.from_options(options)
 
 
 def _called(layer_spec: Callable[..., Any], config: Any, vp_stage: int | None) -> Any:

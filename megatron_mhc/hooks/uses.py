@@ -294,6 +294,12 @@ BRIDGE_USES: tuple[Use, ...] = (
         ("transformer_layer_spec", "attention_backend", "mtp_block_spec"),
     ),
     Use(f"{_BRIDGE}.models.gpt_provider:mtp_block_spec", "config, vp_stage", ("get_gpt_mtp_block_spec",)),
+    Use(
+        f"{_BRIDGE}.models.hybrid.hybrid_provider:HybridModelProvider._resolve_hybrid_stack_spec",
+        "self",
+        ("hybrid_stack_spec",),
+    ),
+    Use(f"{_BRIDGE}.models.hybrid.hybrid_provider:get_default_hybrid_stack_spec", "config"),
     Use(f"{_BRIDGE}.utils.instantiate_utils:register_allowed_target_prefix", "prefix"),
     # hooks/bridge.py
     Use(

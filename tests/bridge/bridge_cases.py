@@ -14,10 +14,13 @@ import torch.distributed as dist
 import transformers
 from megatron.bridge import AutoBridge
 from megatron.bridge.models.conversion.mapping_registry import MegatronMappingRegistry
+from megatron.bridge.models.conversion.param_mapping import AutoMapping
 from megatron.bridge.models.gpt_provider import GPTModelProvider, local_layer_spec
+from megatron.bridge.models.hybrid.hybrid_provider import HybridModelProvider
 from megatron.core import parallel_state
 from megatron.core.models.gpt import gpt_layer_specs
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.core.utils import get_attr_wrapped_model, get_model_config
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -119,7 +122,7 @@ def adapt_model(provider: Any) -> None:
     provider.transformer_impl, provider.attention_backend = "local", None
     spec = provider.transformer_layer_spec
     if isinstance(spec, functools.partial):
-        spec.keywords["layer_spec"] = local_layer_spec
+        spec.keywords["plain"] = local_layer_spec
     else:
         provider.transformer_layer_spec = local_layer_spec
 
@@ -189,7 +192,7 @@ def error_of(act: Any) -> str:
 
 def refusals(folder: str) -> dict[str, str]:
     """What is refused, by its case: at once, or where the model is built."""
-    from megatron.bridge.models.hybrid.hybrid_provider import HybridModelProvider
+    from megatron.bridge.models.t5_provider import T5ModelProvider
 
     llama(folder)
 
@@ -199,7 +202,7 @@ def refusals(folder: str) -> dict[str, str]:
     twice = AutoBridge.from_hf_pretrained(folder).to_megatron_provider()
     use_mhc(twice, num_residual_streams=2)
     said = dict(
-        hybrid=error_of(lambda: use_mhc(HybridModelProvider(), num_residual_streams=2)),
+        t5=error_of(lambda: use_mhc(T5ModelProvider(), num_residual_streams=2)),
         other=error_of(lambda: use_mhc(object())),
         twice=error_of(lambda: use_mhc(twice, num_residual_streams=2)),
         both=error_of(asked(mhc=MHCConfig(), num_residual_streams=2)),
@@ -230,7 +233,7 @@ def full_te_layer(folder: str) -> GPTModelProvider:
     from megatron.core.transformer.spec_utils import ModuleSpec
 
     provider = provider_of(folder, {})
-    provider.transformer_layer_spec.keywords["layer_spec"] = ModuleSpec(module=torch.nn.Linear)
+    provider.transformer_layer_spec.keywords["plain"] = ModuleSpec(module=torch.nn.Linear)
     return provider
 
 
@@ -291,6 +294,38 @@ def mtp(folder: str) -> tuple[float, float, list[str]]:
     )
     _, expected = loss_of(stock)
     return loss, expected, [layer.__name__ for layer in layers]
+
+
+def hybrid() -> tuple[torch.Tensor, torch.Tensor, str]:
+    """Logits of a plain HybridModel and of one with mHC and its weights; what the final norm is called."""
+    found = []
+    for mhc in (False, True):
+        provider = HybridModelProvider(
+            hybrid_layer_pattern="*-M-",
+            hidden_size=32,
+            num_attention_heads=4,
+            ffn_hidden_size=64,
+            seq_length=SEQUENCE,
+            vocab_size=VOCABULARY,
+            position_embedding_type="rope",
+            init_method_std=0.2,
+            attention_backend=AttnBackend.auto,
+            bf16=False,
+            params_dtype=torch.float32,
+            **dict.fromkeys(NO_FUSION, False),
+        )
+        if mhc:
+            use_mhc(provider, num_residual_streams=2)
+        provider.finalize()
+        if not parallel_state.is_initialized():
+            provider.initialize_model_parallel(seed=0)
+        model_parallel_cuda_manual_seed(0)
+        model = build(provider)
+        assert len(connections(model)) == 4 * mhc
+        found.append(model(*batch()).detach())
+    registry = MegatronMappingRegistry(AutoMapping("decoder.final_norm.weight", "model.norm_f.weight"))
+    name = next(name for name, _ in model.named_parameters() if "final_norm" in name)
+    return *found, registry.megatron_to_hf_lookup(name).hf_param
 
 
 def lora(folder: str) -> tuple[list[str], float, str]:
@@ -357,12 +392,14 @@ def train(
     model: dict[str, Any] | None = None,
     diagnostics: dict[str, Any] | None = None,
     sharded: bool = True,
+    pretrained: str | None = None,
 ) -> dict[str, Any]:
     """Train by the recipe of examples/bridge_llama.py; what its steps did, and the last model's logits.
 
     Args:
         mhc: as the recipe takes it. model: fields of the provider. diagnostics: options of the callback.
         sharded: the optimizer is the distributed one; of another, gradients stay whole.
+        pretrained: checkpoint.pretrained_checkpoint, in the place of weights that the provider loads.
     """
     llama(folder)
     watch = Watch()
@@ -382,6 +419,9 @@ def train(
         config.train.global_batch_size, config.train.micro_batch_size = 8, 2
         config.dataset.num_workers, config.dataset.persistent_workers = 0, False
         config.checkpoint.save_interval = 5
+        if pretrained is not None:
+            config.model._pre_wrap_hooks.clear()
+            config.checkpoint.pretrained_checkpoint = pretrained
 
     arguments = ["--hf", folder, "--out", out, "--steps", str(steps), "--sequence", str(SEQUENCE)]
     callbacks = [watch] if diagnostics is None else [watch, MHCDiagnostics(**diagnostics)]

@@ -88,8 +88,8 @@ def test_ways_to_a_dense_model_are_refused_with_the_way_to_export(folder):
 
 
 REFUSED = {
-    "hybrid": "HybridModelProvider: take one of",
-    "other": "providers of a GPTModel",
+    "t5": "a T5ModelProvider: take one of",
+    "other": "providers of a GPTModel or HybridModel",
     "twice": "has mHC already, with num_residual_streams=2",
     "both": "not both: num_residual_streams",
     "unknown": "use_mhc: no mHC option 'streams'",
@@ -111,6 +111,12 @@ def test_what_cannot_be_served_is_refused_by_name(folder):
         assert REFUSED[case] in message, (case, message)
 
 
+def test_hybrid_provider_builds_the_plain_models_function_with_mhc():
+    plain, found, norm = ask("hybrid")
+    torch.testing.assert_close(found, plain, rtol=0, atol=1e-3 * plain.std().item())
+    assert norm == "model.norm_f.weight"
+
+
 def test_copies_of_a_provider_build_the_same_model(folder):
     assert ask("copies", folder) == [8, 8, 8]
 
@@ -127,13 +133,34 @@ def trained(folder, tmp_path_factory):
     return out, ask("train", folder, str(out), 10, "", None, dict(log_interval=5))
 
 
-def test_recipe_trains_beside_the_plain_model(folder, trained, tmp_path):
-    plain = ask("train", folder, str(tmp_path), 10, "off")["losses"]
-    losses = trained[1]["losses"]
+@pytest.fixture(scope="module")
+def plain(folder, tmp_path_factory):
+    """The same of the plain model."""
+    out = tmp_path_factory.mktemp("plain")
+    return out, ask("train", folder, str(out), 10, "off")
+
+
+def test_recipe_trains_beside_the_plain_model(trained, plain):
+    losses, plain = trained[1]["losses"], plain[1]["losses"]
     assert len(losses) == len(plain) == 10
     assert losses[0] == pytest.approx(plain[0], abs=1e-4)
     assert losses == pytest.approx(plain, abs=0.05)
     assert min(losses) < losses[0] - 0.1
+
+
+def first_loss(folder, out, mhc, pretrained):
+    return ask("train", folder, str(out), 1, mhc, None, None, True, str(pretrained))["losses"]
+
+
+def test_training_starts_from_a_pretrained_checkpoint(folder, trained, plain, tmp_path):
+    checkpoint = plain[0] / "checkpoints"
+    for start, mhc in ((folder, ""), (checkpoint, "load_dense=true")):
+        expected = first_loss(folder, tmp_path / f"off{mhc}", "off", start)
+        assert first_loss(folder, tmp_path / f"on{mhc}", mhc, start) == pytest.approx(expected, abs=1e-4)
+    with pytest.raises(AssertionError, match="load_dense"):
+        first_loss(folder, tmp_path / "refused", "", checkpoint)
+    with pytest.raises(AssertionError, match="CheckpointException"):  # Megatron's own, of a missing key
+        first_loss(folder, tmp_path / "back", "off", trained[0] / "checkpoints")
 
 
 def test_resumed_training_is_the_unbroken_one(folder, trained, tmp_path):
