@@ -319,6 +319,7 @@ FEATURES = (
             _BRIDGE + "hugging_face_weights_give_their_logits",
             _BRIDGE + "two_ranks_train_as_one_process",
             _BRIDGE + "resumed_training_is_the_unbroken_one",
+            _BRIDGE + "bf16_training_keeps_mappings_in_fp32_and_resumes",
             _BRIDGE + "checkpoint_is_exported_to_a_folder_of_the_same_logits",
             _BRIDGE + "layers_of_mtp_stay_plain",
             _BRIDGE + "copies_of_a_provider_build_the_same_model",

@@ -355,6 +355,7 @@ class Watch:
         self.norms: list[float] = []
         self.gradients: dict[str, torch.Tensor] = {}
         self.logits: torch.Tensor | None = None
+        self.dtypes: dict[str, torch.dtype] = {}
 
     def on_train_step_end(self, context: Any) -> None:
         self.norms.append(float(context.grad_norm))
@@ -369,6 +370,7 @@ class Watch:
             model = get_attr_wrapped_model(context.model[0], "decoder", return_model_obj=True).eval()
             with torch.no_grad():
                 self.logits = model(*batch())
+            self.dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
 
 
 def global_gradients(chunk: Any) -> dict[str, torch.Tensor]:
@@ -393,6 +395,7 @@ def train(
     diagnostics: dict[str, Any] | None = None,
     sharded: bool = True,
     pretrained: str | None = None,
+    bf16: bool = False,
 ) -> dict[str, Any]:
     """Train by the recipe of examples/bridge_llama.py; what its steps did, and the last model's logits.
 
@@ -408,7 +411,7 @@ def train(
         adapt_model(config.model)
         for name, value in (model or {}).items():
             setattr(config.model, name, value)
-        config.mixed_precision = None
+        config.mixed_precision = "bf16_mixed" if bf16 else None
         config.optimizer.lr, config.optimizer.min_lr = 1e-3, 1e-4
         config.scheduler.lr_decay_iters = 10
         config.scheduler.use_checkpoint_opt_param_scheduler = False
@@ -426,7 +429,7 @@ def train(
     arguments = ["--hf", folder, "--out", out, "--steps", str(steps), "--sequence", str(SEQUENCE)]
     callbacks = [watch] if diagnostics is None else [watch, MHCDiagnostics(**diagnostics)]
     bridge_llama.main(*arguments, "--mhc", mhc, adapt=on_cpu, watch=callbacks)
-    return dict(losses=watch.losses, norms=watch.norms, gradients=watch.gradients, logits=watch.logits)
+    return vars(watch)
 
 
 def loaded(checkpoint: str) -> torch.Tensor:

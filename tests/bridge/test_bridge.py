@@ -163,16 +163,30 @@ def test_training_starts_from_a_pretrained_checkpoint(folder, trained, plain, tm
         first_loss(folder, tmp_path / "back", "off", trained[0] / "checkpoints")
 
 
-def test_resumed_training_is_the_unbroken_one(folder, trained, tmp_path):
-    out, whole = trained
-    checkpoints = tmp_path / "checkpoints"
+def resumed(folder, out, tmp_path, bf16):
+    """What the steps behind the fifth did, from its checkpoint."""
+    checkpoints = tmp_path / "resumed" / "checkpoints"
     shutil.copytree(out / "checkpoints", checkpoints)
     shutil.rmtree(checkpoints / "iter_0000010")
     shutil.copy(checkpoints / "iter_0000005" / "train_state.pt", checkpoints / "latest_train_state.pt")
     (checkpoints / "latest_checkpointed_iteration.txt").write_text("5")
-    resumed = ask("train", folder, str(tmp_path), 10)
-    assert resumed["losses"] == whole["losses"][5:] and len(resumed["losses"]) == 5
-    assert resumed["logits"].equal(whole["logits"])
+    return ask("train", folder, str(tmp_path / "resumed"), 10, "", None, None, True, None, bf16)
+
+
+def test_resumed_training_is_the_unbroken_one(folder, trained, tmp_path):
+    out, whole = trained
+    again = resumed(folder, out, tmp_path, False)
+    assert again["losses"] == whole["losses"][5:] and len(again["losses"]) == 5
+    assert again["logits"].equal(whole["logits"])
+
+
+def test_bf16_training_keeps_mappings_in_fp32_and_resumes(folder, trained, tmp_path):
+    whole = ask("train", folder, str(tmp_path), 10, "", None, None, True, None, True)
+    assert whole["losses"] == pytest.approx(trained[1]["losses"], abs=0.05)
+    for name, dtype in whole["dtypes"].items():
+        assert dtype == (torch.float32 if "hyper_connection" in name else torch.bfloat16), name
+    again = resumed(folder, tmp_path, tmp_path, True)
+    assert again["losses"] == whole["losses"][5:] and again["logits"].equal(whole["logits"])
 
 
 def test_checkpoint_is_loaded_by_its_own_record(trained):
