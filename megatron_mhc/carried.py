@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
@@ -18,9 +19,15 @@ from megatron_mhc.config import MHCConfig, flag
 
 @dataclass
 class StreamsBlockSubmodules(TransformerBlockSubmodules):
-    """The submodules of a block, maybe of no layer at all, whose model has these mHC options."""
+    """The submodules of a block, maybe of no layer at all, whose model has these mHC options.
+
+    Args:
+        plain_layer: Megatron's spec of its last layer, of which frameworks build the layers of multi-token
+            prediction.
+    """
 
     mhc: MHCConfig | None = None
+    plain_layer: ModuleSpec | None = None
 
 
 class StreamsModule(nn.Module):

@@ -203,6 +203,7 @@ def _without_mhc(tree: dict[str, Any]) -> dict[str, Any]:
             for final in FINAL_NORMS:
                 if value.key.startswith(final.norm):
                     value.key = final.plain + value.key[len(final.norm) :]
+                    key = key.replace(final.norm, final.plain)  # as a plain model's state dict has it
             out[key] = value
         else:
             out[key] = value

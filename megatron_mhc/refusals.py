@@ -115,6 +115,21 @@ SPEC_DOOR = (
         f"give the option in {ENVIRONMENT}, or start the script by `python -m megatron_mhc.launch`",
     ),
 )
+# Options of a model that Megatron-Bridge builds and trains.
+BRIDGE = (
+    Refusal(
+        lambda provider, mhc: mhc.pipeline_schedule in ("interleaved", "fused"),
+        "pipeline_schedule={mhc.pipeline_schedule} in Megatron-Bridge",
+        "its loop runs Megatron's schedule; use pipeline_schedule=megatron, or call "
+        "megatron_mhc.pipeline.forward_backward in a loop of your own",
+    ),
+    Refusal(
+        lambda provider, mhc: mhc.log_interval or None,
+        "use_mhc: log_interval={value} is the training's, not the model's",
+        "give it, and alarm, to Megatron-Bridge's pretrain() as "
+        "callbacks=[megatron_mhc.bridge.MHCDiagnostics(log_interval={value})]",
+    ),
+)
 
 
 def _offloaded_replay(config: Any, mhc: MHCConfig) -> bool:

@@ -77,6 +77,7 @@ def wrap_block_spec(
         layer_specs=[wrap_layer_spec(layer, mhc, chunks) for layer in layers],
         layer_norm=contract_norm_builder(norm, mhc),  # type: ignore[arg-type]
         mhc=mhc,
+        plain_layer=layers[-1] if layers else None,
     )
 
 

@@ -82,6 +82,9 @@ class ContractNorm(nn.Module):
         compare_arithmetic(decode_arithmetic(state), self.mhc)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if any(prefix + "norm." + name in state_dict for name, _ in self.norm.named_parameters()):
+            # Megatron-Bridge deletes extra states once `dist_checkpointing.load` has compared them.
+            state_dict.setdefault(prefix + "_extra_state", self.get_extra_state())
         # A plain checkpoint keeps the norm one level higher; Transformer Engine's has an extra state too.
         if any(prefix + name in state_dict for name, _ in self.norm.named_parameters()):
             for name in self.norm.state_dict():

@@ -2,7 +2,9 @@
 
 from megatron_mhc.releases import SUPPORTED, release
 
-__all__ = ["SUPPORTED", "check_version"]
+__all__ = ["SUPPORTED", "SUPPORTED_BRIDGE", "check_version"]
+
+SUPPORTED_BRIDGE = ">=0.6.2,<0.7"  # of megatron-bridge; not asked for, its symbols are
 
 
 def check_version() -> None:

@@ -31,6 +31,7 @@ class Feature(NamedTuple):
 
 
 _AWARE = "distributed/test_precision_aware.py::test_"
+_BRIDGE = "bridge/test_bridge.py::test_"
 _HYBRID = "distributed/test_hybrid.py::test_"
 _PARITY = "distributed/test_parity.py::test_"
 _SCHEDULE = "distributed/test_pipeline_schedule.py::test_"
@@ -357,6 +358,39 @@ FEATURES = (
         ),
     ),
     Feature(
+        "Megatron-Bridge 0.6: GPT (experts, MLA) and hybrid providers, Hugging Face weights, training, LoRA",
+        YES,
+        "[page](docs/bridge.md); TP 2, PP 2 and VPP on a CPU; skipped where it is not installed",
+        (
+            _BRIDGE + "hugging_face_weights_give_their_logits",
+            _BRIDGE + "two_ranks_train_as_one_process",
+            _BRIDGE + "resumed_training_is_the_unbroken_one",
+            _BRIDGE + "bf16_training_keeps_mappings_in_fp32_and_resumes",
+            _BRIDGE + "checkpoint_is_exported_to_a_folder_of_the_same_logits",
+            _BRIDGE + "layers_of_mtp_stay_plain",
+            _BRIDGE + "copies_of_a_provider_build_the_same_model",
+            _BRIDGE + "models_with_experts_are_imported_and_exported",
+            _BRIDGE + "training_starts_from_a_pretrained_checkpoint",
+            _BRIDGE + "hybrid_provider_builds_the_plain_models_function_with_mhc",
+            _BRIDGE + "adapters_of_bridge_train_alone_and_are_not_exported",
+        ),
+    ),
+    Feature(
+        "frameworks that call the target of `--spec` as `(args, config, vp_stage)`",
+        YES,
+        "",
+        ("unit/test_doors.py::test_gpt_scripts_call_the_target_with_two_arguments_or_three",),
+    ),
+    Feature(
+        "diagnostics as a callback of Megatron-Bridge",
+        YES,
+        "",
+        (
+            _BRIDGE + "diagnostics_are_written_at_their_steps",
+            _BRIDGE + "alarm_stops_training_where_a_gain_is_out_of_range",
+        ),
+    ),
+    Feature(
         "apex and Transformer Engine, each there or not",
         YES,
         "",
@@ -411,6 +445,15 @@ FEATURES = (
         REFUSED,
         "stock stops in the first step",
         (_REFUSALS + "full_recompute_that_stops_in_stocks_first_step_is_refused",),
+    ),
+    Feature(
+        "Megatron-Bridge: a dense Hugging Face model or adapters of an mHC model, other providers, FSDP",
+        REFUSED,
+        "`python -m megatron_mhc.export` makes a folder of its checkpoints",
+        (
+            _BRIDGE + "ways_to_a_dense_model_are_refused_with_the_way_to_export",
+            _BRIDGE + "what_cannot_be_served_is_refused_by_name",
+        ),
     ),
     Feature("cross-attention", REFUSED, "", (_REFUSALS + "layer_with_cross_attention_is_refused",)),
     Feature(

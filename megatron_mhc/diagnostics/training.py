@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from megatron.core.utils import log_single_rank
 
 from megatron_mhc.config import MHCConfig, flag
 from megatron_mhc.diagnostics.report import PARTS, Report
+
+logger = logging.getLogger(__name__)
 
 # Statistics whose worst sub-layer stands for the whole model, and which end is the worse one.
 WORST: dict[str, Callable[[list[float]], float]] = {
@@ -109,6 +113,22 @@ def add_scalars(tensorboard: Any, named: dict[str, float], step: int) -> None:
         return
     values = [Summary.Value(tag=name, simple_value=value) for name, value in named.items()]
     tensorboard._get_file_writer().add_summary(Summary(value=values), step)
+
+
+def sound(report: Report, mhc: MHCConfig, raised: set[str], step: int) -> str | None:
+    """Log what is out of range, see `out_of_range`.
+
+    Returns:
+        the remedy, which is logged too, where training is to stop: on all ranks alike.
+    """
+    messages = out_of_range(report, mhc, raised)
+    for message in messages:
+        log_single_rank(logger, logging.WARNING, f"mHC alarm at step {step}: {message}")
+    if not messages or mhc.alarm != "stop":
+        return None
+    remedy = f"stopping without saving; resume from an earlier checkpoint, or {flag('alarm')} warn"
+    log_single_rank(logger, logging.WARNING, f"mHC alarm: {remedy}")
+    return remedy
 
 
 def out_of_range(report: Report, mhc: MHCConfig, raised: set[str]) -> list[str]:

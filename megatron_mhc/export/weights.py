@@ -25,6 +25,7 @@ from megatron_mhc.convert.read import (
     rank_files,
     read_torch_dist,
 )
+from megatron_mhc.export import bridge_config
 from megatron_mhc.export.settings import check, head_size
 
 LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
@@ -83,11 +84,13 @@ def read(load: Path, trust: bool = False) -> tuple[State, Any, MHCConfig]:
     with naming(str(folder)):
         if format_of(folder) == "torch_dist":
             state, common = read_torch_dist(folder, trust)
-            args = common.get("args")
+            args = common.get("args") or bridge_config.arguments(folder)
         else:
             state, args = _read_torch(folder, trust)
         if getattr(args, "num_layers", None) is None:
-            raise ValueError("it has no arguments of a training run: save it by megatron.training")
+            raise ValueError(
+                "it has no arguments of a training run: save it by megatron.training or Megatron-Bridge"
+            )
         check(args)  # in front of what a HybridModel has not
         mhc = read_arithmetic(state)
         tensors = {key: value for key, value in state.items() if "_extra_state" not in key}

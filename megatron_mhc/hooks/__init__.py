@@ -12,12 +12,12 @@ from importlib import import_module
 from types import CodeType, TracebackType
 from typing import Any
 
-from megatron_mhc.version import SUPPORTED, check_version
+from megatron_mhc.version import SUPPORTED, SUPPORTED_BRIDGE, check_version
 
 check_version()  # another Megatron may lack what is imported below
 
-from megatron_mhc.hooks.targets import HOOKS, SCHEDULE_HOOKS, TRAINING_HOOKS, Hook
-from megatron_mhc.hooks.uses import SCHEDULE_USES, TRAINING_USES, USES, Use
+from megatron_mhc.hooks.targets import BRIDGE_HOOKS, HOOKS, SCHEDULE_HOOKS, TRAINING_HOOKS, Hook
+from megatron_mhc.hooks.uses import BRIDGE_USES, SCHEDULE_USES, TRAINING_USES, USES, Use
 from megatron_mhc.hyper_connection import operations
 from megatron_mhc.releases import ABSENT, KNOWN, Other, release
 
@@ -67,7 +67,7 @@ class Handle:
         self.revert()
 
 
-def register(training: bool = False, schedule: bool = False) -> Handle:
+def register(training: bool = False, schedule: bool = False, bridge: bool = False) -> Handle:
     """Replace the symbols of `targets.HOOKS` until this registration, and every other, is reverted.
 
     Models without mHC run the original code either way.
@@ -75,6 +75,7 @@ def register(training: bool = False, schedule: bool = False) -> Handle:
     Args:
         training: also those of `targets.TRAINING_HOOKS`, which import megatron.training.
         schedule: also those of `targets.SCHEDULE_HOOKS`, which import it too.
+        bridge: also those of `targets.BRIDGE_HOOKS`, which import megatron.bridge.
 
     Raises:
         ValueError: an unsupported Megatron version, a changed signature, a symbol that somebody else
@@ -82,17 +83,17 @@ def register(training: bool = False, schedule: bool = False) -> Handle:
     """
     with _lock:
         check_version()
-        check_uses(USES + TRAINING_USES * training + SCHEDULE_USES * schedule)
-        _install(HOOKS + TRAINING_HOOKS * training + SCHEDULE_HOOKS * schedule)
+        check_uses(USES + TRAINING_USES * training + SCHEDULE_USES * schedule + BRIDGE_USES * bridge)
+        _install(HOOKS + TRAINING_HOOKS * training + SCHEDULE_HOOKS * schedule + BRIDGE_HOOKS * bridge)
         handle = Handle()
         _registrations.append(handle)
         return handle
 
 
-def require(training: bool = False, schedule: bool = False) -> None:
+def require(training: bool = False, schedule: bool = False, bridge: bool = False) -> None:
     """`register` for the doors: they join the program's own registration, and stay where there is none."""
     with _lock:
-        handle = register(training, schedule)
+        handle = register(training, schedule, bridge)
         if len(_registrations) > 1:
             handle.revert()
 
@@ -246,4 +247,6 @@ def _check_parameters(target: str, found: Callable[..., Any], expected: tuple[st
 
 
 def _remedy(target: str) -> str:
+    if target.startswith("megatron.bridge"):
+        return f"install megatron-bridge {SUPPORTED_BRIDGE}"
     return "install another torch" if target.startswith("torch") else f"install {KNOWN}"

@@ -1,9 +1,14 @@
-"""Whatever config a block is built with gets the mHC options of its spec; a target of --spec makes one."""
+"""What is made of an mHC block's submodules: the options of its config, and plain layers of MTP.
+
+Where a block is handed a target of --spec, that makes them.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 from megatron_mhc.carried import SpecOfBlock, StreamsBlockSubmodules, remember
 
@@ -20,3 +25,17 @@ def remember_when_built(get_submodules: Callable[..., Any]) -> Callable[..., Any
         return submodules
 
     return get_and_remember
+
+
+def predict_by_plain_layers(make: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `get_gpt_mtp_block_spec_for_backend`, which builds on the spec of the decoder's last layer.
+
+    Layers of multi-token prediction read what is contracted: one with mHC would expand it a second time.
+    """
+
+    def make_plain(config: Any, spec: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(spec, StreamsBlockSubmodules) and spec.plain_layer is not None:
+            spec = TransformerBlockSubmodules(layer_specs=[spec.plain_layer])
+        return make(config, spec, *args, **kwargs)
+
+    return make_plain

@@ -11,7 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_mhc.hooks.block import remember_when_built
+from megatron_mhc.hooks.block import predict_by_plain_layers, remember_when_built
+from megatron_mhc.hooks.bridge import keep_what_is_new, refuse_dense_export, refuse_fsdp
 from megatron_mhc.hooks.full_recompute import ask_input_gradient
 from megatron_mhc.hooks.load import guard_load, guard_load_state_dict
 from megatron_mhc.hooks.messages import widen_messages, widen_receive_buffer
@@ -27,6 +28,7 @@ from megatron_mhc.hooks.optimizer import (
 from megatron_mhc.hooks.schedule import choose_schedule
 from megatron_mhc.hooks.train_step import sample_steps
 
+_BRIDGE = "megatron.bridge.models"
 _DISTRIBUTED = "megatron.core.optimizer.distrib_optimizer"
 _HYBRID = "megatron.core.optimizer.cpu_offloading.hybrid_optimizer"
 _INFERENCE = "megatron.core.inference.model_inference_wrappers.abstract_model_inference_wrapper"
@@ -82,6 +84,13 @@ HOOKS: tuple[Hook, ...] = (
         parameters=("config", "spec", "vp_stage", "pp_rank"),
         replacement=remember_when_built,
         reason="a framework may build the model with a copy of the config that lacks the mHC options",
+    ),
+    Hook(
+        target="megatron.core.models.gpt.gpt_layer_specs:get_gpt_mtp_block_spec_for_backend",
+        defined_in="megatron.core.models.gpt.gpt_layer_specs",
+        parameters=("config", "spec", "backend", "vp_stage", "pp_rank"),
+        replacement=predict_by_plain_layers,
+        reason="frameworks build MTP layers of the decoder's last layer, which would expand streams again",
     ),
     Hook(
         target="megatron.core.dist_checkpointing:load",
@@ -218,5 +227,59 @@ SCHEDULE_HOOKS: tuple[Hook, ...] = (
         parameters=("pp_size", "vp_size", "schedule_pg_collection"),
         replacement=choose_schedule,
         reason="--mhc-pipeline-schedule interleaved and fused: pretrain() takes no schedule",
+    ),
+)
+
+# Registered beside HOOKS by `bridge.use_mhc`: symbols of Megatron-Bridge.
+BRIDGE_HOOKS: tuple[Hook, ...] = (
+    Hook(
+        target=f"{_BRIDGE}.conversion.mapping_registry:MegatronMappingRegistry.megatron_to_hf_lookup",
+        defined_in=f"{_BRIDGE}.conversion.mapping_registry",
+        parameters=("self", "megatron_param_name"),
+        replacement=keep_what_is_new,
+        reason="Hugging Face weights have no mappings of the streams, and the final norm lies elsewhere",
+    ),
+    *(
+        Hook(
+            target=f"{_BRIDGE}.conversion.{name}",
+            defined_in=f"{_BRIDGE}.conversion.{name.partition(':')[0]}",
+            parameters=("self", *parameters.split(", ")),
+            replacement=refuse_dense_export,
+            reason="a dense model, or its adapters, would be written where the streams have no place",
+        )
+        for name, parameters in (
+            (
+                "auto_bridge:AutoBridge.save_hf_pretrained",
+                "model, path, show_progress, source_path, strict, merge_adapter_weights, distributed_save, "
+                "save_every_n_ranks, weight_dtype",
+            ),
+            (
+                "peft_bridge:MegatronPeftBridge.stream_adapter_weights_megatron_to_hf",
+                "megatron_model, cpu, show_progress, exclude_adapter_base_prefixes",
+            ),
+        )
+    ),
+    Hook(
+        target=f"{_BRIDGE}.model_provider:get_model",
+        defined_in=f"{_BRIDGE}.model_provider",
+        parameters=(
+            "model_provider",
+            "ddp_config",
+            "model_type",
+            "overlap_param_gather_with_optimizer_step",
+            "fp16",
+            "bf16",
+            "use_megatron_fsdp",
+            "use_torch_fsdp2",
+            "wrap_with_ddp",
+            "data_parallel_random_init",
+            "use_cpu_initialization",
+            "init_model_with_meta_device",
+            "pre_wrap_hook",
+            "mixed_precision_wrapper",
+            "pg_collection",
+        ),
+        replacement=refuse_fsdp,
+        reason="whether it wraps by FSDP, which mHC does not support, no provider knows",
     ),
 )

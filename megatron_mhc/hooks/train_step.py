@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from typing import Any
 
-from megatron.core.utils import log_single_rank
-
 from megatron_mhc.carried import options_of
-from megatron_mhc.config import flag
 from megatron_mhc.diagnostics.sampler import Sampler
-from megatron_mhc.diagnostics.training import out_of_range, write
-
-logger = logging.getLogger(__name__)
+from megatron_mhc.diagnostics.training import sound, write
 
 
 def sample_steps(train_step: Callable[..., Any]) -> Callable[..., Any]:
@@ -58,12 +52,7 @@ def sample_steps(train_step: Callable[..., Any]) -> Callable[..., Any]:
             result = step()
         report = sampler.report()
         write(report, iteration + 1, get_tensorboard_writer(), get_wandb_writer())
-        messages = out_of_range(report, mhc, raised)
-        for message in messages:
-            log_single_rank(logger, logging.WARNING, f"mHC alarm at step {iteration + 1}: {message}")
-        if messages and mhc.alarm == "stop":
-            remedy = f"stopping without saving; resume from an earlier checkpoint, or {flag('alarm')} warn"
-            log_single_rank(logger, logging.WARNING, f"mHC alarm: {remedy}")
+        if sound(report, mhc, raised, iteration + 1):
             # should_exit and exit_code: the loop ends as it does on a signal, on all ranks alike.
             return (*result[:3], True, 1, *result[5:])
         return result

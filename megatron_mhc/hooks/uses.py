@@ -20,6 +20,7 @@ _OPTIMIZER = "megatron.core.optimizer.optimizer"
 _TE = "megatron.core.extensions.transformer_engine"
 _SCHEDULES = "megatron.core.pipeline_parallel.schedules"
 _TRAINING = "megatron.training"
+_BRIDGE = "megatron.bridge"
 
 
 @dataclass(frozen=True)
@@ -282,4 +283,61 @@ PRETRAIN_USES: tuple[Use, ...] = (
         "batch, is_hybrid_cp, cp_group, hybrid_cp_group_func, use_per_sequence_balancing",
     ),
     Use("megatron.core.datasets.utils:compile_helpers", ""),
+)
+
+# Of Megatron-Bridge, beside targets.BRIDGE_HOOKS.
+BRIDGE_USES: tuple[Use, ...] = (
+    # bridge/provider.py
+    Use(
+        f"{_BRIDGE}.models.gpt_provider:GPTModelProvider.provide",
+        "self, pre_process, post_process, vp_stage",
+        ("transformer_layer_spec", "attention_backend", "mtp_block_spec"),
+    ),
+    Use(f"{_BRIDGE}.models.gpt_provider:mtp_block_spec", "config, vp_stage", ("get_gpt_mtp_block_spec",)),
+    Use(
+        f"{_BRIDGE}.models.hybrid.hybrid_provider:HybridModelProvider._resolve_hybrid_stack_spec",
+        "self",
+        ("hybrid_stack_spec",),
+    ),
+    Use(f"{_BRIDGE}.models.hybrid.hybrid_provider:get_default_hybrid_stack_spec", "config"),
+    Use(f"{_BRIDGE}.utils.instantiate_utils:register_allowed_target_prefix", "prefix"),
+    # hooks/bridge.py
+    Use(
+        f"{_BRIDGE}.models.conversion.param_mapping:MegatronParamMapping.__init__",
+        "self, megatron_param, hf_param",
+    ),
+    Use(
+        f"{_BRIDGE}.models.conversion.param_mapping:MegatronParamMapping.hf_to_megatron",
+        "self, hf_weights, megatron_module",
+    ),
+    Use(
+        f"{_BRIDGE}.models.conversion.param_mapping:MegatronParamMapping.megatron_to_hf",
+        "self, megatron_weights, megatron_module",
+    ),
+    Use(
+        f"{_BRIDGE}.models.conversion.model_bridge:MegatronModelBridge.build_conversion_tasks",
+        "self, hf_pretrained, megatron_model, weight_dtype",
+        ("megatron_to_hf_lookup", "config"),
+    ),
+    Use(
+        f"{_BRIDGE}.models.conversion.model_bridge:MegatronModelBridge.load_weights_hf_to_megatron",
+        "self, hf_pretrained, megatron_model, allowed_mismatched_params",
+        ("hf_to_megatron",),
+    ),
+)
+
+# Of Megatron-Bridge's training loop: bridge/diagnostics.py.
+BRIDGE_TRAINING_USES: tuple[Use, ...] = (
+    Use(
+        f"{_BRIDGE}.training.train:train",
+        None,
+        ("on_train_start", "on_train_step_start", "on_train_step_end", "train_state", "step"),
+    ),
+    Use(
+        f"{_BRIDGE}.training.callbacks:CallbackContext",
+        "state, model, user_state, optimizer, scheduler, loss_dict, grad_norm, skipped_iter, total_loss_dict",
+    ),
+    Use(f"{_BRIDGE}.training.callbacks:CallbackManager.add", "self, callback"),
+    Use(f"{_BRIDGE}.training.state:GlobalState.tensorboard_logger", None),
+    Use(f"{_BRIDGE}.training.state:GlobalState.wandb_logger", None),
 )
