@@ -44,9 +44,7 @@ torch.set_num_threads(1)  # ranks are forked, and share few cores
 def pytest_configure(config):
     path = os.environ.get("MEGATRON_MHC_TEST_REPORT")
     if path and not hasattr(config, "workerinput"):  # of pytest-xdist, whose workers report to this process
-        config.pluginmanager.register(
-            support_runs.Recorder(Path(path), {"1": "gpu"}.get(MODE, MODE or "cpu"))
-        )
+        config.pluginmanager.register(support_runs.Recorder(Path(path), support_runs.kind(Path(path), MODE)))
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ class Feature(NamedTuple):
         state: YES where a test runs it, REFUSED where building the model raises, else UNTESTED.
         note: how far it goes, or why not.
         tests: "file under tests/::function"; none for UNTESTED.
-        on: the kind of machine that shows it, gpu or nccl; any where empty.
+        on: the kind of run that shows it, see `support_runs`; any where empty.
     """
 
     name: str
@@ -374,6 +374,7 @@ FEATURES = (
             _BRIDGE + "hybrid_provider_builds_the_plain_models_function_with_mhc",
             _BRIDGE + "adapters_of_bridge_train_alone_and_are_not_exported",
         ),
+        on="bridge",
     ),
     Feature(
         "frameworks that call the target of `--spec` as `(args, config, vp_stage)`",
@@ -389,6 +390,7 @@ FEATURES = (
             _BRIDGE + "diagnostics_are_written_at_their_steps",
             _BRIDGE + "alarm_stops_training_where_a_gain_is_out_of_range",
         ),
+        on="bridge",
     ),
     Feature(
         "apex and Transformer Engine, each there or not",
@@ -405,6 +407,7 @@ FEATURES = (
             "megatron/test_other_releases.py::test_the_installed_release_continues_its_checkpoint",
             "megatron/test_other_releases.py::test_its_own_script_trains_by_spec_and_by_the_launcher",
         ),
+        on="releases",
     ),
     Feature(
         "FP8 (tensorwise, delayed, blockwise), MXFP8, NVFP4",
@@ -454,6 +457,7 @@ FEATURES = (
             _BRIDGE + "ways_to_a_dense_model_are_refused_with_the_way_to_export",
             _BRIDGE + "what_cannot_be_served_is_refused_by_name",
         ),
+        on="bridge",
     ),
     Feature("cross-attention", REFUSED, "", (_REFUSALS + "layer_with_cross_attention_is_refused",)),
     Feature(

@@ -3,9 +3,10 @@
 MEGATRON_MHC_TEST_REPORT=docs/results/support/cpu.json python -m pytest $(python tests/support_runs.py)
 python tests/support_runs.py build/support.json   # fails where this run shows less than the kept ones
 
-Under MEGATRON_MHC_GPU_TESTS=1 and =nccl the first line is that of gpu.json and nccl.json. A file holds
-device, date, commit and versions, and of each test that a row names how many of its cases passed, and which
-failed or were skipped. A test that a file does not name was not part of that run.
+Under MEGATRON_MHC_GPU_TESTS=1 and =nccl the first line is that of gpu.json and nccl.json; bridge.json and
+releases.json are runs of what is installed beside the plugin, Megatron-Bridge or other Megatrons. A file
+holds device, date, commit and versions, and of each test that a row names how many of its cases passed, and
+which failed or were skipped. A test that a file does not name was not part of that run.
 """
 
 from __future__ import annotations
@@ -27,12 +28,18 @@ Run = dict[str, Any]  # the contents of a file
 NAMED = frozenset(test for feature in FEATURES for test in feature.tests)
 
 
+def kind(path: Path, mode: str) -> str:
+    """Of a run that is to be written there; `mode` as MEGATRON_MHC_GPU_TESTS."""
+    beside = path.stem if path.stem in ("bridge", "releases") else "cpu"
+    return {"": beside, "1": "gpu"}.get(mode, mode)
+
+
 class Recorder:
     """A plugin of pytest, of the process that all workers report to: writes a file as the session ends.
 
     Args:
         path: of the file.
-        kind: of the machine: cpu, gpu or nccl.
+        kind: of `kind`.
         named: "file under tests/::function" of each test whose outcome is kept.
     """
 
@@ -74,7 +81,8 @@ def runs(folder: Path = FOLDER) -> list[Run]:
 def missing(feature: Feature, runs: Iterable[Run]) -> str | None:
     """The first of a row's tests that no run shows, and why; None where all passed and none failed."""
     runs = [run for run in runs if feature.on in ("", run["kind"])]
-    where = {"gpu": " on a GPU", "nccl": " on two GPUs"}.get(feature.on, "")
+    places = {"gpu": "on a GPU", "nccl": "on two GPUs", "bridge": "beside it", "releases": "beside them"}
+    where = f" {places[feature.on]}" if feature.on else ""
     for test in feature.tests:
         found = [run["tests"][test] for run in runs if test in run["tests"]]
         name = test.partition("::")[2].removeprefix("test_")
