@@ -302,12 +302,34 @@ FEATURES = (
         ("distributed/test_inference.py::test_tokens_on_a_pipeline_have_the_logits_of_one_process",),
     ),
     Feature(
+        "Megatron's inference engines, static and dynamic: batches, TP, PP, EP",
+        YES,
+        "on a CPU, the dynamic one with flash-attn's functions in torch: [limits](docs/inference.md#engines)",
+        (
+            "distributed/test_inference_engines.py::test_engine_says_what_the_training_forward_finds_likeliest",
+        ),
+    ),
+    Feature(
         "export to a Hugging Face folder: GQA, MLA, experts, every form of mHC",
         YES,
         "[limits](docs/export.md); the logits of Megatron's local layers within 1e-4, fp32",
         (
             "megatron/test_export.py::test_exported_model_has_logits_and_loss_of_the_trained_one",
             "megatron/test_export.py::test_what_the_exported_model_has_no_form_for_is_refused_by_name",
+            "megatron/test_export_layouts.py::"
+            "test_exported_model_has_the_logits_and_greedy_text_of_the_layout_that_saved_it",
+        ),
+    ),
+    Feature(
+        "import of a Hugging Face folder: exported models; Llama, Mistral, Qwen2, Qwen3, DeepSeek-V3",
+        YES,
+        "[limits](docs/export.md#import); bit for bit; a dense model with mHC has its logits within 1e-4, fp32",
+        (
+            "megatron/test_import.py::test_an_exported_model_comes_back_bit_for_bit",
+            "megatron/test_import.py::"
+            "test_an_imported_dense_model_with_mhc_has_the_logits_of_transformers_own_class",
+            "megatron/test_import_mutations.py::"
+            "test_a_mutated_file_gives_an_error_that_names_it_or_the_right_result",
         ),
     ),
     Feature(
@@ -318,7 +340,7 @@ FEATURES = (
     ),
     Feature("FP8 (Transformer Engine)", UNTESTED, "F's linears alone; 50 steps trained by hand on one H100"),
     Feature(
-        "`--use-precision-aware-optimizer`; inference engines; Blackwell",
+        "`--use-precision-aware-optimizer`; inference engines on a GPU; Blackwell",
         UNTESTED,
         "",
     ),

@@ -4,7 +4,7 @@
     python -m megatron_mhc.import_hf --load folder/ --save checkpoints/
     # a dense model (Llama, Mistral, Qwen2, Qwen3, Qwen3-MoE, DeepSeek-V3) starts with mHC
     python -m megatron_mhc.import_hf --load llama/ --save mhc/ --options num_residual_streams=4
-    torchrun --nproc-per-node 8 -m megatron_mhc.pretrain_gpt $(cat mhc/model.args) --load mhc/ --finetune ...
+    torchrun ... -m megatron_mhc.pretrain_gpt $(cat mhc/model.args train.args) --load mhc/ --finetune
 
 Reads config.json and safetensors, and runs no code of the folder. Writes torch_dist, which loads into every
 parallel layout, and beside it `model.args`: the flags of the model for the training's command line. One

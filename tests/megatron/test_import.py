@@ -231,9 +231,9 @@ def test_the_commands_of_the_page_run_in_their_order(run_ranks, tmp_path, monkey
 
     run_ranks(1, imported)
     assert (tmp_path / "back" / "release").is_dir()
-    launcher, _, words = training.partition("$(cat mhc/model.args)")
+    launcher, _, words = training.partition("$(cat mhc/model.args train.args)")
     assert launcher == "torchrun --nproc-per-node 8 -m megatron_mhc.pretrain_gpt "
-    words = shlex.split((tmp_path / "mhc" / "model.args").read_text()) + shlex.split(words)[:-1]
+    words = shlex.split((tmp_path / "mhc" / "model.args").read_text()) + shlex.split(words)
     words = [str(tmp_path / "mhc") if word == "mhc/" else word for word in words]
     more = ["--vocab-size", "60", "--train-iters", "1", "--tensorboard-dir", str(tmp_path / "tensorboard")]
     code, output = run(["megatron_mhc.pretrain_gpt", *ARGUMENTS, *words, *more], 2)

@@ -202,8 +202,9 @@ class Mutation:
     def by_transformers(self):
         """The folder by transformers; what is in the way of that alone is taken away."""
         index = "model.safetensors.index.json"
-        if not (self.load / index).exists():  # the files alone say it all
-            shutil.copyfile(self.originals / self.kind / index, self.load / index)
+        there = self.originals / self.kind / index
+        if there.exists() and not (self.load / index).exists():  # the files alone say it all
+            shutil.copyfile(there, self.load / index)
         try:
             return load(self.load)
         except Exception:
