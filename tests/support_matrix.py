@@ -323,7 +323,7 @@ FEATURES = (
     Feature(
         "import of a Hugging Face folder: exported models; Llama, Mistral, Qwen2, Qwen3, DeepSeek-V3",
         YES,
-        "[limits](docs/export.md#import); bit for bit; a dense model with mHC has its logits within 1e-4, fp32",
+        "[limits](docs/export.md#import); bit for bit; dense models keep their logits within 1e-4, fp32",
         (
             "megatron/test_import.py::test_an_exported_model_comes_back_bit_for_bit",
             "megatron/test_import.py::"
