@@ -163,6 +163,10 @@ class _Planner(dcp.DefaultLoadPlanner):
 def _check_metadata(metadata: Any) -> None:
     if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
         raise ValueError(f"it holds a {type(metadata).__name__}, not a checkpoint's metadata")
+    for index, info in metadata.storage_data.items():
+        at = getattr(info, "offset", None), getattr(info, "length", None)
+        if not isinstance(getattr(info, "relative_path", None), str) or {*map(type, at)} != {int}:
+            raise ValueError(f"{getattr(index, 'fqn', index)}: it does not say where in which file it is")
     for key, entry in metadata.state_dict_metadata.items():
         if isinstance(entry, TensorStorageMetadata):
             inside = all(

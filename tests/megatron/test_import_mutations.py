@@ -6,6 +6,7 @@ checkpoint what torch's own readers find in it.
 
 import json
 import random
+import re
 import shutil
 
 import gpt
@@ -17,7 +18,7 @@ from test_convert_mutations import BREAKS, KEEPS
 from test_export import CASES, trained, transformers
 from test_import import DENSE, dense
 
-from megatron_mhc.convert.read import FILE
+from megatron_mhc.convert.read import FILE, TRACKER
 from megatron_mhc.export import export, weights
 from megatron_mhc.export.folder import read
 from megatron_mhc.import_hf import import_folder
@@ -26,6 +27,7 @@ from megatron_mhc.testing.ranks import run_ranks as forked
 safetensors = pytest.importorskip("safetensors.torch")
 FOLDERS = ("exported", "llama", "qwen2", "qwen3_moe_sparse", "deepseek_v3_yarn")
 CHECKPOINTS = ("torch_dist", "torch")
+TENSORS = (r"model\.(layers|embed|norm)", r"lm_head", r"(decoder|embedding|output_layer)\.")
 LEAVES = (
     None,
     0,
@@ -67,7 +69,7 @@ class Mutation:
     """One of a file of a copy of an original.
 
     Attributes:
-        said: what the message of an error has to hold.
+        names: of which the message of an error has to hold one.
         key: of config.json, which transformers may do without.
     """
 
@@ -75,7 +77,7 @@ class Mutation:
         self.random, self.originals = random.Random(number), originals
         torch.manual_seed(number)
         self.kind = self.random.choice(FOLDERS * 2 + CHECKPOINTS)
-        self.load, self.key, self.said = folder / self.kind, None, ()
+        self.load, self.key, self.names = folder / self.kind, None, [r"never"]
         shutil.copytree(originals / self.kind, self.load)
         how = [self.bytes_]
         if self.kind in FOLDERS:
@@ -102,7 +104,12 @@ class Mutation:
         else:
             data += self.random.randbytes(self.random.randrange(1, 64))
         file.write_bytes(data)
+        # A flipped bit may also make of a name another one, which is then absent or too many.
+        self.names = [re.escape(file.name), *TENSORS]
+        if file.name == TRACKER or file.name == "metadata.json":
+            self.names.append("metadata.json")
         if way == "absent":
+            self.names.append(r"no folder of \*\.safetensors")
             file.unlink()
         return f"{way} of {file.name} at {at}"
 
@@ -133,6 +140,7 @@ class Mutation:
         else:
             inside[key] = made = self.random.choice(ways)()
         self.key = key
+        self.names = ["config.json", re.escape(key), *TENSORS]
         file.write_text(json.dumps(content))
         return f"{key}: {value!r} -> {made!r}"
 
@@ -143,9 +151,13 @@ class Mutation:
         key = self.random.choice(sorted(state))
         how = self.random.choice([*BREAKS, *KEEPS, "renamed"])
         random.seed(self.random.randrange(10**6))
+        self.names = [re.escape(key)]
+        if ".experts." in key:  # whose shapes are compared with those of the first
+            self.names.append(re.sub(r"(.*experts)\.\d+\.(.*)", r"\1\\.\\d+\\.\2", key))
         if how == "complex":
             how = "NaN"
         if how == "renamed":
+            self.names.append(r"model\.layers\.7")
             state[key.replace("layers.1.", "layers.7.") + "x"] = state.pop(key)
         elif (value := (BREAKS | KEEPS)[how](state[key])) is None:
             del state[key]
@@ -163,6 +175,7 @@ class Mutation:
         placed = content["weight_map"]
         key = self.random.choice(sorted(placed))
         way = self.random.choice(("absent", "elsewhere", "nowhere", "number"))
+        self.names = [re.escape(key), r"x\.safetensors"]
         if way == "absent":
             del placed[key]
         else:
@@ -262,6 +275,7 @@ def attempt(numbers, originals, folder):
                 mutation.check(here / "out")
             else:
                 assert str(mutation.load) in said and len(said.splitlines()) == 1, said
+                assert re.search("|".join(mutation.names), said), said
                 assert sorted(here.iterdir()) == before, "something was written"
         except BaseException as error:
             line = (str(error).splitlines() or [""])[0]
