@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_mhc.hooks.block import remember_when_built
+from megatron_mhc.hooks.fsdp2 import shard_mappings_first
 from megatron_mhc.hooks.full_recompute import ask_input_gradient
 from megatron_mhc.hooks.load import guard_load, guard_load_state_dict
 from megatron_mhc.hooks.messages import widen_messages, widen_receive_buffer
@@ -27,6 +28,7 @@ from megatron_mhc.hooks.schedule import choose_schedule
 from megatron_mhc.hooks.train_step import sample_steps
 
 _DISTRIBUTED = "megatron.core.optimizer.distrib_optimizer"
+_FSDP2 = "megatron.core.distributed.torch_fully_sharded_data_parallel"
 _HYBRID = "megatron.core.optimizer.cpu_offloading.hybrid_optimizer"
 _INFERENCE = "megatron.core.inference.model_inference_wrappers.abstract_model_inference_wrapper"
 _OPTIMIZER = "megatron.core.optimizer.optimizer"
@@ -153,6 +155,21 @@ HOOKS: tuple[Hook, ...] = (
                 "update_legacy_format",
             ),
         )
+    ),
+    Hook(
+        target=f"{_FSDP2}:TorchFullyShardedDataParallel.__init__",
+        defined_in=_FSDP2,
+        parameters=(
+            "self",
+            "config",
+            "ddp_config",
+            "module",
+            "sub_modules_to_wrap",
+            "disable_bucketing",
+            "process_group",
+        ),
+        replacement=shard_mappings_first,
+        reason="--use-torch-fsdp2: its units are whole layers, whose parameters have to be of one dtype",
     ),
     *(
         Hook(
