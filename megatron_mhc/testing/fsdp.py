@@ -6,12 +6,16 @@ from a reduction that NCCL alone has; it knows no float64.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state as ps
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+
+from megatron_mhc.testing.parameters import global_parameters
 
 _from_group = DeviceMesh.from_group
 
@@ -26,13 +30,29 @@ def install() -> None:
     torch.cuda.current_device = lambda: 0  # it goes into the name of a device
 
 
-def full(sharded: Any, shape: torch.Size) -> Tensor:
-    """A parameter or gradient of this shape, put together from all ranks' shards; they lie one after another.
-
-    Args:
-        sharded: a DTensor; None of a rank that has no part of it.
+def full_gradients(chunks: list[Any]) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Of every parameter of model chunks that an FSDP has wrapped: name in the whole model, the parameter as the
+    model has it while it runs, and its gradient, put together from the shards of its data-parallel group.
     """
+    as_built = {}
+    for chunk in chunks:
+        as_built |= getattr(chunk.module, "raw_param", {})  # Megatron-FSDP's, without wrappers' prefixes
+    for (name, parameter), (local, _) in zip(global_parameters(chunks), _local(chunks), strict=True):
+        raw = as_built.get(local, parameter)
+        yield name, raw, _full(parameter.grad, raw)
+
+
+def _local(chunks: list[Any]) -> Iterator[tuple[str, Tensor]]:
+    for chunk in chunks:
+        core = getattr(chunk.module, "module", chunk.module)  # what Megatron-FSDP calls its module
+        yield from core.named_parameters()
+
+
+def _full(sharded: Any, parameter: Any) -> Tensor:
+    expert = not getattr(parameter, "allreduce", True)
+    group = ps.get_expert_data_parallel_group() if expert else ps.get_data_parallel_group(True)
+    # A rank may have no part of it.
     mine = torch.zeros(0) if sharded is None else sharded.to_local().detach().flatten()
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
-    return torch.cat([part for part in everyone if part.numel()]).view(shape)
+    everyone: list[Any] = [None] * group.size()
+    dist.all_gather_object(everyone, mine, group=group)
+    return torch.cat([part for part in everyone if part.numel()]).view(parameter.shape)

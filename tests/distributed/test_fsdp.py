@@ -1,10 +1,8 @@
 """Megatron-FSDP and torch's FSDP2 give the loss and the gradients of one process."""
 
-import functools
-
 import pytest
 import torch
-from harness import Iteration, Layout, build, global_parameters, iterate, reference
+from harness import Iteration, Layout, build, iterate, reference
 from megatron.core.distributed import DistributedDataParallelConfig, TorchFullyShardedDataParallel
 from megatron.core.distributed.fsdp.mcore_fsdp_adapter import FullyShardedDataParallel
 from megatron.core.distributed.torch_fully_sharded_data_parallel_config import (
@@ -13,6 +11,7 @@ from megatron.core.distributed.torch_fully_sharded_data_parallel_config import (
 
 from megatron_mhc import MHCConfig
 from megatron_mhc.testing import fsdp
+from megatron_mhc.testing.parameters import shard
 from megatron_mhc.testing.parity import one_against_one
 
 pytest.importorskip("einops", reason="Megatron-FSDP makes its meshes by it")
@@ -46,25 +45,31 @@ def wrapped_by(sharding, **more):
     return wrap
 
 
-def train(layout, kind, mhc, sharding, settings, **more):
-    """One iteration: the loss, and the whole gradients of this stage's parameters."""
+def compare(layout, kind, mhc, expected, sharding, settings, more):
+    """The loss of one iteration, and for each parameter of this rank its gradient's relative error."""
     fsdp.install()
     layout.initialize()
     config = layout.config(kind, transformer_impl="local", **settings)
     chunks = build(layout, config, kind, mhc, wrap=wrapped_by(sharding, **more))
     loss = iterate(chunks, config)
-    return Iteration(loss, {name: fsdp.full(p.grad, p.shape) for name, p in global_parameters(chunks)})
+    found, wanted = {}, {}
+    for name, parameter, gradient in fsdp.full_gradients(chunks):
+        found[name], wanted[name] = gradient, shard(expected.gradients[name], parameter)
+    return one_against_one(Iteration(loss, found), Iteration(expected.loss, wanted), config.params_dtype)
 
 
 def check(run_ranks, sharding, world=2, layout=Layout(), kind="dense", mhc=MHC, settings=None, **more):
-    dtype = torch.float64 if sharding == "fsdp2" else torch.float32  # Megatron-FSDP knows no float64
+    """Compare all ranks with one process; more: of the wrapper's configuration."""
+    # Neither Megatron-FSDP nor kernels know float64.
+    dtype = torch.float64 if sharding == "fsdp2" and mhc.backend == "auto" else torch.float32
     expected = reference(kind, mhc, dtype)
     settings = dict(params_dtype=dtype) | (settings or {})
-    for found in run_ranks(world, train, layout, kind, mhc, sharding, settings, **more):
-        comparison = one_against_one(found, expected, dtype)
-        print(f"loss error {comparison.loss:.1e}, worst gradient {comparison.worst}")
-        assert comparison.loss <= LIMITS[dtype]
-        assert comparison.worst[0] <= LIMITS[dtype]
+    results = run_ranks(world, compare, layout, kind, mhc, expected, sharding, settings, more)
+    assert set().union(*(result.gradients for result in results)) == set(expected.gradients)
+    for result in results:
+        print(f"loss error {result.loss:.1e}, worst gradient {result.worst}")
+        assert result.loss <= LIMITS[dtype]
+        assert result.worst[0] <= LIMITS[dtype]
 
 
 @pytest.mark.parametrize("world", [2, 4])
