@@ -3,8 +3,9 @@
 A data-parallel wrapper and an optimizer do something for every parameter, so small ones that always go
 together are one. Checkpoints keep the parts' names, whatever the format:
 
-    torch        `state_dict` splits, `load_state_dict` joins
-    torch_dist   a ShardedTensorFactory does, of the model and of every state that an optimizer keeps of it
+    torch          `state_dict` splits, `load_state_dict` joins
+    torch_dist     a ShardedTensorFactory does, of the model and of every state that an optimizer keeps of it
+    fsdp_dtensor   has it whole: a DTensor, whose shards end inside of parts
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 
 class InParts(MegatronModule):
@@ -34,7 +36,7 @@ class InParts(MegatronModule):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.parts:
+        if self.parts and not isinstance(destination[prefix + self.whole], DTensor):
             parts = self.split(destination.pop(prefix + self.whole))
             destination.update({prefix + name: part for name, part in parts.items()})
 
@@ -83,7 +85,7 @@ class InParts(MegatronModule):
         metadata: dict[str, Any] | None = None,
     ) -> Any:
         entries = super().sharded_state_dict(prefix, sharded_offsets, metadata)
-        if self.parts:
+        if self.parts and prefix + self.whole not in entries:
             parts = {name: entries.pop(prefix + name) for name in self.parts}
             entries[prefix + self.whole] = self._factory(prefix, getattr(self, self.whole), parts)
         return entries
@@ -113,3 +115,42 @@ class InParts(MegatronModule):
 
         some = next(iter(entries.values()))
         return ShardedTensorFactory(prefix + self.whole, whole, build, merge, some.replica_id)
+
+
+def in_shards(
+    key: str, whole: DTensor, parts: Mapping[str, int], replica_id: tuple[int, ...]
+) -> ShardedTensorFactory:
+    """The torch_dist entries of a parameter that FSDP2 has cut along its first dimension.
+
+    Megatron's own take the cuts for even ones.
+
+    Args:
+        key: of the whole; parts: as in `InParts`, by the names that stand in place of its last word.
+    """
+    with torch.no_grad():
+        local = whole.to_local()  # as Megatron's optimizers name it
+    longest = -(-whole.shape[0] // whole.device_mesh.size())
+    first = min(whole.device_mesh.get_local_rank() * longest, whole.shape[0])
+
+    def build(key: str, values: Tensor, replica_id: Any, flattened_range: slice | None) -> Any:
+        built, end, at = {}, 0, key[: key.rindex(".") + 1]
+        for name, size in parts.items():
+            begin, end = end, end + size
+            ours = slice(max(begin, first), min(end, first + values.shape[0]))
+            if ours.start >= ours.stop:
+                continue
+            data = values.detach()[ours.start - first : ours.stop - first]
+            built[name] = ShardedTensor(
+                at + name,
+                data,
+                data.dtype,
+                tuple(data.shape),
+                (size, *data.shape[1:]),
+                (ours.start - begin, *[0] * (data.dim() - 1)),
+                axis_fragmentations=None,
+                replica_id=replica_id,
+            )
+        return built
+
+    # Loading fills the shards in place.
+    return ShardedTensorFactory(key, local, build, lambda loaded: local, replica_id)

@@ -11,10 +11,11 @@ import torch
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from megatron_mhc.backend import H100, Backend, choose, triton_obstacle
 from megatron_mhc.checkpoint import take_or_refuse
-from megatron_mhc.checkpoint_parts import InParts
+from megatron_mhc.checkpoint_parts import InParts, in_shards
 from megatron_mhc.config import MHCConfig, flag
 from megatron_mhc.norm import FoldedNorm
 from megatron_mhc.ops import reference
@@ -69,6 +70,21 @@ class MappingParameters(MegatronModule):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         take_or_refuse(self.mhc, state_dict, prefix, self.state_dict().items())
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
+        metadata: dict[str, Any] | None = None,
+    ) -> Any:
+        entries = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        for name, parameter in self.named_parameters():
+            if isinstance(parameter, DTensor):  # of FSDP2, for which every rank is a main replica
+                parts = getattr(self, "parts", {}) if name == "affine" else {}
+                whole = {name.rpartition(".")[2]: parameter.shape[0]}
+                replica_id = entries.pop(prefix + name).replica_id
+                entries[prefix + name] = in_shards(prefix + name, parameter, parts or whole, replica_id)
+        return entries
 
     def scalar(self, value: float) -> nn.Parameter:
         """A trainable [1] tensor; one-dimensional, so Megatron applies no weight decay to it."""

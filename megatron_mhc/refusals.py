@@ -75,7 +75,7 @@ ENTRY_POINT = tuple(
 )
 SPEC_DOOR = tuple(
     setting_row(name, "use --use-distributed-optimizer instead", what="mHC does not support {flag}")
-    for name in ("use_megatron_fsdp", "use_torch_fsdp2")
+    for name in ()
 )
 
 
