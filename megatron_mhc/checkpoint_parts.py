@@ -16,7 +16,11 @@ from itertools import accumulate
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.mapping import (
+    LocalNonpersistentObject,
+    ShardedTensor,
+    ShardedTensorFactory,
+)
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -117,18 +121,26 @@ class InParts(MegatronModule):
         return ShardedTensorFactory(prefix + self.whole, whole, build, merge, some.replica_id)
 
 
-def in_shards(
-    key: str, whole: DTensor, parts: Mapping[str, int], replica_id: tuple[int, ...]
-) -> ShardedTensorFactory:
-    """The torch_dist entries of a parameter that FSDP2 has cut along its first dimension.
+def in_shards(module: nn.Module, entries: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """A module's torch_dist entries, changed in place where FSDP2 has cut a parameter along its first dimension.
 
-    Megatron's own take the cuts for even ones.
-
-    Args:
-        key: of the whole; parts: as in `InParts`, by the names that stand in place of its last word.
+    Megatron's take the cuts for even ones. A parameter of `InParts` has the entries of its parts here too.
     """
+    for name, parameter in module.named_parameters():
+        if isinstance(parameter, DTensor):
+            parts = module.parts if isinstance(module, InParts) and name == module.whole else None
+            parts = parts or {name.rpartition(".")[2]: parameter.shape[0]}
+            entries[prefix + name] = _shard_factory(prefix + name, parameter, parts, entries[prefix + name])
+    return entries
+
+
+def _shard_factory(
+    key: str, whole: DTensor, parts: Mapping[str, int], megatrons: ShardedTensor
+) -> ShardedTensorFactory:
+    stacked = megatrons.prepend_axis_num  # 1 where layers are one entry
+    shape, offset = megatrons.global_shape[:stacked], megatrons.global_offset[:stacked]
     with torch.no_grad():
-        local = whole.to_local()  # as Megatron's optimizers name it
+        local = whole.to_local()  # by which Megatron's optimizers know it
     longest = -(-whole.shape[0] // whole.device_mesh.size())
     first = min(whole.device_mesh.get_local_rank() * longest, whole.shape[0])
 
@@ -137,20 +149,19 @@ def in_shards(
         for name, size in parts.items():
             begin, end = end, end + size
             ours = slice(max(begin, first), min(end, first + values.shape[0]))
-            if ours.start >= ours.stop:
-                continue
-            data = values.detach()[ours.start - first : ours.stop - first]
-            built[name] = ShardedTensor(
-                at + name,
-                data,
-                data.dtype,
-                tuple(data.shape),
-                (size, *data.shape[1:]),
-                (ours.start - begin, *[0] * (data.dim() - 1)),
-                axis_fragmentations=None,
-                replica_id=replica_id,
-            )
-        return built
+            if ours.start < ours.stop:
+                data = values.detach()[ours.start - first : ours.stop - first][(None,) * stacked]
+                built[name] = ShardedTensor(
+                    at + name,
+                    data,
+                    data.dtype,
+                    tuple(data.shape),
+                    (*shape, size, *data.shape[stacked + 1 :]),
+                    (*offset, ours.start - begin, *[0] * (data.dim() - stacked - 1)),
+                    axis_fragmentations=None,
+                    replica_id=replica_id,
+                )
+        return built or LocalNonpersistentObject(None)  # of the last ranks, where there are few rows
 
     # Loading fills the shards in place.
-    return ShardedTensorFactory(key, local, build, lambda loaded: local, replica_id)
+    return ShardedTensorFactory(key, local, build, lambda loaded: local, megatrons.replica_id)

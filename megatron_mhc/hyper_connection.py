@@ -11,7 +11,6 @@ import torch
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from megatron_mhc.backend import H100, Backend, choose, triton_obstacle
 from megatron_mhc.checkpoint import take_or_refuse
@@ -78,13 +77,7 @@ class MappingParameters(MegatronModule):
         metadata: dict[str, Any] | None = None,
     ) -> Any:
         entries = super().sharded_state_dict(prefix, sharded_offsets, metadata)
-        for name, parameter in self.named_parameters():
-            if isinstance(parameter, DTensor):  # of FSDP2, for which every rank is a main replica
-                parts = getattr(self, "parts", {}) if name == "affine" else {}
-                whole = {name.rpartition(".")[2]: parameter.shape[0]}
-                replica_id = entries.pop(prefix + name).replica_id
-                entries[prefix + name] = in_shards(prefix + name, parameter, parts or whole, replica_id)
-        return entries
+        return in_shards(self, entries, prefix)
 
     def scalar(self, value: float) -> nn.Parameter:
         """A trainable [1] tensor; one-dimensional, so Megatron applies no weight decay to it."""

@@ -19,6 +19,7 @@ from megatron_mhc.hooks.messages import widen_messages, widen_receive_buffer
 from megatron_mhc.hooks.optimizer import (
     detach_float32_shards,
     explain_other_layout,
+    lend_main_gradients,
     load_by_masters,
     master_every_parameter,
     number_all_parameters,
@@ -135,6 +136,13 @@ HOOKS: tuple[Hook, ...] = (
         parameters=("self", "model_sharded_state_dict", "is_loading", "metadata"),
         replacement=number_all_parameters,
         reason="it numbers only the bf16 parameters, and saving the fp32 ones fails",
+    ),
+    Hook(
+        target=f"{_OPTIMIZER}:Float16OptimizerWithFloat16Params._copy_model_grads_to_main_grads",
+        defined_in=_OPTIMIZER,
+        parameters=("self",),
+        replacement=lend_main_gradients,
+        reason="--use-torch-fsdp2: it asks for a main_grad of fp32 parameters, which have none",
     ),
     *(
         Hook(
