@@ -7,17 +7,24 @@ from a reduction that NCCL alone has; it knows no float64.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as ps
+from megatron.core.distributed.fsdp.src.megatron_fsdp import param_and_grad_buffer
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from megatron_mhc.testing.parameters import global_parameters
 
-_from_group = DeviceMesh.from_group
+_from_group, _all_gather = DeviceMesh.from_group, dist.all_gather_into_tensor
+
+
+class _Done:
+    def wait(self) -> None:
+        pass
 
 
 def install() -> None:
@@ -26,7 +33,18 @@ def install() -> None:
     def on_cpu(group: Any, device_type: str, *args: Any, **kwargs: Any) -> DeviceMesh:
         return _from_group(group, "cpu" if device_type == "cuda" else device_type, *args, **kwargs)
 
+    @contextmanager
+    def one_by_one(*_: Any, **__: Any) -> Iterator[_Done]:
+        yield _Done()  # all_gather, the only one that is not waited for, has then ended
+
+    def all_gather(*args: Any, async_op: bool = False, **kwargs: Any) -> _Done:
+        _all_gather(*args, **kwargs)
+        return _Done()
+
     DeviceMesh.from_group = staticmethod(on_cpu)
+    # gloo's coalesced all-gather takes tensors of one dtype, and mixes the bytes of several.
+    param_and_grad_buffer._coalescing_manager = one_by_one
+    dist.all_gather_into_tensor = all_gather
     torch.cuda.current_device = lambda: 0  # it goes into the name of a device
 
 
