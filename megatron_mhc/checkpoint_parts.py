@@ -122,7 +122,7 @@ class InParts(MegatronModule):
 
 
 def in_shards(module: nn.Module, entries: dict[str, Any], prefix: str) -> dict[str, Any]:
-    """A module's torch_dist entries, changed in place where FSDP2 has cut a parameter along its first dimension.
+    """A module's torch_dist entries, changed where FSDP2 has cut a parameter along its first dimension.
 
     Megatron's take the cuts for even ones. A parameter of `InParts` has the entries of its parts here too.
     """

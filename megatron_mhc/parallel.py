@@ -48,7 +48,7 @@ def is_gathered_alone(layer: nn.Module) -> bool:
 
 
 def gather_layer(layer: nn.Module) -> None:
-    """Gather the parameters of a layer that `is_gathered_alone` ahead of its backward pass, which lets them go."""
+    """Gather the parameters of a layer that `is_gathered_alone`; its backward pass will let them go."""
     if not is_gathered_alone(layer):
         return
     if isinstance(layer, FSDPModule):

@@ -244,6 +244,7 @@ def main(step: Callable[..., Any] = forward_step, at_end: Callable[[], None] | N
     hooks.require()  # also for --no-mhc, which should know an mHC checkpoint when it meets one
     args = parse_and_validate_args(extra_args_provider=add_args)
     check_args(args)
+    hooks.require(fsdp=args.use_megatron_fsdp)
     model: Any
     if args.hybrid_layer_pattern is None:
         model = gpt_config_from_args(args)

@@ -74,8 +74,18 @@ ENTRY_POINT = tuple(
     for name in ("sft", "fim_data", "hybrid_context_parallel", "dataloader_inter_document_masking")
 )
 SPEC_DOOR = tuple(
-    setting_row(name, "use --use-distributed-optimizer instead", what="mHC does not support {flag}")
-    for name in ()
+    Refusal(
+        lambda args, mhc, name=name: (
+            getattr(args, name, False)
+            and (size if (size := getattr(args, "pipeline_model_parallel_size", 1)) > 1 else None)
+        ),
+        f"--{name.replace('_', '-')} with --pipeline-model-parallel-size {{value}}, in stock too: {why}",
+        "use --use-distributed-optimizer instead, or no pipeline",
+    )
+    for name, why in (
+        ("use_megatron_fsdp", "its mesh has no dimension for stages"),
+        ("use_torch_fsdp2", "Megatron's arguments refuse it"),
+    )
 )
 
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from megatron_mhc.backend import Backend
 from megatron_mhc.checkpoint import take_or_refuse
-from megatron_mhc.checkpoint_parts import in_shards
 from megatron_mhc.checkpoint_keys import compare_arithmetic, decode_arithmetic, encode_arithmetic
+from megatron_mhc.checkpoint_parts import in_shards
 from megatron_mhc.config import MHCConfig
 from megatron_mhc.hyper_connection import MappingParameters, MappingProjection, check_width
 from megatron_mhc.ops import reference

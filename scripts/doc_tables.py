@@ -62,9 +62,12 @@ def _option(option: Field[Any]) -> list[str]:
 
 def hooks() -> str:
     """Every symbol of Megatron's that is replaced, when, and why."""
-    from megatron_mhc.hooks.targets import HOOKS, SCHEDULE_HOOKS, TRAINING_HOOKS
+    from megatron_mhc.hooks.targets import FSDP_HOOKS, HOOKS, SCHEDULE_HOOKS, TRAINING_HOOKS
 
-    rows = [[*_target(hook.target), hook.reason] for hook in (*HOOKS, *TRAINING_HOOKS, *SCHEDULE_HOOKS)]
+    rows = [
+        [*_target(hook.target), hook.reason]
+        for hook in (*HOOKS, *TRAINING_HOOKS, *SCHEDULE_HOOKS, *FSDP_HOOKS)
+    ]
     return table(["symbol", "module", "why"], rows)
 
 

@@ -15,7 +15,7 @@ from megatron_mhc.version import SUPPORTED, check_version
 
 check_version()  # another Megatron may lack what is imported below
 
-from megatron_mhc.hooks.targets import HOOKS, SCHEDULE_HOOKS, TRAINING_HOOKS, Hook
+from megatron_mhc.hooks.targets import FSDP_HOOKS, HOOKS, SCHEDULE_HOOKS, TRAINING_HOOKS, Hook
 from megatron_mhc.hooks.uses import SCHEDULE_USES, TRAINING_USES, USES, Use
 from megatron_mhc.hyper_connection import operations
 
@@ -65,7 +65,7 @@ class Handle:
         self.revert()
 
 
-def register(training: bool = False, schedule: bool = False) -> Handle:
+def register(training: bool = False, schedule: bool = False, fsdp: bool = False) -> Handle:
     """Replace the symbols of `targets.HOOKS` until this registration, and every other, is reverted.
 
     Models without mHC run the original code either way.
@@ -73,6 +73,7 @@ def register(training: bool = False, schedule: bool = False) -> Handle:
     Args:
         training: also those of `targets.TRAINING_HOOKS`, which import megatron.training.
         schedule: also those of `targets.SCHEDULE_HOOKS`, which import it too.
+        fsdp: also those of `targets.FSDP_HOOKS`, which import it too.
 
     Raises:
         ValueError: an unsupported Megatron version, a changed signature, a symbol that somebody else
@@ -81,16 +82,16 @@ def register(training: bool = False, schedule: bool = False) -> Handle:
     with _lock:
         check_version()
         check_uses(USES + TRAINING_USES * training + SCHEDULE_USES * schedule)
-        _install(HOOKS + TRAINING_HOOKS * training + SCHEDULE_HOOKS * schedule)
+        _install(HOOKS + TRAINING_HOOKS * training + SCHEDULE_HOOKS * schedule + FSDP_HOOKS * fsdp)
         handle = Handle()
         _registrations.append(handle)
         return handle
 
 
-def require(training: bool = False, schedule: bool = False) -> None:
+def require(training: bool = False, schedule: bool = False, fsdp: bool = False) -> None:
     """`register` for the doors: they join the program's own registration, and stay where there is none."""
     with _lock:
-        handle = register(training, schedule)
+        handle = register(training, schedule, fsdp)
         if len(_registrations) > 1:
             handle.revert()
 

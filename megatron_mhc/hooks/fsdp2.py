@@ -1,9 +1,9 @@
 """--use-torch-fsdp2: the mapping parameters of a model chunk are a unit of their own.
 
-A unit has parameters of one dtype, and mapping parameters are fp32 where the layers' are bf16. They are few (a
-connection's are 24 C of a layer's 12 C*C for n = 4), and kernels read those of the next connection, and backward
-passes those of the preceding: so the unit is gathered as the model's forward pass begins, and let go by FSDP2
-where the backward pass ends.
+A unit has parameters of one dtype, and mapping parameters are fp32 where the layers' are bf16. They are few:
+a connection has 96 C for n = 4, a layer 12 C*C. Kernels read those of the next connection, and backward
+passes those of the preceding. So this unit is gathered as the model's forward pass begins, and FSDP2 lets it
+go as the backward pass ends.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ def shard_mappings_first(init: Callable[..., None]) -> Callable[..., None]:
     def init_around_mappings(*args: Any, **kwargs: Any) -> None:
         asked = signature.bind(*args, **kwargs).arguments
         module, group = asked["module"], asked.get("process_group")
+        group = group or parallel_state.get_data_parallel_group(with_context_parallel=True)
         if owners := [m for m in module.modules() if _has_own(m)]:
-            _shard(module, owners, group or parallel_state.get_data_parallel_group(with_context_parallel=True))
+            _shard(module, owners, group)
         init(*args, **kwargs)
 
     return init_around_mappings
@@ -44,7 +45,7 @@ def _shard(root: nn.Module, owners: list[nn.Module], group: Any) -> None:
     theirs = [(owner, set(owner._forward_pre_hooks), set(owner._forward_hooks)) for owner in owners]
     fully_shard(owners, mesh=DeviceMesh.from_group(group, "cuda"), reshard_after_forward=False)
     for name, parameter in root.named_parameters():
-        vars(parameter).update(said[name])  # FSDP2 makes new parameters, which lack what Megatron notes on them
+        vars(parameter).update(said[name])  # new ones, which lack what Megatron has noted on them
     for owner, before, behind in theirs:
         # Its hooks would gather as the first connection runs; a recompute runs some of them only, and a hook
         # hands a connection other tensors than those on which kernels left their work.

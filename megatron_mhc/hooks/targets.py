@@ -14,7 +14,7 @@ from typing import Any
 from megatron_mhc.hooks.block import remember_when_built
 from megatron_mhc.hooks.fsdp2 import shard_mappings_first
 from megatron_mhc.hooks.full_recompute import ask_input_gradient
-from megatron_mhc.hooks.load import guard_load, guard_load_state_dict
+from megatron_mhc.hooks.load import guard_load, guard_load_state_dict, guard_partial_load
 from megatron_mhc.hooks.messages import widen_messages, widen_receive_buffer
 from megatron_mhc.hooks.optimizer import (
     detach_float32_shards,
@@ -235,5 +235,17 @@ SCHEDULE_HOOKS: tuple[Hook, ...] = (
         parameters=("pp_size", "vp_size", "schedule_pg_collection"),
         replacement=choose_schedule,
         reason="--mhc-pipeline-schedule interleaved and fused: pretrain() takes no schedule",
+    ),
+)
+
+# Registered beside HOOKS under --use-megatron-fsdp, whose checkpoints megatron.training loads by itself.
+FSDP_HOOKS: tuple[Hook, ...] = (
+    Hook(
+        target="megatron.training.checkpointing:print_diff_in_state_dicts",
+        defined_in="megatron.core.transformer.fsdp_dtensor_checkpoint",
+        parameters=("state_dict_metadata", "load_state_dict", "limit"),
+        replacement=guard_partial_load,
+        reason="--ckpt-format fsdp_dtensor: what a checkpoint lacks is left as initialised, so a plain one "
+        "would pass for an mHC model's, and the other way round",
     ),
 )

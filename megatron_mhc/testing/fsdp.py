@@ -6,6 +6,7 @@ from a reduction that NCCL alone has; it knows no float64.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -41,6 +42,7 @@ def install() -> None:
         _all_gather(*args, **kwargs)
         return _Done()
 
+    os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "8"  # Megatron's arguments refuse 1, which `cpu` sets
     DeviceMesh.from_group = staticmethod(on_cpu)
     # gloo's coalesced all-gather takes tensors of one dtype, and mixes the bytes of several.
     param_and_grad_buffer._coalescing_manager = one_by_one
@@ -49,8 +51,8 @@ def install() -> None:
 
 
 def full_gradients(chunks: list[Any]) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Of every parameter of model chunks that an FSDP has wrapped: name in the whole model, the parameter as the
-    model has it while it runs, and its gradient, put together from the shards of its data-parallel group.
+    """Of every parameter of model chunks in an FSDP: name in the whole model, the parameter as the model
+    reads it, and its gradient, put together from the shards of its data-parallel group.
     """
     as_built = {}
     for chunk in chunks:
