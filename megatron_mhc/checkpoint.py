@@ -4,7 +4,7 @@ An mHC checkpoint differs from a plain one by its keys (`checkpoint_keys`). A mo
 from half-loading the other:
 
     torch_dist   `adapt_request` compares the request with the checkpoint's metadata before reading
-    fsdp_dtensor `check_partial_load` does so, since what is absent would be left as it is
+    fsdp_dtensor `check_partial_load` does so where what is absent would be left as it is
     any format   `check_state_dict` compares the kinds and the options first, and `take_or_refuse`, which
                  mHC's modules call, keeps plain entries from an mHC model
 

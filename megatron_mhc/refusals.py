@@ -73,19 +73,23 @@ ENTRY_POINT = tuple(
     )
     for name in ("sft", "fim_data", "hybrid_context_parallel", "dataloader_inter_document_masking")
 )
-SPEC_DOOR = tuple(
-    Refusal(
-        lambda args, mhc, name=name: (
-            getattr(args, name, False)
-            and (size if (size := getattr(args, "pipeline_model_parallel_size", 1)) > 1 else None)
-        ),
-        f"--{name.replace('_', '-')} with --pipeline-model-parallel-size {{value}}, in stock too: {why}",
+
+
+def _sharded_stages(flag: str, why: str) -> Refusal:
+    def found(args: Any, mhc: Any) -> int | None:
+        stages = getattr(args, "pipeline_model_parallel_size", 1)
+        return stages if getattr(args, flag, False) and stages > 1 else None
+
+    return Refusal(
+        found,
+        f"--{flag.replace('_', '-')} with --pipeline-model-parallel-size {{value}}, in stock too: {why}",
         "use --use-distributed-optimizer instead, or no pipeline",
     )
-    for name, why in (
-        ("use_megatron_fsdp", "its mesh has no dimension for stages"),
-        ("use_torch_fsdp2", "Megatron's arguments refuse it"),
-    )
+
+
+SPEC_DOOR = (
+    _sharded_stages("use_megatron_fsdp", "its mesh has no dimension for stages"),
+    _sharded_stages("use_torch_fsdp2", "Megatron's arguments refuse it"),
 )
 
 

@@ -245,7 +245,7 @@ FSDP_HOOKS: tuple[Hook, ...] = (
         defined_in="megatron.core.transformer.fsdp_dtensor_checkpoint",
         parameters=("state_dict_metadata", "load_state_dict", "limit"),
         replacement=guard_partial_load,
-        reason="--ckpt-format fsdp_dtensor: what a checkpoint lacks is left as initialised, so a plain one "
+        reason="--no-strict-fsdp-dtensor-load leaves what a checkpoint lacks as initialised, so a plain one "
         "would pass for an mHC model's, and the other way round",
     ),
 )

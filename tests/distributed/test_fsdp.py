@@ -41,6 +41,7 @@ def wrapped_by(sharding, **more):
             use_megatron_fsdp=True,
             data_parallel_sharding_strategy=sharding,
             gradient_reduce_div_fusion=False,
+            suggested_communication_unit_size=1,  # else the whole of a small model is gathered ahead
             **dict(overlap_grad_reduce=True, overlap_param_gather=True) | more,
         )
         chunks = [FullyShardedDataParallel(config, settings, chunk) for chunk in chunks]
