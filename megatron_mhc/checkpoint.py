@@ -4,6 +4,7 @@ An mHC checkpoint differs from a plain one by its keys (`checkpoint_keys`). A mo
 from half-loading the other:
 
     torch_dist   `adapt_request` compares the request with the checkpoint's metadata before reading
+    fsdp_dtensor `check_partial_load` does so where what is absent would be left as it is
     any format   `check_state_dict` compares the kinds and the options first, and `take_or_refuse`, which
                  mHC's modules call, keeps plain entries from an mHC model
 
@@ -121,6 +122,45 @@ def adapt_request(request: dict[str, Any], checkpoint_dir: str) -> dict[str, Any
     if any(key.startswith("optimizer") for key in request):
         raise ValueError(f"{checkpoint_dir} {_OPTIMIZER}")
     return _without_mhc(request)
+
+
+def check_partial_load(request: dict[str, Any], there: Collection[str], load_dense: bool) -> None:
+    """Compare what a model asks of a fsdp_dtensor checkpoint with the keys there.
+
+    From a plain checkpoint an mHC model with `load_dense` asks the shared part: `request` is changed.
+    Such a checkpoint has no arithmetic to compare: Megatron leaves all extra states out of it.
+
+    Raises:
+        ValueError: an mHC checkpoint for a plain model; other mHC parameters; a plain checkpoint without
+            `load_dense`, or with its optimizer.
+    """
+    model = request.get("model", {})
+    saved = [key for key in there if key.startswith("model.")]
+    if not is_mhc(model):
+        if is_mhc(saved):
+            raise _foreign("the checkpoint", saved)
+        return
+    if is_mhc(saved):
+        missing = [k for k in model if f"model.{k}" not in there and any(_is_ours(p) for p in _suffixes(k))]
+        if missing:
+            raise ValueError(
+                f"{missing[0]} is not in the checkpoint: pass the --mhc-* options that it was trained with"
+            )
+        return
+    if not load_dense:
+        raise ValueError(_REMEDY)
+    if "optimizer" in request:
+        raise ValueError(f"the checkpoint {_OPTIMIZER}")
+    for key in list(model):
+        for final in FINAL_NORMS:
+            if final.norm in key:
+                model[key.replace(final.norm, final.plain)] = model.pop(key)
+
+
+def _suffixes(key: str) -> Iterable[str]:
+    """A key without the prefixes of wrappers."""
+    parts = key.split(".")
+    return (".".join(parts[i:]) for i in range(len(parts)))
 
 
 def _compare_options(items: list[ShardedBase], there: dict[str, Any], checkpoint_dir: str) -> None:

@@ -3,8 +3,9 @@
 A data-parallel wrapper and an optimizer do something for every parameter, so small ones that always go
 together are one. Checkpoints keep the parts' names, whatever the format:
 
-    torch        `state_dict` splits, `load_state_dict` joins
-    torch_dist   a ShardedTensorFactory does, of the model and of every state that an optimizer keeps of it
+    torch          `state_dict` splits, `load_state_dict` joins
+    torch_dist     a ShardedTensorFactory does, of the model and of every state that an optimizer keeps of it
+    fsdp_dtensor   has it whole: a DTensor, whose shards end inside of parts
 """
 
 from __future__ import annotations
@@ -15,9 +16,14 @@ from itertools import accumulate
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.mapping import (
+    LocalNonpersistentObject,
+    ShardedTensor,
+    ShardedTensorFactory,
+)
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 
 class InParts(MegatronModule):
@@ -34,7 +40,7 @@ class InParts(MegatronModule):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.parts:
+        if self.parts and not isinstance(destination[prefix + self.whole], DTensor):
             parts = self.split(destination.pop(prefix + self.whole))
             destination.update({prefix + name: part for name, part in parts.items()})
 
@@ -83,7 +89,7 @@ class InParts(MegatronModule):
         metadata: dict[str, Any] | None = None,
     ) -> Any:
         entries = super().sharded_state_dict(prefix, sharded_offsets, metadata)
-        if self.parts:
+        if self.parts and prefix + self.whole not in entries:
             parts = {name: entries.pop(prefix + name) for name in self.parts}
             entries[prefix + self.whole] = self._factory(prefix, getattr(self, self.whole), parts)
         return entries
@@ -113,3 +119,49 @@ class InParts(MegatronModule):
 
         some = next(iter(entries.values()))
         return ShardedTensorFactory(prefix + self.whole, whole, build, merge, some.replica_id)
+
+
+def in_shards(module: nn.Module, entries: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """A module's torch_dist entries, changed where FSDP2 has cut a parameter along its first dimension.
+
+    Megatron's take the cuts for even ones. A parameter of `InParts` has the entries of its parts here too.
+    """
+    for name, parameter in module.named_parameters():
+        if isinstance(parameter, DTensor):
+            parts = module.parts if isinstance(module, InParts) and name == module.whole else None
+            parts = parts or {name.rpartition(".")[2]: parameter.shape[0]}
+            entries[prefix + name] = _shard_factory(prefix + name, parameter, parts, entries[prefix + name])
+    return entries
+
+
+def _shard_factory(
+    key: str, whole: DTensor, parts: Mapping[str, int], megatrons: ShardedTensor
+) -> ShardedTensorFactory:
+    stacked = megatrons.prepend_axis_num  # 1 where layers are one entry
+    shape, offset = megatrons.global_shape[:stacked], megatrons.global_offset[:stacked]
+    with torch.no_grad():
+        local = whole.to_local()  # by which Megatron's optimizers know it
+    longest = -(-whole.shape[0] // whole.device_mesh.size())
+    first = min(whole.device_mesh.get_local_rank() * longest, whole.shape[0])
+
+    def build(key: str, values: Tensor, replica_id: Any, flattened_range: slice | None) -> Any:
+        built, end, at = {}, 0, key[: key.rindex(".") + 1]
+        for name, size in parts.items():
+            begin, end = end, end + size
+            ours = slice(max(begin, first), min(end, first + values.shape[0]))
+            if ours.start < ours.stop:
+                data = values.detach()[ours.start - first : ours.stop - first][(None,) * stacked]
+                built[name] = ShardedTensor(
+                    at + name,
+                    data,
+                    data.dtype,
+                    tuple(data.shape),
+                    (*shape, size, *data.shape[stacked + 1 :]),
+                    (*offset, ours.start - begin, *[0] * (data.dim() - stacked - 1)),
+                    axis_fragmentations=None,
+                    replica_id=replica_id,
+                )
+        return built or LocalNonpersistentObject(None)  # of the last ranks, where there are few rows
+
+    # Loading fills the shards in place.
+    return ShardedTensorFactory(key, local, build, lambda loaded: local, megatrons.replica_id)

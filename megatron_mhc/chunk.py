@@ -10,6 +10,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_mhc.config import MHCConfig
+from megatron_mhc.parallel import is_gathered_alone
 from megatron_mhc.sublayer import Call, SubLayer, attention, mlp
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ class ModelChunk:
             for at, (connection, f) in enumerate(layer.parts())
         )
         for sublayer in added:
+            sublayer.layer = layer
             if sublayer.f is attention and layer.held.attention:
                 sublayer.read_in = sublayer.written_in = layer
             if sublayer.f is mlp and (layer.held.mlp or layer.held.router):
@@ -74,7 +76,12 @@ class ModelChunk:
         if not self._works_ahead or behind == len(self.sublayers):
             return None
         follows = self.sublayers[behind]
-        return follows.connection.next_pre(streams) if follows.read_in is sublayer.written_in else None
+        if follows.read_in is not sublayer.written_in:
+            return None
+        # An FSDP gathers its parameters when that layer runs, and hands it another tensor of the streams.
+        if follows.layer is not sublayer.layer and follows.layer and is_gathered_alone(follows.layer):
+            return None
+        return follows.connection.next_pre(streams)
 
     def is_last(self, sublayer: SubLayer) -> bool:
         return sublayer.position == len(self.sublayers) - 1

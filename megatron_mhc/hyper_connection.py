@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from megatron_mhc.backend import H100, Backend, choose, triton_obstacle
 from megatron_mhc.checkpoint import take_or_refuse
-from megatron_mhc.checkpoint_parts import InParts
+from megatron_mhc.checkpoint_parts import InParts, in_shards
 from megatron_mhc.config import MHCConfig, flag
 from megatron_mhc.norm import FoldedNorm
 from megatron_mhc.ops import reference
@@ -69,6 +69,15 @@ class MappingParameters(MegatronModule):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         take_or_refuse(self.mhc, state_dict, prefix, self.state_dict().items())
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
+        metadata: dict[str, Any] | None = None,
+    ) -> Any:
+        entries = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        return in_shards(self, entries, prefix)
 
     def scalar(self, value: float) -> nn.Parameter:
         """A trainable [1] tensor; one-dimensional, so Megatron applies no weight decay to it."""
@@ -332,6 +341,11 @@ def stream_widths() -> set[int]:
     """The widths n*C of the streams of this process's models, where they are not C."""
     sizes = {(m.mhc.num_residual_streams, m.config.hidden_size) for m in _built}
     return {n * width for n, width in sizes if n > 1}
+
+
+def takes_dense() -> bool:
+    """Whether a model of this process takes a plain model's checkpoint (--mhc-load-dense)."""
+    return any(module.mhc.load_dense for module in _built)
 
 
 def operations() -> list[str]:

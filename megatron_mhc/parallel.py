@@ -7,18 +7,26 @@ Mapping parameters are replicated over TP. Every reduction is one that Megatron 
                   finalize_model_grads sums them over TP
     CP, DP, EP    ordinary non-expert parameters: DDP reduces over the data x context group
     PP, VPP       a layer lives on one stage: nothing to reduce
+    FSDP          Megatron's gathers a layer's parameters, mapping parameters among them, as the layer runs;
+                  for torch's, which takes parameters of one dtype, see `hooks/fsdp2.py`
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from megatron_mhc import refusals
 from megatron_mhc.config import MHCConfig
 
-_DATA_PARALLEL = "megatron.core.distributed.distributed_data_parallel"  # where its forward pre-hooks are made
+# Where forward hooks are made that gather parameters.
+_DATA_PARALLEL = "megatron.core.distributed.distributed_data_parallel"
+_MEGATRON_FSDP = "megatron.core.distributed.fsdp.src.megatron_fsdp.megatron_fsdp"
+_FSDP2 = "torch.distributed.fsdp._fully_shard._fsdp_state"
 
 
 def mark_replicated(module: nn.Module, config: TransformerConfig) -> None:
@@ -30,8 +38,27 @@ def mark_replicated(module: nn.Module, config: TransformerConfig) -> None:
 def gather_parameters(module: nn.Module) -> None:
     """Have what gathers a module's parameters just before it runs (--overlap-param-gather) do so now."""
     for hook in module._forward_pre_hooks.values():
-        if hook.__module__ == _DATA_PARALLEL:
+        if _made_in(hook) in (_DATA_PARALLEL, _MEGATRON_FSDP):
             hook(module, ())
+
+
+def is_gathered_alone(layer: nn.Module) -> bool:
+    """Whether a layer has its parameters while it runs, and no longer: a unit of an FSDP."""
+    return any(_made_in(hook) in (_MEGATRON_FSDP, _FSDP2) for hook in layer._forward_hooks.values())
+
+
+def gather_layer(layer: nn.Module) -> None:
+    """Gather the parameters of a layer that `is_gathered_alone`; its backward pass will let them go."""
+    if not is_gathered_alone(layer):
+        return
+    if isinstance(layer, FSDPModule):
+        layer.unshard()
+    else:
+        gather_parameters(layer)
+
+
+def _made_in(hook: Any) -> str | None:
+    return getattr(hook, "__module__", None)
 
 
 def streams_dtype(config: TransformerConfig) -> torch.dtype:

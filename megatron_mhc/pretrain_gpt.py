@@ -231,6 +231,7 @@ def main(step: Callable[..., Any] = forward_step, at_end: Callable[[], None] | N
     hooks.require()  # also for --no-mhc, which should know an mHC checkpoint when it meets one
     args = parse_and_validate_args(extra_args_provider=add_args)
     check_args(args)
+    hooks.require(fsdp=args.use_megatron_fsdp)
     spec: Any = gpt_mhc_spec if args.hybrid_layer_pattern is None else hybrid_mhc_spec
     training_doors.train(args, None if args.no_mhc else spec, datasets, step, embedding_ranks)
     if at_end is not None:

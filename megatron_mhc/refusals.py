@@ -103,12 +103,22 @@ def _own_flag(args: Any, mhc: MHCConfig | None) -> str | None:
     return None
 
 
+def _sharded_stages(flag: str, why: str) -> Refusal:
+    def found(args: Any, mhc: Any) -> int | None:
+        stages = getattr(args, "pipeline_model_parallel_size", 1)
+        return stages if getattr(args, flag, False) and stages > 1 else None
+
+    return Refusal(
+        found,
+        f"--{flag.replace('_', '-')} with --pipeline-model-parallel-size {{value}}, in stock too: {why}",
+        "use --use-distributed-optimizer instead, or no pipeline",
+    )
+
+
 SPEC_DOOR = (
     *OWN,
-    *(
-        setting_row(name, "use --use-distributed-optimizer instead", what="mHC does not support {flag}")
-        for name in ("use_megatron_fsdp", "use_torch_fsdp2")
-    ),
+    _sharded_stages("use_megatron_fsdp", "its mesh has no dimension for stages"),
+    _sharded_stages("use_torch_fsdp2", "Megatron's arguments refuse it"),
     Refusal(
         _own_flag,
         "{value} is here a flag of Megatron's own mHC, which is off",

@@ -114,7 +114,7 @@ class GPTScriptsCallThis(SpecOfBlock):
             args, vp_stage = get_args(), config if vp_stage is None else vp_stage
             transformer, layers = model_config.transformer, default_layer_spec(model_config, vp_stage)
         mhc = auto.resolved(transformer, mhc_options(args), launch_of(args))
-        hooks.require(schedule=mhc.pipeline_schedule in OVERLAPPED)
+        _require_hooks(args, mhc)
         spec = wrap_block_spec(layers, mhc, transformer, vp_stage)
         log_choice(transformer, mhc)
         return spec
@@ -157,12 +157,19 @@ class HybridScriptsBuildThis(HyperConnectionHybridStack):
 
     def __init__(self, config: TransformerConfig, submodules: HybridStackSubmodules, **kwargs: Any):
         mhc = auto.resolved(config, mhc_options(), launch=None)
-        hooks.require(schedule=mhc.pipeline_schedule in OVERLAPPED)
+        from megatron.training import get_args
+
+        _require_hooks(get_args(), mhc)
         super().__init__(config, submodules, mhc=mhc, **kwargs)
         log_choice(config, mhc)
 
 
 hybrid_mhc_spec = dataclasses.replace(hybrid_stack_spec, module=HybridScriptsBuildThis)
+
+
+def _require_hooks(args: Any, mhc: MHCConfig) -> None:
+    fsdp = getattr(args, "use_megatron_fsdp", False)
+    hooks.require(schedule=mhc.pipeline_schedule in OVERLAPPED, fsdp=fsdp)
 
 
 def log_choice(config: TransformerConfig, mhc: MHCConfig) -> None:

@@ -6,12 +6,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
 from megatron_mhc.backend import Backend
 from megatron_mhc.checkpoint import take_or_refuse
 from megatron_mhc.checkpoint_keys import compare_arithmetic, decode_arithmetic, encode_arithmetic
+from megatron_mhc.checkpoint_parts import in_shards
 from megatron_mhc.config import MHCConfig
 from megatron_mhc.hyper_connection import MappingParameters, MappingProjection, check_width
 from megatron_mhc.ops import reference
@@ -80,6 +83,23 @@ class ContractNorm(nn.Module):
             ValueError: naming the first flag whose value differs, and the value to give.
         """
         compare_arithmetic(decode_arithmetic(state), self.mhc)
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
+        metadata: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """What Megatron makes of a module without this method, and the head's shards as FSDP2 cuts them."""
+        groups = dict(
+            tp_group=parallel_state.get_tensor_model_parallel_group(),
+            dp_cp_group=(metadata or {}).get("dp_cp_group")
+            or parallel_state.get_data_parallel_group(with_context_parallel=True),
+        )
+        entries = make_sharded_tensors_for_checkpoint(
+            self.state_dict(keep_vars=True), prefix, {}, sharded_offsets, **groups
+        )
+        return entries if self.head is None else in_shards(self.head, entries, prefix + "head.")
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         if any(prefix + "norm." + name in state_dict for name, _ in self.norm.named_parameters()):

@@ -101,6 +101,7 @@ class SubLayer:
         position: in the chunk.
 
     Attributes:
+        layer: whose F it is.
         read_in, written_in: the layer in whose CUDA graph `pre` and `post_res` run; None for in none.
 
     Source: arXiv 2512.24880 Eq. (3).
@@ -110,6 +111,7 @@ class SubLayer:
         self, connection: HyperConnectionModule, f: Callable[..., Tensor], chunk: ModelChunk, position: int
     ):
         self.connection, self.f, self.chunk, self.position = connection, f, chunk, position
+        self.layer: BetweenStreams | None = None
         self.read_in: BetweenStreams | None = None
         self.written_in: BetweenStreams | None = None
 

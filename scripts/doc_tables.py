@@ -63,9 +63,9 @@ def _option(option: Field[Any]) -> list[str]:
 
 def hooks() -> str:
     """Every symbol of Megatron's that is replaced, when, and why."""
-    from megatron_mhc.hooks.targets import BRIDGE_HOOKS, HOOKS, SCHEDULE_HOOKS, TRAINING_HOOKS
+    from megatron_mhc.hooks.targets import BRIDGE_HOOKS, FSDP_HOOKS, HOOKS, SCHEDULE_HOOKS, TRAINING_HOOKS
 
-    every = (*HOOKS, *TRAINING_HOOKS, *SCHEDULE_HOOKS, *BRIDGE_HOOKS)
+    every = (*HOOKS, *TRAINING_HOOKS, *SCHEDULE_HOOKS, *FSDP_HOOKS, *BRIDGE_HOOKS)
     rows = [[*_target(hook.target), hook.reason] for hook in every]
     return table(["symbol", "module", "why"], rows)
 

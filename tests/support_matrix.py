@@ -275,6 +275,30 @@ FEATURES = (
         ("megatron/test_convert_checkpoint.py::test_checkpoint_survives_the_way_there_and_back",),
     ),
     Feature(
+        "`--use-megatron-fsdp`: `optim`, `optim_grads`, `optim_grads_params`",
+        YES,
+        "over gloo; with TP, SP, EP, MTP, recompute and `--fsdp-double-buffer`; "
+        "[checkpoints](checkpoints.md#fully-sharded-models); not with a pipeline, in stock neither",
+        (
+            "distributed/test_fsdp.py::test_sharded_parameters_train_as_one_process_does",
+            "distributed/test_fsdp.py::test_megatron_fsdp_trains_as_one_process_does",
+            "megatron/test_fsdp_pretrain.py::test_megatron_fsdp_resumes_bit_for_bit",
+            "unit/test_options.py::test_fully_sharded_pipeline_is_refused",
+        ),
+    ),
+    Feature(
+        "`--use-torch-fsdp2`",
+        YES,
+        "over gloo; mapping parameters are an fp32 unit; with TP, SP, MoE, MTP and recompute; "
+        "[checkpoints](checkpoints.md#fully-sharded-models); not with a pipeline, EP or tied embeddings, in "
+        "stock neither",
+        (
+            "distributed/test_fsdp.py::test_setting_trains_as_one_process_does",
+            "distributed/test_fsdp.py::test_mapping_parameters_stay_float32_in_a_bf16_model",
+            "distributed/test_fsdp.py::test_fsdp2_resumes_from_its_shards_bit_for_bit",
+        ),
+    ),
+    Feature(
         "`--optimizer-cpu-offload`",
         YES,
         "",
@@ -429,12 +453,6 @@ FEATURES = (
         REFUSED,
         "but not under `--mhc-pipeline-schedule fused` on a pipeline, which does the same",
         (_REFUSALS + "unsupported_setting_is_refused",),
-    ),
-    Feature(
-        "Megatron-FSDP, torch FSDP2",
-        REFUSED,
-        "the distributed optimizer works",
-        ("unit/test_options.py::test_fully_sharded_data_parallelism_is_refused",),
     ),
     Feature(
         "`--cpu-offloading`, standalone MTP",

@@ -16,7 +16,7 @@ from megatron_mhc.version import SUPPORTED, SUPPORTED_BRIDGE, check_version
 
 check_version()  # another Megatron may lack what is imported below
 
-from megatron_mhc.hooks.targets import BRIDGE_HOOKS, HOOKS, SCHEDULE_HOOKS, TRAINING_HOOKS, Hook
+from megatron_mhc.hooks.targets import BRIDGE_HOOKS, FSDP_HOOKS, HOOKS, SCHEDULE_HOOKS, TRAINING_HOOKS, Hook
 from megatron_mhc.hooks.uses import BRIDGE_USES, SCHEDULE_USES, TRAINING_USES, USES, Use
 from megatron_mhc.hyper_connection import operations
 from megatron_mhc.releases import ABSENT, KNOWN, Other, release
@@ -67,7 +67,9 @@ class Handle:
         self.revert()
 
 
-def register(training: bool = False, schedule: bool = False, bridge: bool = False) -> Handle:
+def register(
+    training: bool = False, schedule: bool = False, fsdp: bool = False, bridge: bool = False
+) -> Handle:
     """Replace the symbols of `targets.HOOKS` until this registration, and every other, is reverted.
 
     Models without mHC run the original code either way.
@@ -75,6 +77,7 @@ def register(training: bool = False, schedule: bool = False, bridge: bool = Fals
     Args:
         training: also those of `targets.TRAINING_HOOKS`, which import megatron.training.
         schedule: also those of `targets.SCHEDULE_HOOKS`, which import it too.
+        fsdp: also those of `targets.FSDP_HOOKS`, which import it too.
         bridge: also those of `targets.BRIDGE_HOOKS`, which import megatron.bridge.
 
     Raises:
@@ -84,16 +87,17 @@ def register(training: bool = False, schedule: bool = False, bridge: bool = Fals
     with _lock:
         check_version()
         check_uses(USES + TRAINING_USES * training + SCHEDULE_USES * schedule + BRIDGE_USES * bridge)
-        _install(HOOKS + TRAINING_HOOKS * training + SCHEDULE_HOOKS * schedule + BRIDGE_HOOKS * bridge)
+        more = TRAINING_HOOKS * training + SCHEDULE_HOOKS * schedule + FSDP_HOOKS * fsdp
+        _install(HOOKS + more + BRIDGE_HOOKS * bridge)
         handle = Handle()
         _registrations.append(handle)
         return handle
 
 
-def require(training: bool = False, schedule: bool = False, bridge: bool = False) -> None:
+def require(training: bool = False, schedule: bool = False, fsdp: bool = False, bridge: bool = False) -> None:
     """`register` for the doors: they join the program's own registration, and stay where there is none."""
     with _lock:
-        handle = register(training, schedule, bridge)
+        handle = register(training, schedule, fsdp, bridge)
         if len(_registrations) > 1:
             handle.revert()
 

@@ -93,6 +93,23 @@ def detach_float32_shards(build: Callable[..., Any]) -> Callable[..., Any]:
     return build_detached
 
 
+def lend_main_gradients(copy: Callable[[Any], None]) -> Callable[[Any], None]:
+    """Wrap `Float16OptimizerWithFloat16Params._copy_model_grads_to_main_grads` (--use-torch-fsdp2).
+
+    It takes the gradients of fp32 parameters from `main_grad`, which FSDP2 does not keep.
+    """
+
+    def copy_lent(self: Any) -> None:
+        lent = [p for p in chain(*self.fp32_from_fp32_groups) if not hasattr(p, "main_grad")]
+        for parameter in lent:
+            parameter.main_grad = parameter.grad
+        copy(self)
+        for parameter in lent:
+            del parameter.main_grad  # who finds one reduces it in place of `grad`
+
+    return copy_lent
+
+
 def master_every_parameter(divide: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap `HybridDeviceOptimizer._get_sub_optimizer_param_groups` (--optimizer-cpu-offload).
 

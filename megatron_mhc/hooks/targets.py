@@ -13,12 +13,14 @@ from typing import Any
 
 from megatron_mhc.hooks.block import predict_by_plain_layers, remember_when_built
 from megatron_mhc.hooks.bridge import keep_what_is_new, refuse_dense_export, refuse_fsdp
+from megatron_mhc.hooks.fsdp2 import shard_mappings_first
 from megatron_mhc.hooks.full_recompute import ask_input_gradient
-from megatron_mhc.hooks.load import guard_load, guard_load_state_dict
+from megatron_mhc.hooks.load import guard_load, guard_load_state_dict, guard_partial_load
 from megatron_mhc.hooks.messages import widen_messages, widen_receive_buffer
 from megatron_mhc.hooks.optimizer import (
     detach_float32_shards,
     explain_other_layout,
+    lend_main_gradients,
     load_by_masters,
     master_every_parameter,
     number_all_parameters,
@@ -30,6 +32,7 @@ from megatron_mhc.hooks.train_step import sample_steps
 
 _BRIDGE = "megatron.bridge.models"
 _DISTRIBUTED = "megatron.core.optimizer.distrib_optimizer"
+_FSDP2 = "megatron.core.distributed.torch_fully_sharded_data_parallel"
 _HYBRID = "megatron.core.optimizer.cpu_offloading.hybrid_optimizer"
 _INFERENCE = "megatron.core.inference.model_inference_wrappers.abstract_model_inference_wrapper"
 _OPTIMIZER = "megatron.core.optimizer.optimizer"
@@ -151,6 +154,13 @@ HOOKS: tuple[Hook, ...] = (
         replacement=number_all_parameters,
         reason="it numbers only the bf16 parameters, and saving the fp32 ones fails",
     ),
+    Hook(
+        target=f"{_OPTIMIZER}:Float16OptimizerWithFloat16Params._copy_model_grads_to_main_grads",
+        defined_in=_OPTIMIZER,
+        parameters=("self",),
+        replacement=lend_main_gradients,
+        reason="--use-torch-fsdp2: it asks for a main_grad of fp32 parameters, which have none",
+    ),
     *(
         Hook(
             target=f"{module}:{name}",
@@ -170,6 +180,21 @@ HOOKS: tuple[Hook, ...] = (
                 "update_legacy_format",
             ),
         )
+    ),
+    Hook(
+        target=f"{_FSDP2}:TorchFullyShardedDataParallel.__init__",
+        defined_in=_FSDP2,
+        parameters=(
+            "self",
+            "config",
+            "ddp_config",
+            "module",
+            "sub_modules_to_wrap",
+            "disable_bucketing",
+            "process_group",
+        ),
+        replacement=shard_mappings_first,
+        reason="--use-torch-fsdp2: its units are whole layers, whose parameters have to be of one dtype",
     ),
     *(
         Hook(
@@ -281,5 +306,17 @@ BRIDGE_HOOKS: tuple[Hook, ...] = (
         ),
         replacement=refuse_fsdp,
         reason="whether it wraps by FSDP, which mHC does not support, no provider knows",
+    ),
+)
+
+# Registered beside HOOKS under --use-megatron-fsdp, whose checkpoints megatron.training loads by itself.
+FSDP_HOOKS: tuple[Hook, ...] = (
+    Hook(
+        target="megatron.training.checkpointing:print_diff_in_state_dicts",
+        defined_in="megatron.core.transformer.fsdp_dtensor_checkpoint",
+        parameters=("state_dict_metadata", "load_state_dict", "limit"),
+        replacement=guard_partial_load,
+        reason="--no-strict-fsdp-dtensor-load leaves what a checkpoint lacks as initialised, so a plain one "
+        "would pass for an mHC model's, and the other way round",
     ),
 )

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from megatron_mhc.config import flag
 from megatron_mhc.ops import autocast, reference
+from megatron_mhc.parallel import gather_layer
 from megatron_mhc.recompute.block import (
     Block,
     Emptied,
@@ -182,6 +183,7 @@ class Dropped(Left):
 
     def replay(self, x: Tensor, behind: Sequence[Replayed]) -> tuple[int, Tensor | None]:
         """See `block.Replayed`."""
+        self._gather()
         if isinstance(self.coefficients, Tensor):
             return self._replay_row(x, behind)
         self._put_back(x)
@@ -205,6 +207,7 @@ class Dropped(Left):
         for sublayer in behind[: replay.at_once(n) - 1]:
             if not isinstance(sublayer, Dropped) or not isinstance(sublayer.coefficients, Tensor):
                 break
+            sublayer._gather()
             row.append(sublayer)
         s, b, _ = x.shape
         width = x.shape[-1] // n
@@ -222,6 +225,11 @@ class Dropped(Left):
             one._put_back(its)
             one._finish(target)
         return len(row), streams[-1] if more else None
+
+    def _gather(self) -> None:
+        """Have what the replay reads of the layer's parameters, whose own backward pass may be far."""
+        if self.sublayer.layer is not None:
+            gather_layer(self.sublayer.layer)
 
     def _put_back(self, x: Tensor) -> None:
         """Put the streams where the forward pass has dropped them."""

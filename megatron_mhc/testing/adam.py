@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 
 class PlainAdam(torch.optim.Optimizer):
@@ -29,15 +30,22 @@ class PlainAdam(torch.optim.Optimizer):
         for group in self.param_groups:
             group["step"] = int(group.get("step", 0)) + 1
             for parameter in group["params"]:
+                # Transformer Engine's keeps a state of every shard, also of those without elements.
+                if isinstance(parameter, DTensor):
+                    self._state(parameter)
                 if parameter.grad is not None:
                     self._update(group, parameter)
 
-    def _update(self, group: dict[str, Any], parameter: Tensor) -> None:
-        (beta1, beta2), lr, decay = group["betas"], group["lr"], group["weight_decay"]
-        state, gradient = self.state[parameter], parameter.grad.float()
+    def _state(self, parameter: Tensor) -> dict[str, Tensor]:
+        state = self.state[parameter]
         for name in ("exp_avg", "exp_avg_sq"):
             if name not in state:
                 state[name] = torch.zeros_like(parameter, dtype=torch.float32)
+        return state
+
+    def _update(self, group: dict[str, Any], parameter: Tensor) -> None:
+        (beta1, beta2), lr, decay = group["betas"], group["lr"], group["weight_decay"]
+        state, gradient = self._state(parameter), parameter.grad.float()
         if self.adam_w_mode:
             parameter.mul_(1 - lr * decay)
         else:

@@ -361,6 +361,10 @@ def main() -> None:
         from megatron_mhc.testing import graphs
 
         graphs.install()
+    if {"--use-megatron-fsdp", "--use-torch-fsdp2"} & set(argv):
+        from megatron_mhc.testing import fsdp
+
+        fsdp.install()
     sys.argv = argv[as_module:]
     if as_module:
         runpy.run_module(argv[1], run_name="__main__", alter_sys=True)

@@ -83,7 +83,13 @@ def test_a_misspelt_flag_gets_a_hint(door, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("name", ["use_megatron_fsdp", "use_torch_fsdp2"])
-def test_fully_sharded_data_parallelism_is_refused(parsed, name):
-    parsed(types.SimpleNamespace(**{name: True}))
-    with pytest.raises(ValueError, match=f"--{name.replace('_', '-')}: use --use-distributed-optimizer"):
+def test_fully_sharded_pipeline_is_refused(parsed, name):
+    args = types.SimpleNamespace(**{name: True}, pipeline_model_parallel_size=2)
+    parsed(args)
+    found = (
+        f"--{name.replace('_', '-')} with --pipeline-model-parallel-size 2.*: use --use-distributed-optimizer"
+    )
+    with pytest.raises(ValueError, match=found):
         specs.mhc_options()
+    args.pipeline_model_parallel_size = 1
+    specs.mhc_options()
