@@ -4,6 +4,7 @@
     python -m megatron_mhc memory --config FILE    activations of every pipeline rank
     python -m megatron_mhc convert ...             checkpoints of other implementations, and plain ones
     python -m megatron_mhc export ...              a trained model as a Hugging Face folder
+    python -m megatron_mhc import_hf ...           a Hugging Face folder as a checkpoint
     python -m megatron_mhc generate ...            text of a trained model
     python -m megatron_mhc simulate ...            a pipeline step in time
     python -m megatron_mhc plot ...                pictures of training runs
@@ -20,6 +21,7 @@ PROGRAMS = {
     "doctor": "megatron_mhc.doctor",
     "convert": "megatron_mhc.convert.__main__",
     "export": "megatron_mhc.export.__main__",
+    "import_hf": "megatron_mhc.import_hf.__main__",
     "generate": "megatron_mhc.generate",
     "memory": "megatron_mhc.recompute.__main__",
     "simulate": "megatron_mhc.pipeline.simulate",
