@@ -141,8 +141,8 @@ def check_partial_load(request: dict[str, Any], there: Collection[str]) -> None:
     if not is_mhc(saved):
         raise ValueError(
             "--ckpt-format fsdp_dtensor: the checkpoint is a plain model's, and Megatron-FSDP loads no "
-            f"weights without their optimizer: start from a torch_dist checkpoint by {flag('load_dense')}, without "
-            "--use-megatron-fsdp"
+            "weights without their optimizer: start from a torch_dist checkpoint by "
+            f"{flag('load_dense')}, without --use-megatron-fsdp"
         )
     missing = [k for k in model if f"model.{k}" not in there and any(_is_ours(p) for p in _suffixes(k))]
     if missing:
