@@ -124,15 +124,13 @@ def adapt_request(request: dict[str, Any], checkpoint_dir: str) -> dict[str, Any
     return _without_mhc(request)
 
 
-def check_partial_load(request: dict[str, Any], there: Collection[str], load_dense: bool) -> None:
+def check_partial_load(request: dict[str, Any], there: Collection[str]) -> None:
     """Compare what a model asks of a fsdp_dtensor checkpoint with the keys there.
 
-    From a plain checkpoint an mHC model with `load_dense` asks the shared part: `request` is changed.
     Such a checkpoint has no arithmetic to compare: Megatron leaves all extra states out of it.
 
     Raises:
-        ValueError: an mHC checkpoint for a plain model; other mHC parameters; a plain checkpoint without
-            `load_dense`, or with its optimizer.
+        ValueError: a checkpoint of the other kind, or of other mHC parameters.
     """
     model = request.get("model", {})
     saved = [key for key in there if key.startswith("model.")]
@@ -140,21 +138,17 @@ def check_partial_load(request: dict[str, Any], there: Collection[str], load_den
         if is_mhc(saved):
             raise _foreign("the checkpoint", saved)
         return
-    if is_mhc(saved):
-        missing = [k for k in model if f"model.{k}" not in there and any(_is_ours(p) for p in _suffixes(k))]
-        if missing:
-            raise ValueError(
-                f"{missing[0]} is not in the checkpoint: pass the --mhc-* options that it was trained with"
-            )
-        return
-    if not load_dense:
-        raise ValueError(_REMEDY)
-    if "optimizer" in request:
-        raise ValueError(f"the checkpoint {_OPTIMIZER}")
-    for key in list(model):
-        for final in FINAL_NORMS:
-            if final.norm in key:
-                model[key.replace(final.norm, final.plain)] = model.pop(key)
+    if not is_mhc(saved):
+        raise ValueError(
+            "--ckpt-format fsdp_dtensor: the checkpoint is a plain model's, and Megatron-FSDP loads no "
+            "weights without their optimizer: start from a torch_dist checkpoint by "
+            f"{flag('load_dense')}, without --use-megatron-fsdp"
+        )
+    missing = [k for k in model if f"model.{k}" not in there and any(_is_ours(p) for p in _suffixes(k))]
+    if missing:
+        raise ValueError(
+            f"{missing[0]} is not in the checkpoint: pass the --mhc-* options that it was trained with"
+        )
 
 
 def _suffixes(key: str) -> Iterable[str]:

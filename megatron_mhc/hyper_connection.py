@@ -343,11 +343,6 @@ def stream_widths() -> set[int]:
     return {n * width for n, width in sizes if n > 1}
 
 
-def takes_dense() -> bool:
-    """Whether a model of this process takes a plain model's checkpoint (--mhc-load-dense)."""
-    return any(module.mhc.load_dense for module in _built)
-
-
 def operations() -> list[str]:
     """Which operations the connections of this process run; a line for each kind of streams."""
     lines: Counter[str] = Counter()

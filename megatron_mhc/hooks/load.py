@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 from megatron_mhc.checkpoint import adapt_request, check_partial_load, check_state_dict
-from megatron_mhc.hyper_connection import takes_dense
 
 
 def guard_load(load: Callable[..., Any]) -> Callable[..., Any]:
@@ -22,7 +21,7 @@ def guard_partial_load(show: Callable[..., None]) -> Callable[..., None]:
     """Wrap what Megatron-FSDP's loading calls in front of it, with `check_partial_load`."""
 
     def show_checked(state_dict_metadata: Any, load_state_dict: Any, *args: Any, **kwargs: Any) -> None:
-        check_partial_load(load_state_dict, state_dict_metadata, takes_dense())
+        check_partial_load(load_state_dict, state_dict_metadata)
         show(state_dict_metadata, load_state_dict, *args, **kwargs)
 
     return show_checked
