@@ -37,9 +37,10 @@ from torch import Tensor
 from megatron_mhc import hooks, releases, training_doors
 from megatron_mhc.arguments import add_mhc_args
 from megatron_mhc.config import MHCConfig
+from megatron_mhc.door_refusals import ENTRY_POINT
 from megatron_mhc.graphs import release
 from megatron_mhc.hooks.uses import PRETRAIN_USES, SPEC_USES
-from megatron_mhc.refusals import ENTRY_POINT, refuse
+from megatron_mhc.refusals import refuse
 
 BATCH_KEYS = ("tokens", "position_ids", "labels", "loss_mask", "attention_mask")
 

@@ -26,11 +26,12 @@ from megatron_mhc.backend import choose, device_type, norms_in_words
 from megatron_mhc.carried import SpecOfBlock, StreamsBlockSubmodules
 from megatron_mhc.config import MHCConfig, refuse_environment
 from megatron_mhc.diagnostics.training import check_writers
+from megatron_mhc.door_refusals import SPEC_DOOR
 from megatron_mhc.hooks.uses import SPEC_USES
 from megatron_mhc.hybrid import HyperConnectionHybridStack, wrap_hybrid_spec
 from megatron_mhc.pipeline import auto
 from megatron_mhc.pipeline.layer_times import Launch
-from megatron_mhc.refusals import GPT, SPEC_DOOR, refuse
+from megatron_mhc.refusals import GPT, refuse
 from megatron_mhc.releases import release
 from megatron_mhc.schedule.plans import OVERLAPPED
 from megatron_mhc.streams import contract_norm_builder

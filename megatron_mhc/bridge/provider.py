@@ -16,7 +16,8 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 
 from megatron_mhc import hooks
 from megatron_mhc.config import MHCConfig
-from megatron_mhc.refusals import BRIDGE, refuse
+from megatron_mhc.door_refusals import BRIDGE
+from megatron_mhc.refusals import refuse
 from megatron_mhc.specs import wrap_block_spec, wrap_hybrid_spec
 
 

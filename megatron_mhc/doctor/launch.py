@@ -187,6 +187,7 @@ class Launch(Part):
         """What mHC refuses of all this."""
         from megatron_mhc import refusals
         from megatron_mhc.diagnostics.training import check_writers
+        from megatron_mhc.door_refusals import SPEC_DOOR
         from megatron_mhc.pipeline.options import refusals_of
         from megatron_mhc.pretrain_gpt import check_args
 
@@ -196,7 +197,7 @@ class Launch(Part):
             return
         kind = refusals.HYBRID if config.is_hybrid_model else refusals.STAGES
         rows = (*refusals.MODEL, *kind, *refusals_of(config, mhc))
-        found = [*refusals.refused(refusals.SPEC_DOOR, args), *refusals.refused(rows, config, mhc)]
+        found = [*refusals.refused(SPEC_DOOR, args), *refusals.refused(rows, config, mhc)]
         self.in_the_way += map(str, found)
         self.asks(lambda: check_writers(args, mhc))
 

@@ -15,7 +15,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
-from megatron_mhc import MHCConfig, carried, parallel, refusals, specs
+from megatron_mhc import MHCConfig, carried, door_refusals, parallel, refusals, specs
 from megatron_mhc.config import flag
 from megatron_mhc.hooks.messages import widen_messages
 from megatron_mhc.hyper_connection import check_width
@@ -146,8 +146,8 @@ def test_what_the_entry_point_lacks_is_refused(name):
     with pytest.raises(
         ValueError, match=f"--{name.replace('_', '-')} is not supported .* megatron_mhc.launch"
     ):
-        refusals.refuse(refusals.ENTRY_POINT, types.SimpleNamespace(**{name: True}))
-    refusals.refuse(refusals.ENTRY_POINT, types.SimpleNamespace(**{name: False}))
+        refusals.refuse(door_refusals.ENTRY_POINT, types.SimpleNamespace(**{name: True}))
+    refusals.refuse(door_refusals.ENTRY_POINT, types.SimpleNamespace(**{name: False}))
 
 
 def test_a_refusal_that_names_flags_says_how_the_environment_writes_them():

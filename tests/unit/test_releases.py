@@ -11,7 +11,7 @@ import pytest
 import torch
 from megatron.core.transformer import TransformerConfig
 
-from megatron_mhc import MHCConfig, hooks, launch, parallel, refusals, releases, sublayer
+from megatron_mhc import MHCConfig, door_refusals, hooks, launch, parallel, refusals, releases, sublayer
 from megatron_mhc.arguments import add_mhc_args, use_mhc
 from megatron_mhc.hooks import targets, uses
 
@@ -153,7 +153,7 @@ def test_megatrons_own_mhc_is_refused_beside_ours(switch):
     setattr(config, switch, True)
     with pytest.raises(ValueError, match=said):
         parallel.validate(config, MHCConfig())
-    for door in (refusals.SPEC_DOOR, refusals.ENTRY_POINT):
+    for door in (door_refusals.SPEC_DOOR, door_refusals.ENTRY_POINT):
         with pytest.raises(ValueError, match=said):
             refusals.refuse(door, types.SimpleNamespace(**{switch: True}))
     with pytest.raises(ValueError, match=said):
@@ -169,6 +169,6 @@ def test_a_flag_of_mains_beside_the_spec_is_not_ignored(monkeypatch):
 
     module = "megatron.core.transformer.transformer_config.TransformerConfig"
     monkeypatch.setattr(module, MainsConfig)
-    refusals.refuse(refusals.SPEC_DOOR, types.SimpleNamespace(mhc_num_residual_streams=4))
+    refusals.refuse(door_refusals.SPEC_DOOR, types.SimpleNamespace(mhc_num_residual_streams=4))
     with pytest.raises(ValueError, match="--mhc-num-residual-streams 2 is here a flag of Megatron's own mHC"):
-        refusals.refuse(refusals.SPEC_DOOR, types.SimpleNamespace(mhc_num_residual_streams=2))
+        refusals.refuse(door_refusals.SPEC_DOOR, types.SimpleNamespace(mhc_num_residual_streams=2))
