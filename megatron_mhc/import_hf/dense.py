@@ -29,12 +29,13 @@ def architecture(values: Values) -> dict[str, Any]:
     values.expect("quantization_config", None, default=None, why="quantised weights are not read")
     values.expect("hidden_act", "silu")
     heads = values.size("num_attention_heads")
+    context = values.size("max_position_embeddings")
     out: dict[str, Any] = {
         "num_layers": values.size("num_hidden_layers"),
         "hidden_size": (width := values.size("hidden_size")),
         "ffn_hidden_size": values.size("intermediate_size"),
         "num_attention_heads": heads,
-        "max_position_embeddings": values.size("max_position_embeddings"),
+        "max_position_embeddings": context,
         "layernorm_epsilon": values.number("rms_norm_eps"),
         "untie_embeddings_and_output_weights": not values.switch("tie_word_embeddings"),
         "normalization": "RMSNorm",
@@ -44,16 +45,18 @@ def architecture(values: Values) -> dict[str, Any]:
     if kind == "deepseek_v3":
         if out["layernorm_epsilon"] != 1e-6:  # transformers' norms of the two ranks have it in any case
             raise ValueError(f"rms_norm_eps is {out['layernorm_epsilon']}: of {kind} only 1e-06 is imported")
-        out |= _latent_attention(values, heads) | _sigmoid_experts(values, out["num_layers"])
+        out |= _latent_attention(values, heads, context) | _sigmoid_experts(values, out["num_layers"])
     else:
-        out |= _grouped_attention(values, kind, heads, width) | _windows(values, kind, out["num_layers"])
+        out |= _grouped_attention(values, kind, heads, width, context) | _windows(
+            values, kind, out["num_layers"]
+        )
     if kind == "qwen3_moe":
         out |= _softmax_experts(values, out["num_layers"])
     return out
 
 
-def _rope(values: Values) -> tuple[str, Values, float]:
-    """The type, its parameters and the share of channels that are rotated; from both generations of keys."""
+def _rope(values: Values) -> tuple[str, Values]:
+    """The type and its parameters, from both generations of keys."""
     rope = values.inside("rope_parameters")
     scaling = values.inside("rope_scaling")
     if rope is not None and scaling is not None:
@@ -73,9 +76,15 @@ def _rope(values: Values) -> tuple[str, Values, float]:
     kind, share = kind or old_kind or "default", rope.number("partial_rotary_factor", 1.0)
     if not isinstance(kind, str):
         raise ValueError(f"{rope.where}rope_type is {kind!r:.80}, not a name")
-    if not 0 < share <= 1:
-        raise ValueError(f"{rope.where}partial_rotary_factor is {share}, not above 0 and at most 1")
-    return kind, rope, share
+    if share != 1:  # transformers' rotate all channels whatever it says, or stop
+        raise ValueError(f"{rope.where}partial_rotary_factor is {share}: these models rotate all channels")
+    return kind, rope
+
+
+def _trained_on(rope: Values, known: int, context: int) -> None:
+    """Refuse another original context than Megatron's; transformers takes an absent one to be the whole."""
+    key = "original_max_position_embeddings"
+    rope.expect(key, known, default=context, why=f"it is {known} in Megatron")
 
 
 def _base(rope: Values) -> int:
@@ -85,7 +94,7 @@ def _base(rope: Values) -> int:
     return int(base)
 
 
-def _grouped_attention(values: Values, kind: str, heads: int, width: int) -> dict[str, Any]:
+def _grouped_attention(values: Values, kind: str, heads: int, width: int, context: int) -> dict[str, Any]:
     # Of a key that is absent the models' own defaults differ.
     groups = (
         values.size("num_key_value_heads", heads) if kind == "llama" else values.size("num_key_value_heads")
@@ -100,13 +109,13 @@ def _grouped_attention(values: Values, kind: str, heads: int, width: int) -> dic
         "group_query_attention": True,
         "num_query_groups": groups,
     }
-    name, rope, share = _rope(values)
-    out |= {"rotary_base": _base(rope), "rotary_percent": share}
+    name, rope = _rope(values)
+    out["rotary_base"] = _base(rope)
     if name == "llama3":
         for key, known in (("low_freq_factor", 1), ("high_freq_factor", 4)):
             if (value := rope.number(key, known)) != known:
                 raise ValueError(f"{rope.where}{key} is {value}: Megatron's --use-rope-scaling has {known}")
-        rope.expect("original_max_position_embeddings", 8192, why="Megatron's --use-rope-scaling has it")
+        _trained_on(rope, 8192, context)
         out |= {"use_rope_scaling": True, "rope_scaling_factor": rope.number("factor")}
     elif name == "linear":
         factor = rope.number("factor")
@@ -176,7 +185,7 @@ def _experts(values: Values, frequency: list[int], experts: int, named: str) -> 
     }
 
 
-def _latent_attention(values: Values, heads: int) -> dict[str, Any]:
+def _latent_attention(values: Values, heads: int, context: int) -> dict[str, Any]:
     values.expect("num_key_value_heads", heads, why="latent attention has a key for each head")
     values.expect("attention_bias", False, why="Megatron's latent attention has biases in all linear layers")
     values.expect("rope_interleave", True)
@@ -195,15 +204,13 @@ def _latent_attention(values: Values, heads: int) -> dict[str, Any]:
         "qk_pos_emb_head_dim": rotated,
         "v_head_dim": values.size("v_head_dim"),
     }
-    name, rope, share = _rope(values)
-    if share != 1:
-        raise ValueError(f"{rope.where}partial_rotary_factor is {share}: Megatron's latent attention has 1")
+    name, rope = _rope(values)
     out["rotary_base"] = _base(rope)
     if name == "default":
         rope.drop("original_max_position_embeddings")
         out["rope_type"] = "rope"
     elif name == "yarn":
-        rope.expect("original_max_position_embeddings", 4096)
+        _trained_on(rope, 4096, context)
         for key, known in (("beta_fast", 32), ("beta_slow", 1)):
             if (value := rope.number(key, known)) != known:
                 raise ValueError(f"{rope.where}{key} is {value}: Megatron has {known}")
