@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-import shlex
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from megatron_mhc.config import MHCConfig, flag
@@ -64,6 +64,7 @@ def import_folder(
         flags = launch.words(given, mhc, dtype, vocabulary)
         args, config, mhc = launch.parse(flags, given)
         settings.check(args)
+    _add_tokenizer(args, load, flags)
     with checkpoint.empty_model(args, config, str(file)) as model:
         with naming(str(file)):
             wanted = checkpoint.expected(model, args)
@@ -72,11 +73,11 @@ def import_folder(
             with naming(str(file)):
                 _compare(sizes, settings.config(args, mhc, read))
         checkpoint.fill(model, args, mhc, read)
-        _add_tokenizer(args, load, flags)
         with staged(save) as folder:
             folder.mkdir()
             checkpoint.write(model, args, folder, transformer_impl == "transformer_engine")
-            (folder / ARGS).write_text("".join(shlex.join(words) + "\n" for words in flags))
+            # No quotes: $(cat ...) would hand them on as they are.
+            (folder / ARGS).write_text("".join(" ".join(words) + "\n" for words in flags))
     count = sum(value.numel() for value in read.values())
     kind = "exported model" if exported else f"dense model, mHC by {flag('init')} {mhc.init}"
     said = [f"{load} -> {save}: {count} parameters, {dtype}, {kind}; names of {transformer_impl}"]
@@ -153,6 +154,8 @@ def _check(
         if exported and read[name].dtype != like.dtype:
             raise ValueError(f"{where} is of {read[name].dtype}, the model's is of {like.dtype}: set dtype")
         read[name] = read[name].to(like.dtype)
+        if like.dtype == torch.float16 and not read[name].isfinite().all():
+            raise ValueError(f"{where} is too large for float16: set dtype to bfloat16 or float32")
     for name in read:
         if name not in expected:
             where = f"{files[named[name][0]]}: {named[name][0]}"
@@ -177,7 +180,16 @@ def _compare(said: dict[str, Any], made: dict[str, Any], where: str = "") -> Non
 
 
 def _add_tokenizer(args: Any, load: Path, flags: list[list[str]]) -> None:
-    """Have the training take the folder's tokenizer, if it has one."""
+    """Have the training take the folder's tokenizer, if it has one.
+
+    Raises:
+        ValueError: the path holds a blank, at which $(cat ...) would part it.
+    """
     if any((load / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
         args.tokenizer_type, args.tokenizer_model = "HuggingFaceTokenizer", str(load.absolute())
+        if len(args.tokenizer_model.split()) != 1:
+            raise ValueError(
+                f"--load {load}: {ARGS} names the folder's tokenizer, and cannot hold the blank in its path; "
+                "rename the folder"
+            )
         flags.append(["--tokenizer-type", args.tokenizer_type, "--tokenizer-model", args.tokenizer_model])

@@ -50,7 +50,7 @@ def words(given: dict[str, Any], mhc: MHCConfig, dtype: str, vocabulary: int) ->
         elif value is None:
             raise ValueError(f"megatron.{name} is null: {option} needs a value")
         else:
-            out.append([option, str(value).replace(" ", "")])
+            out.append([option, "".join(str(value).split())])
     out.append(["--padded-vocab-size", str(vocabulary)])
     if dtype != "float32":
         out.append(["--bf16" if dtype == "bfloat16" else "--fp16"])

@@ -6,6 +6,7 @@ import re
 import runpy
 import shlex
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from test_export import CASES, logits, trained, transformers
 from megatron_mhc.convert.read import iteration_folder, read_torch_dist
 from megatron_mhc.export import export, weights
 from megatron_mhc.import_hf import import_folder
+
+safetensors = pytest.importorskip("safetensors.torch")
 
 
 def first(axes, named):
@@ -153,9 +156,15 @@ def dense(kind, more, folder, **how):
     return model
 
 
+def by_bash(file):
+    """The words that `$(cat FILE)` has in a command."""
+    echo = ["bash", "-c", 'printf "%s\\n" $(cat "$0")', str(file)]
+    return subprocess.run(echo, capture_output=True, text=True, check=True).stdout.splitlines()
+
+
 def loaded(folder):
     """Megatron's model of the flags beside a checkpoint, as a launch builds it, with its weights."""
-    words = (folder / "model.args").read_text().replace("\n", " ")
+    words = shlex.join(by_bash(folder / "model.args"))
     model, _ = trained("--norm-epsilon 1e-5 --seq-length 80 " + words)
     request = model.sharded_state_dict(metadata={"singleton_local_shards": False})
     state = dist_checkpointing.load(request, str(folder / "release"), strict="raise_all")
@@ -203,7 +212,7 @@ def test_training_from_an_import_has_the_losses_of_training_from_the_checkpoint(
         import_folder(tmp_path / "folder", tmp_path / "back", transformer_impl="local")
 
     run_ranks(1, there_and_back)
-    words = shlex.split((tmp_path / "back" / "model.args").read_text())
+    words = by_bash(tmp_path / "back" / "model.args")
     for size in ("--pipeline-model-parallel-size", "--tensor-model-parallel-size"):
         how = [size, "2", "--finetune", "--train-iters", "2", "--load"]
         expected, _ = launch(tmp_path / f"saved{size}", *MHC, *how, str(tmp_path / "saved"))
@@ -233,7 +242,7 @@ def test_the_commands_of_the_page_run_in_their_order(run_ranks, tmp_path, monkey
     assert (tmp_path / "back" / "release").is_dir()
     launcher, _, words = training.partition("$(cat mhc/model.args train.args)")
     assert launcher == "torchrun --nproc-per-node 8 -m megatron_mhc.pretrain_gpt "
-    words = shlex.split((tmp_path / "mhc" / "model.args").read_text()) + shlex.split(words)
+    words = by_bash(tmp_path / "mhc" / "model.args") + shlex.split(words)
     words = [str(tmp_path / "mhc") if word == "mhc/" else word for word in words]
     more = ["--vocab-size", "60", "--train-iters", "1", "--tensorboard-dir", str(tmp_path / "tensorboard")]
     code, output = run(["megatron_mhc.pretrain_gpt", *ARGUMENTS, *words, *more], 2)
@@ -280,6 +289,12 @@ REFUSED = [  # of which model, its changed keys (None takes one away), and what 
         dict(rope_parameters=LLAMA3 | dict(original_max_position_embeddings=4096)),
         "rope_parameters.original_max_position_embeddings is 4096",
     ),
+    (
+        "llama",
+        dict(rope_parameters={k: v for k, v in LLAMA3.items() if k[:8] != "original"}),
+        "rope_parameters.original_max_position_embeddings is 80: it is 8192 in Megatron",
+    ),
+    ("llama", rope(partial_rotary_factor=0.5), "partial_rotary_factor is 0.5: these models rotate all"),
     ("llama", rope(rope_theta=1.5), "rope_theta is 1.5: Megatron's --rotary-base"),
     ("llama", dict(rope_theta=5.0), "rope_theta is 5.0, and another one in rope_parameters"),
     ("mistral", dict(sliding_window=None), "sliding_window is absent, which means 4096"),
@@ -299,6 +314,11 @@ REFUSED = [  # of which model, its changed keys (None takes one away), and what 
     ("deepseek_v3_yarn", dict(rms_norm_eps=1e-5), "rms_norm_eps is 1e-05"),
     ("deepseek_v3_yarn", dict(rope_interleave=False), "rope_interleave is False"),
     ("deepseek_v3_yarn", dict(rope_parameters=YARN | dict(beta_fast=16)), "beta_fast is 16"),
+    (
+        "deepseek_v3_yarn",
+        dict(rope_parameters={k: v for k, v in YARN.items() if k[:8] != "original"}),
+        "rope_parameters.original_max_position_embeddings is 80: it is 4096 in Megatron",
+    ),
     ("deepseek_v3_yarn", dict(rope_parameters=YARN | dict(mscale=0)), "mscale_all_dim is 0.5 without"),
     ("deepseek_v3_yarn", dict(norm_topk_prob=False), "norm_topk_prob is False"),
 ]  # fmt: skip
@@ -322,6 +342,19 @@ def test_users_mistakes_name_the_remedy(run_ranks, folders, tmp_path):
         (tmp_path / "there" / "file").touch()
         with pytest.raises(ValueError, match="--save .* is there already"):
             import_folder(folders / "llama", tmp_path / "there")
+        shutil.copytree(folders / "llama", tmp_path / "a llama")
+        (tmp_path / "a llama" / "tokenizer.json").touch()
+        with pytest.raises(ValueError, match="a llama: model.args .* blank in its path; rename"):
+            import_folder(tmp_path / "a llama", tmp_path / "out")
+        shutil.copytree(folders / "llama", tmp_path / "large")
+        file = tmp_path / "large" / "model.safetensors"
+        tensors = safetensors.load_file(file)
+        tensors["model.norm.weight"][3] = 1e5
+        safetensors.save_file(tensors, file, metadata={"format": "pt"})
+        file = tmp_path / "large" / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | dict(dtype="float16")))
+        with pytest.raises(ValueError, match="model.norm.weight is too large for float16: set dtype"):
+            import_folder(tmp_path / "large", tmp_path / "out")
         with pytest.raises(ValueError, match="config.json: .*No such file"):
             import_folder(tmp_path / "nowhere", tmp_path / "out")
         with pytest.raises(ValueError, match="sinkhorn_iterations"):
