@@ -60,6 +60,8 @@ _ROWS: tuple[Refusal, ...] = (
 def accelerate[Model: torch.nn.Module](model: Model, backend: str = "auto") -> Model:
     """Have Megatron's own connections in a model compute by the plugin's kernels, and return the model.
 
+    A second call sets the back end anew.
+
     Args:
         model: of --enable-hyper-connections; a GPTModel or a HybridModel, wrapped or not.
         backend: `hopper` or `triton`; `auto` takes the best that can serve.
@@ -71,8 +73,16 @@ def accelerate[Model: torch.nn.Module](model: Model, backend: str = "auto") -> M
     if backend not in ("auto", "hopper", "triton"):
         raise ValueError(f"accelerate(backend={backend!r}): give auto, hopper or triton")
     theirs = _connection_of_megatron()
-    found = [module for module in model.modules() if type(module) is theirs]
-    if not found:
+    found = [
+        module
+        for module in model.modules()
+        if type(module) is theirs or isinstance(module, theirs) and hasattr(module, "mhc_backend")
+    ]
+    # A pipeline stage may have no layer, only the embedding or the loss.
+    if not found and not any(
+        getattr(getattr(module, "config", None), "enable_hyper_connections", False)
+        for module in model.modules()
+    ):
         raise ValueError(
             "accelerate(): no connection in this model; build it with --enable-hyper-connections"
         )
@@ -121,6 +131,12 @@ def _accelerated(theirs: Any, backend: str) -> type[torch.nn.Module]:
     """Megatron's connection with the operations of the plugin; its parameters and their names stay."""
 
     class AcceleratedHyperConnection(theirs):
+        mhc_backend = backend
+
+        def __reduce__(self) -> tuple[Any, ...]:
+            # A pickle finds no class of a function, but the function.
+            return _empty, (theirs, backend), self.__getstate__()
+
         def forward(
             self,
             hidden_states: Tensor,
@@ -147,6 +163,12 @@ def _accelerated(theirs: Any, backend: str) -> type[torch.nn.Module]:
             return _post_res(h_res, layer_output_with_bias, manager)
 
     return AcceleratedHyperConnection
+
+
+def _empty(theirs: Any, backend: str) -> torch.nn.Module:
+    """A connection without values, which unpickling gives them."""
+    kind = _accelerated(theirs, backend)
+    return kind.__new__(kind)
 
 
 def _kernels(n: int, iterations: int, backend: str, x: Tensor) -> Any:

@@ -5,6 +5,7 @@ With MHC_MEGATRON_DEV=/path/to/Megatron-LM, a checkout of its branch dev, also i
 
 import copy
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -145,8 +146,23 @@ def test_parameters_and_checkpoints_stay(megatron):
     assert list(plain.state_dict()) == list(ours.state_dict())
     ours.load_state_dict(plain.state_dict())
     assert isinstance(ours[0], HyperConnectionModule)
-    for one, other in zip(run(copy.deepcopy(ours)), run(ours), strict=True):
+    for again in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+        for one, other in zip(run(again), run(ours), strict=True):
+            assert torch.equal(one, other)
+        ours.zero_grad()
+
+
+def test_a_second_call_sets_the_backend(megatron):
+    expected = run(native.accelerate(model(), "triton"))
+    twice = native.accelerate(native.accelerate(model(), "hopper"), "triton")
+    for one, other in zip(run(twice), expected, strict=True):
         assert torch.equal(one, other)
+
+
+def test_a_pipeline_stage_without_layers_stays(megatron):
+    stage = nn.Linear(2, 2)
+    stage.config = SimpleNamespace(enable_hyper_connections=True)
+    assert native.accelerate(stage) is stage
 
 
 def test_released_megatron_has_nothing_to_accelerate():
