@@ -19,6 +19,7 @@ _RENAMED = {
     "max_position_embeddings": "seq_length",
     "use_rope_scaling": "rope_scaling",
     "rotary_seq_len_interpolation_factor": "seq_len_interpolation_factor",
+    "num_experts": "num_moe_experts",
 }
 
 
@@ -46,6 +47,10 @@ def arguments(folder: Path) -> Namespace | None:
     args = Namespace(**model)
     for name, field in _RENAMED.items():
         setattr(args, name, model.get(field))
+    latent, groups = model.get("multi_latent_attention"), model.get("num_query_groups")
+    args.group_query_attention = not latent and groups is not None
+    if isinstance(base := model.get("rotary_base"), float) and base.is_integer():
+        args.rotary_base = int(base)  # as --rotary-base takes it
     args.swiglu = model["gated_linear_unit"] and _is_silu(model["activation_func"])
     args.untie_embeddings_and_output_weights = not model["share_embeddings_and_output_weights"]
     args.tokenizer_type, args.tokenizer_model = words.get("tokenizer_type"), words.get("tokenizer_model")

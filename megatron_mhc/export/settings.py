@@ -195,7 +195,9 @@ def config(args: Any, mhc: MHCConfig, state: dict[str, Tensor]) -> dict[str, Any
         "moe": moe(args, state),
         "mhc": mhc.arithmetic(),
         "dtype": str(state["model.embed_tokens.weight"].dtype).removeprefix("torch."),
-        "megatron": {name: getattr(args, name) for name in ARCHITECTURE if hasattr(args, name)},
+        "megatron": {
+            name: value for name in ARCHITECTURE if (value := getattr(args, name, None)) is not None
+        },
     }
     if args.multi_latent_attention:
         out["qk_norm"] = first + "self_attn.kv_a_layernorm.weight" in state

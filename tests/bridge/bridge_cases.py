@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 import os
 import sys
 from pathlib import Path
@@ -112,7 +113,23 @@ def logits_with_experts(kind: str, folder: str, modules: str) -> tuple[torch.Ten
     assert len(connections(model)) == 4
     found = model(*batch()).detach()
     AutoBridge.from_hf_pretrained(folder).save_megatron_model([model], folder + "/megatron")
-    return expected, found, exported(folder + "/megatron", folder + "/out", modules)
+    logits = exported(folder + "/megatron", folder + "/out", modules)
+    assert_comes_back(Path(folder, "out"), Path(folder))
+    return expected, found, logits
+
+
+def assert_comes_back(out: Path, folder: Path) -> None:
+    """What was exported is, imported and exported again, the same model."""
+    from megatron_mhc.export import export
+    from megatron_mhc.import_hf import import_folder
+
+    import_folder(out, folder / "back")
+    export(folder / "back", folder / "again")
+    one, other = (json.loads((path / "config.json").read_text()) for path in (out, folder / "again"))
+    one.pop("megatron"), other.pop("megatron")  # Bridge's record and Megatron's hold different arguments
+    assert one == other
+    files = (path / "model.safetensors" for path in (out, folder / "again"))
+    assert len({file.read_bytes() for file in files}) == 1
 
 
 def adapt_model(provider: Any) -> None:

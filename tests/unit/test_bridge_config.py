@@ -38,6 +38,12 @@ def test_fields_get_the_names_of_arguments(tmp_path):
     assert (args.tokenizer_type, args.tokenizer_model) == ("NullTokenizer", None)
 
 
+def test_sizes_get_the_forms_that_an_import_takes(tmp_path):
+    args = arguments(written(tmp_path, dict(num_moe_experts=8, num_query_groups=2, rotary_base=5e5)))
+    assert (args.num_experts, args.num_query_groups, args.group_query_attention) == (8, 2, True)
+    assert type(args.rotary_base) is int and args.rotary_base == 500000
+
+
 def test_tokenizer_is_the_one_that_bridge_keeps(tmp_path):
     (tmp_path / "tokenizer").mkdir()
     words = dict(tokenizer_type="HuggingFaceTokenizer", tokenizer_model="somewhere/else")
