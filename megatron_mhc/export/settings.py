@@ -29,6 +29,7 @@ KNOWN: dict[str, tuple[Any, ...]] = {
     "rotary_interleaved": _NONE,
     "no_rope_freq": _NONE,
     "mrope_section": _NONE,
+    "softmax_scale": _NONE,  # of Megatron-Bridge's providers; no flag
     "softmax_type": ("vanilla",),
     "window_size": _NONE,
     "qk_l2_norm": _NONE,

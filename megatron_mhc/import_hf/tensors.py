@@ -38,6 +38,8 @@ def read(folder: Path) -> tuple[dict[str, Tensor], dict[str, Path]]:
     tensors: dict[str, Tensor] = {}
     files: dict[str, Path] = {}
     found = published_files(folder) if folder.is_dir() else []
+    # Mistral's folders hold the same weights twice, here in a form that transformers does not read.
+    found = [file for file in found if not file.name.startswith("consolidated")]
     if not found or found[0].suffix != ".safetensors":
         raise ValueError(
             f"{folder} is no folder of *.safetensors: save the model by transformers 5, which writes them"

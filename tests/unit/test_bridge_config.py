@@ -63,6 +63,7 @@ def test_a_checkpoint_of_megatrons_has_none(tmp_path):
         ),
         ({"activation_func": {"_target_": "torch.nn.functional.gelu"}}, "--swiglu False"),
         ({"gated_linear_unit": False}, "--swiglu False"),
+        ({"softmax_scale": 0.5}, "--softmax-scale 0.5"),
         ({"position_embedding_type": "yarn"}, "--position-embedding-type yarn"),
     ],
 )
