@@ -108,8 +108,11 @@ def _exported(values: Values) -> tuple[dict[str, Any], MHCConfig, dict[str, Any]
         raise ValueError(
             f"megatron.moe_layer_freq has {len(frequency)} layers, num_layers is {given['num_layers']}"
         )
-    options = values.inside("mhc")
-    return given, MHCConfig.from_mapping({} if options is None else options.left, "mhc"), values.left
+    options = Values(values.take("mhc"), "mhc")
+    for name in MHCConfig().arithmetic():
+        if options.left.get(name) is None:
+            options.take(name)  # raises: a default may be another than the model's
+    return given, MHCConfig.from_mapping(options.left, "mhc"), values.left
 
 
 def _check_count(read: dict[str, Tensor], given: dict[str, Any], vocabulary: int) -> None:

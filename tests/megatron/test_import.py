@@ -371,6 +371,8 @@ def test_users_mistakes_name_the_remedy(run_ranks, folders, tmp_path):
         for changed, said in (
             (dict(megatron=None), "megatron is absent: export the model by this version"),
             (dict(rms_norm_eps=0.1), "rms_norm_eps is 0.1, by its `megatron` 1e-05"),
+            (dict(mhc=None), "mhc is absent"),
+            (dict(mhc=config["mhc"] | dict(sinkhorn_iterations=None)), "mhc.sinkhorn_iterations is absent"),
             (dict(mhc=config["mhc"] | dict(h_res="sinkhorned")), "h_res='sinkhorned'"),
             (
                 dict(mhc=config["mhc"] | dict(num_residual_streams=2)),
