@@ -48,7 +48,7 @@ def recipe(config: Any) -> str | None:
 def lacking(config: Any) -> Lack | None:
     """What of a configuration's FP8 or FP4 cannot be, and why; None where it can.
 
-    Where there is no GPU, as in a plan of a launch, the GPUs are not looked at.
+    Where there is no Transformer Engine or no GPU, a launch is planned, and the machine is not looked at.
     """
     name = recipe(config)
     if name not in NEEDS:
@@ -60,8 +60,9 @@ def lacking(config: Any) -> Lack | None:
         return Lack(what, "use --transformer-impl transformer_engine, or drop it")
     from megatron.core.utils import get_te_version
 
-    if get_te_version() < Version(needs.transformer_engine):
-        found = get_te_version() if get_te_version() > Version("0.0.0") else "none"
+    if (found := get_te_version()) == Version("0.0.0"):
+        return None
+    if found < Version(needs.transformer_engine):
         least = needs.transformer_engine.removesuffix(".dev0")
         what = f"{asked} needs Transformer Engine {least}, here is {found}"
         return Lack(what, f"install it, or {needs.instead}")
@@ -69,11 +70,11 @@ def lacking(config: Any) -> Lack | None:
         return None
     capability = torch.cuda.get_device_capability()
     if capability < needs.capability:
-        least, found = (".".join(map(str, one)) for one in (needs.capability, capability))
-        what = f"{asked} needs GPUs of compute capability {least}, these have {found}"
+        least, here = (".".join(map(str, one)) for one in (needs.capability, capability))
+        what = f"{asked} needs GPUs of compute capability {least}, these have {here}"
         return Lack(what, needs.instead)
     cuda = tuple(map(int, (torch.version.cuda or "0.0").split(".")[:2]))
     if cuda < needs.cuda:
-        least, found = (".".join(map(str, one)) for one in (needs.cuda, cuda))
-        return Lack(f"{asked} needs CUDA {least}, this PyTorch has {found}", needs.instead)
+        least, here = (".".join(map(str, one)) for one in (needs.cuda, cuda))
+        return Lack(f"{asked} needs CUDA {least}, this PyTorch has {here}", needs.instead)
     return None
