@@ -305,7 +305,7 @@ BRIDGE_HOOKS: tuple[Hook, ...] = (
             "pg_collection",
         ),
         replacement=refuse_fsdp,
-        reason="whether it wraps by FSDP, which mHC does not support, no provider knows",
+        reason="no provider knows whether it wraps by FSDP, which mHC does not support in Megatron-Bridge",
     ),
 )
 
