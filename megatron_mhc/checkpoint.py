@@ -128,7 +128,7 @@ def adapt_request(request: dict[str, Any], checkpoint_dir: str) -> dict[str, Any
 def check_fsdp_load(model: Collection[str], there: Collection[str]) -> None:
     """Compare what a model has asked of a fsdp_dtensor checkpoint with the keys there.
 
-    Such a checkpoint has no arithmetic to compare: Megatron leaves all extra states out of it.
+    Such a checkpoint has no entry of its arithmetic: Megatron leaves all extra states out of it.
 
     Raises:
         ValueError: a checkpoint of the other kind, or of other mHC parameters.

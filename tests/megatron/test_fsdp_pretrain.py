@@ -54,3 +54,5 @@ def test_an_mhc_checkpoint_of_megatron_fsdp_is_refused_by_others(tmp_path):
     # A strict load drops what has no place.
     code, output = attempt(tmp_path / "sum", *SHARDED, *MHC, *load)
     assert code and "head.alpha is in the checkpoint, and not in this model: pass the --mhc-*" in output
+    code, output = attempt(tmp_path / "preset", *SHARDED, *MHC, *HEAD, "--mhc-preset", "deepseek_v4", *load)
+    assert code and "the checkpoint was trained with --mhc-preset paper" in output
