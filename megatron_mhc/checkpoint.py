@@ -4,7 +4,8 @@ An mHC checkpoint differs from a plain one by its keys (`checkpoint_keys`). A mo
 from half-loading the other:
 
     torch_dist   `adapt_request` compares the request with the checkpoint's metadata before reading
-    fsdp_dtensor `check_partial_load` does so where what is absent would be left as it is
+    fsdp_dtensor `check_fsdp_load` does so behind the load, which drops what has no place and may leave what
+                 is absent as it is
     any format   `check_state_dict` compares the kinds and the options first, and `take_or_refuse`, which
                  mHC's modules call, keeps plain entries from an mHC model
 
@@ -124,16 +125,15 @@ def adapt_request(request: dict[str, Any], checkpoint_dir: str) -> dict[str, Any
     return _without_mhc(request)
 
 
-def check_partial_load(request: dict[str, Any], there: Collection[str]) -> None:
-    """Compare what a model asks of a fsdp_dtensor checkpoint with the keys there.
+def check_fsdp_load(model: Collection[str], there: Collection[str]) -> None:
+    """Compare what a model has asked of a fsdp_dtensor checkpoint with the keys there.
 
-    Such a checkpoint has no arithmetic to compare: Megatron leaves all extra states out of it.
+    Such a checkpoint has no entry of its arithmetic: Megatron leaves all extra states out of it.
 
     Raises:
         ValueError: a checkpoint of the other kind, or of other mHC parameters.
     """
-    model = request.get("model", {})
-    saved = [key for key in there if key.startswith("model.")]
+    saved = [key.removeprefix("model.") for key in there if key.startswith("model.")]
     if not is_mhc(model):
         if is_mhc(saved):
             raise _foreign("the checkpoint", saved)
@@ -144,10 +144,15 @@ def check_partial_load(request: dict[str, Any], there: Collection[str]) -> None:
             "weights without their optimizer: start from a torch_dist checkpoint by "
             f"{flag('load_dense')}, without --use-megatron-fsdp"
         )
-    missing = [k for k in model if f"model.{k}" not in there and any(_is_ours(p) for p in _suffixes(k))]
-    if missing:
+    asked, found = (
+        {k for k in keys if any(map(_is_ours, _suffixes(k))) and not k.endswith("_extra_state")}
+        for keys in (model, saved)
+    )
+    if asked != found:
+        where = "not in the checkpoint" if asked - found else "in the checkpoint, and not in this model"
         raise ValueError(
-            f"{missing[0]} is not in the checkpoint: pass the --mhc-* options that it was trained with"
+            f"{min(asked - found or found - asked)} is {where}: pass the --mhc-* options that it was trained "
+            "with"
         )
 
 

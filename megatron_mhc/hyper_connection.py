@@ -58,6 +58,7 @@ class MappingParameters(MegatronModule):
         self.mhc = mhc
         self.dtype = torch.float64 if config.params_dtype == torch.float64 else torch.float32
         self.device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
+        _holders.add(self)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         def keep_dtype(tensor: Tensor) -> Tensor:
@@ -335,6 +336,12 @@ class HyperConnectionModule(MappingParameters, InParts):
 
 
 _built: WeakSet[HyperConnectionModule] = WeakSet()
+_holders: WeakSet[MappingParameters] = WeakSet()
+
+
+def in_use() -> bool:
+    """Whether mapping parameters are alive in this process, of connections or of a learned head."""
+    return len(_holders) > 0
 
 
 def stream_widths() -> set[int]:

@@ -54,7 +54,8 @@ def gather_layer(layer: nn.Module) -> None:
     if isinstance(layer, FSDPModule):
         layer.unshard()
     else:
-        gather_parameters(layer)
+        for module in layer.modules():  # --megatron-fsdp-enable-fine-grained-param-gather: each its own
+            gather_parameters(module)
 
 
 def _made_in(hook: Any) -> str | None:

@@ -69,7 +69,8 @@ def setting_rows(what: str, instead: str, *rows: tuple[Any, ...]) -> tuple[Refus
 OWN = tuple(
     setting_row(
         name,
-        "drop it, or train without this plugin's mHC (no --spec megatron_mhc.specs ..., no wrap_..._spec)",
+        "drop it, or train by Megatron's own script without this plugin's mHC (no --spec megatron_mhc.specs "
+        "..., no wrap_..._spec)",
         what="{flag} turns on Megatron's own mHC, beside this plugin's",
     )
     for name in OWN_SWITCHES

@@ -88,6 +88,9 @@ RELEASES = (
                 "forward_backward_func, iteration"
             ),
             f"{_TRAINING}.training:get_forward_backward_func": Other("pp_size, vp_size"),
+            f"{_TRAINING}.checkpointing:_load_base_checkpoint": Other(
+                "load_dir, args, rank0, sharded_state_dict, checkpointing_context"
+            ),
             f"{_TRAINING}.models.gpt:default_layer_spec": ABSENT,
             f"{_TRAINING}.argument_utils:gpt_config_from_args": ABSENT,
             f"{_TRAINING}.argument_utils:hybrid_config_from_args": Other("args, config"),

@@ -17,7 +17,7 @@ from megatron_mhc.version import SUPPORTED, SUPPORTED_BRIDGE, check_version
 check_version()  # another Megatron may lack what is imported below
 
 from megatron_mhc.hooks.targets import BRIDGE_HOOKS, FSDP_HOOKS, HOOKS, SCHEDULE_HOOKS, TRAINING_HOOKS, Hook
-from megatron_mhc.hooks.uses import BRIDGE_USES, SCHEDULE_USES, TRAINING_USES, USES, Use
+from megatron_mhc.hooks.uses import BRIDGE_USES, FSDP_USES, SCHEDULE_USES, TRAINING_USES, USES, Use
 from megatron_mhc.hyper_connection import operations
 from megatron_mhc.releases import ABSENT, KNOWN, Other, release
 
@@ -86,7 +86,8 @@ def register(
     """
     with _lock:
         check_version()
-        check_uses(USES + TRAINING_USES * training + SCHEDULE_USES * schedule + BRIDGE_USES * bridge)
+        uses = TRAINING_USES * training + SCHEDULE_USES * schedule + FSDP_USES * fsdp
+        check_uses(USES + uses + BRIDGE_USES * bridge)
         more = TRAINING_HOOKS * training + SCHEDULE_HOOKS * schedule + FSDP_HOOKS * fsdp
         _install(HOOKS + more + BRIDGE_HOOKS * bridge)
         handle = Handle()

@@ -84,7 +84,8 @@ def refuse_fsdp(get_model: Callable[..., Any]) -> Callable[..., Any]:
         for name in ("use_megatron_fsdp", "use_torch_fsdp2"):
             if kwargs.get(name) and options_of(chunks, get_model_config(chunks[0])) is not None:
                 raise ValueError(
-                    f"mHC does not support dist.{name} True: use ddp.use_distributed_optimizer instead"
+                    f"in Megatron-Bridge mHC does not support dist.{name} True: use "
+                    "ddp.use_distributed_optimizer instead"
                 )
         return chunks
 

@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from megatron_mhc.checkpoint import adapt_request, check_partial_load, check_state_dict
+from torch.distributed.checkpoint import FileSystemReader
+
+from megatron_mhc.checkpoint import adapt_request, check_fsdp_load, check_state_dict
+from megatron_mhc.checkpoint_keys import compare_arithmetic
+from megatron_mhc.config import MHCConfig
 
 
 def guard_load(load: Callable[..., Any]) -> Callable[..., Any]:
@@ -17,14 +21,23 @@ def guard_load(load: Callable[..., Any]) -> Callable[..., Any]:
     return load_checked
 
 
-def guard_partial_load(show: Callable[..., None]) -> Callable[..., None]:
-    """Wrap what Megatron-FSDP's loading calls in front of it, with `check_partial_load`."""
+def guard_fsdp_load(load: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `_load_base_checkpoint` of megatron.training with `check_fsdp_load`, and compare options.
 
-    def show_checked(state_dict_metadata: Any, load_state_dict: Any, *args: Any, **kwargs: Any) -> None:
-        check_partial_load(load_state_dict, state_dict_metadata)
-        show(state_dict_metadata, load_state_dict, *args, **kwargs)
+    Those in MEGATRON_MHC are not among the arguments that Megatron saves.
+    """
 
-    return show_checked
+    def load_checked(load_dir: str, args: Any, rank0: bool = False, *more: Any, **kwargs: Any) -> Any:
+        loaded = state_dict, checkpoint, _, kind = load(load_dir, args, rank0, *more, **kwargs)
+        if kind is not None and kind.name == "FSDP_DTENSOR" and not rank0 and "model" in state_dict:
+            there = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+            check_fsdp_load(state_dict["model"], there)
+            saved = state_dict.get("args")
+            if MHCConfig.has_flags(saved) and MHCConfig.has_flags(args):
+                compare_arithmetic(MHCConfig.from_args(saved).arithmetic(), MHCConfig.from_args(args))
+        return loaded
+
+    return load_checked
 
 
 def guard_load_state_dict(load_state_dict: Callable[..., Any]) -> Callable[..., Any]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from megatron_mhc.checkpoint import OTHER_LAYOUT
-from megatron_mhc.hyper_connection import operations
+from megatron_mhc.hyper_connection import in_use, operations
 
 
 def number_float32_first(build: Callable[..., Any]) -> Callable[..., Any]:
@@ -143,7 +143,7 @@ def save_current_float32(get: Callable[..., Any]) -> Callable[..., Any]:
     def get_current(self: Any, model_param: torch.Tensor) -> Any:
         tensors = get(self, model_param)
         in_adam = self.config.use_precision_aware_optimizer and not self.config.optimizer_cpu_offload
-        if in_adam and model_param.dtype == torch.float32:
+        if in_use() and in_adam and model_param.dtype == torch.float32:
             group, place = self.model_param_group_index_map[model_param]
             tensors["param"] = self.optimizer.param_groups[group]["params"][place].detach()
         return tensors

@@ -15,7 +15,7 @@ from megatron_mhc.hooks.block import predict_by_plain_layers, remember_when_buil
 from megatron_mhc.hooks.bridge import keep_what_is_new, refuse_dense_export, refuse_fsdp
 from megatron_mhc.hooks.fsdp2 import shard_mappings_first
 from megatron_mhc.hooks.full_recompute import ask_input_gradient
-from megatron_mhc.hooks.load import guard_load, guard_load_state_dict, guard_partial_load
+from megatron_mhc.hooks.load import guard_fsdp_load, guard_load, guard_load_state_dict
 from megatron_mhc.hooks.messages import widen_messages, widen_receive_buffer
 from megatron_mhc.hooks.optimizer import (
     detach_float32_shards,
@@ -305,18 +305,28 @@ BRIDGE_HOOKS: tuple[Hook, ...] = (
             "pg_collection",
         ),
         replacement=refuse_fsdp,
-        reason="whether it wraps by FSDP, which mHC does not support, no provider knows",
+        reason="no provider knows whether it wraps by FSDP, which mHC does not support in Megatron-Bridge",
     ),
 )
 
 # Registered beside HOOKS under --use-megatron-fsdp, whose checkpoints megatron.training loads by itself.
 FSDP_HOOKS: tuple[Hook, ...] = (
     Hook(
-        target="megatron.training.checkpointing:print_diff_in_state_dicts",
-        defined_in="megatron.core.transformer.fsdp_dtensor_checkpoint",
-        parameters=("state_dict_metadata", "load_state_dict", "limit"),
-        replacement=guard_partial_load,
-        reason="--no-strict-fsdp-dtensor-load leaves what a checkpoint lacks as initialised, so a plain one "
-        "would pass for an mHC model's, and the other way round",
+        target="megatron.training.checkpointing:_load_base_checkpoint",
+        defined_in="megatron.training.checkpointing",
+        parameters=(
+            "load_dir",
+            "args",
+            "rank0",
+            "sharded_state_dict",
+            "checkpointing_context",
+            "dp_cp_group",
+            "expt_dp_group",
+            "gpt_compat_layer_maps",
+        ),
+        replacement=guard_fsdp_load,
+        reason="fsdp_dtensor: what has no place in the model is dropped, and under "
+        "--no-strict-fsdp-dtensor-load what is absent is left as initialised: checkpoints of other mHC "
+        "parameters, and plain ones, would be taken",
     ),
 )

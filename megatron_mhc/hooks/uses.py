@@ -136,6 +136,10 @@ USES: tuple[Use, ...] = (
         "megatron.core.distributed.distributed_data_parallel:DistributedDataParallel._make_forward_pre_hook",
         "self",
     ),
+    Use(
+        "torch.distributed.fsdp._fully_shard._fsdp_state:FSDPState._post_forward",
+        "self, module, input, output",
+    ),
     Use("torch.nn:Module._apply", "self, fn, recurse"),
     Use(
         "torch.nn:Module._load_from_state_dict",
@@ -199,6 +203,15 @@ HYBRID_USES: tuple[Use, ...] = (
 TRAINING_USES: tuple[Use, ...] = (
     Use(f"{_TRAINING}:get_tensorboard_writer", ""),
     Use(f"{_TRAINING}:get_wandb_writer", ""),
+)
+
+# Beside targets.FSDP_HOOKS: parallel.py.
+FSDP_USES: tuple[Use, ...] = (
+    Use(
+        "megatron.core.distributed.fsdp.src.megatron_fsdp.megatron_fsdp:MegatronFSDP._register_fsdp_hooks",
+        "self, root_module",
+        ("register_forward_hook", "register_forward_pre_hook"),
+    ),
 )
 
 # Beside targets.SCHEDULE_HOOKS: pipeline/.

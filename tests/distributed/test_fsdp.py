@@ -116,8 +116,10 @@ def test_setting_trains_as_one_process_does(run_ranks, sharding, setting):
         dict(kind="moe", layout=Layout(ep=2), world=4),
         dict(kind="tied"),
         dict(fsdp_double_buffer=True),  # parameters that come back elsewhere
+        # Each module gathers its own.
+        SETTINGS["replay of coefficients"] | dict(megatron_fsdp_enable_fine_grained_param_gather=True),
     ],
-    ids=["EP", "tied embeddings", "double buffer"],
+    ids=["EP", "tied embeddings", "double buffer", "gathered by modules"],
 )
 def test_megatron_fsdp_trains_as_one_process_does(run_ranks, more):
     check(run_ranks, "optim_grads_params", **more)

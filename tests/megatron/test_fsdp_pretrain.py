@@ -47,9 +47,12 @@ def test_a_plain_checkpoint_of_megatron_fsdp_is_refused_by_mhc(tmp_path):
 
 
 def test_an_mhc_checkpoint_of_megatron_fsdp_is_refused_by_others(tmp_path):
-    save(tmp_path, *SHARDED, *MHC)
-    load = ["--load", str(tmp_path / "saved"), PARTLY]
-    code, output = attempt(tmp_path / "plain", *SHARDED, "--no-mhc", *load)
+    save(tmp_path, *SHARDED, *MHC, *HEAD)
+    load = ["--load", str(tmp_path / "saved")]
+    code, output = attempt(tmp_path / "plain", *SHARDED, "--no-mhc", *load, PARTLY)
     assert code and "is an mHC model's" in output
-    code, output = attempt(tmp_path / "head", *SHARDED, *MHC, *HEAD, *load)
-    assert code and "pass the --mhc-* options that it was trained with" in output
+    # A strict load drops what has no place.
+    code, output = attempt(tmp_path / "sum", *SHARDED, *MHC, *load)
+    assert code and "head.alpha is in the checkpoint, and not in this model: pass the --mhc-*" in output
+    code, output = attempt(tmp_path / "preset", *SHARDED, *MHC, *HEAD, "--mhc-preset", "deepseek_v4", *load)
+    assert code and "the checkpoint was trained with --mhc-preset paper" in output

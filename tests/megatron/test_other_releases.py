@@ -103,7 +103,7 @@ def test_every_symbol_is_as_the_row_of_its_release_says(megatron):
     code = (
         "from megatron_mhc.testing import cpu; cpu.install();"
         "from megatron_mhc import hooks; from megatron_mhc.hooks import uses;"
-        "hooks.register(training=True, schedule=True);"
+        "hooks.register(training=True, schedule=True, fsdp=True);"
         "hooks.check_uses(uses.HYBRID_USES + uses.SPEC_USES + uses.PRETRAIN_USES)"
     )
     done = megatron.run("-c", code)

@@ -14,9 +14,9 @@ from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.transformer import TransformerConfig
 
 import megatron_mhc
-from megatron_mhc import hooks, releases
+from megatron_mhc import hooks, parallel, releases
 from megatron_mhc.hooks import targets, uses
-from megatron_mhc.hooks.optimizer import load_by_masters
+from megatron_mhc.hooks.optimizer import load_by_masters, save_current_float32
 from megatron_mhc.hyper_connection import HyperConnectionModule
 
 
@@ -235,6 +235,29 @@ def test_masters_are_found_whether_or_not_a_format_keeps_empty_groups(saved):
     state = {"optimizer": {}, "fp32_from_fp16_params": saved}
     assert load_by_masters(load)(optimizer, state) == [(1.0, 2.0)]
     assert optimizer.float16_groups == [["p"]]
+
+
+@pytest.mark.parametrize("place", [parallel._DATA_PARALLEL, parallel._MEGATRON_FSDP, parallel._FSDP2])
+def test_what_gathers_parameters_is_checked_where_it_is_looked_for(place):
+    rows = [row for row in (*uses.USES, *uses.FSDP_USES) if row.target.startswith(place + ":")]
+    assert rows
+    hooks.check_uses(tuple(rows))
+
+
+def test_a_plain_models_float32_master_is_saved_as_megatron_saves_it():
+    gc.collect()
+    config = types.SimpleNamespace(use_precision_aware_optimizer=True, optimizer_cpu_offload=False)
+    parameter, master = torch.ones(2), torch.zeros(2)
+    optimizer = types.SimpleNamespace(
+        config=config,
+        model_param_group_index_map={parameter: (0, 0)},
+        optimizer=types.SimpleNamespace(param_groups=[{"params": [parameter]}]),
+    )
+    get = save_current_float32(lambda self, model_param: {"param": master})
+    assert get(optimizer, parameter)["param"] is master
+    connection = HyperConnectionModule(small(), megatron_mhc.MHCConfig(), 0)
+    assert get(optimizer, parameter)["param"].equal(parameter)
+    del connection
 
 
 def test_report_goes_by_the_dtype_of_the_streams():

@@ -61,7 +61,7 @@ def test_another_megatron_is_refused_by_what_it_is(megatron, version, own, words
 
 
 def test_what_a_release_has_otherwise_is_in_the_tables():
-    rows = [*targets.HOOKS, *targets.TRAINING_HOOKS, *targets.SCHEDULE_HOOKS]
+    rows = [*targets.HOOKS, *targets.TRAINING_HOOKS, *targets.SCHEDULE_HOOKS, *targets.FSDP_HOOKS]
     for name in vars(uses):
         rows += getattr(uses, name) if name.endswith("USES") else ()
     known = {row.target for row in rows}
