@@ -104,7 +104,10 @@ def works() -> str:
     runs = support_runs.runs()
     for feature in FEATURES:
         names.setdefault(support_runs.state(feature, runs)[0], []).append(feature.name)
-    return "".join(f"- **{state}**: {' · '.join(found)}\n" for state, found in names.items())
+    labels = {support_runs.NOT_SHOWN: "there, but not shown by a kept run"}
+    return "".join(
+        f"- **{labels.get(state, state)}**: {' · '.join(found)}\n" for state, found in names.items()
+    )
 
 
 def simulated() -> str:
