@@ -18,14 +18,17 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import Tensor
 
-from megatron_mhc.backend import choose, hopper_obstacle, triton_obstacle
+from megatron_mhc.backend import Backend, hopper_obstacle, triton_obstacle
 from megatron_mhc.config import MHCConfig
 from megatron_mhc.refusals import Refusal, refuse, setting_row
+
+if TYPE_CHECKING:
+    from megatron_mhc.ops.kernels import Kernels
 
 EPS = 1e-6  # of the norm, of h_pre and of Sinkhorn-Knopp
 _WHERE = "megatron.core.transformer.hyper_connection"
@@ -171,18 +174,23 @@ def _empty(theirs: Any, backend: str) -> torch.nn.Module:
     return kind.__new__(kind)
 
 
-def _kernels(n: int, iterations: int, backend: str, x: Tensor) -> Any:
-    mhc = MHCConfig(
-        num_residual_streams=n, preset="deepseek_v4", sinkhorn_iterations=iterations, backend=backend
+@functools.cache
+def _backend(n: int, iterations: int, backend: str) -> Backend:
+    return Backend(
+        MHCConfig(
+            num_residual_streams=n, preset="deepseek_v4", sinkhorn_iterations=iterations, backend=backend
+        )
     )
-    kind = x.shape[-1] // n, x.dtype, x.device.type
-    name = choose(mhc, *kind)
-    if name == "reference":
-        obstacle = triton_obstacle(mhc, *kind) or hopper_obstacle(mhc, *kind)
-        raise ValueError(f"accelerate() has no kernels for these streams: {obstacle}")
-    from megatron_mhc.ops.kernels import BY_NAME
 
-    return BY_NAME[name]
+
+def _kernels(n: int, iterations: int, backend: str, x: Tensor) -> Kernels:
+    chosen, width = _backend(n, iterations, backend), x.shape[-1] // n
+    kernels = chosen.kernels(x, width)
+    if kernels is None:
+        kind = chosen.mhc, width, x.dtype, x.device.type
+        obstacle = triton_obstacle(*kind) or hopper_obstacle(*kind)
+        raise ValueError(f"accelerate() has no kernels for these streams: {obstacle}")
+    return kernels
 
 
 def _pre(
