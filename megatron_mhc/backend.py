@@ -146,7 +146,8 @@ def triton_obstacle(mhc: MHCConfig, width: int, dtype: torch.dtype, device_type:
         return obstacle
     if width % 16:
         return f"--hidden-size {width} is no multiple of 16"
-    for name, needed in (("h_res", "sinkhorn"), ("h_pre", "dynamic"), ("h_post", "dynamic")):
+    served = ("h_res", "sinkhorn"), ("h_pre", "dynamic"), ("h_post", "dynamic"), ("read", "current")
+    for name, needed in served:
         if getattr(mhc, name) != needed:
             return f"{flag(name)} is {getattr(mhc, name)}"
     return None

@@ -82,8 +82,9 @@ def compare_arithmetic(saved: Mapping[str, Any], mhc: MHCConfig) -> None:
     Raises:
         ValueError: naming the first flag whose value differs, and the value to give.
     """
+    saved = MHCConfig.from_mapping(saved).arithmetic()  # what has no entry there was at its default
     for name, value in mhc.arithmetic().items():
-        if name in saved and saved[name] != value:
+        if saved[name] != value:
             raise ValueError(
                 f"the checkpoint was trained with {flag(name)} {saved[name]}, this run has {value}: "
                 f"pass {flag(name)} {saved[name]}{in_options(name, saved[name])}"

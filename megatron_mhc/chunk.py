@@ -39,13 +39,14 @@ class ModelChunk:
     def __init__(self, config: TransformerConfig, mhc: MHCConfig, size: int, each: int):
         self.config, self.mhc, self.size, self.each = config, mhc, size, each
         self.sublayers: list[SubLayer] = []
+        self.last: BetweenStreams | None = None  # of its layers
         self.runner: Runner | None = None  # None: in order
         # A checkpoint of a whole layer cuts the graph between connections.
         self._works_ahead = mhc.boundary in ("auto", "fused") and config.recompute_granularity != "full"
 
     def add(self, layer: BetweenStreams) -> tuple[SubLayer, ...]:
         """Take in the next layer; returns its sub-layers."""
-        first = len(self.sublayers)
+        first, self.last = len(self.sublayers), layer
         added = tuple(
             self.sublayer(layer, connection, f, first + at)
             for at, (connection, f) in enumerate(layer.parts())

@@ -109,8 +109,8 @@ def _read(option: Field[Any], value: Any) -> Any:
 class MHCConfig:
     """Options of the mHC residual connection; the defaults are the paper's.
 
-    A value may also be given as text. `contract="auto"` becomes what it stands for, and so does
-    `pp_boundary="auto"`, except under `pipeline_schedule="auto"`.
+    A value may also be given as text. `contract="auto"` and `read="auto"` become what they stand for, and so
+    does `pp_boundary="auto"`, except under `pipeline_schedule="auto"`.
 
     Raises:
         ValueError: a value outside its range, naming the flag and the remedy.
@@ -122,8 +122,9 @@ class MHCConfig:
     preset: str = _option(
         "paper",
         "arithmetic of the mappings: paper is Eqs. (14)-(19); deepseek_v4 has that model's softmax, eps 1e-6 "
-        "after every step, transposed comb and learned output head",
-        choices=("paper", "deepseek_v4"),
+        "after every step, transposed comb and learned output head; deepseek_v41 is deepseek_v4 with "
+        "--mhc-read previous and --mhc-contract h_pre",
+        choices=("paper", "deepseek_v4", "deepseek_v41"),
         stored=True,
     )
     h_res: str = _option(
@@ -145,6 +146,15 @@ class MHCConfig:
         choices=("dynamic", "fixed"),
         stored=True,
     )
+    read: str = _option(
+        "auto",
+        "whose weights a sub-layer reads the streams with: current, those that its own connection makes of "
+        "these streams; previous, those that the sub-layer in front of it made of its own (DeepSeek-V4.1's "
+        "single-pass form: write and next read are one pass over the streams; the first one reads stream 0); "
+        "auto is previous under deepseek_v41, else current",
+        choices=("auto", "current", "previous"),
+        stored=True,
+    )
     sinkhorn_iterations: int = _option(
         20, "pairs of column and row normalisations of H_res", least=1, stored=True
     )
@@ -157,8 +167,9 @@ class MHCConfig:
     init_gating_factor: float = _option(0.01, "initial value of the three gating factors alpha", least=0)
     contract: str = _option(
         "auto",
-        "how n streams become one before the final norm; auto is learned_head under deepseek_v4, else mean",
-        choices=("auto", "mean", "sum", "learned_head"),
+        "how n streams become one before the final norm; h_pre weighs them as a further sub-layer would read "
+        "them under --mhc-read previous; auto is h_pre under that, learned_head under deepseek_v4, else mean",
+        choices=("auto", "mean", "sum", "learned_head", "h_pre"),
         stored=True,
     )
     norm_eps: float = _option(
@@ -250,19 +261,47 @@ class MHCConfig:
             raise ValueError(
                 f"{flag('alarm')}={self.alarm} looks at logging steps only: add {flag('log_interval')}=100"
             )
-        if self.preset == "deepseek_v4" and self.h_res == "unconstrained":
+        if self.has_deepseek_arithmetic and self.h_res == "unconstrained":
             raise ValueError(
-                f"{flag('h_res')}=unconstrained has no deepseek_v4 form: use {flag('preset')}=paper"
+                f"{flag('h_res')}=unconstrained has no {self.preset} form: use {flag('preset')}=paper"
             )
         if self.recompute_coefficients and self.recompute_layer_num == "off":
             raise ValueError(
                 f"{flag('recompute_coefficients')} without recompute: add {flag('recompute_layer_num')}=auto"
             )
+        if self.read == "auto":
+            object.__setattr__(self, "read", "previous" if self.preset == "deepseek_v41" else "current")
+        self._check_read()
         if self.contract == "auto":
             resolved = "learned_head" if self.preset == "deepseek_v4" else "mean"
-            object.__setattr__(self, "contract", resolved)
+            object.__setattr__(self, "contract", "h_pre" if self.reads_previous else resolved)
         if self.pp_boundary == "auto" and self.pipeline_schedule != "auto":
             object.__setattr__(self, "pp_boundary", "whole")
+
+    def _check_read(self) -> None:
+        if self.preset == "deepseek_v41" and self.read == "current":
+            raise ValueError(
+                f"{flag('read')}=current contradicts {flag('preset')}=deepseek_v41: use deepseek_v4"
+            )
+        if self.reads_previous and self.h_pre == "fixed":
+            raise ValueError(
+                f"{flag('read')}=previous with {flag('h_pre')}=fixed hands on nothing: drop one of them"
+            )
+        if self.contract == "h_pre" and not self.reads_previous:
+            raise ValueError(
+                f"{flag('contract')}=h_pre needs weights that no sub-layer reads with: add "
+                f"{flag('read')}=previous"
+            )
+
+    @property
+    def has_deepseek_arithmetic(self) -> bool:
+        """Whether the mappings are DeepSeek-V4's: softmax, eps after every step, comb = H_res^T."""
+        return self.preset in ("deepseek_v4", "deepseek_v41")
+
+    @property
+    def reads_previous(self) -> bool:
+        """Whether a sub-layer reads with the weights that the one in front of it made."""
+        return self.read == "previous"
 
     @property
     def is_hc(self) -> bool:

@@ -97,7 +97,8 @@ class HyperConnectionModule(MappingParameters, InParts):
         config: Megatron's transformer config.
         mhc: mHC options.
         sublayer_index: 0-based index in the whole model, 2*layer for attention and 2*layer + 1 for
-            the MLP, in a HybridModel the layer's; the home stream is `sublayer_index % n`.
+            the MLP, in a HybridModel the layer's; the home stream is `sublayer_index % n`, of a connection
+            whose h_pre the next sub-layer reads with (--mhc-read previous) the next one's.
         reserved_sms: see `Options`.
         norm: in front of the sub-layer, if `forward` computes it.
 
@@ -117,7 +118,7 @@ class HyperConnectionModule(MappingParameters, InParts):
         super().__init__(config, mhc)
         self.sublayer_index, self.norm = sublayer_index, norm
         self.backend = Backend(mhc)
-        v4 = mhc.preset == "deepseek_v4"
+        v4 = mhc.has_deepseek_arithmetic
         self.options = Options(mhc.norm_eps, mhc.sinkhorn_iterations, v4, reserved_sms)
         _built.add(self)
         n, width = mhc.num_residual_streams, config.hidden_size
@@ -148,7 +149,7 @@ class HyperConnectionModule(MappingParameters, InParts):
         n, uniform = self.mhc.num_residual_streams, self.mhc.init == "uniform"
         with torch.device(self.device):  # the default may be meta (--init-model-with-meta-device)
             home = torch.zeros(n)
-            home[self.sublayer_index % n] = 1.0
+            home[(self.sublayer_index + self.mhc.reads_previous) % n] = 1.0  # of who reads with it
             eye = torch.eye(n).flatten()
             if self.mhc.is_hc:
                 parts = {
@@ -181,22 +182,23 @@ class HyperConnectionModule(MappingParameters, InParts):
         return reference.mhc_mappings(
             logits,
             mhc.num_residual_streams,
-            deepseek_v4=mhc.preset == "deepseek_v4",
+            deepseek_v4=mhc.has_deepseek_arithmetic,
             sinkhorn_iterations=mhc.sinkhorn_iterations,
             dynamic_pre=self.dynamic["pre"],
             dynamic_post=self.dynamic["post"],
             dynamic_res=self.dynamic["res"],
         )
 
-    def forward(self, streams: Tensor) -> tuple[Tensor, Mappings]:
+    def forward(self, streams: Tensor, h_pre: Tensor | None = None) -> tuple[Tensor, Mappings]:
         """Read the sub-layer's input.
 
         Args:
             streams: [s, b, n*C].
+            h_pre: [s*b, n], to read with, of the sub-layer in front (--mhc-read previous); None for its own.
 
         Returns:
             layer input [s, b, C] in the streams' dtype, or the norm's output in that of F, and the mappings
-            that `post_res` needs, with h_pre, h_post [s*b, n] and h_res [s*b, n, n].
+            that `post_res` needs, with h_pre, h_post [s*b, n] and h_res [s*b, n, n] made of these streams.
         """
         norm = None if self.norm is None else self.norm.read()
         if not torch.compiler.is_compiling() and hasattr(streams, "mhc_ahead"):
@@ -220,7 +222,8 @@ class HyperConnectionModule(MappingParameters, InParts):
         if self.mhc.num_residual_streams == 1 and not self.dynamic["pre"] and norm is None:
             # 1 * x is x; handing on x itself also keeps the order in which autograd sums its gradient.
             return streams, coefficients
-        return self._for_f(reference.pre(x, coefficients.h_pre, norm).view(s, b, -1)), coefficients
+        read_with = coefficients.h_pre if h_pre is None else h_pre
+        return self._for_f(reference.pre(x, read_with, norm).view(s, b, -1)), coefficients
 
     def _for_f(self, layer_input: Tensor) -> Tensor:
         """In the dtype that F takes; without a norm of ours, Megatron's casts."""
@@ -258,11 +261,11 @@ class HyperConnectionModule(MappingParameters, InParts):
             return boundary.post_res_pre(f, mappings, next_pre, f_bias)
         return autograd.post_res(f, mappings, f_bias, linked, next_pre)
 
-    def read_across(self, streams: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def read_across(self, streams: Tensor, h_pre: Tensor | None = None) -> tuple[Tensor, tuple[Tensor, ...]]:
         """`forward` in a CUDA graph whose edge lies in front of `post_res`.
 
         Args:
-            streams: [s, b, n*C].
+            streams: [s, b, n*C]; h_pre: as in `forward`.
 
         Returns:
             layer input [s, b, C], and the tensors of which `arrived` makes what `post_res` takes.
@@ -271,9 +274,12 @@ class HyperConnectionModule(MappingParameters, InParts):
         x = streams.view(s * b, self.mhc.num_residual_streams, -1)
         kernels = self.backend.kernels(x, x.shape[-1])
         if kernels is None:
-            layer_input, mappings = self.forward(streams)
+            layer_input, mappings = self.forward(streams, h_pre)
             assert isinstance(mappings, reference.Coefficients)
-            return layer_input, (streams, mappings.h_post.contiguous(), mappings.h_res.contiguous())
+            crossing = [mappings.h_post.contiguous(), mappings.h_res.contiguous()]
+            if self.mhc.reads_previous:
+                crossing.append(mappings.h_pre.contiguous())
+            return layer_input, (streams, *crossing)
         from megatron_mhc.ops import compiled  # imports triton, which a CPU may lack
 
         norm = () if self.norm is None else self.norm.read()
@@ -285,9 +291,10 @@ class HyperConnectionModule(MappingParameters, InParts):
 
     def arrived(self, streams: Tensor, *tensors: Tensor) -> tuple[Tensor, Mappings]:
         """Streams and mappings for `post_res`, of the tensors of `read_across`."""
-        if len(tensors) == 2:
-            h_post, h_res = tensors
-            return streams, reference.Coefficients(torch.empty_like(h_post), h_post, h_res)
+        if len(tensors) == 2 or self.mhc.reads_previous:
+            h_post, h_res, *handed_on = tensors
+            h_pre = handed_on[0] if handed_on else torch.empty_like(h_post)
+            return streams, reference.Coefficients(h_pre, h_post, h_res)
         from megatron_mhc.ops.autograd import KernelMappings, Saved
 
         *tunnels, projection, coefficients = tensors

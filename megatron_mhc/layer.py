@@ -17,6 +17,7 @@ from megatron.core.transformer.transformer_layer import (
 )
 from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
+from torch.nn import functional as F
 
 from megatron_mhc import norm, parallel
 from megatron_mhc.backend import Backend
@@ -24,9 +25,10 @@ from megatron_mhc.carried import remember
 from megatron_mhc.chunk import ModelChunk, ModelChunks
 from megatron_mhc.config import MHCConfig
 from megatron_mhc.graphs import GraphEdge, Held
+from megatron_mhc.handed_on import alone_width, first_weights, hand_on, taken
 from megatron_mhc.hyper_connection import HyperConnectionModule, check_width
 from megatron_mhc.refusals import LAYER, refuse
-from megatron_mhc.sublayer import Call, SubLayer, Visit, attention, mlp
+from megatron_mhc.sublayer import Call, SubLayer, attention, mlp
 
 
 class BetweenStreams(MegatronModule):
@@ -66,12 +68,33 @@ class BetweenStreams(MegatronModule):
         """Its forward, by the chunk's runner."""
         return (self.chunk.runner or in_order).run(self, hidden_states, Call(args, kwargs))
 
-    def enter(self, hidden_states: Tensor) -> Tensor:
-        """Expand the embedding in the model's first layer; elsewhere check that streams came in."""
-        width, n = self.config.hidden_size, self.mhc.num_residual_streams
-        first = self.layer_number == 1
-        check_width(hidden_states, width if first else n * width, f"layer {self.layer_number}")
-        return self.expanding.expand(hidden_states) if first else hidden_states
+    def enter(self, hidden_states: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Expand the embedding in the model's first layer; elsewhere check that streams came in.
+
+        Returns:
+            streams [s, b, n*C], and the weights [s*b, n] that its first sub-layer reads with, None for its
+            own.
+        """
+        where = f"layer {self.layer_number}"
+        if self.layer_number > 1:
+            return taken(hidden_states, self.config, self.mhc, where)
+        check_width(hidden_states, self.config.hidden_size, where)
+        streams = self.expanding.expand(hidden_states)
+        first = first_weights(streams, self.mhc.num_residual_streams) if self.mhc.reads_previous else None
+        return streams, first
+
+    def leave(self, streams: Tensor, h_pre: Tensor | None) -> Tensor:
+        """What the layer returns: streams: [s, b, n*C], and h_pre: [s*b, n], as its last sub-layer left them.
+
+        Their tensor goes alone to another pipeline stage, and where Megatron runs each layer by itself: in a
+        checkpoint, in a CUDA graph, as a unit of an FSDP.
+        """
+        if h_pre is None:
+            return viewless(streams)
+        ends = self.chunk.last is self and self.config.pipeline_model_parallel_size > 1
+        by_itself = self.config.recompute_granularity == "full" or any(self.held)
+        alone = ends or by_itself or parallel.is_gathered_alone(self)
+        return hand_on(viewless(streams), h_pre, alone)
 
 
 class HyperConnectionTransformerLayer(BetweenStreams, TransformerLayer, GraphEdge):
@@ -138,6 +161,7 @@ class HyperConnectionTransformerLayer(BetweenStreams, TransformerLayer, GraphEdg
         sample = inputs["hidden_states"].to(parallel.streams_dtype(self.config))
         if self.layer_number > 1 or not self.held.attention:
             sample = sample.repeat(1, 1, self.mhc.num_residual_streams)
+            sample = F.pad(sample, (0, alone_width(self.config, self.mhc) - sample.shape[-1]))
         inputs["hidden_states"] = sample.detach().requires_grad_()
         return inputs
 
@@ -157,14 +181,16 @@ class HyperConnectionTransformerLayer(BetweenStreams, TransformerLayer, GraphEdg
 
     def _te_cuda_graph_capture(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         """What the graph holds of the layer."""
-        (attention, mlp), call, streams = self.sublayers, Call(args, kwargs), hidden_states
+        (attention, mlp), call = self.sublayers, Call(args, kwargs)
         if self.held.attention:
-            streams = in_order.sublayer(attention, self, self.enter(hidden_states), call)
+            streams, h_pre = in_order.sublayer(attention, self, *self.enter(hidden_states), call)
+        else:
+            streams, h_pre = taken(hidden_states, self.config, self.mhc, "the graph of an MLP")
         if self.held.mlp:
-            streams = in_order.sublayer(mlp, self, streams, call)
+            streams, h_pre = in_order.sublayer(mlp, self, streams, h_pre, call)
         if not self.held.router:
-            return (viewless(streams),)
-        layer_input, crossing = mlp.connection.read_across(streams)
+            return (self.leave(streams, h_pre),)
+        layer_input, crossing = mlp.connection.read_across(streams, h_pre)
         # Megatron ends what it returns here by the residual, whose gradient nobody asks for.
         *routed, residual = self._forward_mlp(layer_input)
         return *routed, residual.detach(), crossing
@@ -173,19 +199,20 @@ class HyperConnectionTransformerLayer(BetweenStreams, TransformerLayer, GraphEdg
         self, hidden_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         """The layer's forward: its graph, and what that does not hold of the layer."""
-        (attention, mlp), call, streams = self.sublayers, Call(args, kwargs), hidden_states
+        (attention, mlp), call, inputs = self.sublayers, Call(args, kwargs), hidden_states
         if not self.held.attention:
-            streams = in_order.sublayer(attention, self, self.enter(hidden_states), call)
+            inputs = self.leave(*in_order.sublayer(attention, self, *self.enter(hidden_states), call))
             args, kwargs = (), {}
         if self.held.router:
             crossed: list[Tensor] = []
-            f, _ = self._te_cuda_graph_replay_impl((streams, *args), {**kwargs, "crossed": crossed}, None)
-            streams, mappings = mlp.connection.arrived(*crossed)
-            return viewless(mlp.post_res(Visit(streams, f, mappings), f)), call.context
-        (streams,) = super(TransformerLayer, self)._te_cuda_graph_replay(streams, *args, **kwargs)
+            f, _ = self._te_cuda_graph_replay_impl((inputs, *args), {**kwargs, "crossed": crossed}, None)
+            visit = mlp.arrived(f, *crossed)
+            return self.leave(mlp.post_res(visit, f), visit.handed_on), call.context
+        (outputs,) = super(TransformerLayer, self)._te_cuda_graph_replay(inputs, *args, **kwargs)
         if not self.held.mlp:
-            streams = viewless(in_order.sublayer(mlp, self, streams, call))
-        return streams, call.context
+            streams, h_pre = taken(outputs, self.config, self.mhc, "what follows the graph of an attention")
+            outputs = self.leave(*in_order.sublayer(mlp, self, streams, h_pre, call))
+        return outputs, call.context
 
 
 class HyperConnectionMoELayer(HyperConnectionTransformerLayer, MoETransformerLayer):
@@ -222,15 +249,18 @@ class InOrder:
     """Runs a layer's sub-layers one after the other; a `chunk.Runner`."""
 
     def run(self, layer: BetweenStreams, hidden_states: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
-        streams = layer.enter(hidden_states)
+        streams, h_pre = layer.enter(hidden_states)
         for sublayer in layer.sublayers:
-            streams = self.sublayer(sublayer, layer, streams, call)
-        return viewless(streams), call.context
+            streams, h_pre = self.sublayer(sublayer, layer, streams, h_pre, call)
+        return layer.leave(streams, h_pre), call.context
 
-    def sublayer(self, sublayer: SubLayer, layer: BetweenStreams, streams: Tensor, call: Call) -> Tensor:
-        visit = sublayer.pre(streams)
+    def sublayer(
+        self, sublayer: SubLayer, layer: BetweenStreams, streams: Tensor, h_pre: Tensor | None, call: Call
+    ) -> tuple[Tensor, Tensor | None]:
+        """The streams behind a sub-layer, and what it has `handed_on`; h_pre: what was to it."""
+        visit = sublayer.pre(streams, h_pre)
         f = sublayer.run(layer, visit, call)
-        return sublayer.post_res(visit, f)
+        return sublayer.post_res(visit, f), visit.handed_on
 
 
 in_order = InOrder()

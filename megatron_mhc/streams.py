@@ -16,7 +16,8 @@ from megatron_mhc.checkpoint import take_or_refuse
 from megatron_mhc.checkpoint_keys import compare_arithmetic, decode_arithmetic, encode_arithmetic
 from megatron_mhc.checkpoint_parts import in_shards
 from megatron_mhc.config import MHCConfig
-from megatron_mhc.hyper_connection import MappingParameters, MappingProjection, check_width
+from megatron_mhc.handed_on import taken
+from megatron_mhc.hyper_connection import MappingParameters, MappingProjection
 from megatron_mhc.ops import reference
 from megatron_mhc.parallel import mark_replicated
 
@@ -44,7 +45,7 @@ class ContractHead(MappingParameters):
             self.alpha,
             self.bias,
             norm_eps=self.mhc.norm_eps,
-            deepseek_v4=self.mhc.preset == "deepseek_v4",
+            deepseek_v4=self.mhc.has_deepseek_arithmetic,
         )
 
 
@@ -60,16 +61,19 @@ class ContractNorm(nn.Module):
         super().__init__()
         self.mhc = mhc
         self.backend = Backend(mhc)
-        self.width = config.hidden_size
+        self.config, self.width = config, config.hidden_size
         self.norm = norm
         self.head = ContractHead(config, mhc) if mhc.contract == "learned_head" else None
 
     def forward(self, streams: Tensor) -> Tensor:
-        n = self.mhc.num_residual_streams
-        check_width(streams, n * self.width, "final norm")
+        streams, h_pre = taken(streams, self.config, self.mhc, "final norm")
         s, b, _ = streams.shape
-        x = streams.view(s * b, n, self.width)
-        hidden = self.backend.contract(x) if self.head is None else self.head(x)
+        x = streams.view(s * b, self.mhc.num_residual_streams, self.width)
+        if self.mhc.contract == "h_pre":
+            assert h_pre is not None
+            hidden = reference.pre(x, h_pre)
+        else:
+            hidden = self.backend.contract(x) if self.head is None else self.head(x)
         return self.norm(hidden.view(s, b, self.width))
 
     def get_extra_state(self) -> Tensor:

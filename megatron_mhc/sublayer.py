@@ -49,12 +49,14 @@ class Visit:
     Args:
         streams: [s, b, n*C], as read; layer_input: [s, b, C]; mappings: what `post_res` applies.
         left: None if F has to be complete, with its bias.
+        handed_on: [s*b, n], the weights that the next sub-layer reads with; None if it makes its own.
     """
 
     streams: Tensor
     layer_input: Tensor
     mappings: Mappings
     left: Left | None = None
+    handed_on: Tensor | None = None
 
     def read_by_f(self, layer_input: Tensor) -> Tensor:
         """Let F read `layer_input`, on which `left` travels; returns it."""
@@ -115,10 +117,14 @@ class SubLayer:
         self.read_in: BetweenStreams | None = None
         self.written_in: BetweenStreams | None = None
 
-    def pre(self, streams: Tensor) -> Visit:
-        """Read the layer input from streams: [s, b, n*C]."""
-        layer_input, mappings = self.connection(streams)
-        visit = Visit(streams, layer_input, mappings)
+    def pre(self, streams: Tensor, h_pre: Tensor | None = None) -> Visit:
+        """Read the layer input from streams: [s, b, n*C].
+
+        Args:
+            h_pre: what the sub-layer in front has `handed_on`.
+        """
+        layer_input, mappings = self.connection(streams, h_pre)
+        visit = Visit(streams, layer_input, mappings, handed_on=self._handed_on(mappings))
         if not torch.compiler.is_compiling() and not isinstance(mappings, reference.Coefficients):
             visit.left = Left()
             visit.read_by_f(layer_input)
@@ -141,14 +147,27 @@ class SubLayer:
         one_node = self.chunk.keeps_streams
         return self.connection.post_res(visit.streams, f, visit.mappings, bias, next_pre, one_node)
 
-    def leave(self, streams: Tensor) -> tuple[Visit, Tensor, Tensor]:
+    def leave(self, streams: Tensor, h_pre: Tensor | None = None) -> tuple[Visit, Tensor, Tensor]:
         """`pre` where a pipeline stage ends inside this sub-layer.
 
         Returns:
-            the visit, u = H_res x: [s, b, n*C] and h_post: [s*b, n], which `post_res` elsewhere needs.
+            the visit, u = H_res x: [s, b, n*C] and h_post: [s*b, n], which `post_res` elsewhere needs; behind
+            h_post what is `handed_on`, if that is: [s*b, 2*n].
         """
-        layer_input, mappings = self.connection(streams)
-        return Visit(streams, layer_input, mappings), *self.connection.mix(streams, mappings)
+        layer_input, mappings = self.connection(streams, h_pre)
+        visit = Visit(streams, layer_input, mappings, handed_on=self._handed_on(mappings))
+        u, written = self.connection.mix(streams, mappings)
+        if visit.handed_on is not None:
+            written = torch.cat([written, visit.handed_on], dim=1)
+        return visit, u, written
+
+    def arrived(self, layer_input: Tensor, *crossed: Tensor) -> Visit:
+        """The visit of what left a CUDA graph that holds this `pre` alone, see `read_across`."""
+        streams, mappings = self.connection.arrived(*crossed)
+        return Visit(streams, layer_input, mappings, handed_on=self._handed_on(mappings))
+
+    def _handed_on(self, mappings: Mappings) -> Tensor | None:
+        return mappings.h_pre if self.connection.mhc.reads_previous else None
 
 
 def bias_dropout(training: bool, fused: bool) -> Callable[..., Tensor]:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from megatron_mhc.carried import options_of
+from megatron_mhc.handed_on import alone_width
 from megatron_mhc.hyper_connection import stream_widths
 
 
@@ -36,7 +37,7 @@ def widen_messages(communicate: Callable[..., Any]) -> Callable[..., Any]:
                     "schedule: let it call megatron_mhc.pipeline.forward_backward instead of what "
                     "get_forward_backward_func returns, or use --mhc-pipeline-schedule megatron"
                 )
-            width = mhc.num_residual_streams * self.config.hidden_size
+            width = alone_width(self.config, mhc)
             tensor_shape = (*tensor_shape[:-1], width) if tensor_shape else tensor_shape
             # Neighbours that tell each other their shapes receive what is sent, whatever is asked for.
             told = self.config.variable_seq_lengths or getattr(self.config, "mtp_standalone", False)
@@ -74,8 +75,8 @@ def widen_receive_buffer(allocate: Callable[..., Tensor]) -> Callable[..., Tenso
         mhc = options_of(self.model, self.config)
         if mhc is None:
             return buffer
-        *tokens, width = buffer.shape
-        return buffer.new_empty(*tokens, mhc.num_residual_streams * width)
+        *tokens, _ = buffer.shape
+        return buffer.new_empty(*tokens, alone_width(self.config, mhc))
 
     return allocate_streams
 

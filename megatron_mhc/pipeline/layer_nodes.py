@@ -14,10 +14,9 @@ from typing import Any
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from megatron_mhc.layer import HyperConnectionTransformerLayer, viewless
-from megatron_mhc.ops import reference
+from megatron_mhc.layer import HyperConnectionTransformerLayer
+from megatron_mhc.ops import packed, reference
 from megatron_mhc.pipeline.edges import backward, edge_of
-from megatron_mhc.pipeline.nodes import pack
 from megatron_mhc.pipeline.streams import HostStreams, stream_of
 from megatron_mhc.releases import release
 from megatron_mhc.sublayer import Call, Visit
@@ -144,18 +143,19 @@ class NodeByNode:
         tape, u, h_post = self.tape, None, None
 
         with self.node(at, "attention", moe):
+            streams, h_pre = layer.enter(hidden_states)
             if at:
-                (hidden_states,) = self._take((at, "attention"), hidden_states)
-            visit = attention.pre(layer.enter(hidden_states))
+                streams, h_pre = self._take((at, "attention"), streams, h_pre)
+            visit = attention.pre(streams, h_pre)
             f = attention.run(layer, visit, call)
             # What is made ahead goes along the graph, which is cut between layers.
             streams = attention.post_res(visit, f, work_ahead=False)
             if cut:
-                visit, wide, h_post = mlp.leave(streams)
+                visit, wide, h_post = mlp.leave(streams, visit.handed_on)
                 tape.early(wide, h_post)
                 u, h_post = wide.detach(), h_post.detach()
             else:
-                visit = mlp.pre(streams)
+                visit = mlp.pre(streams, visit.handed_on)
             shared = probs = None
             hidden = visit.layer_input
             if moe:
@@ -186,13 +186,13 @@ class NodeByNode:
                 self._reads(layer, visit, h_post)
                 f = (_join(layer, hidden, shared) if moe else hidden).to(streams.dtype)
                 tape.end(edge_of(f))
-                return pack(f, h_post), call.context
+                return packed.pack(f, h_post), call.context
         with self.node(at, "post", moe):
             (hidden,) = self._take((at, "post"), hidden)
             self._reads(layer, visit, shared, *crossed)
             f = _join(layer, hidden, shared) if moe else hidden
             _cross(visit, crossed)
-            streams = viewless(mlp.post_res(visit, f, work_ahead=False))
+            streams = layer.leave(mlp.post_res(visit, f, work_ahead=False), visit.handed_on)
         self._streams.used(f)  # by the backward of the MLP's mHC pre, on the compute stream
         if self._last and self._at == self._layers:
             with self._streams.on("compute", self._event):
@@ -249,16 +249,19 @@ def _join(layer: HyperConnectionTransformerLayer, combined: Tensor, shared: Tens
 
 
 def _crossing(visit: Visit) -> tuple[Tensor, ...]:
-    """What post_res reads of the attention's piece, the MLP aside."""
+    """What post_res, and the next layer, read of the attention's piece, the MLP aside."""
     mappings = visit.mappings
+    handed_on = () if visit.handed_on is None else (visit.handed_on,)
     if isinstance(mappings, reference.Coefficients):
-        return visit.streams, mappings.h_post, mappings.h_res
-    return mappings.take_tunnel()  # whose gradients post_res hands through for pre
+        return visit.streams, mappings.h_post, mappings.h_res, *handed_on
+    return *mappings.take_tunnel(), *handed_on  # the tunnel's gradients post_res hands through for pre
 
 
 def _cross(visit: Visit, leaves: list[Tensor]) -> None:
     """Let post_res read the leaves that stand for `_crossing`."""
     mappings = visit.mappings
+    if visit.handed_on is not None:
+        *leaves, visit.handed_on = leaves
     if isinstance(mappings, reference.Coefficients):
         visit.streams, h_post, h_res = leaves
         visit.mappings = mappings._replace(h_post=h_post, h_res=h_res)

@@ -20,35 +20,9 @@ from torch.autograd.graph import GradientEdge
 
 from megatron_mhc.backend import Backend
 from megatron_mhc.layer import BetweenStreams, InOrder
-from megatron_mhc.ops import reference
+from megatron_mhc.ops import packed, reference
 from megatron_mhc.pipeline.edges import backward, edge_of
 from megatron_mhc.sublayer import Call, SubLayer
-
-
-def packed_width(width: int, streams: int, dtype: torch.dtype) -> int:
-    """Last dimension of a [f, h_post] or [df, dh_post] message: C, and n coefficients in their own dtype."""
-    coefficients = reference.coefficient_dtype(torch.empty(0, dtype=dtype))
-    return width + streams * coefficients.itemsize // dtype.itemsize
-
-
-def pack(f: Tensor, h_post: Tensor) -> Tensor:
-    """Join f: [s, b, C] and h_post: [s*b, n] of the coefficients' dtype, bit by bit, to [s, b, C + ...]."""
-    s, b, _ = f.shape
-    bits = h_post.detach().contiguous().view(f.dtype)
-    return torch.cat([f.detach(), bits.view(s, b, bits.shape[-1])], dim=-1)
-
-
-def unpack(message: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """f: [s*b, C] and h_post: [s*b, n] of a packed message."""
-    flat = message.view(-1, message.shape[-1])
-    f, bits = flat.split([width, flat.shape[-1] - width], dim=-1)
-    return f, bits.contiguous().view(reference.coefficient_dtype(f))
-
-
-def _places(message: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """What `unpack` returns, in place: rows of the message; of an even width."""
-    flat = message.view(-1, message.shape[-1])
-    return flat[:, :width], flat[:, width:].view(reference.coefficient_dtype(flat))
 
 
 class StageExit(InOrder):
@@ -64,11 +38,13 @@ class StageExit(InOrder):
         self._leaf: Tensor | None = None  # what the MLP read, cut off from the rest of the chunk
         self._rest: list[GradientEdge | None] = []  # u, h_post, layer input
 
-    def sublayer(self, sublayer: SubLayer, layer: BetweenStreams, streams: Tensor, call: Call) -> Tensor:
-        """As `InOrder`; of the last sub-layer it returns `pack(f, h_post)`."""
+    def sublayer(
+        self, sublayer: SubLayer, layer: BetweenStreams, streams: Tensor, h_pre: Tensor | None, call: Call
+    ) -> tuple[Tensor, Tensor | None]:
+        """As `InOrder`; of the last sub-layer it returns `pack(f, h_post)`, with all to hand on."""
         if not sublayer.chunk.is_last(sublayer):
-            return super().sublayer(sublayer, layer, streams, call)
-        visit, u, h_post = sublayer.leave(streams)
+            return super().sublayer(sublayer, layer, streams, h_pre, call)
+        visit, u, h_post = sublayer.leave(streams, h_pre)
         self._early(u.detach())
         layer_input = visit.layer_input
         if torch.is_grad_enabled():
@@ -78,7 +54,7 @@ class StageExit(InOrder):
         if torch.is_grad_enabled():
             self._f, self._leaf = edge_of(f), visit.layer_input
             self._rest = [edge_of(tensor) for tensor in (u, h_post, layer_input)]
-        return pack(f, h_post)
+        return packed.pack(f, h_post), None
 
     def backward_mlp(self, df: Tensor) -> None:
         """Go backward through the MLP with df: [s, b, C]."""
@@ -97,35 +73,48 @@ class StageEntry:
     """The streams that a chunk starts from: x = u + h_post^T f.
 
     Args:
-        u: [s, b, n*C]; written: `pack(f, h_post)`; width: C.
+        u: [s, b, n*C]; written: `pack(f, h_post)`, behind h_post what is handed on; width: C.
         backend: of the stage's streams.
+
+    Attributes:
+        streams: [s, b, n*C], or where weights are handed on what `ops.packed` makes of both.
     """
 
     def __init__(self, u: Tensor, written: Tensor, width: int, backend: Backend):
-        self._written, self._width = written, width
+        self._written, self._width, self._n = written, width, u.shape[-1] // width
         self._kernels = backend.kernels(u, width) is not None
-        f, h_post = self._arrived()
-        x = u.view(f.shape[0], u.shape[-1] // width, width)
+        f, h_post, h_pre = self._arrived()
+        x = u.view(f.shape[0], self._n, width)
         if self._kernels:
             from megatron_mhc.ops.triton import stage_ends  # imports triton, which a CPU may lack
 
-            self.streams = stage_ends.write(x, f, h_post).view(u.shape)
+            streams = stage_ends.write(x, f, h_post).view(u.shape)
         else:
-            self.streams = reference.write(x, f, h_post).view(u.shape)
+            streams = reference.write(x, f, h_post).view(u.shape)
+        self.streams = packed.pack(streams, h_pre) if h_pre.shape[1] else streams
 
-    def gradients(self, dx: Tensor) -> Tensor:
-        """`pack(df, dh_post)` that follow from dx: [s, b, n*C]."""
-        f, h_post = self._arrived()
-        g = dx.contiguous().view(*h_post.shape, self._width)
+    def gradients(self, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """dx: [s, b, n*C], and `pack(df, dh_post)`, of the gradient of `streams`."""
+        f, h_post, h_pre = self._arrived()
+        dx, dh_pre = gradient, None
+        if h_pre.shape[1]:
+            dx, dh_pre = packed.unpack(gradient.contiguous(), self._n * self._width)
+        g = dx.reshape(-1, self._n, self._width).contiguous()
+        dx = g.view(*gradient.shape[:2], -1)
         if not self._kernels:
             df, dh_post = reference.write_backward(g, f, h_post)
-            return pack(df.view(*dx.shape[:2], self._width), dh_post)
+            d_written = dh_post if dh_pre is None else torch.cat([dh_post, dh_pre], dim=1)
+            return dx, packed.pack(df.view(*dx.shape[:2], self._width), d_written)
         from megatron_mhc.ops.triton import stage_ends
 
         message = torch.empty_like(self._written)
-        stage_ends.write_backward(g, f, h_post, *_places(message, self._width))
-        return message
+        df, d_written = packed.places(message, self._width)
+        stage_ends.write_backward(g, f, h_post, df, d_written)
+        if dh_pre is not None:
+            d_written[:, self._n :] = dh_pre
+        return dx, message
 
-    def _arrived(self) -> tuple[Tensor, Tensor]:
-        """f: [s*b, C] and h_post: [s*b, n]."""
-        return (_places if self._kernels else unpack)(self._written, self._width)
+    def _arrived(self) -> tuple[Tensor, Tensor, Tensor]:
+        """f: [s*b, C], h_post: [s*b, n], and what is handed on: [s*b, n], or [s*b, 0]."""
+        f, written = (packed.places if self._kernels else packed.unpack)(self._written, self._width)
+        return f, written[:, : self._n], written[:, self._n :]

@@ -16,13 +16,15 @@ from torch import Tensor
 from megatron_mhc import recompute
 from megatron_mhc.backend import Backend
 from megatron_mhc.chunk import Runner, chunk_of
+from megatron_mhc.handed_on import alone_width
+from megatron_mhc.ops import packed
 from megatron_mhc.ops.autocast import outside
 from megatron_mhc.pipeline import links
 from megatron_mhc.pipeline.comm import GroupTransport, HostTransport, channels_of
 from megatron_mhc.pipeline.edges import backward, edge_of
 from megatron_mhc.pipeline.gradients import GradientSync
 from megatron_mhc.pipeline.loading import first_of_its_kind
-from megatron_mhc.pipeline.nodes import StageEntry, StageExit, packed_width, unpack
+from megatron_mhc.pipeline.nodes import StageEntry, StageExit
 from megatron_mhc.pipeline.push import PushTransport
 from megatron_mhc.pipeline.streams import streams_for
 from megatron_mhc.pipeline.transport import Transport
@@ -70,7 +72,6 @@ class Step:
         self.collect_non_loss_data, self.first_val_step = collect_non_loss_data, first_val_step
         self.config = get_model_config(chunks[0])
         self.backend = Backend(self.config.mhc)  # of the streams that arrive
-        self.streams = self.config.mhc.num_residual_streams
         self.program = build_program(plan, rank)
         self.at = 0
         self.transport = self._transport(sizes)
@@ -92,9 +93,12 @@ class Step:
         if config.sequence_parallel:
             tokens //= self.groups.tp.size()
         dtype = config.pipeline_dtype
-        wide: tuple[int, ...] = (tokens, batch, self.streams * config.hidden_size)
-        narrow: tuple[int, ...] = (tokens, batch, packed_width(config.hidden_size, self.streams, dtype))
-        shapes = {"streams": wide, "mixed": wide, "d_streams": wide, "write": narrow, "d_write": narrow}
+        n, split = config.mhc.num_residual_streams, self.plan.boundary == SPLIT
+        written = n * (1 + config.mhc.reads_previous)  # coefficients: h_post, and h_pre if that is handed on
+        wide: tuple[int, ...] = (tokens, batch, n * config.hidden_size)
+        alone: tuple[int, ...] = (*wide[:2], wide[2] if split else alone_width(config, config.mhc))
+        narrow: tuple[int, ...] = (*wide[:2], packed.width(config.hidden_size, written, dtype))
+        shapes = {"streams": alone, "mixed": wide, "d_streams": alone, "write": narrow, "d_write": narrow}
         device = torch.empty(0, device="cuda").device  # the current one; a stage may have no parameters
         pp, plan = self.groups.pp, self.plan
         how = (shapes, dtype, device, streams_for(device, dist.get_backend(pp)))
@@ -265,9 +269,9 @@ class Step:
             timers("backward-compute").stop()
 
     def arrived_write(self, key: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """df: [s, b, C] and dh_post: [s*b, n] that the next stage sent."""
+        """df: [s, b, C] and dh_post: [s*b, n] that the next stage sent; see `SubLayer.leave`."""
         message = self.received.pop(self._from_next("d_write", key))
-        df, dh_post = unpack(message, self.config.hidden_size)
+        df, dh_post = packed.unpack(message, self.config.hidden_size)
         return df.reshape(*message.shape[:2], -1), dh_post
 
     def backward_loss(self, loss: Tensor) -> None:
@@ -286,7 +290,8 @@ class Step:
         if (streams := self.inputs.pop(key, None)) is not None:
             dx = streams.grad if streams.grad is not None else torch.zeros_like(streams)
             if (entry := self.entries.pop(key, None)) is not None:
-                self.put(Message("d_write", microbatch, stage), entry.gradients(dx))
+                dx, d_write = entry.gradients(dx)
+                self.put(Message("d_write", microbatch, stage), d_write)
             self.put(Message("d_streams", microbatch, stage), dx)
             if plan.boundary != SPLIT:
                 self.transport.release(Message("streams", microbatch, stage - 1))

@@ -51,16 +51,16 @@ class DroppingSubLayer(SubLayer):
 
     # Storages are emptied and hooks set, of which a compiled graph would know nothing.
     @torch.compiler.disable
-    def pre(self, streams: Tensor) -> Visit:
+    def pre(self, streams: Tensor, h_pre: Tensor | None = None) -> Visit:
         block = self.chunk.block_at(self.position, streams)
         if block is None:
-            return super().pre(streams)
+            return super().pre(streams, h_pre)
         with self.chunk.abandoned_on_error():
-            dropped = Dropped(self, block, streams)
+            dropped = Dropped(self, block, streams, h_pre)
             with dropped.slots.reading():
-                layer_input, mappings = self.connection(streams)
+                layer_input, mappings = self.connection(streams, h_pre)
             dropped.takes_bias = not isinstance(mappings, reference.Coefficients)
-            visit = Visit(streams, layer_input, mappings, dropped)
+            visit = Visit(streams, layer_input, mappings, dropped, self._handed_on(mappings))
             visit.read_by_f(layer_input)
         return visit
 
@@ -80,15 +80,15 @@ class DroppingSubLayer(SubLayer):
             self.chunk.passed(self.position, dropped.block, output)
         return output
 
-    def leave(self, streams: Tensor) -> tuple[Visit, Tensor, Tensor]:
+    def leave(self, streams: Tensor, h_pre: Tensor | None = None) -> tuple[Visit, Tensor, Tensor]:
         self.chunk.leave(streams)  # what the two gradients of a split pipeline boundary need is kept
-        return super().leave(streams)
+        return super().leave(streams, h_pre)
 
-    def read_again(self, x: Tensor, coefficients: reference.Coefficients, out: Tensor) -> None:
+    def read_again(self, x: Tensor, h_pre: Tensor, out: Tensor) -> None:
         """Write the layer input of the streams x: [s, b, n*C] into out: [s, b, C], by the reference."""
         x = x.view(out.shape[0] * out.shape[1], -1, out.shape[2])
         norm = None if self.connection.norm is None else self.connection.norm.read()
-        out.copy_(reference.pre(x, coefficients.h_pre, norm).view(out.shape))
+        out.copy_(reference.pre(x, h_pre, norm).view(out.shape))
 
     def write_again(
         self, x: Tensor, f: Tensor, coefficients: reference.Coefficients | Tensor, f_bias: Tensor | None
@@ -132,7 +132,9 @@ def _see_norm(norm: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
 class Dropped(Left):
     """What one visit of a sub-layer drops, and its replay; a `Replayed` of its block."""
 
-    def __init__(self, sublayer: DroppingSubLayer, block: Block, streams: Tensor):
+    def __init__(
+        self, sublayer: DroppingSubLayer, block: Block, streams: Tensor, h_pre: Tensor | None = None
+    ):
         super().__init__()
         self.sublayer, self.block = sublayer, block
         self.autocast = autocast.state(streams.device.type)
@@ -141,6 +143,8 @@ class Dropped(Left):
         self.coefficients: reference.Coefficients | Tensor | None = None
         self.folded: tuple[ReadNorm | None, Tensor | None] = None, None
         self.f: Tensor | None = None
+        # [s*b, n], what the sub-layer in front handed on; it stays, being n numbers of a token.
+        self.h_pre = None if h_pre is None else h_pre.detach().requires_grad_(h_pre.requires_grad)
         self.needs_grad = streams.requires_grad
         self.stream = stream_of(streams)  # on which the backward pass of `pre` and F will run too
         self.emptied: Emptied | None = None
@@ -154,6 +158,8 @@ class Dropped(Left):
             self.slots.keep(list(connection.parameters()))
             if connection.norm is not None:
                 self.slots.keep([connection.norm.read().weight])
+            if h_pre is not None:
+                self.slots.keep([h_pre])
         if block.sublayers:
             self.slot = self.slots.drop(streams)
         else:
@@ -194,7 +200,8 @@ class Dropped(Left):
         else:
             coefficients = self.coefficients
             if target is not None:
-                self.sublayer.read_again(x, coefficients, target)
+                read_with = coefficients.h_pre if self.h_pre is None else self.h_pre.detach()
+                self.sublayer.read_again(x, read_with, target)
         self._finish(target)
         assert self.f is not None
         return 1, self.sublayer.write_again(x, self.f, coefficients, self.bias) if behind else None
@@ -252,7 +259,7 @@ class Dropped(Left):
         keep = saving(lambda tensor: saved.append(tensor.detach()))
         with torch.enable_grad(), autocast.within(self.autocast, x.device.type), keep:
             x = x.detach().requires_grad_(self.needs_grad)
-            layer_input, mappings = self.sublayer.connection.forward(x)  # without its hooks
+            layer_input, mappings = self.sublayer.connection.forward(x, self.h_pre)  # without its hooks
         if len(saved) != len(self.slots.read):
             raise RuntimeError(
                 f"{flag('recompute_coefficients')}: the replay of pre saved {len(saved)} tensors, its "

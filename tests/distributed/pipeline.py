@@ -129,6 +129,7 @@ def check(run_ranks, world, layout, kind, cases, layers=LAYERS, **options):
             contract=mhc.contract,
             preset=mhc.preset,
             h_res=mhc.h_res,
+            read=mhc.read,
         )
         full.append((mhc, count, reference_of(kind, plain, count, layers)))
     results = run_ranks(world, compare_all, layout, kind, full, *options.values())[0]

@@ -71,6 +71,8 @@ VARIANTS = {
     "identity": MHCConfig(h_res="identity", h_pre="fixed", contract="sum"),
     "learned_head": MHCConfig(contract="learned_head"),
     "deepseek_v4": MHCConfig(preset="deepseek_v4"),
+    "deepseek_v41": MHCConfig(preset="deepseek_v41"),
+    "previous": MHCConfig(read="previous", contract="mean"),
 }
 
 

@@ -28,7 +28,8 @@ def both_ways(layout, kind, options, overrides):
     results, replayed, blocks = [], [], []
     with pytest.MonkeyPatch.context() as monkeypatch:
         replayed = count_replays(monkeypatch)
-        for mhc in (MHCConfig(), MHCConfig(**options)):
+        kept = {name: value for name, value in options.items() if not name.startswith("recompute")}
+        for mhc in (MHCConfig(**kept), MHCConfig(**options)):
             layout.initialize()
             config = layout.config(kind, **overrides)
             chunks = build(layout, config, kind, mhc)

@@ -14,10 +14,10 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from te_cases import BATCH, SEQ, make_config, relative, te_spec, wake  # skips where there is no GPU
 
 from megatron_mhc import MHCConfig
+from megatron_mhc.ops import packed
 from megatron_mhc.pipeline.comm import Transport
 from megatron_mhc.pipeline.delayed_weights import DelayedWeights, is_delayed
 from megatron_mhc.pipeline.fused import FusedStep
-from megatron_mhc.pipeline.nodes import packed_width
 from megatron_mhc.pipeline.streams import streams_for
 from megatron_mhc.schedule.program import Plan
 from megatron_mhc.specs import wrap_block_spec
@@ -50,7 +50,8 @@ class Neighbours(Transport):
 class FusedStepAlone(FusedStep):
     def _transport(self, sizes):
         width, dtype = self.config.hidden_size, self.config.pipeline_dtype
-        wide, narrow = (*sizes, self.streams * width), (*sizes, packed_width(width, self.streams, dtype))
+        n = self.config.mhc.num_residual_streams
+        wide, narrow = (*sizes, n * width), (*sizes, packed.width(width, n, dtype))
         shapes = {"streams": wide, "mixed": wide, "d_streams": wide, "write": narrow, "d_write": narrow}
         device = next(self.chunks[0].parameters()).device
         streams = streams_for(device, "nccl")

@@ -194,12 +194,12 @@ def test_several_micro_batches_in_flight_and_an_evaluation_between(run_ranks):
 class Exit(InOrder):
     """Runs a chunk's last MLP outside of its block, as a split pipeline boundary does."""
 
-    def sublayer(self, sublayer, layer, streams, call):
+    def sublayer(self, sublayer, layer, streams, h_pre, call):
         if not sublayer.chunk.is_last(sublayer):
-            return super().sublayer(sublayer, layer, streams, call)
-        layer_input, mappings = sublayer.connection(streams)
+            return super().sublayer(sublayer, layer, streams, h_pre, call)
+        layer_input, mappings = sublayer.connection(streams, h_pre)
         sublayer.chunk.leave(streams)
-        return sublayer.connection.post_res(streams, layer._forward_mlp(layer_input), mappings)
+        return sublayer.connection.post_res(streams, layer._forward_mlp(layer_input), mappings), None
 
 
 @pytest.mark.parametrize("size", ["1", "3", "5", "6"])
