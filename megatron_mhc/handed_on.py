@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_mhc.config import MHCConfig
+from megatron_mhc.config import MHCConfig, flag
 from megatron_mhc.hyper_connection import check_width
 from megatron_mhc.ops import packed
 from megatron_mhc.parallel import streams_dtype
@@ -55,7 +55,7 @@ def taken(hidden_states: Tensor, config: Any, mhc: MHCConfig, where: str) -> tup
     """The streams [s, b, n*C] of what `hand_on` returned, and h_pre: [s*b, n], None if each reads its own.
 
     Raises:
-        ValueError: hidden states of another width, naming `where`.
+        ValueError: hidden states of another width, or streams alone, naming `where`.
     """
     wide = mhc.num_residual_streams * config.hidden_size
     if not mhc.reads_previous:
@@ -65,5 +65,11 @@ def taken(hidden_states: Tensor, config: Any, mhc: MHCConfig, where: str) -> tup
         h_pre = getattr(hidden_states, "mhc_h_pre", None)
         if h_pre is not None:
             return hidden_states, h_pre
-    check_width(hidden_states, alone_width(config, mhc), where)
+    alone = alone_width(config, mhc)
+    if hidden_states.shape[-1] == wide != alone:
+        raise ValueError(
+            f"{where}: the streams came without the weights that {flag('read')} previous hands on: what runs "
+            "the layers one after the other has to pass on the very tensor that each returns"
+        )
+    check_width(hidden_states, alone, where)
     return packed.part(hidden_states, wide)

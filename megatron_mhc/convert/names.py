@@ -7,6 +7,8 @@
     transformers   Hugging Face's DeepSeek-V4: model.layers.0.attn_hc.fn, ... (mapping parameters only)
     deepseek       DeepSeek-V4's own files: layers.0.hc_attn_fn, ... (mapping parameters only)
 
+DeepSeek-V4.1 (--mhc-read previous) has the names of V4, and no head.
+
 All hold the rows pre (n), post (n), res (n*n) of one projection, but disagree about the last block: in
 the paper and on main its logits are those of H_res[written, read], elsewhere those of comb[read, written]
 = H_res^T. The transposed matrix is as doubly stochastic as the right one, so a forgotten transposition
@@ -80,6 +82,9 @@ def check(mhc: MHCConfig, source: str, target: str) -> None:
         for name, only in (("h_res", "sinkhorn"), ("h_pre", "dynamic"), ("h_post", "dynamic")):
             if getattr(mhc, name) != only:
                 raise ValueError(f"{flag(name)}={getattr(mhc, name)} has no form in {side}, only {only}")
+        if mhc.reads_previous and (side in MEGATRON or mhc.contract != "h_pre"):
+            only = "current" if side in MEGATRON else f"that with {flag('contract')}=h_pre"
+            raise ValueError(f"{flag('read')}=previous has no form in {side}, only {only}")
         if side == "megatron-main" and mhc.contract == "learned_head":
             raise ValueError(f"megatron-main averages the streams: {flag('contract')} learned_head is lost")
 
@@ -112,7 +117,7 @@ def differences(mhc: MHCConfig, other: str) -> list[str]:
     lines = [line]
     if mhc.preset == "paper" and other != "megatron-main":
         lines.append(f"{flag('preset')} paper has no eps 1e-6 behind its steps, {other} has")
-    if mhc.contract != "learned_head" and other in HEADS:
+    if mhc.contract not in ("learned_head", "h_pre") and other in HEADS:
         lines.append("the mean of the streams became a head of equal weights")
     if mhc.norm_eps != _EPS and other in MEGATRON:
         lines.append(f"{flag('norm_eps')} {mhc.norm_eps} becomes 1e-6, fixed there")
@@ -156,6 +161,7 @@ def rename(state: dict[str, Any], source: str, target: str, mhc: MHCConfig) -> d
     n = mhc.num_residual_streams
     swap = is_comb(source, mhc) != is_comb(target, mhc)
     learned, has_head = mhc.contract == "learned_head", any(key in state for key in heads)
+    averages = mhc.contract in ("mean", "sum")
     if has_head and not learned and not is_equal_head(*(state[key] for key in heads)):
         raise ValueError(f"{next(iter(heads))} is a learned output head: give contract=learned_head")
     out: dict[str, Any] = {}
@@ -174,7 +180,7 @@ def rename(state: dict[str, Any], source: str, target: str, mhc: MHCConfig) -> d
     if ends_decoder(state):
         if heads and learned and not has_head:
             raise ValueError(f"{next(iter(heads))} is absent, though contract=learned_head")
-        if target == "megatron-dev" and not learned:
+        if target == "megatron-dev" and averages:
             out.update(zip(HEADS[target], _equal_head(state, n), strict=True))
         if target == "plugin":
             out[ARITHMETIC] = encode_arithmetic(mhc)

@@ -108,7 +108,7 @@ def from_published(
             rows = [turn(part, row, n) for row in rows]
         out[key] = (torch.stack(rows) if number is None else rows[0]).to(value.dtype).contiguous()
     has_head = HEADS["plugin"][0] in into
-    if has_head or ends_decoder(into):
+    if has_head or (ends_decoder(into) and mhc.contract != "h_pre"):
         shapes = ((n, n * width(into, n)), (n,), (1,))
         head = [_checked(published, key, shape) for key, shape in zip(HEADS[names], shapes, strict=True)]
         if has_head:

@@ -22,7 +22,7 @@ class MHCGPTConfig(PreTrainedConfig):
     rope: inverse_frequencies, magnitude of cos and sin, softmax_scale beside 1/sqrt(d).
     mla: sizes of multi-latent attention; None for grouped-query attention.
     moe: sizes and router of the experts, and `layers`, whether each layer has them; None without.
-    mhc: num_residual_streams, preset, h_res, h_pre, h_post, sinkhorn_iterations, contract, norm_eps.
+    mhc: num_residual_streams, preset, h_res, h_pre, h_post, read, sinkhorn_iterations, contract, norm_eps.
     megatron: arguments of the training, for the way back; the model does not read them.
     """
 
@@ -46,6 +46,11 @@ class MHCGPTConfig(PreTrainedConfig):
     moe: dict | None = None
     mhc: dict | None = None
     megatron: dict | None = None
+
+
+def is_v4(mhc):
+    """Whether the mappings are DeepSeek-V4's: softmax, eps after every step, comb = H_res^T."""
+    return mhc["preset"] in ("deepseek_v4", "deepseek_v41")
 
 
 def wide(x):
@@ -130,7 +135,7 @@ class HyperConnection(nn.Module):
         if self.hc:
             h_pre, h_post, h_res = pre, post, res.unflatten(-1, (n, n))
         else:  # Eqs. (17)-(19)
-            v4 = self.mhc["preset"] == "deepseek_v4"
+            v4 = is_v4(self.mhc)
             h_pre = pre.sigmoid() + (V4_EPS if v4 else 0.0)
             h_post = 2.0 * post.sigmoid()
             if self.sizes[2]:
@@ -142,7 +147,7 @@ class HyperConnection(nn.Module):
 
 
 class Contraction(nn.Module):
-    """The streams become one: their mean, their sum, or a learned weighted sum."""
+    """The streams become one: their mean, sum, learned weighted sum, or what a further layer would read."""
 
     def __init__(self, config):
         super().__init__()
@@ -152,12 +157,15 @@ class Contraction(nn.Module):
             self.bias = nn.Parameter(torch.zeros(n, dtype=torch.float32))
             self.alpha = nn.Parameter(torch.zeros(1, dtype=torch.float32))
 
-    def forward(self, streams):
+    def forward(self, streams, h_pre):
+        """Contract the streams; h_pre: of the last connection."""
+        if self.mhc["contract"] == "h_pre":
+            return read(streams, h_pre)
         if self.mhc["contract"] != "learned_head":
             return streams.mean(dim=-2) if self.mhc["contract"] == "mean" else streams.sum(dim=-2)
         raw = projection(streams, self.weight, self.mhc["norm_eps"])
         weights = torch.sigmoid(raw * self.alpha.to(raw.dtype) + self.bias.to(raw.dtype))
-        return read(streams, weights + (V4_EPS if self.mhc["preset"] == "deepseek_v4" else 0.0))
+        return read(streams, weights + (V4_EPS if is_v4(self.mhc) else 0.0))
 
 
 def rotary(config, positions, dtype):
@@ -328,13 +336,18 @@ class Layer(nn.Module):
         self.post_attention_layernorm = norm(config.hidden_size, config)
         self.attn_hc, self.mlp_hc = HyperConnection(config), HyperConnection(config)
 
-    def forward(self, streams, rotation, mask, cache):
-        h_pre, h_post, h_res = self.attn_hc(streams)
+        self.reads_previous = config.mhc.get("read") == "previous"
+
+    def forward(self, streams, previous, rotation, mask, cache):
+        """The streams behind the layer, and its last h_pre; previous: that of the layer in front."""
+        own, h_post, h_res = self.attn_hc(streams)
+        h_pre = previous if self.reads_previous else own
         f = self.self_attn(self.input_layernorm(read(streams, h_pre)), rotation, mask, cache)
-        streams = write(streams, f, h_post, h_res)
-        h_pre, h_post, h_res = self.mlp_hc(streams)
+        streams, previous = write(streams, f, h_post, h_res), own
+        own, h_post, h_res = self.mlp_hc(streams)
+        h_pre = previous if self.reads_previous else own
         f = self.mlp(self.post_attention_layernorm(read(streams, h_pre)))
-        return write(streams, f, h_post, h_res)
+        return write(streams, f, h_post, h_res), own
 
 
 class Decoder(nn.Module):
@@ -359,9 +372,11 @@ class Decoder(nn.Module):
             mask = mask & attention_mask[:, None, None].bool() | (keys == keys[past:, None])
         rotation = rotary(self.config, keys[None, past:] if position_ids is None else position_ids, x.dtype)
         streams = x.unsqueeze(-2).expand(-1, -1, self.config.mhc["num_residual_streams"], -1)
+        h_pre = wide(streams.new_zeros(streams.shape[:-1]))
+        h_pre[..., 0] = 1.0  # the first layer that reads by others' weights reads stream 0
         for layer in self.layers:
-            streams = layer(streams, rotation, mask, cache)
-        return self.norm(self.hc_head(streams))
+            streams, h_pre = layer(streams, h_pre, rotation, mask, cache)
+        return self.norm(self.hc_head(streams, h_pre))
 
 
 class MHCGPTForCausalLM(PreTrainedModel, GenerationMixin):

@@ -1,4 +1,4 @@
-"""`--mhc-read previous` in every layout: what a sub-layer hands on crosses layers, chunks, stages and replays.
+"""`--mhc-read previous` in every layout: what is handed on crosses layers, chunks, stages and replays.
 
 In float64 against one process, whose arithmetic tests/megatron/test_single_pass.py holds against others'.
 """

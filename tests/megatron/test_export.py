@@ -46,6 +46,8 @@ SIGMOID = SHARED + "--moe-router-score-function sigmoid --moe-router-enable-expe
 CASES = {
     "gqa": GQA + PLAIN + "--untie-embeddings-and-output-weights",
     "biases_tied_v4": GQA + "--qk-layernorm --mhc-preset deepseek_v4 --rotary-percent 0.5",
+    "single_pass": GQA + PLAIN + "--mhc-preset deepseek_v41 --mhc-num-residual-streams 2",
+    "single_pass_mean": PLAIN + "--mhc-read previous --mhc-contract mean --mhc-h-res unconstrained",
     "qkv_bias_hc": PLAIN + "--add-qkv-bias --mhc-h-res unconstrained --mhc-contract sum --rotary-base 500",
     "fixed": PLAIN + "--mhc-h-pre fixed --mhc-h-post fixed --mhc-contract learned_head --use-rope-scaling",
     "identity": PLAIN + "--mhc-h-res identity --mhc-h-pre fixed --rotary-seq-len-interpolation-factor 2",

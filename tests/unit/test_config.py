@@ -18,6 +18,9 @@ def test_defaults_are_the_papers():
     assert (mhc.num_residual_streams, mhc.sinkhorn_iterations, mhc.init_gating_factor) == (4, 20, 0.01)
     assert (mhc.preset, mhc.h_res, mhc.contract) == ("paper", "sinkhorn", "mean")
     assert MHCConfig(preset="deepseek_v4").contract == "learned_head"
+    assert (mhc.read, MHCConfig(read="previous").contract) == ("current", "h_pre")
+    v41 = MHCConfig(preset="deepseek_v41")
+    assert (v41.read, v41.contract, v41.has_deepseek_arithmetic) == ("previous", "h_pre", True)
     assert mhc.pp_boundary == MHCConfig(pipeline_schedule="fused").pp_boundary == "whole"
     assert MHCConfig(pipeline_schedule="auto").pp_boundary == "auto"
     assert MHCConfig(pipeline_schedule="auto", pp_boundary="split").pp_boundary == "split"
@@ -34,7 +37,7 @@ def test_defaults_are_the_papers():
         (dict(num_residual_streams=2**31), "--mhc-num-residual-streams=2147483648: give a whole number"),
         (dict(sinkhorn_iterations=20.9), "--mhc-sinkhorn-iterations=20.9: give a whole number, at least 1"),
         (dict(sinkhorn_iterations=None), "--mhc-sinkhorn-iterations=None: give"),
-        (dict(preset="deepseek"), "--mhc-preset='deepseek': give one of paper, deepseek_v4 (default paper)"),
+        (dict(preset="deepseek"), "--mhc-preset='deepseek': give one of paper, deepseek_v4,"),
         (dict(h_res=["sinkhorn"]), "--mhc-h-res=['sinkhorn']: give one of sinkhorn, identity"),
         (dict(init_gating_factor=-1.0), "--mhc-init-gating-factor=-1.0: give a finite number, at least 0"),
         (dict(init_gating_factor=10**400), "--mhc-init-gating-factor=1000"),
@@ -44,6 +47,13 @@ def test_defaults_are_the_papers():
         (dict(alarm_logit=math.nan), "--mhc-alarm-logit=nan: give a finite number, above 0"),
         (dict(load_dense=object), "--mhc-load-dense=<class 'object'>: give true or false (default False)"),
         (dict(preset="deepseek_v4", h_res="unconstrained"), "use --mhc-preset=paper"),
+        (dict(preset="deepseek_v41", h_res="unconstrained"), "has no deepseek_v41 form: use --mhc-preset"),
+        (
+            dict(preset="deepseek_v41", read="current"),
+            "contradicts --mhc-preset=deepseek_v41: use deepseek_v4",
+        ),
+        (dict(read="previous", h_pre="fixed"), "with --mhc-h-pre=fixed hands on nothing: drop one"),
+        (dict(contract="h_pre"), "--mhc-contract=h_pre needs weights that no sub-layer reads with: add"),
         (dict(alarm="stop"), "add --mhc-log-interval=100"),
         (dict(recompute_coefficients=True), "add --mhc-recompute-layer-num=auto"),
     ],
@@ -250,6 +260,7 @@ def test_checkpoints_store_the_options_that_change_the_arithmetic():
         "h_res": "sinkhorn",
         "h_pre": "dynamic",
         "h_post": "dynamic",
+        "read": "current",
         "sinkhorn_iterations": 20,
         "contract": "mean",
         "norm_eps": 1e-5,
