@@ -146,8 +146,7 @@ def triton_obstacle(mhc: MHCConfig, width: int, dtype: torch.dtype, device_type:
         return obstacle
     if width % 16:
         return f"--hidden-size {width} is no multiple of 16"
-    served = ("h_res", "sinkhorn"), ("h_pre", "dynamic"), ("h_post", "dynamic"), ("read", "current")
-    for name, needed in served:
+    for name, needed in (("h_res", "sinkhorn"), ("h_pre", "dynamic"), ("h_post", "dynamic")):
         if getattr(mhc, name) != needed:
             return f"{flag(name)} is {getattr(mhc, name)}"
     return None

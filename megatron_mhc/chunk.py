@@ -71,8 +71,8 @@ class ModelChunk:
     ) -> SubLayer:
         return SubLayer(connection, f, self, position)
 
-    def next_pre(self, sublayer: SubLayer, streams: Tensor) -> NextPre | None:
-        """The next connection's `pre`, if this sub-layer computes it ahead; streams: [s, b, n*C]."""
+    def next_pre(self, sublayer: SubLayer, streams: Tensor, handed_on: Tensor | None) -> NextPre | None:
+        """The next connection's `pre`, if this sub-layer computes it ahead; of a `Visit` of it."""
         behind = sublayer.position + 1
         if not self._works_ahead or behind == len(self.sublayers):
             return None
@@ -82,7 +82,7 @@ class ModelChunk:
         # An FSDP gathers its parameters when that layer runs, and hands it another tensor of the streams.
         if follows.layer is not sublayer.layer and follows.layer and is_gathered_alone(follows.layer):
             return None
-        return follows.connection.next_pre(streams)
+        return follows.connection.next_pre(streams, handed_on)
 
     def is_last(self, sublayer: SubLayer) -> bool:
         return sublayer.position == len(self.sublayers) - 1

@@ -18,7 +18,7 @@ from megatron_mhc.checkpoint_parts import InParts, in_shards
 from megatron_mhc.config import MHCConfig, flag
 from megatron_mhc.norm import FoldedNorm
 from megatron_mhc.ops import reference
-from megatron_mhc.ops.options import Options
+from megatron_mhc.ops.options import Options, ReadNorm
 from megatron_mhc.parallel import gather_parameters, mark_replicated, streams_dtype
 
 if TYPE_CHECKING:
@@ -205,19 +205,27 @@ class HyperConnectionModule(MappingParameters, InParts):
             from megatron_mhc.ops import boundary  # imports triton, which a CPU may lack
 
             # `next_pre` has called what gathers the parameters.
-            if (made := boundary.taken(streams, self.mapping_proj.weight, self.affine, norm)) is not None:
+            of = (self.mapping_proj.weight, self.affine, *(() if h_pre is None else (h_pre,)))
+            if (made := boundary.taken(streams, *of, norm=norm)) is not None:
                 return made
         n = self.mhc.num_residual_streams
         kernels = self.backend.kernels(streams, streams.shape[-1] // n)
+        if self.mhc.reads_previous and torch.compiler.is_compiling():
+            kernels = None  # which fuses the reference by itself
         if kernels is not None:
             from megatron_mhc.ops import autograd
 
             layer_input, mappings = autograd.pre(
-                streams, self.mapping_proj(), self.affine, self.options, kernels, n, norm
+                streams, self.mapping_proj(), self.affine, self.options, kernels, n, norm, h_pre
             )
             return self._for_f(layer_input), mappings
+        return self._by_reference(streams, h_pre, norm)
+
+    def _by_reference(
+        self, streams: Tensor, h_pre: Tensor | None, norm: ReadNorm | None
+    ) -> tuple[Tensor, reference.Coefficients]:
         s, b, _ = streams.shape
-        x = streams.view(s * b, n, -1)
+        x = streams.view(s * b, self.mhc.num_residual_streams, -1)
         coefficients = self.coefficients(x)
         if self.mhc.num_residual_streams == 1 and not self.dynamic["pre"] and norm is None:
             # 1 * x is x; handing on x itself also keeps the order in which autograd sums its gradient.
@@ -273,18 +281,17 @@ class HyperConnectionModule(MappingParameters, InParts):
         s, b, _ = streams.shape
         x = streams.view(s * b, self.mhc.num_residual_streams, -1)
         kernels = self.backend.kernels(x, x.shape[-1])
-        if kernels is None:
-            layer_input, mappings = self.forward(streams, h_pre)
-            assert isinstance(mappings, reference.Coefficients)
+        norm = None if self.norm is None else self.norm.read()
+        if kernels is None or self.mhc.reads_previous:  # whose gradient no op of `compiled` has
+            layer_input, mappings = self._by_reference(streams, h_pre, norm)
             crossing = [mappings.h_post.contiguous(), mappings.h_res.contiguous()]
             if self.mhc.reads_previous:
                 crossing.append(mappings.h_pre.contiguous())
             return layer_input, (streams, *crossing)
         from megatron_mhc.ops import compiled  # imports triton, which a CPU may lack
 
-        norm = () if self.norm is None else self.norm.read()
         layer_input, *tensors, _ = compiled.pre(
-            x, self.mapping_proj(), self.affine, *self.options, kernels.name, *norm
+            x, self.mapping_proj(), self.affine, *self.options, kernels.name, *(norm or ())
         )
         # `pre` alone gives the streams their gradient.
         return self._for_f(layer_input.view(s, b, -1)), (streams.detach(), *tensors)
@@ -315,8 +322,10 @@ class HyperConnectionModule(MappingParameters, InParts):
             u, h_post = autograd.mix(mappings)
         return u.view(streams.shape), h_post
 
-    def next_pre(self, streams: Tensor) -> NextPre | None:
+    def next_pre(self, streams: Tensor, h_pre: Tensor | None = None) -> NextPre | None:
         """What the preceding `post_res` needs to compute this `pre` ahead; streams: [s, b, n*C].
+
+        h_pre: as in `forward`.
 
         None if it may not: without `--mhc-boundary fused`, the bits have to be those of separate kernels.
         """
@@ -328,7 +337,13 @@ class HyperConnectionModule(MappingParameters, InParts):
         if kernels.post_res_pre is not None:  # it reads `affine` too
             gather_parameters(self)
         norm = None if self.norm is None else self.norm.read()
-        return NextPre(kernels, self.mapping_proj(), self.affine, self.options, norm)
+        return NextPre(kernels, self.mapping_proj(), self.affine, self.options, norm, h_pre)
+
+    def handed_on(self, mappings: Mappings) -> Tensor | None:
+        """Of the mappings, h_pre: [s*b, n] if the next sub-layer is to read with it, else None."""
+        if not self.mhc.reads_previous:
+            return None
+        return mappings.h_pre if isinstance(mappings, reference.Coefficients) else mappings.handed_on
 
     @property
     def bias(self) -> Tensor:

@@ -124,7 +124,7 @@ class SubLayer:
             h_pre: what the sub-layer in front has `handed_on`.
         """
         layer_input, mappings = self.connection(streams, h_pre)
-        visit = Visit(streams, layer_input, mappings, handed_on=self._handed_on(mappings))
+        visit = Visit(streams, layer_input, mappings, handed_on=self.connection.handed_on(mappings))
         if not torch.compiler.is_compiling() and not isinstance(mappings, reference.Coefficients):
             visit.left = Left()
             visit.read_by_f(layer_input)
@@ -143,7 +143,7 @@ class SubLayer:
         bias = None if visit.left is None else visit.left.bias
         next_pre = None
         if work_ahead and torch.is_grad_enabled():
-            next_pre = self.chunk.next_pre(self, visit.streams)
+            next_pre = self.chunk.next_pre(self, visit.streams, visit.handed_on)
         one_node = self.chunk.keeps_streams
         return self.connection.post_res(visit.streams, f, visit.mappings, bias, next_pre, one_node)
 
@@ -155,7 +155,7 @@ class SubLayer:
             h_post what is `handed_on`, if that is: [s*b, 2*n].
         """
         layer_input, mappings = self.connection(streams, h_pre)
-        visit = Visit(streams, layer_input, mappings, handed_on=self._handed_on(mappings))
+        visit = Visit(streams, layer_input, mappings, handed_on=self.connection.handed_on(mappings))
         u, written = self.connection.mix(streams, mappings)
         if visit.handed_on is not None:
             written = torch.cat([written, visit.handed_on], dim=1)
@@ -164,10 +164,7 @@ class SubLayer:
     def arrived(self, layer_input: Tensor, *crossed: Tensor) -> Visit:
         """The visit of what left a CUDA graph that holds this `pre` alone, see `read_across`."""
         streams, mappings = self.connection.arrived(*crossed)
-        return Visit(streams, layer_input, mappings, handed_on=self._handed_on(mappings))
-
-    def _handed_on(self, mappings: Mappings) -> Tensor | None:
-        return mappings.h_pre if self.connection.mhc.reads_previous else None
+        return Visit(streams, layer_input, mappings, handed_on=self.connection.handed_on(mappings))
 
 
 def bias_dropout(training: bool, fused: bool) -> Callable[..., Tensor]:

@@ -16,6 +16,9 @@ may work ahead for that `pre`.
 Where a pipeline stage ends between the two terms of the next streams, `mix` stands in for `post_res`: g comes
 through the tunnel too, and dh_post instead of f.
 
+Under --mhc-read previous the layer input is read with the h_pre of the connection in front, an input of
+`pre`, which hands its own on as an output: two small tensors [T, n] with gradients of the usual kind.
+
 Where the RMSNorm in front of F is folded into `pre` (`ReadNorm`), its output y stands for the layer input,
 and dl for y's gradient.
 
@@ -31,8 +34,8 @@ from torch import Tensor
 
 from megatron_mhc.ops import compiled
 from megatron_mhc.ops.kernels import TRITON, Kernels
-from megatron_mhc.ops.link import Ahead, Link, NextPre, Saved, link_of
-from megatron_mhc.ops.options import Options, ReadNorm
+from megatron_mhc.ops.link import Ahead, Link, NextPre, Projected, Saved, link_of, made_by
+from megatron_mhc.ops.options import Handed, HandedBack, Options, ReadNorm
 from megatron_mhc.ops.triton import stage_ends
 from megatron_mhc.ops.triton.post_res import post_backward, post_res_forward
 from megatron_mhc.ops.triton.post_res_project import can_project
@@ -60,6 +63,7 @@ class KernelMappings:
         coefficients: [T, M] fp32, h_pre, h_post and h_res row-major.
         norm, norm_saved: folded into `pre`, and what that kept of it, [T, n+1] fp32; or None.
         handoff: from an eager `pre`.
+        handed_on: [T, n] fp32, h_pre with its gradient, where the next connection reads with it.
         streams: [T, n, C], from a compiled one, whose tunnels are not the streams.
     """
 
@@ -73,11 +77,12 @@ class KernelMappings:
         *,
         handoff: BackwardHandoff | None = None,
         streams: Tensor | None = None,
+        handed_on: Tensor | None = None,
     ):
         self.n = tunnels[0].shape[1]
         self.coefficients, self.saved = coefficients, saved
         self.norm, self.norm_saved = norm, norm_saved
-        self.handoff, self.streams = handoff, streams
+        self.handoff, self.streams, self.handed_on = handoff, streams, handed_on
         self._tunnels: tuple[Tensor, ...] | None = tunnels
 
     @property
@@ -132,44 +137,61 @@ class _Pre(torch.autograd.Function):
         weight: Tensor,
         affine: Tensor,
         norm_weight: Tensor | None,
+        h_pre: Tensor | None,
         visit: _Visit,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
         kernels, options, norm, upstream, _, shape, read = visit
         ahead = None
         if upstream is not None and upstream.ahead is not None:
-            ahead = upstream.ahead.take(streams, weight, affine, norm=norm)
-        x = streams.view(shape)
+            ahead = upstream.ahead.take(
+                streams, weight, affine, *(() if h_pre is None else (h_pre,)), norm=norm
+            )
+        x, handed = streams.view(shape), handed_to(h_pre)
         if ahead is None:
-            made = kernels.pre_forward(x, weight, affine, options, norm=norm)
-        elif isinstance(ahead, Tensor):
+            made = kernels.pre_forward(x, weight, affine, options, norm=norm, handed=handed)
+        elif isinstance(ahead, Projected):
             kernels = kernels if kernels.takes_projection else TRITON
-            made = kernels.pre_forward(x, weight, affine, options, parts=ahead, norm=norm)
+            more = dict(parts=ahead.parts, layer_input=ahead.layer_input, handed=handed)
+            made = kernels.pre_forward(x, weight, affine, options, norm=norm, **more)
         else:
-            made = ahead
+            made, handed = ahead
         layer_input, saved, coefficients, norm_saved = made
         layer_input = layer_input if layer_input.shape == read else layer_input.view(read)
-        ctx.save_for_backward(x, weight, affine, norm_weight, saved, norm_saved)
+        ctx.save_for_backward(x, weight, affine, norm_weight, h_pre, saved, norm_saved)
         ctx.visit, ctx.shape = visit, streams.shape
         ctx.mark_non_differentiable(*made[1 : 4 if norm else 3])
         ctx.set_materialize_grads(False)  # else autograd fills zeros for what is not differentiable
-        return layer_input, x, saved, coefficients, norm_saved
+        return layer_input, x, saved, coefficients, norm_saved, handed and handed.on
 
     @staticmethod
     def backward(  # type: ignore[override]
-        ctx: Any, dl: Tensor | None, g: Tensor | None, *_: Any
+        ctx: Any, dl: Tensor | None, g: Tensor | None, *others: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        x, weight, affine, norm_weight, saved, norm_saved = ctx.saved_tensors
+        x, weight, affine, norm_weight, h_pre, saved, norm_saved = ctx.saved_tensors
         kernels, options, norm, upstream, handoff, *_ = ctx.visit
         norm = norm and norm._replace(weight=norm_weight)
         writer = None if upstream is None else upstream.writer
+        handed = handed_back(h_pre, others[-1])
         dx, d_weight, d_affine, df, d_norm_weight = gradients_of_pre(
             kernels, options, handoff, x, weight, affine, norm, saved, norm_saved, dl, g, writer,
-            ctx.needs_input_grad[1],
+            ctx.needs_input_grad[1], handed,
         )  # fmt: skip
         dx = dx if dx.shape == ctx.shape else dx.view(ctx.shape)
         if df is not None:
             upstream.put_df(dx, df)
-        return dx, d_weight, d_affine, d_norm_weight, None
+        return dx, d_weight, d_affine, d_norm_weight, handed and handed.d_h_pre, None
+
+
+def handed_to(h_pre: Tensor | None) -> Handed | None:
+    """What `pre` needs to read with h_pre: [T, n], if it is to."""
+    return None if h_pre is None else Handed(h_pre, torch.empty_like(h_pre))
+
+
+def handed_back(h_pre: Tensor | None, d_on: Tensor | None) -> HandedBack | None:
+    """The same for its backward; d_on: the gradient of what it has handed on."""
+    if h_pre is None:
+        return None
+    return HandedBack(h_pre, None if d_on is None else d_on.contiguous(), torch.empty_like(h_pre))
 
 
 def gradients_of_pre(
@@ -186,6 +208,7 @@ def gradients_of_pre(
     g: Tensor | None,
     writer: tuple[Tensor, Tensor] | None,
     with_dphi: bool,
+    handed: HandedBack | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]:
     """dx, d_weight, d_affine, df of the writer and d_norm_weight, of what has arrived of g, dl and f.
 
@@ -201,7 +224,8 @@ def gradients_of_pre(
         f, dl = None if f is None else f.view(x.shape[::2]), dl.view(x.shape[::2])
     return serving.pre_backward(
         x, g.contiguous(), f, dl, weight, affine, saved, options,
-        writer=writer, f_bias=f_bias, norm=norm, norm_saved=norm_saved, with_dphi=with_dphi, **more,
+        writer=writer, f_bias=f_bias, norm=norm, norm_saved=norm_saved, with_dphi=with_dphi, handed=handed,
+        **more,
     )  # fmt: skip
 
 
@@ -221,16 +245,21 @@ class _PostRes(torch.autograd.Function):
         ctx.handoff, ctx.link, ctx.shape = mappings.handoff, Link(saved) if linked else None, tunnel.shape
         if ctx.link is None or next_pre is None or f.dtype != tunnel.dtype or not can_project(tunnel):
             return post_res_forward(tunnel, f, coefficients, f_bias)
-        kernels, weight, affine, options, norm = next_pre
+        kernels, weight, affine, options, norm, h_pre = next_pre
         if kernels.post_res_pre is not None:
+            handed = handed_to(h_pre)
             out, *made = kernels.post_res_pre(
-                tunnel, f, coefficients, f_bias, weight, affine, options, norm=norm
+                tunnel, f, coefficients, f_bias, weight, affine, options, norm=norm, handed=handed
             )
-            ctx.link.ahead = Ahead(out, (weight, affine), tuple(made), norm)
+            ctx.link.ahead = Ahead(out, made_by(next_pre), (tuple(made), handed), norm)
         else:
             assert kernels.post_res_project is not None
-            out, parts = kernels.post_res_project(tunnel, f, coefficients, weight, f_bias, norm is not None)
-            ctx.link.ahead = Ahead(out, (weight,), parts, norm)
+            folds, reads = norm is not None, norm is None and h_pre is not None
+            out, parts, layer_input = kernels.post_res_project(
+                tunnel, f, coefficients, weight, f_bias, folds, reads
+            )
+            of = made_by(next_pre) if reads else (weight,)
+            ctx.link.ahead = Ahead(out, of, Projected(parts, layer_input), norm)
         return out
 
     @staticmethod
@@ -271,6 +300,7 @@ def pre(
     kernels: Kernels = TRITON,
     n: int | None = None,
     norm: ReadNorm | None = None,
+    h_pre: Tensor | None = None,
 ) -> tuple[Tensor, KernelMappings]:
     """Read the layer input from the streams; see `triton.pre.pre_forward` for shapes.
 
@@ -278,6 +308,7 @@ def pre(
         kernels: Triton's run what these cannot: a projection made ahead, an f of another dtype.
         n: of streams that come as x: [s, b, n*C].
         norm: what stands between the layer input and F, if `kernels` are to compute it (`folds_norm`).
+        h_pre: [T, n] fp32, to read with, of the connection in front (`reads_previous`).
 
     Returns:
         layer input [T, C], or [s, b, C], in x's dtype, or the norm's output; and the mappings that `post_res`
@@ -294,11 +325,16 @@ def pre(
         mappings = KernelMappings(tuple(tunnels), coefficients, saved, norm, norm and norm_saved, streams=x)
         return layer_input.view(read), mappings
     visit = _Visit(kernels, options, norm, link_of(x), BackwardHandoff(), shape, read)
-    layer_input, tunnel, projection, coefficients, norm_saved = _Pre.apply(
-        x.contiguous(), weight, affine, norm and norm.weight, visit
+    layer_input, tunnel, projection, coefficients, norm_saved, handed_on = _Pre.apply(
+        x.contiguous(),
+        weight,
+        affine,
+        norm and norm.weight,
+        None if h_pre is None else h_pre.contiguous(),
+        visit,
     )
-    saved = Saved(projection, affine)
-    mappings = KernelMappings((tunnel,), coefficients, saved, norm, norm_saved, handoff=visit.handoff)
+    saved, rest = Saved(projection, affine), dict(handoff=visit.handoff, handed_on=handed_on)
+    mappings = KernelMappings((tunnel,), coefficients, saved, norm, norm_saved, **rest)
     return layer_input, mappings
 
 

@@ -20,9 +20,10 @@ class Kernels(NamedTuple):
 
     Args:
         name: of --mhc-backend.
-        pre_forward: (x, weight, affine, options, norm) -> layer input, saved, coefficients, norm_saved.
+        pre_forward: (x, weight, affine, options, norm, handed) -> layer input, saved, coefficients,
+            norm_saved.
         pre_backward: (x, g, f, dl, weight, affine, saved, options, writer, f_bias, norm, norm_saved,
-            with_dphi) -> dx, d_weight, d_affine, df of the writer, d_norm_weight.
+            with_dphi, handed) -> dx, d_weight, d_affine, df of the writer, d_norm_weight.
         dtypes, streams: of x, and its n.
         max_iterations: of Sinkhorn-Knopp.
         channels_per_sm: most of C for each SM of the GPU.
@@ -33,6 +34,7 @@ class Kernels(NamedTuple):
         takes_dh_post: `pre_backward` takes dh_post instead of f.
         takes_other_f: f may have another dtype than x.
         reserves_sms: looks at `Options.reserved_sms`.
+        reads_previous: takes `handed`, the weights of another connection to read with.
     """
 
     name: str
@@ -42,13 +44,14 @@ class Kernels(NamedTuple):
     streams: tuple[int, ...]
     max_iterations: int | None = None
     channels_per_sm: int | None = None
-    post_res_project: Callable[..., tuple[Tensor, Tensor]] | None = None
+    post_res_project: Callable[..., tuple[Tensor, Tensor, Tensor | None]] | None = None
     post_res_pre: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]] | None = None
     folds_norm: bool = False
     takes_projection: bool = True
     takes_dh_post: bool = True
     takes_other_f: bool = True
     reserves_sms: bool = False
+    reads_previous: bool = False
 
     def backward_of(self, x: Tensor, f: Tensor | None) -> Kernels:
         """Whose `pre_backward` serves x and f, None where dh_post came instead."""
@@ -64,6 +67,7 @@ TRITON = Kernels(
     streams=(1, 2, 4, 8),
     post_res_project=post_res_project.post_res_project,
     folds_norm=True,
+    reads_previous=True,
 )
 HOPPER = Kernels(
     name="hopper",
@@ -77,6 +81,7 @@ HOPPER = Kernels(
     channels_per_sm=64,
     post_res_pre=hopper_pre.post_res_pre,
     folds_norm=True,
+    reads_previous=True,
     takes_projection=False,
     takes_dh_post=False,
     takes_other_f=False,

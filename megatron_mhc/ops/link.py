@@ -26,6 +26,19 @@ class NextPre(NamedTuple):
     affine: Tensor
     options: Options
     norm: ReadNorm | None = None
+    h_pre: Tensor | None = None  # [T, n] fp32, what the writer has handed on to read with
+
+
+def made_by(pre: NextPre) -> tuple[Tensor, ...]:
+    """The tensors that all which it returns is made of, besides the streams and its norm."""
+    return (pre.weight, pre.affine) if pre.h_pre is None else (pre.weight, pre.affine, pre.h_pre)
+
+
+class Projected(NamedTuple):
+    """What `post_res_project` makes for the next `pre`: parts of a projection, and maybe its layer input."""
+
+    parts: Tensor
+    layer_input: Tensor | None
 
 
 class Ahead:
@@ -41,7 +54,8 @@ class Ahead:
         """What was made of x, this output, if it was of these very values; once, else None.
 
         Args:
-            parameters: phi and affine of the connection that reads x; of fewer it may have been made.
+            parameters: phi and affine of the connection that reads x, and the h_pre that it was handed, if
+                any; of fewer it may have been made.
             norm: that its `pre` computes too.
         """
         made, self._made = self._made, None

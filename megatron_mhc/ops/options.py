@@ -36,3 +36,27 @@ class ReadNorm(NamedTuple):
     weight: Tensor
     eps: float
     zero_centered: bool
+
+
+class Handed(NamedTuple):
+    """What a `pre` reads with in place of its own weights, and where those go (--mhc-read previous).
+
+    Args:
+        h_pre: [T, n] fp32, made by the connection in front. on: [T, n] fp32, written.
+    """
+
+    h_pre: Tensor
+    on: Tensor
+
+
+class HandedBack(NamedTuple):
+    """The same in its backward.
+
+    Args:
+        h_pre: [T, n] fp32, as given. d_on: [T, n] fp32, what the weights handed on get; None for nothing.
+        d_h_pre: [T, n] fp32, written.
+    """
+
+    h_pre: Tensor
+    d_on: Tensor | None
+    d_h_pre: Tensor

@@ -60,7 +60,7 @@ class DroppingSubLayer(SubLayer):
             with dropped.slots.reading():
                 layer_input, mappings = self.connection(streams, h_pre)
             dropped.takes_bias = not isinstance(mappings, reference.Coefficients)
-            visit = Visit(streams, layer_input, mappings, dropped, self._handed_on(mappings))
+            visit = Visit(streams, layer_input, mappings, dropped, self.connection.handed_on(mappings))
             visit.read_by_f(layer_input)
         return visit
 
@@ -223,8 +223,9 @@ class Dropped(Left):
         for one, target in zip(row, targets, strict=True):
             assert isinstance(one.coefficients, Tensor) and one.f is not None
             f = one.f.reshape(s * b, width).contiguous()
+            given = None if one.h_pre is None else one.h_pre.detach()
             out = None if target is None else target.view(s * b, width)
-            kept.append(replay.Connection(one.coefficients, f, out, one.bias, *one.folded))
+            kept.append(replay.Connection(one.coefficients, f, out, one.bias, *one.folded, given))
         more = len(behind) >= len(row)
         between = replay.replay(x.view(s * b, n, width), kept, behind=more)
         streams = [x, *(t.view(x.shape) for t in between)]
@@ -286,7 +287,7 @@ class Dropped(Left):
         coefficients = self.coefficients
         if coefficients is None:
             return [] if self.f is None else [self.f]
-        return [t for t in (self.f, coefficients, self.folded[1]) if isinstance(t, Tensor)]
+        return [t for t in (self.f, coefficients, self.folded[1], self.h_pre) if isinstance(t, Tensor)]
 
     def restored(self) -> list[Tensor]:
         """See `block.Replayed`."""

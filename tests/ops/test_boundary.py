@@ -23,7 +23,7 @@ STREAM, COEFFICIENT = (5e-3, 1e-3) if ON_GPU else (1e-2, 2e-2)
 def test_output_has_the_bits_of_post_res_and_the_parts_are_its_projection(tokens, n, channels, v4):
     x, weight, _, *_, f = inputs(tokens, n, channels, BF16)
     mappings = torch.rand(tokens, n * n + 2 * n, generator=torch.Generator().manual_seed(3)).to(DEVICE)
-    out, parts = post_res_project(x, f, mappings, weight)
+    out, parts, _ = post_res_project(x, f, mappings, weight)
     assert torch.equal(out, post_res_forward(x, f, mappings))
     exact = out.double().view(tokens, n * channels)
     assert error(parts[..., :-1].sum(0), exact @ weight.double().T) <= 2e-5

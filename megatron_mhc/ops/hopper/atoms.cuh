@@ -72,20 +72,22 @@ __device__ __forceinline__ float3 sum_by_halves(const float* p, u32 tag) {
     return add(even, odd);
 }
 // With NORM: h_pre r of the group's tokens first to first + 7 of tile `it`, which begins at `token`, to `to`;
-// saves what backward wants of this slice's tokens.
+// saves what backward wants of this slice's tokens. h_pre: given with PREVIOUS.
 __device__ __forceinline__ void read_scaled(float* to, const float* of_tile, int first, int token, int it,
                                             int slice, int T, int lane, float gate_pre, float shift_pre,
-                                            float eps, const Norm& norm) {
+                                            float eps, const float* h_pre, const Norm& norm) {
     // Lane 4 t + i has atom i of token t, and of the fifth every fourth slice.
     const float3 quad = sum_by_halves(of_tile + ATOM_AT(first, 0) + lane * 4, it + 1);
     float3 across = sum_slices<4, FIFTH_LOADS>(of_tile + ATOM_AT(first + lane / STREAMS, STREAMS),
                                                lane % STREAMS, PART, it + 1);
     across.x = sum_axis<1>(across.x), across.y = sum_axis<1>(across.y);
     const float inverse = rsqrtf(__fmaf_rn(sum_axis<1>(quad.y), 1.f / (STREAMS * CHANNELS), eps));
-    const float h = sigmoid(__fmaf_rn(__fmul_rn(quad.x, inverse), gate_pre, shift_pre)) + (V4 ? EPS : 0.f);
+    const int r = first + lane / STREAMS, t = token + r;
+    const float h = PREVIOUS ? h_pre[(u64)min(t, T - 1) * STREAMS + lane % STREAMS]
+                             : sigmoid(__fmaf_rn(__fmul_rn(quad.x, inverse), gate_pre, shift_pre)) +
+                                   (V4 ? EPS : 0.f);
     const Read v = read_norm(h, quad, across, lane, norm.eps);
     to[lane] = __fmul_rn(h, v.inverse_rms);
-    const int r = first + lane / STREAMS, t = token + r;
     if ((TILE * it + r) % SLICES == slice && t < T) {
         norm.saved[(u64)t * KEPT + lane % STREAMS] = v.with_l;
         if (lane % STREAMS == 0) norm.saved[(u64)t * KEPT + STREAMS] = v.inverse_rms;

@@ -32,6 +32,11 @@ static_assert(D_AT + ROWS <= ALONG_AT && ALONG_AT < 3 * COEFFICIENT_ATOMS &&
 // Floats of half a warp: a token's coefficients, a matrix, scaling vectors.
 constexpr int STAGING = TOKEN_FLOATS + 16 + 8 * ITERATIONS;
 
+struct Handed {  // with PREVIOUS, [T, STREAMS] each
+    const float *h_pre, *d_handed_on;
+    float* d_h_pre;
+};
+
 struct Gradients {
     float *d_affine, *coefficients, *partial;
     u32* done;
@@ -78,8 +83,8 @@ __device__ __forceinline__ void middle(const Place at, int groups, int T, int tu
                                        const float* __restrict__ affine, const float* __restrict__ saved,
                                        const float* __restrict__ writer_saved,
                                        const float* __restrict__ writer_affine,
-                                       const float* __restrict__ norm_saved, const float* parts,
-                                       float* staging, const Gradients to) {
+                                       const float* __restrict__ norm_saved, const Handed handed,
+                                       const float* parts, float* staging, const Gradients to) {
     // The warp prepares TOGETHER tokens at once, then awaits their sums one token after the other.
     const int half = TOGETHER == 2 ? lane / 16 : 0, e = lane % 16, i = e / STREAMS, j = e % STREAMS;
     const float gate_early = affine[e < STREAMS ? ROWS : ROWS + 1], gate_res = affine[ROWS + 2];
@@ -105,6 +110,13 @@ __device__ __forceinline__ void middle(const Place at, int groups, int T, int tu
         const float res1 = __shfl_sync(ALL_LANES, u_late, lane / 16 * 16 + ((e - 8) & 15));
         const float u_res = e < 8 ? res0 : res1;
         const float s = sigmoid(__fmaf_rn(u_early, gate_early, shift_early));
+        // Of lanes e < 4: the weights that l was read with, and what those made here get.
+        float h_read = s + (V4 ? EPS : 0.f), d_handed_on = 0.f;
+        if constexpr (PREVIOUS) {
+            const u64 here = (u64)min(t, T - 1) * STREAMS + e % STREAMS;
+            h_read = handed.h_pre[here];
+            if (handed.d_handed_on) d_handed_on = handed.d_handed_on[here];
+        }
         const float z = __fmaf_rn(u_res, gate_res, shift_res);
         __syncwarp();  // the last tokens' coefficients are published
         // V4 keeps the steps; otherwise J is the Jacobian.
@@ -124,7 +136,7 @@ __device__ __forceinline__ void middle(const Place at, int groups, int T, int tu
                 h = wide ? exact : h;
             }
         }
-        if (e < STREAMS) coefficient[H_PRE_AT + e] = s + (V4 ? EPS : 0.f);
+        if (e < STREAMS) coefficient[H_PRE_AT + e] = h_read;
         if (DF && e < STREAMS)
             coefficient[H_POST_AT + e] =
                 2.f * sigmoid(__fmaf_rn(writer_saved[(u64)min(t, T - 1) * 25 + STREAMS + e],
@@ -146,15 +158,17 @@ __device__ __forceinline__ void middle(const Place at, int groups, int T, int tu
             const float post = __shfl_sync(ALL_LANES, products.y, 2 * j + 1);
             float read = __shfl_sync(ALL_LANES, products.z, 2 * j + 1);
             if constexpr (NORM) {  // lane e < 4 has h_pre e, <x_e, u> and <x_e, l>
-                const float with_u = sum_axis<1>(__fmul_rn(s + (V4 ? EPS : 0.f), read));
+                const float with_u = sum_axis<1>(__fmul_rn(h_read, read));
                 const float along = __fmul_rn(norm_inverse * norm_inverse, with_u) / CHANNELS;
                 read = norm_inverse * __fmaf_rn(-along, kept, read);
                 if (half == turned && e == 0)
                     coefficient[INVERSE_AT] = norm_inverse, coefficient[ALONG_AT] = norm_inverse * along;
             }
+            if (PREVIOUS && half == turned && t < T && e < STREAMS)
+                handed.d_h_pre[(u64)t * STREAMS + e] = read;
             float d_early = 0.f;
             if (e < STREAMS)
-                d_early = read * s * (1.f - s);
+                d_early = (PREVIOUS ? d_handed_on : read) * s * (1.f - s);
             else if (e < 2 * STREAMS)
                 d_early = post * 2.f * s * (1.f - s);
             float d_res = b == 1 ? b1 : b == 2 ? b2 : b03;

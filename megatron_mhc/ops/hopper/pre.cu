@@ -28,9 +28,12 @@
 //   finish     computes r too, saves <x_i, l> and r, and gives `aggregate` h_pre r
 //   aggregate  multiplies by w
 //
+// With PREVIOUS, the weights to read with are given: h_pre, those of the connection in front, which MIX has in
+// `before` too. Those that this one makes go to `handed_on`. So without NORM `aggregate` awaits no sums.
+//
 // x, streams [T, 4, C], f, out [T, C], f_bias [C] bf16, before, mappings [T, 24] fp32, weight [24, 4 C] fp32,
-// saved [T, 25] fp32 (projection / r, 1 / r), norm_saved [T, 5] fp32, parts and ticket zeros. Without MIX, f,
-// streams, f_bias and before are not read.
+// saved [T, 25] fp32 (projection / r, 1 / r), norm_saved [T, 5] fp32, h_pre, handed_on [T, 4] fp32, parts and
+// ticket zeros. Without MIX, f, streams, f_bias and before are not read.
 #include "exchange.cuh"
 #include "atoms.cuh"
 #include "mix.cuh"
@@ -69,6 +72,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #if MHC_NORM
         const void* __restrict__ norm_weight, float* __restrict__ norm_saved,
 #endif
+#if MHC_PREVIOUS
+        const float* __restrict__ h_pre, float* __restrict__ handed_on,
+#endif
         float* parts, u32* ticket,
 #if MHC_NORM
         float norm_eps, float norm_offset,
@@ -78,6 +84,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     const Norm norm = {norm_weight, norm_saved, norm_eps, norm_offset};
 #else
     const Norm norm = {};
+#endif
+#if !MHC_PREVIOUS
+    const float* h_pre = nullptr;
+    float* handed_on = nullptr;
 #endif
     DYNAMIC_SHARED(memory);
     SHARED_ARRAY(u64, full, STAGES);
@@ -256,13 +266,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                 const int it = turn / TURNS, first = turn % TURNS * EACH, stage = it % STAGES;
                 barrier_wait(fulls + 8 * stage, it / STAGES & 1);
                 if constexpr (MIX) barrier_wait(mixes + 8 * stage, it / STAGES & 1);
-                if (!BUG(h_pre_unawaited)) barrier_wait(knows + 8 * stage, it / STAGES & 1);
+                if ((!PREVIOUS || NORM) && !BUG(h_pre_unawaited))
+                    barrier_wait(knows + 8 * stage, it / STAGES & 1);
                 if (first == 0 && lane == 0) MARK(it, 8);
 #pragma unroll
                 for (int k = first; k < first + EACH; k++) {
-                    const float4 read = *(const float4*)(reads + (stage * TILE + k) * STREAMS);
-                    const float h[STREAMS] = {read.x, read.y, read.z, read.w};
                     const int t = (at.group + it * groups) * TILE + k;
+                    const float4 read =
+                        *(const float4*)(!PREVIOUS || NORM ? reads + (stage * TILE + k) * STREAMS
+                                         : MIX             ? coefficients + (stage * TILE + k) * ROWS
+                                                           : h_pre + (u64)min(t, T - 1) * STREAMS);
+                    const float h[STREAMS] = {read.x, read.y, read.z, read.w};
                     // Only the store has a condition, so that tokens overlap.
 #pragma unroll
                     for (int c0 = 0; c0 < WIDTH; c0 += 256) {
@@ -309,8 +323,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                 if (half == 0 && lane == 0) MARK(it, 3);
                 if constexpr (NORM) {
                     read_scaled(reads + (stage * TILE + first) * STREAMS, of_tile, first, tile * TILE, it,
-                                at.slice, T, lane, gate_pre, shift_pre, eps, norm);
-                } else {
+                                at.slice, T, lane, gate_pre, shift_pre, eps, h_pre, norm);
+                } else if constexpr (!PREVIOUS) {
                     // Either half of the lanes sums up every second slice. Then lane 2 t has pre 0 to 2 of
                     // token t, and lane 2 t + 1 has pre 3 and the squares.
                     const float3 some = sum_slices<2, LOADS>(of_tile + ATOM_AT(first, 0) + lane % 16 * 4,
@@ -349,7 +363,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                         if (lane <= ROWS) saved[(u64)t * 25 + lane] = lane < ROWS ? u : inverse;
                         if (lane < 2 * STREAMS) {
                             const float s = sigmoid(z);
-                            mappings[(u64)t * ROWS + lane] = lane < STREAMS ? s + (V4 ? EPS : 0.f) : 2.f * s;
+                            const float h = lane < STREAMS ? s + (V4 ? EPS : 0.f) : 2.f * s;
+                            mappings[(u64)t * ROWS + lane] = h;
+                            if (PREVIOUS && lane < STREAMS) handed_on[(u64)t * STREAMS + lane] = h;
                         }
                         if (lane >= 2 * STREAMS && lane < ROWS) logits[tokens * 16 + lane - 2 * STREAMS] = z;
                         if (lane / 4 == tokens) mine = t;

@@ -11,7 +11,7 @@ from torch import Tensor
 from megatron_mhc.ops.hopper.compile import AHEAD, SHARED, Source, kernel, layout, loads, multiprocessors
 from megatron_mhc.ops.hopper.launch import Box, raw_stream
 from megatron_mhc.ops.hopper.norm import Kind, define, kind
-from megatron_mhc.ops.options import Options, ReadNorm
+from megatron_mhc.ops.options import Handed, Options, ReadNorm
 from megatron_mhc.ops.triton.post_res import streams_like
 
 WIDEST = 256
@@ -31,6 +31,7 @@ def pre_forward(
     affine: Tensor,
     options: Options,
     norm: ReadNorm | None = None,
+    handed: Handed | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """`megatron_mhc.ops.triton.pre.pre_forward` of x: [T, 4, C] bf16.
 
@@ -42,10 +43,10 @@ def pre_forward(
     if T:
         device = x.get_device()
         how = device, multiprocessors(device), raw_stream(device), get_ident()
-        plan = _plan(T, C, options, False, norm and kind(norm), *how)
-        of_norm = () if norm is None else (norm.weight, norm_saved)
+        plan = _plan(T, C, options, False, norm and kind(norm), handed is not None, *how)
+        more = (*(() if norm is None else (norm.weight, norm_saved)), *(handed or ()))
         # The last two maps are not looked at.
-        plan.launch((x, x, x), (None, None, weight, affine, out, saved, mappings, *of_norm))
+        plan.launch((x, x, x), (None, None, weight, affine, out, saved, mappings, *more))
     return out, saved, mappings, norm_saved
 
 
@@ -65,6 +66,7 @@ def post_res_pre(
     affine: Tensor,
     options: Options,
     norm: ReadNorm | None = None,
+    handed: Handed | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """x' of `post_res_forward`, and `pre_forward` of x', by one read of x and f.
 
@@ -73,6 +75,7 @@ def post_res_pre(
 
     Args:
         before: [T, 24] fp32, mappings of the connection that writes x'; the rest is of the one that reads.
+        handed: its h_pre is that of `before`.
 
     Source: arXiv 2512.24880 Eqs. (3), (14)-(19).
     """
@@ -82,9 +85,9 @@ def post_res_pre(
     if T:
         device = x.get_device()
         how = device, multiprocessors(device), raw_stream(device), get_ident()
-        plan = _plan(T, C, options, True, norm and kind(norm), *how)
-        of_norm = () if norm is None else (norm.weight, norm_saved)
-        plan.launch((x, f, streams), (f_bias, before, weight, affine, out, saved, mappings, *of_norm))
+        plan = _plan(T, C, options, True, norm and kind(norm), handed is not None, *how)
+        more = (*(() if norm is None else (norm.weight, norm_saved)), *(handed or ()))
+        plan.launch((x, f, streams), (f_bias, before, weight, affine, out, saved, mappings, *more))
     return streams, out, saved, mappings, norm_saved
 
 
@@ -108,6 +111,7 @@ def _plan(
     options: Options,
     mix: bool,
     norm: Kind | None,
+    previous: bool,
     device: int,
     sms: int,
     stream: int,
@@ -116,7 +120,7 @@ def _plan(
     """The `launch.Plan` of the current stream and thread.
 
     Args:
-        mix: of `post_res_pre`.
+        mix: of `post_res_pre`. previous: with weights that are handed on.
     """
     cut = layout(T, C, WIDEST, sms, TILE, options.reserved_sms)
     folds = norm is not None
@@ -124,6 +128,7 @@ def _plan(
     atoms, part = ATOMS[folds], TILE * ATOMS[folds] * 4  # floats of a tile
     defines = cut.defines(C, TILE, stages) | dict(ATOMS=atoms, PART=part, NORM=define(norm))
     defines |= dict(ITERATIONS=options.iterations, V4=int(options.deepseek_v4), MIX=int(mix))
+    defines["PREVIOUS"] = int(previous)
     defines["LOADS"] = loads(cut.slices, 2, MOST_LOADS)
     defines |= dict(QUAD_LOADS=2 * loads(cut.slices, 2, MOST_LOADS // 2), FIFTH_LOADS=loads(cut.slices, 4, 4))
     blocks = cut.groups * cut.slices

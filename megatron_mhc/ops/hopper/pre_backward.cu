@@ -24,9 +24,12 @@
 // With NORM, dl is the gradient of the norm's output (norm.cuh): `dots` computes <x_i, u> in place of <x_i,
 // dl>, of u as bf16 high + low halves; `middle` and `dx` make the layer input's; w's gathers beside phi's.
 //
+// With PREVIOUS, the layer input was read with h_pre, which another connection made, and whose gradient goes to
+// d_h_pre; d_handed_on is what the weights made here get, null for nothing.
+//
 // x, g, dx [T, 4, C] bf16, f, dl, df [T, C] bf16, weight, d_weight [24, 4 C] fp32, saved [T, 25] fp32,
 // partial [MIDDLE blocks, 48] fp32; parts, coefficients and counts [2 + DX SLICES] zeros; norm_saved [T, 5]
-// and norm_sums [C] fp32, d_norm [C] in norm_weight's dtype.
+// and norm_sums [C] fp32, d_norm [C] in norm_weight's dtype; h_pre, d_handed_on, d_h_pre [T, 4] fp32.
 #include "exchange.cuh"
 #include "middle.cuh"
 
@@ -79,6 +82,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #if MHC_NORM
                  const void* __restrict__ norm_weight, float* __restrict__ norm_saved, void* d_norm,
 #endif
+#if MHC_PREVIOUS
+                 const float* __restrict__ h_pre, const float* __restrict__ d_handed_on,
+                 float* __restrict__ d_h_pre,
+#endif
                  float* parts, float* coefficients, float* partial, u32* counts,
 #if MHC_NORM
                  float* norm_sums, float norm_offset,
@@ -88,6 +95,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     const Norm norm = {norm_weight, norm_saved, 0.f, norm_offset, norm_sums, d_norm};
 #else
     const Norm norm = {};
+#endif
+#if MHC_PREVIOUS
+    const Handed handed = {h_pre, d_handed_on, d_h_pre};
+#else
+    const Handed handed = {};
 #endif
     DYNAMIC_SHARED(memory);
     SHARED_ARRAY(u64, full, STAGES);
@@ -395,6 +407,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     } else {
         const Gradients to = {d_affine, coefficients, partial, done};
         middle(at, groups, T, warp - DX - DOTS - 3, lane, affine, saved, writer_saved, writer_affine,
-               norm.saved, parts, staging, to);
+               norm.saved, handed, parts, staging, to);
     }
 }

@@ -11,7 +11,7 @@ from torch import Tensor
 from megatron_mhc.ops.hopper.compile import AHEAD, SHARED, Source, kernel, layout, loads, multiprocessors
 from megatron_mhc.ops.hopper.launch import BOX, Box, raw_stream
 from megatron_mhc.ops.hopper.norm import Kind, define, kind
-from megatron_mhc.ops.options import Options, ReadNorm
+from megatron_mhc.ops.options import HandedBack, Options, ReadNorm
 
 WIDEST = 128
 WARPS = dict(DX=8, DOTS=2, MIDDLE=3)  # and three: fetch, load, store
@@ -47,6 +47,7 @@ def pre_backward(
     norm: ReadNorm | None = None,
     norm_saved: Tensor | None = None,
     with_dphi: bool = True,
+    handed: HandedBack | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]:
     """`megatron_mhc.ops.triton.pre_backward.pre_backward` of bf16; f and dl may be [s, b, C] too."""
     T, _, C = x.shape
@@ -60,11 +61,11 @@ def pre_backward(
     unused = (saved, affine)  # neither read nor, as dl, written
     device = x.get_device()
     how = device, multiprocessors(device), raw_stream(device), get_ident()
-    plan = _plan(T, C, options, df is not None, norm and kind(norm), *how, with_dphi)
-    of_norm = () if norm is None else (norm.weight, norm_saved, d_norm)
+    plan = _plan(T, C, options, df is not None, norm and kind(norm), handed is not None, *how, with_dphi)
+    more = (*(() if norm is None else (norm.weight, norm_saved, d_norm)), *(handed or ()))
     plan.launch(
         (x, g, f, dl, dx, dl if df is None else df),
-        (f_bias, weight, affine, saved, *(writer or unused), d_weight, d_affine, *of_norm),
+        (f_bias, weight, affine, saved, *(writer or unused), d_weight, d_affine, *more),
     )
     return dx, d_weight, d_affine, df, d_norm
 
@@ -76,17 +77,19 @@ def _plan(
     options: Options,
     with_df: bool,
     norm: Kind | None,
+    previous: bool,
     device: int,
     sms: int,
     stream: int,
     thread: int,
     with_dphi: bool = True,
 ) -> Any:
-    """The `launch.Plan` of the current stream and thread."""
+    """The `launch.Plan` of the current stream and thread; previous: as in `pre`."""
     cut = layout(T, C, WIDEST, sms, TILE, options.reserved_sms)
     shared, stages = memory(cut.width, options.iterations, norm=norm is not None)
     defines = cut.defines(C, TILE, stages) | dict(NORM=define(norm), DPHI=int(with_dphi))
     defines |= dict(ITERATIONS=options.iterations, V4=int(options.deepseek_v4), DF=int(with_df))
+    defines["PREVIOUS"] = int(previous)
     defines |= dict(LOADS=loads(cut.slices, 4, MOST_LOADS), TOGETHER=2 if cut.slices <= FEW else 1)
     blocks, slots = cut.groups * cut.slices, cut.groups * defines["EXCHANGE"]
     streams, f = Box(T, 4, C, cut.width, 1, TILE), Box(T, 1, C, cut.width, 1, TILE)

@@ -12,6 +12,7 @@ constexpr int WIDTH = MHC_WIDTH;        // channels of a slice, which is a block
 constexpr int SLICES = MHC_SLICES;      // of a row, the blocks of a group
 constexpr int TILE = MHC_TILE;          // tokens
 constexpr int STAGES = MHC_STAGES;      // tiles in a block's shared memory
+constexpr bool PREVIOUS = MHC_PREVIOUS;  // the streams are read with another connection's weights
 constexpr u32 ALL_LANES = 0xffffffffu;
 
 // The TMA copies a tile box by box. A row of a box has 128 bytes, one token's.

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_mhc.ops.options import Options, ReadNorm
+from megatron_mhc.ops.options import HandedBack, Options, ReadNorm
 from megatron_mhc.ops.triton.common import (
     INTERPRETED,
     load_norm_weight,
@@ -33,17 +33,18 @@ VECTOR = tl.constexpr(8)  # channels a thread sums before anything is exchanged
 
 @triton.jit
 def _dots_kernel(
-    x, g, f, f_bias, dh_post, dl, saved, affine, norm_weight, norm_saved, d, mappings, partial, turns,
-    T, C, TURNS,
+    x, g, f, f_bias, dh_post, dl, saved, affine, norm_weight, norm_saved, given, d_handed_on, d_given,
+    d, mappings, partial, turns, T, C, TURNS,
     N: tl.constexpr, MP: tl.constexpr, ITERATIONS: tl.constexpr, V4: tl.constexpr, NORM: tl.constexpr,
     ZERO_CENTERED: tl.constexpr, BT: tl.constexpr, G: tl.constexpr,
 ):  # fmt: skip
     """Gradients per token.
 
     d [T, MP]: of the raw projection; column M holds the factor of x from the norm. mappings [T, N + N*N]:
-    h_pre and h_res, replayed; with NORM two columns more, r and r k. partial [programs, 2, M]: sums over this
-    program's tokens of dlogit and of dlogit * u. turns [TURNS]: set to zero for the next launch. dh_post
-    [T, N]: None where f makes it.
+    what l was read with, and h_res, replayed; with NORM two columns more, r and r k. partial [programs, 2,
+    M]: sums over this program's tokens of dlogit and of dlogit * u. turns [TURNS]: set to zero for the next
+    launch. dh_post [T, N]: None where f makes it. given: [T, N], None or what l was read with in place of
+    h_pre; d_given [T, N]: its gradient; d_handed_on [T, N]: that of h_pre, None for zero.
     """
     M: tl.constexpr = 2 * N + N * N
     t = (tl.program_id(0) * BT + tl.arange(0, BT)).to(tl.int64)
@@ -109,15 +110,23 @@ def _dots_kernel(
     a_pre, a_post, a_res = tl.load(affine + M), tl.load(affine + M + 1), tl.load(affine + M + 2)
     s_pre = tl.sigmoid(u_pre * a_pre + tl.load(affine + n1)[None, :])
     s_post = tl.sigmoid(u_post * a_post + tl.load(affine + N + n1)[None, :])
-    h_pre = s_pre
+    read = s_pre
     if V4:
-        h_pre = s_pre + 1e-6
+        read = s_pre + 1e-6
+    if given is not None:
+        read = tl.load(given + t[:, None] * N + n1[None, :], mask=live[:, None], other=0.0)
     if NORM:
         row = norm_saved + t * (N + 1)
         with_l = tl.load(row[:, None] + n1[None, :], mask=live[:, None], other=0.0)
         of_l = tl.load(row + N, mask=live, other=0.0)
-        along = of_l * of_l * tl.sum(unfused_product(d_pre, h_pre), axis=1) / C
+        along = of_l * of_l * tl.sum(unfused_product(d_pre, read), axis=1) / C
         d_pre = of_l[:, None] * (d_pre - along[:, None] * with_l)
+    if given is not None:
+        tl.store(d_given + t[:, None] * N + n1[None, :], d_pre, mask=live[:, None])
+        if d_handed_on is None:
+            d_pre = tl.zeros([BT, N], tl.float32)
+        else:
+            d_pre = tl.load(d_handed_on + t[:, None] * N + n1[None, :], mask=live[:, None], other=0.0)
     logits = u_res * a_res + tl.load(affine + 2 * N + ij)[None, :, :]
     h_res, d_res = sinkhorn_bwd(logits, d_res, ITERATIONS, V4)
     d_pre = d_pre * s_pre * (1 - s_pre)
@@ -149,7 +158,7 @@ def _dots_kernel(
         tl.store(row + N + N * N + 1, of_l * along, mask=live)
     if V4:
         ij = n1[:, None] + n1[None, :] * N
-    tl.store(row[:, None] + n1[None, :], h_pre, mask=live[:, None])
+    tl.store(row[:, None] + n1[None, :], read, mask=live[:, None])
     tl.store(row[:, None, None] + N + ij[None, :, :], h_res, mask=live[:, None, None])
 
 
@@ -167,8 +176,9 @@ def mapping_backward(
     dh_post: Tensor | None = None,
     norm: ReadNorm | None = None,
     norm_saved: Tensor | None = None,
+    handed: HandedBack | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the raw projection [T, MP], replayed h_pre and h_res [T, n + n*n], partial sums; all fp32.
+    """Gradients of the raw projection [T, MP]; h_pre and h_res as applied, [T, n + n*n]; partial sums; fp32.
 
     With a norm, h_pre and h_res are followed by r and r k, [T, n + n*n + 2].
 
@@ -177,6 +187,7 @@ def mapping_backward(
     Args:
         x, affine, saved, norm, norm_saved: of `pre_forward`; g: [T, n, C]; f, dl: [T, C].
         f_bias: as in `post_res_forward`; dh_post: [T, n] fp32 in place of f, which is then not read.
+        handed: what l was read with in place of h_pre.
     """
     T, n, C = x.shape
     M, MP = mapping_rows(n), mapping_block(n)
@@ -186,8 +197,8 @@ def mapping_backward(
     d, mappings = torch.empty(T, MP, **f32), torch.empty(T, n + n * n + 2 * (norm is not None), **f32)
     partial = torch.empty(programs, 2, M, **f32)
     _dots_kernel[(programs,)](
-        x, g, f, f_bias, dh_post, dl, saved, affine, norm and norm.weight, norm_saved, d, mappings, partial,
-        turns, T, C, turns.numel(),
+        x, g, f, f_bias, dh_post, dl, saved, affine, norm and norm.weight, norm_saved,
+        *(handed or (None, None, None)), d, mappings, partial, turns, T, C, turns.numel(),
         n, MP, options.iterations, options.deepseek_v4, norm is not None,
         norm is not None and norm.zero_centered, BT, G, num_warps=2 if n < 8 else 4,
     )  # fmt: skip

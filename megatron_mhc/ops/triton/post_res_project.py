@@ -1,7 +1,8 @@
 """post_res of one connection and the projection of the next in one pass (Triton, bf16 streams).
 
 x' is projected from the registers it is written from, as the bf16 values that are stored, so the next
-connection's pre reads it once, for the layer input, and not twice.
+connection's pre reads it once, for the layer input, and not twice; or not at all, where the layer input is
+read with the weights of this connection (--mhc-read previous), and is made here too.
 
 Shapes as in `pre`.
 """
@@ -25,13 +26,13 @@ from megatron_mhc.ops.triton.post_res import streams_like
 
 @triton.jit
 def _boundary_kernel(
-    x, f, f_bias, mappings, weight, out, parts, T, C, CS,
+    x, f, f_bias, mappings, weight, out, parts, read, T, C, CS,
     N: tl.constexpr, MP: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
     STAGES: tl.constexpr, GRAM: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """out_i = sum_j h_res[i, j] x_j + h_post_i (f + f_bias) on one slice of CS channels;
     parts[s, t, :M] = the slice's out . weight^T over all streams; parts[s, t, M] = its sum of squares,
-    or with GRAM parts[s, t, M:] = its <out_i, out_j>.
+    or with GRAM parts[s, t, M:] = its <out_i, out_j>. read: None, or [T, C] for sum_i h_pre_i out_i.
     """
     M: tl.constexpr = 2 * N + N * N
     PAIRS: tl.constexpr = N * (N + 1) // 2
@@ -63,6 +64,7 @@ def _boundary_kernel(
             rows = weight + m[None, :] * (N * C) + j * C + c[:, None]
             ws = ws + (tl.load(rows, mask=(m < M)[None, :] & inside[:, None], other=0.0),)
         written = ()
+        layer_input = tl.zeros([BT, BC], tl.float32)
         for i in tl.static_range(N):
             acc = post[i][:, None] * fv
             for j in tl.static_range(N):
@@ -76,6 +78,8 @@ def _boundary_kernel(
                 )
             tl.store(out + (t * N + i)[:, None] * C + c[None, :], rounded, mask=keep)
             exact = rounded.to(tl.float32)
+            if read is not None:
+                layer_input = tl.fma(tl.load(row + i, mask=live, other=0.0)[:, None], exact, layer_input)
             if GRAM:
                 written = written + (exact,)
             else:
@@ -83,6 +87,8 @@ def _boundary_kernel(
             total = add_product(total, rounded, ws[i], True, UPCAST)
         if GRAM:
             grams = add_gram(grams, written, N)
+        if read is not None:
+            tl.store(read + t[:, None] * C + c[None, :], layer_input.to(read.dtype.element_ty), mask=keep)
     place = parts + (piece * T + t) * (M + (PAIRS if GRAM else 1))
     tl.store(place[:, None] + m[None, :], total, mask=live[:, None] & (m < M)[None, :])
     if GRAM:
@@ -104,14 +110,17 @@ def post_res_project(
     weight: Tensor,
     f_bias: Tensor | None = None,
     gram: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """x' [T, n, C], and the parts of its projection [pieces, T, part_rows] fp32 that `pre_forward` takes.
+    reads: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """x' [T, n, C], and the parts of its projection [pieces, T, part_rows] fp32 that `pre_forward` takes; and
+    the layer input [T, C] or None.
 
     Args:
         x: [T, n, C] bf16; f: [T, C] bf16; mappings: [T, M] fp32, of this connection.
         weight: [M, n*C] fp32, of the next one.
         f_bias, and f: [s, b, C]: as in `post_res_forward`.
         gram: for a `pre_forward` with a norm.
+        reads: make the layer input, with h_pre of `mappings`.
 
     Source: arXiv 2512.24880 Eqs. (3), (14)-(16).
     """
@@ -121,9 +130,10 @@ def post_res_project(
     size, pieces = split(C, max(1, min(16, 264 * BT // max(T, 1))), BC)
     out = streams_like(x, f)
     parts = torch.empty(pieces, T, part_rows(n, gram), device=x.device, dtype=torch.float32)
+    layer_input = x.new_empty(T, C) if reads else None
     if T:
         _boundary_kernel[(triton.cdiv(T, BT), pieces)](
-            x, f, f_bias, mappings, weight, out, parts, T, C, size,
+            x, f, f_bias, mappings, weight, out, parts, layer_input, T, C, size,
             n, mapping_block(n), BT, BC, 3, gram, INTERPRETED, num_warps=8,
         )  # fmt: skip
-    return out, parts
+    return out, parts, layer_input

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_mhc.ops.options import Options, ReadNorm
+from megatron_mhc.ops.options import Handed, Options, ReadNorm
 from megatron_mhc.ops.triton.common import (
     INTERPRETED,
     add_gram,
@@ -91,13 +91,15 @@ def _project_gram_kernel(
 
 @triton.jit
 def _aggregate_kernel(
-    x, parts, affine, norm_weight, out, saved, mappings, norm_saved, T, C, PIECES, eps, read_norm_eps,
+    x, parts, affine, norm_weight, given, handed_on, out, saved, mappings, norm_saved, T, C, PIECES, eps,
+    read_norm_eps,
     N: tl.constexpr, ITERATIONS: tl.constexpr, V4: tl.constexpr, NORM: tl.constexpr,
     ZERO_CENTERED: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """Finish the projection, keep u = projection / r and 1 / r, write the coefficients and h_pre . x.
 
-    With NORM, write its norm in its place; keep <x_i, l> and 1 / rms(l).
+    With NORM, write its norm in its place; keep <x_i, l> and 1 / rms(l). given: [T, N], None or what to read
+    with in place of h_pre, which goes to handed_on [T, N] too. out: None if the layer input is there.
     """
     M: tl.constexpr = 2 * N + N * N
     R: tl.constexpr = M + (N * (N + 1) // 2 if NORM else 1)
@@ -150,26 +152,30 @@ def _aggregate_kernel(
     tl.store(row[:, None, None] + 2 * N + ij[None, :, :], h_res, mask=live[:, None, None])
 
     read = h_pre
+    if given is not None:
+        tl.store(handed_on + t[:, None] * N + i[None, :], h_pre, mask=live[:, None])
+        read = tl.load(given + t[:, None] * N + i[None, :], mask=live[:, None], other=0.0)
     if NORM:
-        with_l = tl.sum(unfused_product(gram, tl.broadcast_to(h_pre[:, None, :], [BT, N, N])), axis=2)
-        of_l = tl.sum(unfused_product(with_l, h_pre), axis=1)
+        with_l = tl.sum(unfused_product(gram, tl.broadcast_to(read[:, None, :], [BT, N, N])), axis=2)
+        of_l = tl.sum(unfused_product(with_l, read), axis=1)
         inverse_rms = tl.rsqrt(tl.where(of_l < 0.0, 0.0, of_l) / C + read_norm_eps)
         row = norm_saved + t * (N + 1)
         tl.store(row[:, None] + i[None, :], with_l, mask=live[:, None])
         tl.store(row + N, inverse_rms, mask=live)
-        read = h_pre * inverse_rms[:, None]
+        read = read * inverse_rms[:, None]
 
-    for c0 in tl.range(0, C, BC):
-        c = c0 + tl.arange(0, BC)
-        keep = live[:, None] & (c < C)[None, :]
-        acc = tl.zeros([BT, BC], tl.float32)
-        for j in tl.static_range(N):
-            h = tl.sum(tl.where(i[None, :] == j, read, 0.0), axis=1)
-            xv = tl.load(x + (t * N + j)[:, None] * C + c[None, :], mask=keep, other=0.0)
-            acc += h[:, None] * xv.to(tl.float32)
-        if NORM:
-            acc *= load_norm_weight(norm_weight, c, C, ZERO_CENTERED)[None, :]
-        tl.store(out + t[:, None] * C + c[None, :], acc.to(out.dtype.element_ty), mask=keep)
+    if out is not None:
+        for c0 in tl.range(0, C, BC):
+            c = c0 + tl.arange(0, BC)
+            keep = live[:, None] & (c < C)[None, :]
+            acc = tl.zeros([BT, BC], tl.float32)
+            for j in tl.static_range(N):
+                h = tl.sum(tl.where(i[None, :] == j, read, 0.0), axis=1)
+                xv = tl.load(x + (t * N + j)[:, None] * C + c[None, :], mask=keep, other=0.0)
+                acc += h[:, None] * xv.to(tl.float32)
+            if NORM:
+                acc *= load_norm_weight(norm_weight, c, C, ZERO_CENTERED)[None, :]
+            tl.store(out + t[:, None] * C + c[None, :], acc.to(out.dtype.element_ty), mask=keep)
 
 
 def _project(x: Tensor, weight: Tensor, gram: bool) -> Tensor:
@@ -207,6 +213,8 @@ def pre_forward(
     options: Options,
     parts: Tensor | None = None,
     norm: ReadNorm | None = None,
+    handed: Handed | None = None,
+    layer_input: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Compute coefficients and layer input.
 
@@ -216,6 +224,8 @@ def pre_forward(
         affine: [M+3] fp32, the biases, then alpha_pre, alpha_post and alpha_res.
         parts: [pieces, T, part_rows] fp32, the projection in parts, where x's writer has made it.
         norm: of the layer input l, whose output is written in its place.
+        handed: what to read with in place of h_pre.
+        layer_input: l, where x's writer has made that.
 
     Returns:
         layer input [T, C] in x's dtype; `saved` [T, M+1] fp32 (u and 1/r, for backward); the
@@ -227,7 +237,7 @@ def pre_forward(
     T, n, C = x.shape
     M = mapping_rows(n)
     f32 = dict(device=x.device, dtype=torch.float32)
-    out = x.new_empty(T, C)
+    out = x.new_empty(T, C) if layer_input is None else layer_input
     saved, mappings = torch.empty(T, M + 1, **f32), torch.empty(T, M, **f32)
     norm_saved = None if norm is None else torch.empty(T, n + 1, **f32)
     if T == 0:
@@ -235,10 +245,11 @@ def pre_forward(
     if parts is None:
         parts = _project(x, weight, norm is not None)
     norm_weight, read_norm_eps, zero_centered = norm or (None, 0.0, False)
+    given, handed_on = handed or (None, None)
     BT, BC = (8, power_of_two(C)) if INTERPRETED else (2, min(512, power_of_two(C)))
     _aggregate_kernel[(triton.cdiv(T, BT),)](
-        x, parts, affine, norm_weight, out, saved, mappings, norm_saved, T, C, parts.shape[0],
-        options.norm_eps, read_norm_eps,
+        x, parts, affine, norm_weight, given, handed_on, out if layer_input is None else None, saved,
+        mappings, norm_saved, T, C, parts.shape[0], options.norm_eps, read_norm_eps,
         n, options.iterations, options.deepseek_v4, norm is not None, zero_centered, BT, BC,
         num_warps=2, num_stages=2,
     )  # fmt: skip

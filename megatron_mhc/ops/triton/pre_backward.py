@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_mhc.ops.options import Options, ReadNorm
+from megatron_mhc.ops.options import HandedBack, Options, ReadNorm
 from megatron_mhc.ops.triton.common import (
     INTERPRETED,
     add_product,
@@ -211,6 +211,7 @@ def pre_backward(
     norm: ReadNorm | None = None,
     norm_saved: Tensor | None = None,
     with_dphi: bool = True,
+    handed: HandedBack | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]:
     """Gradients of x [T, n, C] in x's dtype, weight [M, n*C] and affine [M+3] in fp32; df or None; and of the
     norm's weight [C] in its dtype, or None.
@@ -223,6 +224,7 @@ def pre_backward(
         f_bias: [C], what post_res added to f, if anything.
         dh_post: [T, n] fp32, where another pipeline stage has made it of f; f is then not read.
         with_dphi: else the gradient of weight is None.
+        handed: what the layer input was read with in place of h_pre.
     """
     T, n, C = x.shape
     M, MP, K = mapping_rows(n), mapping_block(n), n * C
@@ -248,7 +250,7 @@ def pre_backward(
     turns = torch.empty(1 + max(slices, triton.cdiv(K, BK)), device=x.device, dtype=torch.int32)
     d, mappings, partial = mapping_backward(
         x, g, f, dl, affine, saved, turns, options,
-        f_bias=f_bias, dh_post=dh_post, norm=norm, norm_saved=norm_saved,
+        f_bias=f_bias, dh_post=dh_post, norm=norm, norm_saved=norm_saved, handed=handed,
     )  # fmt: skip
     df = None if writer is None else torch.empty_like(dl)
     unused = (saved, affine)  # neither read nor, as dl, written

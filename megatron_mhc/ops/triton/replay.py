@@ -28,8 +28,8 @@ def at_once(n: int) -> int:
 
 class Connection(NamedTuple):
     """What a connection kept: coefficients [T, M] fp32 (h_pre, h_post, h_res), f [T, C], where its layer
-    input [T, C] goes, None for nowhere, what post_res added to f, if anything: [C], and the norm folded into
-    its `pre`, with what that kept of it."""
+    input [T, C] goes, None for nowhere, what post_res added to f, if anything: [C], the norm folded into its
+    `pre`, with what that kept of it, and what it was read with in place of its h_pre, if anything: [T, n]."""
 
     mappings: Tensor
     f: Tensor
@@ -37,17 +37,19 @@ class Connection(NamedTuple):
     f_bias: Tensor | None = None
     norm: ReadNorm | None = None
     norm_saved: Tensor | None = None
+    h_pre: Tensor | None = None
 
 
 @triton.jit
 def _replay_kernel(
-    x, mappings, fs, f_biases, norm_weights, norms_saved, layer_inputs, streams, T, C,
+    x, mappings, givens, fs, f_biases, norm_weights, norms_saved, layer_inputs, streams, T, C,
     K: tl.constexpr, READS: tl.constexpr, WRITES: tl.constexpr, BIASES: tl.constexpr,
-    NORMS: tl.constexpr, ZERO_CENTERED: tl.constexpr,
+    NORMS: tl.constexpr, ZERO_CENTERED: tl.constexpr, GIVEN: tl.constexpr,
     N: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """K connections; bit k of READS: write its layer input, of WRITES: the streams behind it, of BIASES:
-    add a bias to its f, of NORMS: a norm is folded into its `pre`, of ZERO_CENTERED: whose weight is so."""
+    add a bias to its f, of NORMS: a norm is folded into its `pre`, of ZERO_CENTERED: whose weight is so, of
+    GIVEN: it is read with another's weights."""
     M: tl.constexpr = 2 * N + N * N
     t, c, live, keep = tile(T, C, BT, BC)
     narrow = t[:, None] * C + c[None, :]
@@ -59,7 +61,10 @@ def _replay_kernel(
         if (READS >> k) & 1:
             acc = tl.zeros([BT, BC], tl.float32)
             for j in tl.static_range(N):
-                read = tl.load(row + j, mask=live, other=0.0)
+                if (GIVEN >> k) & 1:
+                    read = tl.load(givens[k] + t * N + j, mask=live, other=0.0)
+                else:
+                    read = tl.load(row + j, mask=live, other=0.0)
                 if (NORMS >> k) & 1:
                     read *= tl.load(norms_saved[k] + t * (N + 1) + N, mask=live, other=0.0)
                 acc += read[:, None] * xs[j]
@@ -97,6 +102,7 @@ def replay(x: Tensor, row: list[Connection], behind: bool) -> list[Tensor]:
     biases = sum((entry.f_bias is not None) << k for k, entry in enumerate(row))
     folded = [(entry.norm, k) for k, entry in enumerate(row) if entry.norm is not None]
     norms, zero_centered = sum(1 << k for _, k in folded), sum(norm.zero_centered << k for norm, k in folded)
+    given = sum((entry.h_pre is not None) << k for k, entry in enumerate(row))
     if T == 0 or not (reads or writes):
         return streams
     grid, sizes = programs(T, C)
@@ -104,12 +110,13 @@ def replay(x: Tensor, row: list[Connection], behind: bool) -> list[Tensor]:
         _replay_kernel[grid](
             x,
             tuple(entry.mappings for entry in row),
+            tuple(entry.mappings if entry.h_pre is None else entry.h_pre for entry in row),
             tuple(entry.f for entry in row),
             tuple(entry.f if entry.f_bias is None else entry.f_bias for entry in row),
             tuple(entry.f if entry.norm is None else entry.norm.weight for entry in row),
             tuple(entry.mappings if entry.norm_saved is None else entry.norm_saved for entry in row),
             tuple(entry.f if entry.layer_input is None else entry.layer_input for entry in row),
             (*streams, x)[:count],  # the last one's is not written without `behind`
-            T, C, count, reads, writes, biases, norms, zero_centered, n, *sizes, num_warps=4,
+            T, C, count, reads, writes, biases, norms, zero_centered, given, n, *sizes, num_warps=4,
         )  # fmt: skip
     return streams

@@ -122,7 +122,7 @@ class _Kernel:
         emulator.launched.append((name, blocks, self.defines))
         defines = dict(SHARED=self.shared, **source.constants, **self.defines)
         run = _build(emulator.folder, source.path, emulator.bugs.get(name, "none"), **defines)
-        names = _parameters(source.path, self.defines["NORM"] > 0)
+        names = _parameters(source.path, self.defines["NORM"] > 0, self.defines["PREVIOUS"] > 0)
         assert len(names) == len(arguments)
 
         guarded: dict[Any, _Guarded] = {}
@@ -184,11 +184,12 @@ def _aligned(value: Any) -> tuple[int, Any]:
 
 
 @functools.cache
-def _parameters(source: Path, norm: bool) -> list[str]:
+def _parameters(source: Path, norm: bool, previous: bool) -> list[str]:
     """The names of a kernel's parameters."""
-    text = re.sub(
-        r"#if MHC_NORM\n((?:[^#].*\n)*)#endif\n", lambda m: m[1] if norm else "", source.read_text()
-    )
+    text = source.read_text()
+    for name, there in (("NORM", norm), ("PREVIOUS", previous)):
+        lines = rf"#if MHC_{name}\n((?:[^#].*\n)*)#endif\n"
+        text = re.sub(lines, lambda m, there=there: m[1] if there else "", text)
     signature = re.search(rf"\b{source.stem}\((const __grid_constant__ [^)]*)\) {{", text)[1]
     return [re.search(r"(\w+)$", part.strip())[1] for part in signature.split(",")]
 
