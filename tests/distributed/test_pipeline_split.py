@@ -36,6 +36,7 @@ CASES = {
     "fused-moe": ("moe_shared", "fused", {}),
     "replayed": ("dense", "interleaved", dict(recompute_layer_num="1")),
     "replayed-coefficients": ("dense", "fused", dict(recompute_layer_num="1", recompute_coefficients=True)),
+    "single-pass": ("dense", "fused", dict(read="previous")),
     "deepseek": ("dense", "fused", dict(preset="deepseek_v4")),
 }
 
@@ -47,7 +48,7 @@ CASES = {
 def test_kernels_at_both_ends_match_one_process(run_ranks, case):
     kind, schedule, options = CASES[case]
     mhc = interleaved("split", schedule, backend="triton", sinkhorn_iterations=ITERATIONS, **options)
-    plain = MHCConfig(preset=mhc.preset, sinkhorn_iterations=ITERATIONS)
+    plain = MHCConfig(preset=mhc.preset, read=mhc.read, sinkhorn_iterations=ITERATIONS)
     expected = reference_of(kind, plain, COUNT, LAYERS)
     (result, first), (_, second) = run_ranks(2, counted, Layout(pp=2), kind, mhc, expected)
     error, name = result.worst
