@@ -137,6 +137,18 @@ FEATURES = (
         ),
     ),
     Feature(
+        "`--mhc-read previous` (single-pass mHC)",
+        YES,
+        "every layout, schedule, recompute, CUDA graph and inference; [limits](docs/single_pass.md)",
+        (
+            "distributed/test_single_pass.py::test_core_layout_matches_one_process",
+            "distributed/test_single_pass.py::test_schedules_hand_on_over_both_boundaries",
+            "distributed/test_single_pass.py::test_recompute_keeps_every_bit",
+            "distributed/test_single_pass.py::test_graphs_of_experts",
+            "ops/test_previous.py::test_outputs_and_every_gradient_match_float64",
+        ),
+    ),
+    Feature(
         "`--delay-wgrad-compute`",
         YES,
         "under `fused` on a pipeline; elsewhere refused",

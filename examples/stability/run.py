@@ -36,6 +36,7 @@ MODELS = {
     "plain": ["--no-mhc"],
     "hc": ["--mhc-h-res", "unconstrained"],
     "mhc": ["--mhc-h-res", "sinkhorn"],
+    "single_pass": ["--mhc-read", "previous"],
 }
 ITERATION = re.compile(r"iteration +(\d+)/ *(\d+) ")
 # What runs of one folder must share.
@@ -196,14 +197,16 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=20, help="steps of warm-up")
     parser.add_argument("--clip", type=float, default=1.0, help="gradient clipping; 0 is none")
     parser.add_argument("--seeds", default="1,2", help="by commas (1,2)")
-    parser.add_argument("--models", default="plain,hc,mhc", help="of plain, hc and mhc, by commas (all)")
+    parser.add_argument(
+        "--models", default="plain,hc,mhc", help=f"of {', '.join(MODELS)}, by commas (plain,hc,mhc)"
+    )
     parser.add_argument("--log-interval", type=int, default=25, help="steps between two diagnostics (25)")
     parser.add_argument("--minutes", type=int, help="end each run after so many (never)")
     parser.add_argument("--save-interval", type=int, help="steps between checkpoints; 0: none (a 4th of all)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time on the one device (1)")
     parser.add_argument("--extra", default="", help="further arguments of all runs, in one quoted string")
     parser.add_argument(
-        "--mhc-extra", default="", help="the same of hc and mhc alone: --mhc-extra='--mhc-init uniform'"
+        "--mhc-extra", default="", help="the same of all but plain: --mhc-extra='--mhc-init uniform'"
     )
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "stability")
     parser.add_argument("--cpu", action="store_true", help="train on the CPU even where a GPU is")
