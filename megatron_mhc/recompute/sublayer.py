@@ -286,7 +286,8 @@ class Dropped(Left):
         coefficients = self.coefficients
         if coefficients is None:
             return [] if self.f is None else [self.f]
-        return [t for t in (self.f, coefficients, self.folded[1]) if isinstance(t, Tensor)]
+        parts = coefficients if isinstance(coefficients, reference.Coefficients) else (coefficients,)
+        return [t for t in (self.f, *parts, self.folded[1]) if isinstance(t, Tensor)]
 
     def restored(self) -> list[Tensor]:
         """See `block.Replayed`."""
