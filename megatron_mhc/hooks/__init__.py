@@ -220,7 +220,8 @@ def _names(code: CodeType) -> Iterator[str]:
 def _resolve(hook: Hook) -> tuple[Any, str, Callable[..., Any]]:
     other = release().symbols.get(hook.target, ABSENT)
     owner, name, original = _find(other.name or hook.target)
-    if original.__module__ != hook.defined_in or hasattr(original, "__wrapped__"):
+    defined_in = other.name.split(":")[0] if other.name else hook.defined_in
+    if original.__module__ != defined_in or hasattr(original, "__wrapped__"):
         raise ValueError(
             f"{hook.target} was replaced by {original.__module__}: start without that patch, "
             "or call megatron_mhc.register() before it is applied"

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from torch import Tensor
+
 from megatron_mhc.layer import HyperConnectionTransformerLayer
 
 
@@ -20,3 +22,17 @@ def cut_between_streams(build_callables: Callable[..., Any]) -> Callable[..., An
         return functions, weight_gradients
 
     return build
+
+
+def ask_embedding_gradient(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Wrap `PreProcessNode.forward_impl`, behind which every node has to have a gradient to go backward with.
+
+    A frozen embedding's output has none: mappings trained alone would end the first step with torch's error.
+    """
+
+    def embed(self: Any) -> Tensor:
+        embedded = forward(self)
+        mhc = getattr(self.chunk_state.model.config, "mhc", None) is not None
+        return embedded if embedded.requires_grad or not mhc else embedded.detach().requires_grad_()
+
+    return embed

@@ -192,11 +192,6 @@ USES: tuple[Use, ...] = (
     Use(f"{_NODE}.detach", "self, t", ("before_detached",)),
     Use(f"{_NODE}.forward_impl", "self, args", ("submodule",)),
     Use(
-        "megatron.core.models.common.utils:PreProcessNode.forward_impl",
-        "self",
-        ("rotary_pos_emb", "rotary_pos_cos", "rotary_pos_sin", "sequence_len_offset", "padding_mask"),
-    ),
-    Use(
         "megatron.core.models.common.model_chunk_schedule_plan:TransformerModelChunkSchedulePlan.__init__",
         None,
         ("attention_mask", "packed_seq_params", "model"),

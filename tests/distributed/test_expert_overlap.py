@@ -15,7 +15,7 @@ from harness import Layout, build, differences, iterate, reference, tokens
 from layout_cases import selective
 from megatron.core.extensions import transformer_engine
 from megatron.core.pipeline_parallel import fine_grained_activation_offload as offload
-from pipeline import ERROR, gradients
+from pipeline import ERROR, compare_partly_trained, gradients
 from thinned import each_value
 
 from megatron_mhc import MHCConfig, hooks
@@ -112,6 +112,30 @@ SETTINGS = {
 def test_setting(run_ranks, where, setting):
     kind, options, settings = SETTINGS[setting]
     check(run_ranks, where, kind, MHCConfig(**options), PLAIN, **settings)
+
+
+TRAINED = {
+    "mappings_alone": ["hyper_connection"],
+    "second_half": [r"layers\.[23]\.", "final_layernorm", "output_layer"],
+    "experts_alone": [r"layers\.\d\.mlp\.experts"],
+}
+
+
+@pytest.mark.parametrize("where", LAYOUTS)
+@pytest.mark.parametrize("trained", TRAINED)
+def test_behind_a_frozen_embedding(run_ranks, where, trained):
+    """Which in stock ends the first step."""
+    world, layout = LAYOUTS[where]
+    more = dict(schedule=None, prepare=ask_for_nodes)
+    case = world, layout, "moe_shared", PLAIN, TRAINED[trained]
+    result = compare_partly_trained(run_ranks, *case, more=more)
+    error, name = result.worst
+    assert result.loss <= ERROR
+    assert error <= ERROR, name
+
+
+def ask_for_nodes(config, chunks):
+    config.overlap_moe_expert_parallel_comm = True
 
 
 def with_early_release(layout, kind, mhc, count, expected):
