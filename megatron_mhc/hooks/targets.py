@@ -108,8 +108,8 @@ HOOKS: tuple[Hook, ...] = (
         defined_in="megatron.core.models.common.utils",
         parameters=("self",),
         replacement=ask_embedding_gradient,
-        reason="--overlap-moe-expert-parallel-comm behind a frozen embedding ends in the first step, in stock "
-        "too",
+        reason="--overlap-moe-expert-parallel-comm behind a frozen embedding ends in the first step, in "
+        "stock too",
     ),
     Hook(
         target="megatron.core.dist_checkpointing:load",
