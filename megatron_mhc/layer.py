@@ -87,12 +87,13 @@ class BetweenStreams(MegatronModule):
         """What the layer returns: streams: [s, b, n*C], and h_pre: [s*b, n], as its last sub-layer left them.
 
         Their tensor goes alone to another pipeline stage, and where Megatron runs each layer by itself: in a
-        checkpoint, in a CUDA graph, as a unit of an FSDP.
+        checkpoint, in a CUDA graph, as a unit of an FSDP, in nodes of its combined 1F1B.
         """
         if h_pre is None:
             return viewless(streams)
         ends = self.chunk.last is self and self.config.pipeline_model_parallel_size > 1
         by_itself = self.config.recompute_granularity == "full" or any(self.held)
+        by_itself |= self.config.overlap_moe_expert_parallel_comm and self.mhc.pipeline_schedule == "megatron"
         alone = ends or by_itself or parallel.is_gathered_alone(self)
         return hand_on(viewless(streams), h_pre, alone)
 

@@ -89,12 +89,6 @@ def _offloaded_streams(config: Any, mhc: MHCConfig) -> str | None:
     return " ".join(name for name in config.offload_modules or [] if name.endswith("_norm")) or None
 
 
-def _taken_apart(config: Any, mhc: MHCConfig) -> bool:
-    # It asks for Megatron's combined 1F1B, in whose place `fused` runs; --delay-wgrad-compute asks for it.
-    fused = mhc.pipeline_schedule == "fused" and config.pipeline_model_parallel_size > 1
-    return bool(config.overlap_moe_expert_parallel_comm and not fused)
-
-
 def _swapped_messages(config: Any, mhc: MHCConfig) -> bool:
     # Two messages between the same two ranks in one batch may be swapped; stock Megatron
     # checks this on the command line alone, and otherwise trains on the wrong tensors.
@@ -173,12 +167,6 @@ MODEL = (
     setting_row("transformer_impl", "use transformer_engine or local", lambda v: v == "inference_optimized"),
     setting_row("mtp_standalone", "put the MTP layer on the stage of the last decoder layer and the loss"),
     Refusal(
-        _taken_apart,
-        "mHC does not support --overlap-moe-expert-parallel-comm {value}",
-        "Megatron's schedule takes the layer apart; use --mhc-pipeline-schedule fused on a pipeline, or drop "
-        "it",
-    ),
-    Refusal(
         _swapped_messages,
         "--pipeline-model-parallel-size 2 with virtual stages and without overlapped p2p exchanges the wrong "
         "tensors",
@@ -237,6 +225,12 @@ HYBRID = (
         "use --mhc-pp-boundary whole, with --mhc-pipeline-schedule interleaved or megatron",
     ),
     Refusal(
+        lambda config, mhc: config.overlap_moe_expert_parallel_comm,
+        "mHC does not support --overlap-moe-expert-parallel-comm {value} in a HybridModel, whose layers are "
+        "no pairs of attention and MLP",
+        "drop it",
+    ),
+    Refusal(
         _single_layers,
         "mHC does not support --cuda-graph-impl {value} in a HybridModel, whose layers are no pairs of "
         "attention and MLP",
@@ -249,6 +243,15 @@ STACK = (
         lambda stack, mhc: stack.pre_process and not stack.layer_type_list,
         "mHC expands the embedding in the first layer, but pipeline stage 0 has none",
         "give --hybrid-layer-pattern a layer in front of its first |",
+    ),
+)
+# A configuration whose model --use-torch-fsdp2 wraps.
+FSDP2 = (
+    setting_row(
+        "overlap_moe_expert_parallel_comm",
+        "its units are whole layers, and the overlap runs the nodes of one; use --use-megatron-fsdp, or drop "
+        "one of them",
+        what="--use-torch-fsdp2 does not support {flag} {value}",
     ),
 )
 
@@ -300,6 +303,17 @@ def _without_gradients(layer: Any, mhc: MHCConfig) -> str | None:
     return "mla_up_proj" if up_projection else None
 
 
+def _graph_in_nodes(layer: Any, mhc: MHCConfig) -> str | None:
+    config = layer.config
+    return config.cuda_graph_impl if any(layer.held) and config.overlap_moe_expert_parallel_comm else None
+
+
+def _attention_of_nodes(layer: Any, mhc: MHCConfig) -> bool:
+    # Stock Megatron: an AttributeError of the first step.
+    lacks = getattr(layer, "self_attention_hyper_connection", layer) is None
+    return bool(lacks and layer.config.overlap_moe_expert_parallel_comm)
+
+
 def _lacking(found: Callable[[Any, MHCConfig], Any], what: str, remedy: str) -> Refusal:
     """A row of a GPTModel's layers without attention or without an MLP."""
     return Refusal(
@@ -331,6 +345,16 @@ LAYER = (
         lambda layer, mhc: layer.held.router and not release().te_router_graphs,
         "--cuda-graph-impl transformer_engine with --cuda-graph-modules moe_router under Megatron-Core 0.18",
         "its graphs hand on nothing of ours behind the router; drop moe_router, or install 0.19",
+    ),
+    Refusal(
+        _graph_in_nodes,
+        "mHC does not support --cuda-graph-impl {value} with --overlap-moe-expert-parallel-comm",
+        "its graph of a layer runs what lies in several nodes; use --cuda-graph-impl none, or drop the other",
+    ),
+    Refusal(
+        _attention_of_nodes,
+        "--overlap-moe-expert-parallel-comm {value} does not support layers without attention",
+        "Megatron's nodes ask each layer's attention for its weight gradients; drop it",
     ),
     _lacking(
         lambda layer, mhc: mhc.recompute_layer_num != "off",

@@ -23,6 +23,7 @@ OWN_SWITCHES = ("enable_mhc_connections", "enable_hyper_connections")
 _LAYER = "megatron.core.transformer.transformer_layer:TransformerLayer"
 _DISTRIBUTED = "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer"
 _HYBRID = "megatron.core.models.hybrid.hybrid_block"
+_MODELS = "megatron.core.models"
 _TRAINING = "megatron.training"
 
 
@@ -75,6 +76,18 @@ RELEASES = (
         symbols={
             f"{_LAYER}._forward_mlp": Other("self, hidden_states, inference_context, padding_mask"),
             f"{_LAYER}._te_cuda_graph_replay_impl": ABSENT,
+            **{
+                f"{_MODELS}.common.{module}:{name}": Other(
+                    name=f"{_MODELS}.gpt.fine_grained_callables:{name}"
+                )
+                for module, name in (
+                    ("fine_grained_callables", "build_transformer_layer_callables"),
+                    ("utils", "TransformerLayerNode.__init__"),
+                    ("utils", "TransformerLayerNode.detach"),
+                    ("utils", "TransformerLayerNode.forward_impl"),
+                    ("utils", "PreProcessNode.forward_impl"),
+                )
+            },
             f"{_DISTRIBUTED}._synthesize_state_dict_params_for_model": ABSENT,
             "megatron.core.dist_checkpointing:load": Other(
                 "sharded_state_dict, checkpoint_dir, sharded_strategy, common_strategy, "

@@ -147,6 +147,9 @@ class SubLayer:
         one_node = self.chunk.keeps_streams
         return self.connection.post_res(visit.streams, f, visit.mappings, bias, next_pre, one_node)
 
+    def let_go(self, visit: Visit) -> None:
+        """Free the streams that `visit` has read, if they are dropped; for who holds them to the backward."""
+
     def leave(self, streams: Tensor, h_pre: Tensor | None = None) -> tuple[Visit, Tensor, Tensor]:
         """`pre` where a pipeline stage ends inside this sub-layer.
 

@@ -33,6 +33,7 @@ class Feature(NamedTuple):
 _AWARE = "distributed/test_precision_aware.py::test_"
 _BRIDGE = "bridge/test_bridge.py::test_"
 _HYBRID = "distributed/test_hybrid.py::test_"
+_OVERLAP = "distributed/test_expert_overlap.py::test_"
 _PARITY = "distributed/test_parity.py::test_"
 _SCHEDULE = "distributed/test_pipeline_schedule.py::test_"
 _REFUSALS = "unit/test_refusals.py::test_"
@@ -149,10 +150,23 @@ FEATURES = (
         ),
     ),
     Feature(
+        "`--overlap-moe-expert-parallel-comm`",
+        YES,
+        "under Megatron's schedule, with and without a pipeline, and under `fused`; not timed on GPUs; "
+        "[limits](docs/schedules.md#refused)",
+        (
+            _OVERLAP + "trains_as_one_process_does",
+            _OVERLAP + "replayed_streams",
+            _OVERLAP + "a_model_without_mhc_keeps_every_bit",
+            "megatron/test_expert_overlap_pretrain.py::"
+            "test_training_gives_the_losses_that_it_gives_without_the_flag",
+        ),
+    ),
+    Feature(
         "`--delay-wgrad-compute`",
         YES,
-        "under `fused` on a pipeline; elsewhere refused",
-        ("distributed/test_pipeline_delayed.py::test_setting",),
+        "under `fused` on a pipeline, and with `--overlap-moe-expert-parallel-comm`; elsewhere refused",
+        ("distributed/test_pipeline_delayed.py::test_setting", _OVERLAP + "delayed_weight_gradients"),
     ),
     Feature(
         "`--variable-seq-lengths`",
@@ -459,12 +473,6 @@ FEATURES = (
             "unit/test_precision.py::test_a_recipe_is_refused_where_the_machine_lacks_it",
             "unit/test_precision.py::test_a_recipe_is_accepted_where_the_machine_has_it",
         ),
-    ),
-    Feature(
-        "`--overlap-moe-expert-parallel-comm`",
-        REFUSED,
-        "but not under `--mhc-pipeline-schedule fused` on a pipeline, which does the same",
-        (_REFUSALS + "unsupported_setting_is_refused",),
     ),
     Feature(
         "`--cpu-offloading`, standalone MTP",

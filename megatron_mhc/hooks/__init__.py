@@ -218,14 +218,16 @@ def _names(code: CodeType) -> Iterator[str]:
 
 
 def _resolve(hook: Hook) -> tuple[Any, str, Callable[..., Any]]:
-    owner, name, original = _find(hook.target)
-    if original.__module__ != hook.defined_in or hasattr(original, "__wrapped__"):
+    other = release().symbols.get(hook.target, ABSENT)
+    owner, name, original = _find(other.name or hook.target)
+    defined_in = other.name.split(":")[0] if other.name else hook.defined_in
+    if original.__module__ != defined_in or hasattr(original, "__wrapped__"):
         raise ValueError(
             f"{hook.target} was replaced by {original.__module__}: start without that patch, "
             "or call megatron_mhc.register() before it is applied"
         )
-    other = release().symbols.get(hook.target, ABSENT).parameters
-    _check_parameters(hook.target, original, tuple(other.split(", ")) if other else hook.parameters)
+    parameters = tuple(other.parameters.split(", ")) if other.parameters else hook.parameters
+    _check_parameters(hook.target, original, parameters)
     return owner, name, original
 
 

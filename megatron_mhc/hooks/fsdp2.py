@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from megatron_mhc.hyper_connection import MappingParameters
+from megatron_mhc.refusals import FSDP2, refuse
 
 
 def shard_mappings_first(init: Callable[..., None]) -> Callable[..., None]:
@@ -30,6 +31,7 @@ def shard_mappings_first(init: Callable[..., None]) -> Callable[..., None]:
         module, group = asked["module"], asked.get("process_group")
         group = group or parallel_state.get_data_parallel_group(with_context_parallel=True)
         if owners := [m for m in module.modules() if _has_own(m)]:
+            refuse(FSDP2, asked["config"])
             _shard(module, owners, group)
         init(*args, **kwargs)
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from megatron_mhc.hooks.block import predict_by_plain_layers, remember_when_built
 from megatron_mhc.hooks.bridge import keep_what_is_new, refuse_dense_export, refuse_fsdp
+from megatron_mhc.hooks.combined import ask_embedding_gradient, cut_between_streams
 from megatron_mhc.hooks.fsdp2 import shard_mappings_first
 from megatron_mhc.hooks.full_recompute import ask_input_gradient
 from megatron_mhc.hooks.load import guard_fsdp_load, guard_load, guard_load_state_dict
@@ -94,6 +95,21 @@ HOOKS: tuple[Hook, ...] = (
         parameters=("config", "spec", "backend", "vp_stage", "pp_rank"),
         replacement=predict_by_plain_layers,
         reason="frameworks build MTP layers of the decoder's last layer, which would expand streams again",
+    ),
+    Hook(
+        target="megatron.core.models.common.fine_grained_callables:build_transformer_layer_callables",
+        defined_in="megatron.core.models.gpt.fine_grained_callables",
+        parameters=("layer",),
+        replacement=cut_between_streams,
+        reason="--overlap-moe-expert-parallel-comm: its nodes carry one hidden state, and add the residual",
+    ),
+    Hook(
+        target="megatron.core.models.common.utils:PreProcessNode.forward_impl",
+        defined_in="megatron.core.models.common.utils",
+        parameters=("self",),
+        replacement=ask_embedding_gradient,
+        reason="--overlap-moe-expert-parallel-comm behind a frozen embedding ends in the first step, in "
+        "stock too",
     ),
     Hook(
         target="megatron.core.dist_checkpointing:load",

@@ -15,6 +15,7 @@ _GRAPHABLE = "megatron.core.transformer.module:GraphableMegatronModule"
 _WHOLE_STEP = "megatron.core.full_cuda_graph:FullCudaGraphWrapper"
 _BLOCK = "megatron.core.transformer.transformer_block"
 _MOE = "megatron.core.transformer.moe.moe_layer:MoELayer"
+_NODE = "megatron.core.models.common.utils:TransformerLayerNode"
 _SHARDED = "megatron.core.dist_checkpointing.optimizer"
 _OPTIMIZER = "megatron.core.optimizer.optimizer"
 _TE = "megatron.core.extensions.transformer_engine"
@@ -168,6 +169,33 @@ USES: tuple[Use, ...] = (
         ("optimizer", "config", "init_state_fn"),
     ),
     Use(f"{_OPTIMIZER}:MegatronOptimizer._extract_common_per_param_step", "state_dict"),
+    # pipeline/layer_nodes.py, layer_parts.py
+    Use(f"{_LAYER}._forward_pre_mlp_layernorm", "self, hidden_states"),
+    Use(
+        f"{_MOE}.__init__",
+        "self, config, submodules, layer_number, pg_collection, is_mtp_layer, name",
+        ("token_dispatcher",),
+    ),
+    Use(f"{_MOE}.route", "self, hidden_states, padding_mask"),
+    Use(f"{_MOE}.shared_experts_compute", "self, hidden_states"),
+    Use(f"{_MOE}.preprocess", "self, hidden_states, probs, routing_map"),
+    Use(f"{_MOE}.dispatch", "self, hidden_states, probs"),
+    Use(f"{_MOE}.routed_experts_compute", "self, hidden_states, probs"),
+    Use(f"{_MOE}.combine", "self, output"),
+    Use(f"{_MOE}.postprocess", "self, output, shared_expert_output"),
+    # pipeline/combined_nodes.py
+    Use(
+        f"{_NODE}.__init__",
+        "self, stream, event, layer_state, chunk_state, submodule, name, bwd_dw_callables, extra_args",
+        ("layer_state", "chunk_state", "is_mtp", "is_last_layer"),
+    ),
+    Use(f"{_NODE}.detach", "self, t", ("before_detached",)),
+    Use(f"{_NODE}.forward_impl", "self, args", ("submodule",)),
+    Use(
+        "megatron.core.models.common.model_chunk_schedule_plan:TransformerModelChunkSchedulePlan.__init__",
+        None,
+        ("attention_mask", "packed_seq_params", "model"),
+    ),
 )
 
 # Of a HybridModel: hybrid.py, mamba.py, sublayer.py, wrapping.py, diagnostics/sampler.py.
@@ -235,20 +263,6 @@ SCHEDULE_USES: tuple[Use, ...] = (
     Use("megatron.core.utils:get_attr_wrapped_model", "model, attr, allow_none, return_model_obj"),
     Use("megatron.core.process_groups_config:ProcessGroupCollection.use_mpu_process_groups", "required_pgs"),
     Use("torch.distributed:ProcessGroup._get_backend", None),
-    # layer_nodes.py
-    Use(f"{_LAYER}._forward_pre_mlp_layernorm", "self, hidden_states"),
-    Use(
-        f"{_MOE}.__init__",
-        "self, config, submodules, layer_number, pg_collection, is_mtp_layer, name",
-        ("token_dispatcher",),
-    ),
-    Use(f"{_MOE}.route", "self, hidden_states, padding_mask"),
-    Use(f"{_MOE}.shared_experts_compute", "self, hidden_states"),
-    Use(f"{_MOE}.preprocess", "self, hidden_states, probs, routing_map"),
-    Use(f"{_MOE}.dispatch", "self, hidden_states, probs"),
-    Use(f"{_MOE}.routed_experts_compute", "self, hidden_states, probs"),
-    Use(f"{_MOE}.combine", "self, output"),
-    Use(f"{_MOE}.postprocess", "self, output, shared_expert_output"),
 )
 
 # Of the spec door.

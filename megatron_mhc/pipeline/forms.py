@@ -80,6 +80,8 @@ def nothing_to_choose(config: Any, launch: Launch | None) -> str | None:
 
 def obstacle(config: Any, mhc: MHCConfig, launch: Launch, form: Form) -> str | None:
     """What keeps a configuration from a form, or None."""
+    if form == STOCK and config.overlap_moe_expert_parallel_comm:
+        return "Megatron's combined 1F1B is not simulated"
     pp, counts = config.pipeline_model_parallel_size, (launch.micro_batches, *launch.others)
     group = max(pp, config.microbatch_group_size_per_vp_stage or 0)
     if form == STOCK:

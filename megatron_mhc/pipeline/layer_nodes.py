@@ -7,7 +7,7 @@ combine     all-to-all (MoE)          post       unpermute, add the shared exper
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,14 +15,14 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from megatron_mhc.layer import HyperConnectionTransformerLayer
-from megatron_mhc.ops import packed, reference
+from megatron_mhc.ops import packed
 from megatron_mhc.pipeline.edges import backward, edge_of
+from megatron_mhc.pipeline.layer_parts import cross, crossing, join, kept, read_by_post_res, route
 from megatron_mhc.pipeline.streams import HostStreams, stream_of
-from megatron_mhc.releases import release
 from megatron_mhc.sublayer import Call, Visit
 
 Where = tuple[int, str]  # local layer and node
-_AFTER_MLP = release().after_mlp
+_HOW = "--mhc-pipeline-schedule fused"
 
 
 class Tape:
@@ -159,23 +159,22 @@ class NodeByNode:
             shared = probs = None
             hidden = visit.layer_input
             if moe:
-                norm, hidden, probs, shared = _route(layer, hidden, call.kwargs)
-                del norm
+                hidden, probs, shared = route(layer, hidden, call.kwargs, _HOW)
 
         start = "dispatch" if moe else "experts"
-        crossing = () if cut else _crossing(visit)
+        across = () if cut else crossing(visit)
         with self.node(at, "dispatch", moe, u):
             if moe:
-                self._used(*_kept(layer))
-                hidden, probs, shared, *crossed = self._take((at, start), hidden, probs, shared, *crossing)
+                self._used(*kept(layer))
+                hidden, probs, shared, *crossed = self._take((at, start), hidden, probs, shared, *across)
                 hidden, probs = layer.mlp.dispatch(hidden, probs)
         with self.node(at, "experts", moe):
             if moe:
-                self._used(*_kept(layer))
+                self._used(*kept(layer))
                 hidden, probs = self._take((at, "experts"), hidden, probs)
                 hidden, _ = layer.mlp.routed_experts_compute(hidden, probs)
             else:
-                hidden, *crossed = self._take((at, start), hidden, *crossing)
+                hidden, *crossed = self._take((at, start), hidden, *across)
                 visit.read_by_f(hidden)
                 hidden = mlp.run(layer, visit, call)
         with self.node(at, "combine", moe):
@@ -184,14 +183,14 @@ class NodeByNode:
                 hidden = layer.mlp.combine(hidden)
             if h_post is not None:  # the next stage has the streams
                 self._reads(layer, visit, h_post)
-                f = (_join(layer, hidden, shared) if moe else hidden).to(streams.dtype)
+                f = (join(layer, hidden, shared, hidden) if moe else hidden).to(streams.dtype)
                 tape.end(edge_of(f))
                 return packed.pack(f, h_post), call.context
         with self.node(at, "post", moe):
             (hidden,) = self._take((at, "post"), hidden)
             self._reads(layer, visit, shared, *crossed)
-            f = _join(layer, hidden, shared) if moe else hidden
-            _cross(visit, crossed)
+            f = join(layer, hidden, shared, hidden) if moe else hidden
+            cross(visit, crossed)
             streams = layer.leave(mlp.post_res(visit, f, work_ahead=False), visit.handed_on)
         self._streams.used(f)  # by the backward of the MLP's mHC pre, on the compute stream
         if self._last and self._at == self._layers:
@@ -210,60 +209,4 @@ class NodeByNode:
 
     def _reads(self, layer: HyperConnectionTransformerLayer, visit: Visit, *tensors: Tensor | None) -> None:
         """The current stream reads tensors, the mappings' own, and what the dispatcher keeps."""
-        mappings = visit.mappings
-        if isinstance(mappings, reference.Coefficients):
-            own: tuple[Tensor, ...] = tuple(mappings)
-        else:
-            own = mappings.read_by_post_res()
-        self._used(*tensors, *own, *(_kept(layer) if layer.is_moe_layer else ()))
-
-
-def _kept(layer: HyperConnectionTransformerLayer) -> Iterable[Any]:
-    """What the dispatcher keeps from one node to a later one, tensors among it."""
-    return vars(layer.mlp.token_dispatcher).values()
-
-
-def _route(
-    layer: HyperConnectionTransformerLayer, layer_input: Tensor, kwargs: dict[str, Any]
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    if getattr(kwargs.get("packed_seq_params"), "tokens_per_sample", None) is not None:
-        raise ValueError(
-            "--mhc-pipeline-schedule fused does not route packed samples one by one: use interleaved"
-        )
-    padding = kwargs.get("padding_mask")
-    if padding is not None:
-        padding = padding.transpose(0, 1).bool()  # as MoELayer.forward has it
-    norm = layer._forward_pre_mlp_layernorm(layer_input)
-    if isinstance(norm, tuple):  # --fused-residual-rmsnorm: with the residual, which here are the streams
-        norm, _ = norm
-    shared = layer.mlp.shared_experts_compute(norm)
-    probs, routing = layer.mlp.route(norm, padding)
-    hidden, probs = layer.mlp.preprocess(norm, probs, routing)
-    return norm, hidden, probs, shared
-
-
-def _join(layer: HyperConnectionTransformerLayer, combined: Tensor, shared: Tensor | None) -> Tensor:
-    output = layer.mlp.postprocess(combined, shared)
-    add = getattr(layer, _AFTER_MLP)
-    return add((output, None), output)
-
-
-def _crossing(visit: Visit) -> tuple[Tensor, ...]:
-    """What post_res, and the next layer, read of the attention's piece, the MLP aside."""
-    mappings = visit.mappings
-    handed_on = () if visit.handed_on is None else (visit.handed_on,)
-    if isinstance(mappings, reference.Coefficients):
-        return visit.streams, mappings.h_post, mappings.h_res, *handed_on
-    return *mappings.take_tunnel(), *handed_on  # the tunnel's gradients post_res hands through for pre
-
-
-def _cross(visit: Visit, leaves: list[Tensor]) -> None:
-    """Let post_res read the leaves that stand for `_crossing`."""
-    mappings = visit.mappings
-    if visit.handed_on is not None:
-        *leaves, visit.handed_on = leaves
-    if isinstance(mappings, reference.Coefficients):
-        visit.streams, h_post, h_res = leaves
-        visit.mappings = mappings._replace(h_post=h_post, h_res=h_res)
-    else:
-        mappings.put_back(tuple(leaves))
+        self._used(*tensors, *read_by_post_res(visit), *(kept(layer) if layer.is_moe_layer else ()))

@@ -8,13 +8,14 @@ from megatron_mhc.config import MHCConfig, flag
 from megatron_mhc.pipeline import refusals
 from megatron_mhc.pipeline.queues import check_queues
 from megatron_mhc.refusals import Refusal, refuse
-from megatron_mhc.schedule.plans import FUSED, OVERLAPPED
+from megatron_mhc.schedule.plans import FUSED, OVERLAPPED, is_combined
 from megatron_mhc.schedule.program import SPLIT
 
 
 def refusals_of(config: Any, mhc: MHCConfig) -> tuple[Refusal, ...]:
     """The rows that a configuration of this schedule, boundary and pipeline must not meet."""
-    rows = refusals.DELAYED if getattr(config, "delay_wgrad_compute", False) else ()
+    delayed = getattr(config, "delay_wgrad_compute", False) and not is_combined(config, mhc)
+    rows = refusals.DELAYED if delayed else ()
     if mhc.pipeline_schedule not in OVERLAPPED:
         return rows + refusals.MEGATRONS_SCHEDULE
     rows += refusals.OVERLAPPED

@@ -7,18 +7,21 @@ from typing import Any
 from megatron_mhc.config import MHCConfig
 from megatron_mhc.refusals import Refusal, empty_stage, setting_row, setting_rows
 
-# Under --delay-wgrad-compute: only a fused step asks the linears for what they have put off.
+# Under --delay-wgrad-compute, but not in Megatron's combined 1F1B: only a fused step asks the linears for
+# what they have put off.
 DELAYED = (
     Refusal(
         lambda config, mhc: mhc.pipeline_schedule != "fused",
-        "--mhc-pipeline-schedule {mhc.pipeline_schedule} does not support --delay-wgrad-compute True",
-        "it would never compute what the linears have put off; use --mhc-pipeline-schedule fused, or drop it",
+        "--mhc-pipeline-schedule {mhc.pipeline_schedule} does not support --delay-wgrad-compute True without "
+        "--overlap-moe-expert-parallel-comm",
+        "it would never compute what the linears have put off; add that, use --mhc-pipeline-schedule fused, "
+        "or drop it",
     ),
     Refusal(
         lambda config, mhc: config.pipeline_model_parallel_size == 1,
-        "--delay-wgrad-compute True needs a pipeline",
-        "without one, Megatron's own schedule runs instead of --mhc-pipeline-schedule fused and would never "
-        "compute what the linears have put off; give --pipeline-model-parallel-size 2 or more, or drop it",
+        "--delay-wgrad-compute True needs a pipeline or --overlap-moe-expert-parallel-comm",
+        "without both, no schedule would compute what the linears have put off; give "
+        "--pipeline-model-parallel-size 2 or more, or drop it",
     ),
     *setting_rows(
         "--mhc-pipeline-schedule fused with --delay-wgrad-compute does not support {flag} {value}",
@@ -45,7 +48,17 @@ def _graphs_of_a_stage(config: Any, mhc: MHCConfig) -> str | None:
     return config.cuda_graph_impl if asked else None
 
 
+def _layers_in_nodes(config: Any, mhc: MHCConfig) -> bool:
+    asked = config.overlap_moe_expert_parallel_comm and config.pipeline_model_parallel_size > 1
+    return bool(asked and mhc.pipeline_schedule == "interleaved")
+
+
 OVERLAPPED = (
+    Refusal(
+        _layers_in_nodes,
+        "--mhc-pipeline-schedule interleaved does not support --overlap-moe-expert-parallel-comm True",
+        "it runs layers as a whole; use --mhc-pipeline-schedule fused or megatron, or drop it",
+    ),
     *setting_rows(
         "--mhc-pipeline-schedule {mhc.pipeline_schedule} does not support {flag} {value}",
         "--mhc-pipeline-schedule megatron",

@@ -125,7 +125,8 @@ class Block:
     def __init__(self, first: Tensor):
         self.first: Tensor | None = first.detach()
         self.sublayers: list[Replayed] = []
-        self._home: Any = None  # the stream of the forward pass, where tensors are on a GPU
+        self._begun = stream_of(first)  # on which its sub-layers read
+        self._home: Any = None  # the stream that ended the forward pass, where tensors are on a GPU
         self._complete: Any = None
         self._replayed: Any = None
 
@@ -152,12 +153,13 @@ class Block:
         if not sublayers:
             return
         assert x is not None
-        elsewhere = None
-        if self._home is not None and torch.cuda.current_stream(self._home.device) != self._home:
-            elsewhere = torch.cuda.current_stream(self._home.device)
+        here = None if self._home is None else torch.cuda.current_stream(self._home.device)
+        elsewhere = here if here != self._home else None
+        if elsewhere is not None:
             elsewhere.wait_event(self._complete)
+        if here is not None and (elsewhere is not None or here != self._begun):
             for tensor in (x, *(t for s in sublayers for t in s.kept())):
-                used_on(elsewhere, tensor)
+                used_on(here, tensor)
         with torch.no_grad():
             streams: Tensor | None = x
             done = 0

@@ -80,6 +80,13 @@ class DroppingSubLayer(SubLayer):
             self.chunk.passed(self.position, dropped.block, output)
         return output
 
+    def let_go(self, visit: Visit) -> None:
+        # A leaf lives as long as its graph, so its storage is emptied; the replay fills a slot, not the leaf.
+        dropped = visit.left
+        if isinstance(dropped, Dropped) and dropped.slot is not None:
+            if storage_key(visit.layer_input) != storage_key(visit.streams):
+                Emptied(visit.streams)
+
     def leave(self, streams: Tensor, h_pre: Tensor | None = None) -> tuple[Visit, Tensor, Tensor]:
         self.chunk.leave(streams)  # what the two gradients of a split pipeline boundary need is kept
         return super().leave(streams, h_pre)
@@ -287,7 +294,8 @@ class Dropped(Left):
         coefficients = self.coefficients
         if coefficients is None:
             return [] if self.f is None else [self.f]
-        return [t for t in (self.f, coefficients, self.folded[1], self.h_pre) if isinstance(t, Tensor)]
+        parts = coefficients if isinstance(coefficients, reference.Coefficients) else (coefficients,)
+        return [t for t in (self.f, *parts, self.folded[1], self.h_pre) if isinstance(t, Tensor)]
 
     def restored(self) -> list[Tensor]:
         """See `block.Replayed`."""

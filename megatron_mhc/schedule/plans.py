@@ -44,6 +44,15 @@ def plan_for(
     )
 
 
+def is_combined(config: Any, mhc: MHCConfig) -> bool:
+    """Whether Megatron's combined 1F1B trains the model: a forward beside the backward of the pass before it.
+
+    --overlap-moe-expert-parallel-comm asks for it; on a pipeline `fused` does so in its place.
+    """
+    alone = config.pipeline_model_parallel_size == 1
+    return bool(config.overlap_moe_expert_parallel_comm and (alone or mhc.pipeline_schedule == MEGATRON))
+
+
 def passes_in_flight(config: Any, mhc: MHCConfig, rank: int, microbatches: int | None = None) -> int:
     """Most passes of model chunks that a pipeline rank has run forward and not yet backward.
 
@@ -51,8 +60,8 @@ def passes_in_flight(config: Any, mhc: MHCConfig, rank: int, microbatches: int |
         microbatches: of one step; None if unknown, as many as fill the pipeline.
     """
     pp, chunks = config.pipeline_model_parallel_size, config.virtual_pipeline_model_parallel_size or 1
-    if pp == 1:  # Megatron runs it without a schedule of ours
-        return 1
     if microbatches is None:
         microbatches = 2 * max(pp, config.microbatch_group_size_per_vp_stage or 0)
-    return plan_for(config, mhc, pp, chunks, microbatches).in_flight(rank)
+    # Without a pipeline Megatron runs it without a schedule of ours.
+    held = 1 if pp == 1 else plan_for(config, mhc, pp, chunks, microbatches).in_flight(rank)
+    return min(held + 1, chunks * microbatches) if is_combined(config, mhc) else held

@@ -326,10 +326,10 @@ def forward_backward(
         mask = torch.ones(sequence, sequence, dtype=torch.bool, device="cuda").triu(1)[None, None]
     positions = local.expand(size, -1).contiguous()
 
-    def forward_step(iterator: Iterator[Tensor], model: Any) -> Any:
+    def forward_step(iterator: Iterator[Tensor], model: Any, return_schedule_plan: bool = False) -> Any:
         batch = next(iterator)
         labels = batch[:, 1:][:, local].contiguous()
-        output = model(
+        output = (model.build_schedule_plan if return_schedule_plan else model)(
             batch[:, :-1][:, local].contiguous(),
             positions,
             mask,

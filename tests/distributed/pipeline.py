@@ -60,15 +60,20 @@ def compare_partly_trained(
     patterns: list[str],
     count: int = 4,
     ddp: dict[str, Any] | None = None,
+    more: dict[str, Any] | None = None,
     **settings: Any,
 ) -> Comparison:
-    """One iteration of a model of which `patterns` name what is trained, against one process."""
+    """One iteration of a model of which `patterns` name what is trained, against one process.
+
+    Args:
+        more: of `compare_all`.
+    """
     weights = functools.partial(partly_trained, patterns)
     settings = dict(num_layers=4) | settings
     plain = MHCConfig(sinkhorn_iterations=mhc.sinkhorn_iterations)
     exact = settings | dict(params_dtype=torch.float64, pipeline_dtype=torch.float64)
     expected = run_ranks(1, _reference, kind, plain, count, exact, weights)[0]
-    run = functools.partial(compare_all, overrides=settings, weights=weights, ddp=ddp)
+    run = functools.partial(compare_all, overrides=settings, weights=weights, ddp=ddp, **more or {})
     return run_ranks(world, run, layout, kind, [(mhc, count, expected)])[0][0]
 
 
@@ -94,6 +99,7 @@ def compare_all(
     prepare: Callable[[Any, list[Any]], None] | None = None,
     ddp: dict[str, Any] | None = None,
     weights: Callable[[list[Any]], None] = fill,
+    schedule: Callable[..., Any] | None = engine.forward_backward,
 ) -> list[Comparison]:
     """Run one iteration of the schedule on this rank for each (options, micro-batches, expected).
 
@@ -107,7 +113,7 @@ def compare_all(
         chunks = build(layout, config, kind, mhc, ddp, weights=weights)
         if prepare:
             prepare(config, chunks)
-        loss = iterate(chunks, config, count=count, schedule=engine.forward_backward)
+        loss = iterate(chunks, config, count=count, schedule=schedule)
         results.append(differences(loss, chunks, expected, config.params_dtype))
     return results
 

@@ -89,6 +89,17 @@ def described(case: Combination, settings: dict[str, Any], on_one: bool) -> tupl
     return kind, settings, hybrid.model(pattern, SMALL)
 
 
+def configured(layout: Layout, kind: str, settings: dict[str, Any]) -> Any:
+    """The model's configuration; nodes of layers are asked for behind Megatron's checks, which want bf16."""
+    nodes = settings.get("overlap_moe_expert_parallel_comm") and not settings.get("delay_wgrad_compute")
+    if nodes:
+        layout.config(kind, **settings | dict(bf16=True, params_dtype=torch.bfloat16))
+        settings = settings | dict(overlap_moe_expert_parallel_comm=False)
+    config = layout.config(kind, **settings)
+    config.overlap_moe_expert_parallel_comm = config.overlap_moe_expert_parallel_comm or bool(nodes)
+    return config
+
+
 def start(
     case: Combination, layout: Layout, mhc: MHCConfig | None, settings: dict[str, Any], ddp: Any, on_one: bool
 ) -> tuple[Any, list[Any], Any]:
@@ -103,7 +114,7 @@ def start(
         settings |= dict(fp32_residual_connection=True) | fp32_residual.BF16
     if case.how == "training":
         settings |= dict(params_dtype=torch.float32)
-    config = layout.config(kind, **settings)
+    config = configured(layout, kind, settings)
     if mhc is not None:
         mhc = auto.resolved(config, mhc, LAUNCH)
     fill_ = functools.partial(weights, case.trained)

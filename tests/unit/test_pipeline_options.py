@@ -13,7 +13,7 @@ from megatron_mhc.hooks import targets
 from megatron_mhc.hooks.messages import widen_messages
 from megatron_mhc.hooks.schedule import choose_schedule
 from megatron_mhc.pipeline import engine, options
-from megatron_mhc.schedule.plans import plan_for
+from megatron_mhc.schedule.plans import passes_in_flight, plan_for
 
 SPLIT = MHCConfig(pipeline_schedule="interleaved", pp_boundary="split")
 WHOLE = MHCConfig(pipeline_schedule="interleaved")
@@ -73,17 +73,45 @@ def test_what_a_fused_layer_cannot_take_apart_is_refused(name, value):
 def test_delayed_weight_gradients_that_nobody_would_compute_are_refused(mhc, pp):
     late = config(delay_wgrad_compute=True, pipeline_model_parallel_size=pp)
     words = (
-        f"--mhc-pipeline-schedule {mhc.pipeline_schedule} does not support --delay-wgrad-compute True: "
-        ".*use --mhc-pipeline-schedule fused, or drop it"
+        f"--mhc-pipeline-schedule {mhc.pipeline_schedule} does not support --delay-wgrad-compute True "
+        "without --overlap-moe-expert-parallel-comm: .*use --mhc-pipeline-schedule fused, or drop it"
     )
     with pytest.raises(ValueError, match=words):
         options.check_config(late, mhc)
 
 
+@pytest.mark.parametrize("mhc", [MHCConfig(), FUSED], ids=["megatron", "fused"])
+def test_megatrons_combined_schedule_delays_weight_gradients(mhc):
+    settings = dict(overlap_moe_expert_parallel_comm=True, delay_wgrad_compute=True)
+    options.check_config(config(**settings, pipeline_model_parallel_size=1), mhc)
+    options.check_config(config(**settings, pipeline_model_parallel_size=2), mhc)
+
+
+def test_nodes_of_layers_are_refused_under_a_schedule_that_runs_whole_ones():
+    settings = dict(overlap_moe_expert_parallel_comm=True)
+    options.check_config(config(**settings, pipeline_model_parallel_size=1), WHOLE)
+    words = "interleaved does not support --overlap-moe-expert-parallel-comm True: .*fused or megatron"
+    with pytest.raises(ValueError, match=words):
+        options.check_config(config(**settings, pipeline_model_parallel_size=2), WHOLE)
+
+
+def test_the_combined_schedule_holds_one_pass_more():
+    megatron = MHCConfig()
+
+    def held(mhc=megatron, count=None, **settings):
+        return passes_in_flight(config(**settings, overlap_moe_expert_parallel_comm=True), mhc, 0, count)
+
+    alone = dict(pipeline_model_parallel_size=1)
+    assert (held(**alone), held(count=1, **alone)) == (2, 1)
+    stages = dict(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2)
+    assert held(**stages) == passes_in_flight(config(**stages), megatron, 0) + 1
+    assert held(FUSED, **stages) == passes_in_flight(config(**stages), FUSED, 0)
+
+
 def test_a_fused_pipeline_delays_weight_gradients():
     options.check_config(config(delay_wgrad_compute=True), FUSED)
     alone = config(delay_wgrad_compute=True, pipeline_model_parallel_size=1)
-    with pytest.raises(ValueError, match="--delay-wgrad-compute True needs a pipeline: .* or drop it"):
+    with pytest.raises(ValueError, match="--delay-wgrad-compute True needs a pipeline or .* or drop it"):
         options.check_config(alone, FUSED)
 
 

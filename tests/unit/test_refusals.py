@@ -17,6 +17,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from megatron_mhc import MHCConfig, carried, door_refusals, parallel, refusals, specs
 from megatron_mhc.config import flag
+from megatron_mhc.graphs import Held
 from megatron_mhc.hooks.messages import widen_messages
 from megatron_mhc.hyper_connection import check_width
 from megatron_mhc.pipeline.options import check_config
@@ -33,7 +34,6 @@ def config(**settings):
 @pytest.mark.parametrize(
     "name, value",
     [
-        ("overlap_moe_expert_parallel_comm", True),
         ("cpu_offloading", True),
         ("inference_fuse_tp_communication", True),
         ("transformer_impl", "inference_optimized"),
@@ -44,6 +44,56 @@ def test_unsupported_setting_is_refused(name, value):
     with pytest.raises(ValueError) as error:
         parallel.validate(config(**{name: value}), MHCConfig())
     assert f"--{name.replace('_', '-')} {value}: " in str(error.value)
+
+
+OVERLAP = dict(overlap_moe_expert_parallel_comm=True)
+
+
+@pytest.mark.parametrize(
+    "rows, settings, words",
+    [
+        ("HYBRID", {}, "--overlap-moe-expert-parallel-comm True in a HybridModel"),
+        ("FSDP2", {}, "--use-torch-fsdp2 does not support --overlap-moe-expert-parallel-comm True: "),
+        ("MODEL", {}, None),
+    ],
+)
+def test_where_layers_cannot_be_run_in_nodes(rows, settings, words):
+    rows = getattr(refusals, rows)
+    refusals.refuse(rows, config(**settings), MHCConfig())
+    if words is None:
+        refusals.refuse(rows, config(**settings, **OVERLAP), MHCConfig())
+        return
+    with pytest.raises(ValueError, match=words):
+        refusals.refuse(rows, config(**settings, **OVERLAP), MHCConfig())
+
+
+@pytest.mark.parametrize(
+    "held, attention, settings, words",
+    [
+        (True, True, dict(cuda_graph_impl="local"), "--cuda-graph-impl local with --overlap-moe-expert"),
+        (
+            False,
+            False,
+            {},
+            "--overlap-moe-expert-parallel-comm True does not support layers without attention",
+        ),
+    ],
+)
+def test_layers_that_nodes_cannot_run(held, attention, settings, words):
+    def layer(**more):
+        return types.SimpleNamespace(
+            held=Held(attention=held, mlp=False, router=False),
+            connections=lambda: [None, None],
+            chunk=types.SimpleNamespace(each=2),
+            self_attention_hyper_connection="a connection" if attention else None,
+            self_attention=None,
+            recompute_input_layernorm=False,
+            config=config(**settings, **more),
+        )
+
+    refusals.refuse(refusals.LAYER, layer(), MHCConfig())
+    with pytest.raises(ValueError, match=words):
+        refusals.refuse(refusals.LAYER, layer(**OVERLAP), MHCConfig())
 
 
 def test_fp32_streams_are_refused_under_the_kernels_that_take_bf16():
@@ -152,7 +202,7 @@ def test_what_the_entry_point_lacks_is_refused(name):
 
 def test_a_refusal_that_names_flags_says_how_the_environment_writes_them():
     with pytest.raises(ValueError) as error:
-        parallel.validate(config(overlap_moe_expert_parallel_comm=True), MHCConfig())
+        parallel.validate(config(normalization="LayerNorm"), MHCConfig(norm="folded"))
     assert "MEGATRON_MHC and YAML files write" in "".join(error.value.__notes__)
     with pytest.raises(ValueError) as error:
         parallel.validate(config(cpu_offloading=True), MHCConfig())
