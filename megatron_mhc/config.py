@@ -157,8 +157,9 @@ class MHCConfig:
     init_gating_factor: float = _option(0.01, "initial value of the three gating factors alpha", least=0)
     contract: str = _option(
         "auto",
-        "how n streams become one before the final norm; auto is learned_head under deepseek_v4, else mean",
-        choices=("auto", "mean", "sum", "learned_head"),
+        "how n streams become one before the final norm; auto is learned_head under deepseek_v4, else mean; "
+        "library is what wrap_block_spec(contraction=...) was given: docs/contraction.md",
+        choices=("auto", "mean", "sum", "learned_head", "library"),
         stored=True,
     )
     norm_eps: float = _option(

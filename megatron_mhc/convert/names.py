@@ -76,6 +76,9 @@ def check(mhc: MHCConfig, source: str, target: str) -> None:
         raise ValueError(f"{source} -> {target}: nothing to convert")
     if source == "plain" and target != "plugin":
         raise ValueError(f"plain -> {target}: convert plain -> plugin first, then plugin -> {target}")
+    for side in {source, target} - {"plugin"}:
+        if mhc.contract == "library":
+            raise ValueError(f"{flag('contract')}=library has no form in {side}: convert by your own code")
     for side in {source, target} - {"plain", "plugin"}:
         for name, only in (("h_res", "sinkhorn"), ("h_pre", "dynamic"), ("h_post", "dynamic")):
             if getattr(mhc, name) != only:
