@@ -105,6 +105,19 @@ def _read(option: Field[Any], value: Any) -> Any:
     return str(number) if option.type == "str" else number
 
 
+_CONTRACT = {"deepseek_v4": "learned_head", "qwen4_exp": "mixer"}  # that `auto` is, by preset
+_GATED_RANK = 320
+_GATED: tuple[tuple[str, tuple[Any, ...], str], ...] = (  # that it has a form for, and why for no other
+    ("h_res", ("identity",), "which leaves the streams unmixed"),
+    ("h_pre", ("dynamic",), "whose read is a gate for each channel"),
+    ("h_post", ("dynamic",), "whose write is its own"),
+    ("init", ("home_stream",), "whose matrices start by --init-method-std"),
+    ("norm", ("apart", "auto"), "which has no norm in front of F"),
+    ("load_dense", (False,), "which has no place for a plain model's norms"),
+    ("backend", ("auto", "reference"), "which has no kernels"),
+)
+
+
 @dataclass(frozen=True)
 class MHCConfig:
     """Options of the mHC residual connection; the defaults are the paper's.
@@ -122,15 +135,17 @@ class MHCConfig:
     preset: str = _option(
         "paper",
         "arithmetic of the mappings: paper is Eqs. (14)-(19); deepseek_v4 has that model's softmax, eps 1e-6 "
-        "after every step, transposed comb and learned output head",
-        choices=("paper", "deepseek_v4"),
+        "after every step, transposed comb and learned output head; qwen4_exp is that model's gated "
+        "residual, whose read replaces the norms in front of F: docs/gated_residual.md",
+        choices=("paper", "deepseek_v4", "qwen4_exp"),
         stored=True,
     )
     h_res: str = _option(
-        "sinkhorn",
+        "auto",
         "how a sub-layer mixes the streams: sinkhorn is mHC; identity leaves them unmixed; unconstrained is "
-        "plain hyper-connections (Eq. (5), the paper's baseline: tanh mappings, normalised per stream)",
-        choices=("sinkhorn", "identity", "unconstrained"),
+        "plain hyper-connections (Eq. (5), the paper's baseline: tanh mappings, normalised per stream); auto "
+        "is identity under qwen4_exp, else sinkhorn",
+        choices=("auto", "sinkhorn", "identity", "unconstrained"),
         stored=True,
     )
     h_pre: str = _option(
@@ -157,15 +172,22 @@ class MHCConfig:
     init_gating_factor: float = _option(0.01, "initial value of the three gating factors alpha", least=0)
     contract: str = _option(
         "auto",
-        "how n streams become one before the final norm; auto is learned_head under deepseek_v4, else mean; "
+        "how n streams become one before the final norm; auto is learned_head under deepseek_v4, mixer "
+        "under qwen4_exp, else mean; mixer reads as that model's sub-layers do, and replaces the final norm; "
         "library is what wrap_block_spec(contraction=...) was given: docs/contraction.md",
-        choices=("auto", "mean", "sum", "learned_head", "library"),
+        choices=("auto", "mean", "sum", "learned_head", "mixer", "library"),
         stored=True,
     )
     norm_eps: float = _option(
         1e-6,
         "added to mean(x^2) inside the root of the mappings' norm; the paper does not state it",
         above=0,
+        stored=True,
+    )
+    gated_rank: int = _option(
+        _GATED_RANK,
+        "rank of the gates by which --mhc-preset qwen4_exp reads the streams",
+        least=1,
         stored=True,
     )
     load_dense: bool = _option(
@@ -260,10 +282,39 @@ class MHCConfig:
                 f"{flag('recompute_coefficients')} without recompute: add {flag('recompute_layer_num')}=auto"
             )
         if self.contract == "auto":
-            resolved = "learned_head" if self.preset == "deepseek_v4" else "mean"
-            object.__setattr__(self, "contract", resolved)
+            object.__setattr__(self, "contract", _CONTRACT.get(self.preset, "mean"))
+        if self.h_res == "auto":
+            object.__setattr__(self, "h_res", "identity" if self.is_gated else "sinkhorn")
+        self._check_gated()
         if self.pp_boundary == "auto" and self.pipeline_schedule != "auto":
             object.__setattr__(self, "pp_boundary", "whole")
+
+    def _check_gated(self) -> None:
+        """Raise ValueError for an option that the gated residual has no form for, or is alone to have."""
+        if not self.is_gated:
+            alone = dict(contract=self.contract == "mixer", gated_rank=self.gated_rank != _GATED_RANK)
+            for name in (name for name, found in alone.items() if found):
+                raise ValueError(
+                    f"{flag(name)}={getattr(self, name)} belongs to {flag('preset')}=qwen4_exp: add that, or "
+                    f"drop {flag(name)}"
+                )
+            return
+        for name, known, why in _GATED:
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"{flag(name)}={getattr(self, name)} has no form in {flag('preset')}=qwen4_exp, {why}: "
+                    f"use {flag(name)}={known[0]}, or {flag('preset')}=paper"
+                )
+        if self.recompute_layer_num != "off" and not self.recompute_coefficients:
+            raise ValueError(
+                f"{flag('recompute_layer_num')}={self.recompute_layer_num} with {flag('preset')}=qwen4_exp, "
+                f"whose gates are as large as the streams: add {flag('recompute_coefficients')}"
+            )
+
+    @property
+    def is_gated(self) -> bool:
+        """True for the gated residual of Qwen4-Exp."""
+        return self.preset == "qwen4_exp"
 
     @property
     def is_hc(self) -> bool:

@@ -21,6 +21,7 @@ from megatron_mhc.checkpoint_keys import compare_arithmetic, decode_arithmetic, 
 from megatron_mhc.checkpoint_parts import in_shards
 from megatron_mhc.config import MHCConfig, flag
 from megatron_mhc.contraction import Contraction, build
+from megatron_mhc.gated import ExitMixer
 from megatron_mhc.hyper_connection import MappingParameters, MappingProjection, check_width
 from megatron_mhc.ops import reference
 from megatron_mhc.parallel import mark_replicated
@@ -63,7 +64,8 @@ class ContractNorm(nn.Module):
 
     Args:
         norm: builds the final norm; not called where the contraction replaces it.
-        contraction: what builds the contraction of `--mhc-contract library`, see `contraction.build`.
+        contraction: what builds the contraction of `--mhc-contract library`, see `contraction.build`; that of
+            `mixer` comes from here.
 
     Raises:
         ValueError: a contraction that is none, or beside another `--mhc-contract`.
@@ -81,6 +83,7 @@ class ContractNorm(nn.Module):
         self.backend = Backend(mhc)
         self.width = config.hidden_size
         check_contraction(mhc, contraction)
+        contraction = ExitMixer if mhc.contract == "mixer" else contraction
         supplied = None if contraction is None else build(contraction, config, mhc)
         replaced = getattr(supplied, "replaces_norm", False)
         if replaced and mhc.load_dense:

@@ -4,7 +4,8 @@
     plugin         this package
     megatron-main  Megatron-LM's branch main, --enable-mhc-connections
     megatron-dev   Megatron-LM's branch dev, --enable-hyper-connections
-    transformers   Hugging Face's DeepSeek-V4: model.layers.0.attn_hc.fn, ... (mapping parameters only)
+    transformers   Hugging Face's DeepSeek-V4: model.layers.0.attn_hc.fn, ... (mapping parameters only), and
+                   its Qwen4-Exp where the preset is qwen4_exp, see `gated`
     deepseek       DeepSeek-V4's own files: layers.0.hc_attn_fn, ... (mapping parameters only)
 
 All hold the rows pre (n), post (n), res (n*n) of one projection, but disagree about the last block: in
@@ -34,6 +35,7 @@ from megatron_mhc.checkpoint_keys import (
     ends_decoder,
 )
 from megatron_mhc.config import MHCConfig, flag
+from megatron_mhc.convert import gated
 from megatron_mhc.convert.check import CONNECTION, check_entries, check_streams, is_equal_head, width
 
 MEGATRON = ("plugin", "megatron-main", "megatron-dev")
@@ -79,6 +81,13 @@ def check(mhc: MHCConfig, source: str, target: str) -> None:
     for side in {source, target} - {"plugin"}:
         if mhc.contract == "library":
             raise ValueError(f"{flag('contract')}=library has no form in {side}: convert by your own code")
+        if mhc.is_gated and (side != "transformers" or mhc.contract != "mixer"):
+            raise ValueError(
+                f"{flag('preset')}=qwen4_exp with {flag('contract')}={mhc.contract} has no form in {side}, "
+                f"only {flag('contract')}=mixer in transformers"
+            )
+    if mhc.is_gated:
+        return
     for side in {source, target} - {"plain", "plugin"}:
         for name, only in (("h_res", "sinkhorn"), ("h_pre", "dynamic"), ("h_post", "dynamic")):
             if getattr(mhc, name) != only:
@@ -89,6 +98,8 @@ def check(mhc: MHCConfig, source: str, target: str) -> None:
 
 def check_state(state: dict[str, Any], convention: str, mhc: MHCConfig) -> None:
     """Raise ValueError for the first entry of a Megatron state dict that is not as `mhc` has it."""
+    if mhc.is_gated:
+        return gated.check_entries(state, mhc)
     check_streams(state, mhc)
     check_entries(state, HEADS.get(convention, ()), mhc)
 
@@ -97,6 +108,9 @@ def differences(mhc: MHCConfig, other: str) -> list[str]:
     """What to set on the other side, and what its arithmetic does that the plugin's does not."""
     if other in ("plugin", "plain"):
         return []
+    if mhc.is_gated:
+        sizes = f"hc_count {mhc.num_residual_streams}, hc_lowrank {mhc.gated_rank}"
+        return [f"config.json: {sizes}, rms_norm_eps {mhc.norm_eps} for the streams' norms"]
     streams, iterations = mhc.num_residual_streams, mhc.sinkhorn_iterations
     if other == "megatron-main":
         line = f"--enable-mhc-connections --mhc-num-residual-streams {streams} --mhc-sinkhorn-iterations "
