@@ -323,7 +323,10 @@ class MHCConfig:
 
     def arithmetic(self) -> dict[str, Any]:
         """The options that a checkpoint's weights are only meaningful under."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.metadata["stored"]}
+        stored = {f.name: getattr(self, f.name) for f in fields(self) if f.metadata["stored"]}
+        if not self.is_gated:
+            del stored["gated_rank"]
+        return stored
 
     @classmethod
     def from_mapping(cls, options: Mapping[str, Any], source: str = "options") -> MHCConfig:
