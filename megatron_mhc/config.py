@@ -308,7 +308,7 @@ class MHCConfig:
         if self.recompute_layer_num != "off" and not self.recompute_coefficients:
             raise ValueError(
                 f"{flag('recompute_layer_num')}={self.recompute_layer_num} with {flag('preset')}=qwen4_exp, "
-                f"whose gates are as large as the streams: add {flag('recompute_coefficients')}"
+                f"whose layer input no coefficients give back: add {flag('recompute_coefficients')}"
             )
 
     @property

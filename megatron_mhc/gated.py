@@ -85,7 +85,7 @@ class GatedConnection(GatedRead, HyperConnectionModule):
         return layer_input, coefficients
 
     def _read(self, x: Tensor) -> tuple[Tensor, reference.Coefficients]:
-        layer_input, h_pre, h_post = gated.read(x, self.weights(), self.mhc.norm_eps)
+        layer_input, h_pre, h_post = gated.read_lean(x, self.weights(), self.mhc.norm_eps)
         assert h_post is not None
         n = x.shape[1]
         h_res = torch.eye(n, dtype=h_post.dtype, device=h_post.device).expand(x.shape[0], n, n)
@@ -118,4 +118,4 @@ class ExitMixer(GatedRead):
         """Contract streams: [s, b, n*C] to [s, b, C]."""
         s, b, _ = streams.shape
         x = streams.view(s * b, self.mhc.num_residual_streams, -1)
-        return gated.read(x, self.weights(), self.mhc.norm_eps).layer_input.view(s, b, -1)
+        return gated.read_lean(x, self.weights(), self.mhc.norm_eps).layer_input.view(s, b, -1)

@@ -51,7 +51,7 @@ def test_defaults_are_the_papers():
         (dict(preset="qwen4_exp", backend="triton"), "which has no kernels: use --mhc-backend=auto"),
         (
             dict(preset="qwen4_exp", recompute_layer_num="auto"),
-            "the streams: add --mhc-recompute-coefficients",
+            "give back: add --mhc-recompute-coefficients",
         ),
         (dict(contract="mixer"), "--mhc-contract=mixer belongs to --mhc-preset=qwen4_exp: add that, or drop"),
         (dict(gated_rank=64), "--mhc-gated-rank=64 belongs to --mhc-preset=qwen4_exp: add that, or drop"),

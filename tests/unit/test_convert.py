@@ -172,6 +172,8 @@ def test_a_learned_head_does_not_become_a_mean(other):
         (dict(h_res="identity"), "plugin", "transformers", "--mhc-h-res=identity has no form"),
         (dict(h_pre="fixed"), "plugin", "megatron-dev", "--mhc-h-pre=fixed has no form"),
         (dict(contract="learned_head"), "plugin", "megatron-main", "averages the streams"),
+        (dict(preset="qwen4_exp"), "plugin", "deepseek", "--mhc-preset=qwen4_exp .* only .*=mixer in transf"),
+        (dict(preset="qwen4_exp"), "plain", "plugin", "--mhc-preset=qwen4_exp with .* has no form in plain"),
         (dict(contract="library"), "plugin", "deepseek", "--mhc-contract=library has no form in deepseek"),
         (dict(), "plain", "deepseek", "convert plain -> plugin first"),
         (dict(), "plugin", "plugin", "nothing to convert"),
