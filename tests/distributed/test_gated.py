@@ -7,6 +7,8 @@ import pytest
 import test_checkpoint as checkpoints
 import test_hybrid as hybrids
 import torch
+from graphed_steps import PREPROCESS, full, local, te
+from graphed_steps import compare as compare_graphed
 from harness import Layout, build, compare, differences, global_parameters, iterate, reference
 from layout_cases import CORE, UNIFORM
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_submodules
@@ -17,7 +19,9 @@ from test_recompute_parity import count_replays
 from megatron_mhc import MHCConfig, norm
 from megatron_mhc.chunk import chunk_of
 from megatron_mhc.diagnostics import Sampler
+from megatron_mhc.gated import GatedConnection
 from megatron_mhc.pipeline import engine
+from megatron_mhc.streams import ContractNorm
 from megatron_mhc.testing.parameters import gradient
 
 ERROR = 1e-10
@@ -90,6 +94,48 @@ def test_gated_setting_matches_plain_single_process(run_ranks, setting):
     result = run_ranks(2, run)[0]
     assert result.loss <= ERROR
     assert result.worst[0] <= ERROR, result.worst
+
+
+@pytest.mark.parametrize("graphed", [te(), local(), full()], ids=["te", "local", "full_iteration"])
+def test_graphs_hold_the_bits_of_steps_without(run_ranks, graphed):
+    compare_graphed(run_ranks, 1, Layout(), "dense", gated(), graphed)
+
+
+def test_router_graphs_hold_the_bits_of_steps_without(run_ranks):
+    compare_graphed(run_ranks, 1, Layout(), "moe_shared", gated(), te(*PREPROCESS))
+
+
+def fp32_streams(layout):
+    layout.initialize()
+    config = layout.config("dense", params_dtype=torch.bfloat16, bf16=True, fp32_residual_connection=True)
+    chunks = build(layout, config, "dense", gated())
+    seen = {}
+
+    def see(module, args, output):
+        seen[type(module).__name__] = (
+            output[0].dtype if isinstance(output, tuple) else output.dtype,
+            args[0].dtype,
+        )
+
+    for module in checkpoints.unwrap(chunks[0]).modules():
+        if isinstance(module, (GatedConnection, ContractNorm)):
+            module.register_forward_hook(see)
+    return iterate(chunks, config), seen
+
+
+def test_fp32_streams_are_read_in_the_dtype_of_f(run_ranks):
+    loss, seen = run_ranks(1, fp32_streams, Layout())[0]
+    expected = torch.bfloat16, torch.float32
+    assert seen == {"GatedConnection": expected, "ContractNorm": expected}
+    assert loss == pytest.approx(reference("dense", gated()).loss, rel=1e-2)
+
+
+@pytest.mark.parametrize("kind", ["mtp", "mtp_moe"])
+def test_layers_of_mtp_stay_plain(run_ranks, kind):
+    check(run_ranks, 2, Layout(pp=2), kind, gated())
+    names = reference(kind, gated()).gradients
+    assert any(name.startswith("mtp.") and "input_layernorm" in name for name in names)
+    assert not any(name.startswith("mtp.") and "hyper_connection" in name for name in names)
 
 
 def both_ways(layout, kind, overrides):
