@@ -68,8 +68,7 @@ class HyperConnectionHybridStack(StreamsModule, HybridStack):
         self.mhc = mhc
         refuse(STACK, self, mhc)
         if self.post_process and self.post_layer_norm:
-            norm = self.final_norm
-            self.final_norm = ContractNorm(config, mhc, lambda: norm, contraction)
+            self.final_norm = ContractNorm(config, mhc, self.final_norm, contraction)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """HybridStack's forward, whose output is never its input: Megatron's schedules free what was sent."""

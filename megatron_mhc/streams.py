@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -63,7 +62,7 @@ class ContractNorm(nn.Module):
     plain model lacks (`checkpoint_keys`).
 
     Args:
-        norm: builds the final norm; not called where the contraction replaces it.
+        norm: the final norm, which is dropped where the contraction replaces it.
         contraction: what builds the contraction of `--mhc-contract library`, see `contraction.build`; that of
             `mixer` comes from here.
 
@@ -75,7 +74,7 @@ class ContractNorm(nn.Module):
         self,
         config: TransformerConfig,
         mhc: MHCConfig,
-        norm: Callable[[], nn.Module],
+        norm: nn.Module,
         contraction: Contraction | None = None,
     ):
         super().__init__()
@@ -92,7 +91,7 @@ class ContractNorm(nn.Module):
                 f"one: drop {flag('load_dense')}, or set replaces_norm = False"
             )
         # In this order, by which optimizers know parameters.
-        self.norm = None if replaced else norm()
+        self.norm = None if replaced else norm
         self.head = ContractHead(config, mhc) if mhc.contract == "learned_head" else None
         self.contraction = supplied
         # A norm's output has the dtype of what reads it.
@@ -198,7 +197,7 @@ def contract_norm_builder(
     check_contraction(mhc, contraction)
 
     def build(*, config: TransformerConfig, hidden_size: int, eps: float) -> nn.Module:
-        own_norm = partial(norm, config=config, hidden_size=hidden_size, eps=eps)
+        own_norm = norm(config=config, hidden_size=hidden_size, eps=eps)
         return ContractNorm(config, mhc, own_norm, contraction)
 
     return build
