@@ -138,6 +138,8 @@ def triton_obstacle(mhc: MHCConfig, width: int, dtype: torch.dtype, device_type:
     """Why the Triton kernels cannot serve these streams of `width` channels, or None if they can."""
     if device_type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return f"the streams are on {device_type}"
+    if mhc.is_gated:
+        return f"{flag('preset')} is {mhc.preset}"
     if not _HAS_TRITON:
         return "triton is not installed"
     from megatron_mhc.ops.kernels import TRITON

@@ -209,7 +209,7 @@ def _read_arithmetic(there: Collection[str], checkpoint_dir: str) -> dict[str, A
 
 def _refuse_branch(keys: Collection[str], checkpoint: str) -> None:
     """Raise ValueError where mHC entries come with a plain model's final norm."""
-    if (final := ends_decoder(keys)) and not any(final.norm in key for key in keys):
+    if (final := ends_decoder(keys)) and not any(final.is_ours(key) for key in keys):
         raise ValueError(
             f"{checkpoint} has mHC mappings and no {final.norm}weight: if it is of one of Megatron's own mHC "
             "branches, convert it by `python -m megatron_mhc.convert`"
@@ -217,8 +217,10 @@ def _refuse_branch(keys: Collection[str], checkpoint: str) -> None:
 
 
 def _is_ours(key: str) -> bool:
-    heads = any(key.startswith(final.head) or key == final.arithmetic for final in FINAL_NORMS)
-    return MAPPING in key or heads
+    ends = any(
+        key.startswith((final.head, final.contraction)) or key == final.arithmetic for final in FINAL_NORMS
+    )
+    return MAPPING in key or ends
 
 
 def _leaves(tree: Any) -> Iterable[Any]:

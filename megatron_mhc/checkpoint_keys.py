@@ -1,9 +1,12 @@
 """The marks of an mHC checkpoint: its keys, and the options with which it was trained.
 
     decoder.layers.N.{self_attention,mlp}_hyper_connection.*   MAPPING; none where all mappings are fixed
-    decoder.final_layernorm.norm.*                             NORM; of every mHC model, on its last stage
+    decoder.final_layernorm.norm.*                             NORM; unless a contraction replaces the norm
     decoder.final_layernorm.head.*                             HEAD; under --mhc-contract learned_head
-    decoder.final_layernorm._extra_state                       ARITHMETIC; beside NORM
+    decoder.final_layernorm.contraction.*                      CONTRACTION; of a contraction that was supplied
+    decoder.final_layernorm._extra_state                       ARITHMETIC; beside these
+
+NORM or CONTRACTION stands on the last stage of every mHC model.
 
 A plain model keeps the final norm at `decoder.final_layernorm.` itself; Transformer Engine's norm has an
 extra state of its own there, under ARITHMETIC's key. A HybridModel calls its norm `final_norm`, and
@@ -28,12 +31,18 @@ class FinalNorm(NamedTuple):
     plain: str
     norm: str
     head: str
+    contraction: str
     arithmetic: str
     spec: str  # what builds such a model
 
     @classmethod
     def at(cls, plain: str, spec: str) -> FinalNorm:
-        return cls(plain, plain + "norm.", plain + "head.", plain + "_extra_state", spec)
+        norm, head, contraction = plain + "norm.", plain + "head.", plain + "contraction."
+        return cls(plain, norm, head, contraction, plain + "_extra_state", spec)
+
+    def is_ours(self, key: str) -> bool:
+        """Whether a key, which may have a wrapper's prefix, is one that a plain model lacks."""
+        return self.norm in key or self.contraction in key
 
 
 MAPPING = "_hyper_connection."
@@ -41,7 +50,7 @@ FINAL_NORMS = (
     FinalNorm.at("decoder.final_layernorm.", "gpt_mhc_spec"),
     FinalNorm.at("decoder.final_norm.", "hybrid_mhc_spec"),
 )
-PLAIN_NORM, NORM, HEAD, ARITHMETIC, _ = FINAL_NORMS[0]
+PLAIN_NORM, NORM, HEAD, CONTRACTION, ARITHMETIC, _ = FINAL_NORMS[0]
 
 
 def is_mhc(keys: Iterable[str]) -> bool:
@@ -49,7 +58,7 @@ def is_mhc(keys: Iterable[str]) -> bool:
 
     A stage that neither ends the decoder nor has a mapping that learns looks like a plain model's.
     """
-    return any(MAPPING in key or any(final.norm in key for final in FINAL_NORMS) for key in keys)
+    return any(MAPPING in key or any(final.is_ours(key) for final in FINAL_NORMS) for key in keys)
 
 
 def ends_decoder(keys: Iterable[str]) -> FinalNorm | None:

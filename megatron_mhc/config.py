@@ -105,6 +105,20 @@ def _read(option: Field[Any], value: Any) -> Any:
     return str(number) if option.type == "str" else number
 
 
+_CONTRACT = {"deepseek_v4": "learned_head", "qwen4_exp": "mixer"}  # that `auto` is, by preset
+_GATED_RANK = 320
+_GATED: tuple[tuple[str, tuple[Any, ...], str], ...] = (  # that it has a form for, and why for no other
+    ("h_res", ("identity",), "which leaves the streams unmixed"),
+    ("h_pre", ("dynamic",), "whose read is a gate for each channel"),
+    ("h_post", ("dynamic",), "whose write is its own"),
+    ("read", ("current",), "whose read is of the streams that it gates"),
+    ("init", ("home_stream",), "whose matrices start by --init-method-std"),
+    ("norm", ("apart", "auto"), "which has no norm in front of F"),
+    ("load_dense", (False,), "which has no place for a plain model's norms"),
+    ("backend", ("auto", "reference"), "which has no kernels"),
+)
+
+
 @dataclass(frozen=True)
 class MHCConfig:
     """Options of the mHC residual connection; the defaults are the paper's.
@@ -123,15 +137,17 @@ class MHCConfig:
         "paper",
         "arithmetic of the mappings: paper is Eqs. (14)-(19); deepseek_v4 has that model's softmax, eps 1e-6 "
         "after every step, transposed comb and learned output head; deepseek_v41 is deepseek_v4 with "
-        "--mhc-read previous and --mhc-contract h_pre",
-        choices=("paper", "deepseek_v4", "deepseek_v41"),
+        "--mhc-read previous and --mhc-contract h_pre; qwen4_exp is that model's gated residual, whose read "
+        "replaces the norms in front of F: docs/gated_residual.md",
+        choices=("paper", "deepseek_v4", "deepseek_v41", "qwen4_exp"),
         stored=True,
     )
     h_res: str = _option(
-        "sinkhorn",
+        "auto",
         "how a sub-layer mixes the streams: sinkhorn is mHC; identity leaves them unmixed; unconstrained is "
-        "plain hyper-connections (Eq. (5), the paper's baseline: tanh mappings, normalised per stream)",
-        choices=("sinkhorn", "identity", "unconstrained"),
+        "plain hyper-connections (Eq. (5), the paper's baseline: tanh mappings, normalised per stream); auto "
+        "is identity under qwen4_exp, else sinkhorn",
+        choices=("auto", "sinkhorn", "identity", "unconstrained"),
         stored=True,
     )
     h_pre: str = _option(
@@ -168,14 +184,22 @@ class MHCConfig:
     contract: str = _option(
         "auto",
         "how n streams become one before the final norm; h_pre weighs them as a further sub-layer would read "
-        "them under --mhc-read previous; auto is h_pre under that, learned_head under deepseek_v4, else mean",
-        choices=("auto", "mean", "sum", "learned_head", "h_pre"),
+        "them under --mhc-read previous; mixer reads as sub-layers of qwen4_exp do, and replaces the final "
+        "norm; library is what wrap_block_spec(contraction=...) was given: docs/contraction.md; auto is "
+        "learned_head under deepseek_v4, mixer under qwen4_exp, h_pre under --mhc-read previous, else mean",
+        choices=("auto", "mean", "sum", "learned_head", "h_pre", "mixer", "library"),
         stored=True,
     )
     norm_eps: float = _option(
         1e-6,
         "added to mean(x^2) inside the root of the mappings' norm; the paper does not state it",
         above=0,
+        stored=True,
+    )
+    gated_rank: int = _option(
+        _GATED_RANK,
+        "rank of the gates by which --mhc-preset qwen4_exp reads the streams",
+        least=1,
         stored=True,
     )
     load_dense: bool = _option(
@@ -273,8 +297,11 @@ class MHCConfig:
             object.__setattr__(self, "read", "previous" if self.preset == "deepseek_v41" else "current")
         self._check_read()
         if self.contract == "auto":
-            resolved = "learned_head" if self.preset == "deepseek_v4" else "mean"
-            object.__setattr__(self, "contract", "h_pre" if self.reads_previous else resolved)
+            resolved = "h_pre" if self.reads_previous else _CONTRACT.get(self.preset, "mean")
+            object.__setattr__(self, "contract", resolved)
+        if self.h_res == "auto":
+            object.__setattr__(self, "h_res", "identity" if self.is_gated else "sinkhorn")
+        self._check_gated()
         if self.pp_boundary == "auto" and self.pipeline_schedule != "auto":
             object.__setattr__(self, "pp_boundary", "whole")
 
@@ -303,6 +330,33 @@ class MHCConfig:
         """Whether a sub-layer reads with the weights that the one in front of it made."""
         return self.read == "previous"
 
+    def _check_gated(self) -> None:
+        """Raise ValueError for an option that the gated residual has no form for, or is alone to have."""
+        if not self.is_gated:
+            alone = dict(contract=self.contract == "mixer", gated_rank=self.gated_rank != _GATED_RANK)
+            for name in (name for name, found in alone.items() if found):
+                raise ValueError(
+                    f"{flag(name)}={getattr(self, name)} belongs to {flag('preset')}=qwen4_exp: add that, or "
+                    f"drop {flag(name)}"
+                )
+            return
+        for name, known, why in _GATED:
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"{flag(name)}={getattr(self, name)} has no form in {flag('preset')}=qwen4_exp, {why}: "
+                    f"use {flag(name)}={known[0]}, or {flag('preset')}=paper"
+                )
+        if self.recompute_layer_num != "off" and not self.recompute_coefficients:
+            raise ValueError(
+                f"{flag('recompute_layer_num')}={self.recompute_layer_num} with {flag('preset')}=qwen4_exp, "
+                f"whose layer input no coefficients give back: add {flag('recompute_coefficients')}"
+            )
+
+    @property
+    def is_gated(self) -> bool:
+        """True for the gated residual of Qwen4-Exp."""
+        return self.preset == "qwen4_exp"
+
     @property
     def is_hc(self) -> bool:
         """True for plain hyper-connections (Eq. (5)), whose projection reads one stream at a time."""
@@ -310,7 +364,10 @@ class MHCConfig:
 
     def arithmetic(self) -> dict[str, Any]:
         """The options that a checkpoint's weights are only meaningful under."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.metadata["stored"]}
+        stored = {f.name: getattr(self, f.name) for f in fields(self) if f.metadata["stored"]}
+        if not self.is_gated:
+            del stored["gated_rank"]
+        return stored
 
     @classmethod
     def from_mapping(cls, options: Mapping[str, Any], source: str = "options") -> MHCConfig:

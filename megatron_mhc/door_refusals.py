@@ -66,6 +66,12 @@ BRIDGE = (
         "megatron_mhc.pipeline.forward_backward in a loop of your own",
     ),
     Refusal(
+        lambda provider, mhc: mhc.is_gated,
+        "use_mhc: preset={mhc.preset} has no norms in front of attention and MLP, into which Hugging Face "
+        "weights of a plain model go",
+        "build that model by megatron_mhc.wrap_block_spec, or use preset=paper",
+    ),
+    Refusal(
         lambda provider, mhc: mhc.log_interval or None,
         "use_mhc: log_interval={value} is the training's, not the model's",
         "give it, and alarm, to Megatron-Bridge's pretrain() as "

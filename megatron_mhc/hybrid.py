@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from megatron_mhc import hooks
 from megatron_mhc.carried import StreamsModule
 from megatron_mhc.config import MHCConfig
+from megatron_mhc.contraction import Contraction
 from megatron_mhc.hooks.uses import HYBRID_USES
 from megatron_mhc.pipeline import auto
 from megatron_mhc.refusals import HYBRID, STACK, refuse
-from megatron_mhc.streams import ContractNorm
+from megatron_mhc.streams import ContractNorm, check_contraction
 from megatron_mhc.wrapping import model_chunks, prepare, wrap_layer_spec
 
 
@@ -31,6 +32,7 @@ class HyperConnectionHybridStack(StreamsModule, HybridStack):
 
     Args:
         submodules: Megatron's own; the stack takes mHC's layers in their place.
+        contraction: see `wrap_hybrid_spec`.
 
     Raises:
         ValueError: an unsupported configuration, layer or Megatron version; no layer on the first stage.
@@ -47,10 +49,12 @@ class HyperConnectionHybridStack(StreamsModule, HybridStack):
         *args: Any,
         mhc: MHCConfig,
         layer_type_list: list[str],
+        contraction: Contraction | None = None,
         **kwargs: Any,
     ):
         mhc = auto.resolved(config, mhc, launch=None)
         refuse(HYBRID, config, mhc)
+        check_contraction(mhc, contraction)
         hooks.check_uses(HYBRID_USES)
         prepare(config, mhc)
         chunks = model_chunks(config, mhc, len(layer_type_list), each=1)
@@ -64,7 +68,7 @@ class HyperConnectionHybridStack(StreamsModule, HybridStack):
         self.mhc = mhc
         refuse(STACK, self, mhc)
         if self.post_process and self.post_layer_norm:
-            self.final_norm = ContractNorm(config, mhc, self.final_norm)
+            self.final_norm = ContractNorm(config, mhc, self.final_norm, contraction)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """HybridStack's forward, whose output is never its input: Megatron's schedules free what was sent."""
@@ -73,7 +77,7 @@ class HyperConnectionHybridStack(StreamsModule, HybridStack):
         return hidden_states.clone() if passes_on else hidden_states
 
 
-def wrap_hybrid_spec(spec: ModuleSpec, mhc: MHCConfig) -> ModuleSpec:
+def wrap_hybrid_spec(spec: ModuleSpec, mhc: MHCConfig, contraction: Contraction | None = None) -> ModuleSpec:
     """Return a copy of a hybrid stack's spec with mHC instead of the residual additions of its layers.
 
     The configuration is checked, and the hooks that mHC needs are registered, when the model is built.
@@ -81,11 +85,15 @@ def wrap_hybrid_spec(spec: ModuleSpec, mhc: MHCConfig) -> ModuleSpec:
     Args:
         spec: of a HybridStack, as `megatron.core.models.hybrid.hybrid_layer_specs.hybrid_stack_spec`.
         mhc: mHC options.
+        contraction: what builds the module that contracts the streams, under `--mhc-contract library`, see
+            docs/contraction.md.
 
     Raises:
-        ValueError: the spec of something else.
+        ValueError: the spec of something else; a contraction beside another `--mhc-contract`.
     """
     if spec.module is not HybridStack:
         name = getattr(spec.module, "__name__", spec.module)
         raise ValueError(f"cannot wrap a stack of {name}: mHC wraps megatron.core's HybridStack")
-    return dataclasses.replace(spec, module=HyperConnectionHybridStack, params={**spec.params, "mhc": mhc})
+    check_contraction(mhc, contraction)
+    ours = {"mhc": mhc, "contraction": contraction}
+    return dataclasses.replace(spec, module=HyperConnectionHybridStack, params={**spec.params, **ours})

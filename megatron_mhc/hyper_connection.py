@@ -50,17 +50,23 @@ class MappingParameters(MegatronModule):
 
     Float16Module, `.half()` and `.bfloat16()` convert every parameter below them; mapping parameters
     stay fp32 (fp64 where params_dtype is fp64), because a Sinkhorn projection of bf16 logits loses
-    its row sums.
+    its row sums. Without `own_precision` they are as the model's other parameters.
     """
+
+    own_precision = True
 
     def __init__(self, config: TransformerConfig, mhc: MHCConfig):
         super().__init__(config=config)
         self.mhc = mhc
-        self.dtype = torch.float64 if config.params_dtype == torch.float64 else torch.float32
+        own = torch.float64 if config.params_dtype == torch.float64 else torch.float32
+        self.dtype = own if self.own_precision else config.params_dtype
         self.device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
         _holders.add(self)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        if not self.own_precision:
+            return super()._apply(fn, recurse)
+
         def keep_dtype(tensor: Tensor) -> Tensor:
             converted = fn(tensor)
             return converted if converted.dtype == tensor.dtype else tensor.to(converted.device)
@@ -121,9 +127,15 @@ class HyperConnectionModule(MappingParameters, InParts):
         v4 = mhc.has_deepseek_arithmetic
         self.options = Options(mhc.norm_eps, mhc.sinkhorn_iterations, v4, reserved_sms)
         _built.add(self)
-        n, width = mhc.num_residual_streams, config.hidden_size
+        width = config.hidden_size
         if mhc.backend in ("hopper", "triton"):  # what no device could serve; the rest when streams come
             choose(mhc, width, streams_dtype(config), "cuda", H100)
+        self.make_parameters(config, mhc)
+        mark_replicated(self, config)
+
+    def make_parameters(self, config: TransformerConfig, mhc: MHCConfig) -> None:
+        """Make what the mappings learn, and say in `dynamic` and `parts` what that is."""
+        n, width = mhc.num_residual_streams, config.hidden_size
         self.dynamic = {
             "pre": mhc.h_pre == "dynamic",
             "post": mhc.h_post == "dynamic",
@@ -141,7 +153,6 @@ class HyperConnectionModule(MappingParameters, InParts):
             values = torch.empty(sum(self.parts.values()), dtype=self.dtype, device=self.device)
             self.affine: nn.Parameter = nn.Parameter(values)
             self.reset_parameters()
-        mark_replicated(self, config)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -258,8 +269,7 @@ class HyperConnectionModule(MappingParameters, InParts):
         if isinstance(mappings, reference.Coefficients):
             s, b, width = f.shape
             x = streams.view(s * b, self.mhc.num_residual_streams, width)
-            mixed = reference.post_res(x, f.reshape(s * b, width), mappings.h_post, mappings.h_res)
-            return mixed.view(s, b, -1)
+            return self.write(x, f.reshape(s * b, width), mappings).view(s, b, -1)
         from megatron_mhc.ops import autograd, boundary
 
         # A replayed `saved` must not be held by the graph as well.
@@ -268,6 +278,10 @@ class HyperConnectionModule(MappingParameters, InParts):
         if next_pre is not None and one_node and boundary.can_join(mappings, f, next_pre):
             return boundary.post_res_pre(f, mappings, next_pre, f_bias)
         return autograd.post_res(f, mappings, f_bias, linked, next_pre)
+
+    def write(self, x: Tensor, f: Tensor, coefficients: reference.Coefficients) -> Tensor:
+        """`post_res` by the reference, of x: [T, n, C] and f: [T, C]."""
+        return reference.post_res(x, f, coefficients.h_post, coefficients.h_res)
 
     def read_across(self, streams: Tensor, h_pre: Tensor | None = None) -> tuple[Tensor, tuple[Tensor, ...]]:
         """`forward` in a CUDA graph whose edge lies in front of `post_res`.
@@ -283,7 +297,9 @@ class HyperConnectionModule(MappingParameters, InParts):
         kernels = self.backend.kernels(x, x.shape[-1])
         norm = None if self.norm is None else self.norm.read()
         if kernels is None or self.mhc.reads_previous:  # whose gradient no op of `compiled` has
-            layer_input, mappings = self._by_reference(streams, h_pre, norm)
+            read = self.forward(streams) if kernels is None and h_pre is None else None
+            layer_input, mappings = read or self._by_reference(streams, h_pre, norm)
+            assert isinstance(mappings, reference.Coefficients)
             crossing = [mappings.h_post.contiguous(), mappings.h_res.contiguous()]
             if self.mhc.reads_previous:
                 crossing.append(mappings.h_pre.contiguous())

@@ -24,6 +24,7 @@ from megatron_mhc.backend import Backend
 from megatron_mhc.carried import remember
 from megatron_mhc.chunk import ModelChunk, ModelChunks
 from megatron_mhc.config import MHCConfig
+from megatron_mhc.gated import GatedConnection
 from megatron_mhc.graphs import GraphEdge, Held
 from megatron_mhc.handed_on import alone_width, first_weights, hand_on, taken
 from megatron_mhc.hyper_connection import HyperConnectionModule, check_width
@@ -46,7 +47,8 @@ class BetweenStreams(MegatronModule):
             return None
         index = chunks.each * (self.layer_number - 1) + at % chunks.each
         folded = norm.folded_in(self, f)
-        return HyperConnectionModule(self.config, self.mhc, index, chunks.reserved_sms, folded)
+        kind = GatedConnection if self.mhc.is_gated else HyperConnectionModule
+        return kind(self.config, self.mhc, index, chunks.reserved_sms, folded)
 
     def parts(self) -> list[tuple[HyperConnectionModule, Callable[..., Tensor]]]:
         """Its connections with their F, in order."""

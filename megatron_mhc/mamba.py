@@ -9,7 +9,7 @@ from megatron.core.ssm.mamba_layer import MambaLayer, MambaLayerSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_mhc import parallel
+from megatron_mhc import norm, parallel
 from megatron_mhc.carried import remember
 from megatron_mhc.chunk import ModelChunks
 from megatron_mhc.config import MHCConfig
@@ -43,7 +43,7 @@ class HyperConnectionMambaLayer(BetweenStreams, MambaLayer):
     ):
         parallel.validate(config, mhc)
         remember(config, mhc)
-        super().__init__(config, submodules, layer_number, **kwargs)
+        super().__init__(config, norm.fold_mixer(submodules, mhc), layer_number, **kwargs)
         self.mhc = mhc
         chunks = chunks or ModelChunks(config, mhc, layers=1, each=1)
         self.mixer_hyper_connection = self.connection("mixer", 0, chunks)

@@ -1,4 +1,4 @@
-"""The RMSNorm in front of F, where `pre` computes it (--mhc-norm).
+"""The RMSNorm in front of F: where `pre` computes it (--mhc-norm), or where there is none (qwen4_exp).
 
 Its weight stays where Megatron has it, and so do its key in checkpoints, its group and its reductions:
 
@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 import torch
 from megatron.core.extensions import transformer_engine as extension
+from megatron.core.ssm.mamba_layer import MambaLayerSubmodules
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP
@@ -30,6 +31,7 @@ from megatron_mhc.ops.options import ReadNorm
 from megatron_mhc.parallel import gather_parameters, streams_dtype
 
 _LINEARS = {"self_attention": "linear_qkv", "mlp": "linear_fc1"}
+_FIRST = ("linear_qkv", "in_proj", "linear_fc1")  # of an F, with or without a norm inside
 _NORMS = {"self_attention": "input_layernorm", "mlp": "pre_mlp_layernorm"}
 
 
@@ -80,9 +82,13 @@ def fold(
 ) -> TransformerLayerSubmodules:
     """A layer's submodules, whose norms leave their arithmetic to `pre` as `--mhc-norm` says.
 
+    The gated residual has none, see `drop`.
+
     Raises:
         ValueError: `folded` where a norm cannot be.
     """
+    if mhc.is_gated:
+        return drop(submodules, _NORMS)
     if mhc.norm == "apart":
         return submodules
     where = (device_type(),) if mhc.backend == "auto" else ("cuda", H100)
@@ -101,6 +107,48 @@ def fold(
         else:
             changed[f] = _without_norm(module, _LINEARS[f], config, mhc)
     return replace(submodules, **changed)
+
+
+def fold_mixer(submodules: MambaLayerSubmodules, mhc: MHCConfig) -> MambaLayerSubmodules:
+    """As `fold`, of a Mamba layer, whose norm is never folded into `pre`."""
+    return drop(submodules, {"mixer": "norm"}) if mhc.is_gated else submodules
+
+
+def drop(submodules: Any, norms: dict[str, str]) -> Any:
+    """A layer's submodules without the norms in front of F, which a read that normalises does not need.
+
+    Args:
+        norms: by the name of F.
+
+    Raises:
+        ValueError: a norm inside of an F that cannot be taken out.
+    """
+    changed: dict[str, Any] = {}
+    for f, name in norms.items():
+        if not _is_identity(getattr(submodules, name)):
+            changed[name] = IdentityOp
+        elif not _is_identity(getattr(submodules, f)):
+            changed[f] = _by_plain_linear(getattr(submodules, f))
+    return replace(submodules, **changed)
+
+
+def _by_plain_linear(spec: Any) -> Any:
+    """The spec of an F, with a linear that has no norm in the place of Transformer Engine's that has one."""
+    partly = isinstance(spec, functools.partial)
+    inner: Any = spec.keywords.get("submodules") if partly else getattr(spec, "submodules", None)
+    fused = getattr(extension, "TELayerNormColumnParallelLinear", None)
+    found = [name for name in _FIRST if fused is not None and getattr(inner, name, None) is fused]
+    if not found:
+        return spec
+    if partly and getattr(spec.func, "__self__", None) is not MLP:
+        raise ValueError(
+            f"{flag('preset')} qwen4_exp has no norm in front of F, and {_name(spec)} has one inside: drop "
+            "--use-transformer-engine-op-fuser"
+        )
+    inner = replace(inner, **dict.fromkeys(found, extension.TEColumnParallelLinear))
+    if partly:
+        return functools.partial(spec.func, *spec.args, **{**spec.keywords, "submodules": inner})
+    return replace(spec, submodules=inner)
 
 
 def folded_in(layer: Any, f: str) -> FoldedNorm | None:

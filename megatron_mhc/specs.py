@@ -25,6 +25,7 @@ from megatron_mhc import hooks, parallel, training_doors
 from megatron_mhc.backend import choose, device_type, norms_in_words
 from megatron_mhc.carried import SpecOfBlock, StreamsBlockSubmodules
 from megatron_mhc.config import MHCConfig, refuse_environment
+from megatron_mhc.contraction import Contraction
 from megatron_mhc.diagnostics.training import check_writers
 from megatron_mhc.door_refusals import SPEC_DOOR
 from megatron_mhc.hooks.uses import SPEC_USES
@@ -46,6 +47,7 @@ def wrap_block_spec(
     mhc: MHCConfig,
     config: TransformerConfig,
     vp_stage: int | None = None,
+    contraction: Contraction | None = None,
 ) -> TransformerBlockSubmodules:
     """Turn what Megatron would build on this pipeline stage into its mHC form.
 
@@ -57,10 +59,12 @@ def wrap_block_spec(
         mhc: mHC options.
         config: the model's transformer config.
         vp_stage: virtual pipeline stage, None without them.
+        contraction: what builds the module that contracts the streams, under `--mhc-contract library`, see
+            docs/contraction.md.
 
     Raises:
         ValueError: an unsupported configuration, layer or Megatron version; `log_interval` outside of
-            megatron.training.
+            megatron.training; a contraction beside another `--mhc-contract`.
     """
     refuse(GPT, config)
     mhc = auto.resolved(config, mhc, launch=None)
@@ -76,7 +80,7 @@ def wrap_block_spec(
     chunks = model_chunks(config, mhc, len(layers))
     return StreamsBlockSubmodules(
         layer_specs=[wrap_layer_spec(layer, mhc, chunks) for layer in layers],
-        layer_norm=contract_norm_builder(norm, mhc),  # type: ignore[arg-type]
+        layer_norm=contract_norm_builder(norm, mhc, contraction),  # type: ignore[arg-type]
         mhc=mhc,
         plain_layer=layers[-1] if layers else None,
     )

@@ -32,6 +32,8 @@ class Feature(NamedTuple):
 
 _AWARE = "distributed/test_precision_aware.py::test_"
 _BRIDGE = "bridge/test_bridge.py::test_"
+_CONTRACTION = "distributed/test_contraction.py::test_"
+_GATED = "distributed/test_gated.py::test_"
 _HYBRID = "distributed/test_hybrid.py::test_"
 _OVERLAP = "distributed/test_expert_overlap.py::test_"
 _PARITY = "distributed/test_parity.py::test_"
@@ -273,6 +275,31 @@ FEATURES = (
         ),
     ),
     Feature(
+        "`--mhc-preset qwen4_exp`, the gated residual: TP, SP, PP, VPP, EP, every schedule, recompute",
+        YES,
+        "n = 2, 4; without kernels, [limits](docs/gated_residual.md)",
+        (
+            _GATED + "gated_layout_matches_single_process",
+            _GATED + "gated_setting_matches_plain_single_process",
+            _GATED + "recompute_keeps_every_bit",
+            _GATED + "bf16_training_resumes_bit_for_bit",
+            _GATED + "training_is_resharded",
+            _GATED + "hybrid_layout_matches_single_process",
+            "megatron/test_gated_transformers.py::test_hidden_states_and_gradients_match_transformers",
+        ),
+    ),
+    Feature(
+        "`--mhc-contract library`: a contraction of your own, with or without the final norm",
+        YES,
+        "TP, SP, PP, VPP, HybridModel, resharded checkpoints; [interface](docs/contraction.md)",
+        (
+            _CONTRACTION + "supplied_contraction_matches_single_process",
+            _CONTRACTION + "training_with_a_supplied_contraction_is_resharded",
+            _CONTRACTION + "a_hybrid_model_takes_a_contraction_too",
+            _CONTRACTION + "wrong_contraction_is_refused_as_the_model_is_built",
+        ),
+    ),
+    Feature(
         "`--mhc-backend triton`, `reference`",
         YES,
         "every gradient against float64",
@@ -385,7 +412,7 @@ FEATURES = (
         ),
     ),
     Feature(
-        "export to a Hugging Face folder: GQA, MLA, experts, every form of mHC",
+        "export to a Hugging Face folder: GQA, MLA, experts, every form of mHC but the gated residual",
         YES,
         "[limits](docs/export.md); the logits of Megatron's local layers within 1e-4, fp32",
         (

@@ -2,6 +2,7 @@
 
     names.py       Megatron's conventions: plain, this package's, those of Megatron-LM's mHC branches
     published.py   the names of Hugging Face's DeepSeek-V4 and of DeepSeek's own files
+    gated.py       the names of Hugging Face's Qwen4-Exp, for the gated residual
     plain.py       initial mappings for a plain checkpoint
     check.py       what a state dict must hold before it is converted
     read.py, write.py, files.py    checkpoints on disk; `python -m megatron_mhc.convert`

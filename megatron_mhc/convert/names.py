@@ -4,7 +4,8 @@
     plugin         this package
     megatron-main  Megatron-LM's branch main, --enable-mhc-connections
     megatron-dev   Megatron-LM's branch dev, --enable-hyper-connections
-    transformers   Hugging Face's DeepSeek-V4: model.layers.0.attn_hc.fn, ... (mapping parameters only)
+    transformers   Hugging Face's DeepSeek-V4: model.layers.0.attn_hc.fn, ... (mapping parameters only), and
+                   its Qwen4-Exp where the preset is qwen4_exp, see `gated`
     deepseek       DeepSeek-V4's own files: layers.0.hc_attn_fn, ... (mapping parameters only)
 
 DeepSeek-V4.1 (--mhc-read previous) has the names of V4, and no head.
@@ -36,6 +37,7 @@ from megatron_mhc.checkpoint_keys import (
     ends_decoder,
 )
 from megatron_mhc.config import MHCConfig, flag
+from megatron_mhc.convert import gated
 from megatron_mhc.convert.check import CONNECTION, check_entries, check_streams, is_equal_head, width
 
 MEGATRON = ("plugin", "megatron-main", "megatron-dev")
@@ -78,6 +80,16 @@ def check(mhc: MHCConfig, source: str, target: str) -> None:
         raise ValueError(f"{source} -> {target}: nothing to convert")
     if source == "plain" and target != "plugin":
         raise ValueError(f"plain -> {target}: convert plain -> plugin first, then plugin -> {target}")
+    for side in {source, target} - {"plugin"}:
+        if mhc.contract == "library":
+            raise ValueError(f"{flag('contract')}=library has no form in {side}: convert by your own code")
+        if mhc.is_gated and (side != "transformers" or mhc.contract != "mixer"):
+            raise ValueError(
+                f"{flag('preset')}=qwen4_exp with {flag('contract')}={mhc.contract} has no form in {side}, "
+                f"only {flag('contract')}=mixer in transformers"
+            )
+    if mhc.is_gated:
+        return
     for side in {source, target} - {"plain", "plugin"}:
         for name, only in (("h_res", "sinkhorn"), ("h_pre", "dynamic"), ("h_post", "dynamic")):
             if getattr(mhc, name) != only:
@@ -91,6 +103,8 @@ def check(mhc: MHCConfig, source: str, target: str) -> None:
 
 def check_state(state: dict[str, Any], convention: str, mhc: MHCConfig) -> None:
     """Raise ValueError for the first entry of a Megatron state dict that is not as `mhc` has it."""
+    if mhc.is_gated:
+        return gated.check_entries(state, mhc)
     check_streams(state, mhc)
     check_entries(state, HEADS.get(convention, ()), mhc)
 
@@ -99,6 +113,9 @@ def differences(mhc: MHCConfig, other: str) -> list[str]:
     """What to set on the other side, and what its arithmetic does that the plugin's does not."""
     if other in ("plugin", "plain"):
         return []
+    if mhc.is_gated:
+        sizes = f"hc_count {mhc.num_residual_streams}, hc_lowrank {mhc.gated_rank}"
+        return [f"config.json: {sizes}, rms_norm_eps {mhc.norm_eps} for the streams' norms"]
     streams, iterations = mhc.num_residual_streams, mhc.sinkhorn_iterations
     if other == "megatron-main":
         line = f"--enable-mhc-connections --mhc-num-residual-streams {streams} --mhc-sinkhorn-iterations "

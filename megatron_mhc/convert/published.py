@@ -1,4 +1,7 @@
-"""mHC's mapping parameters under DeepSeek-V4's published names: Hugging Face's and DeepSeek's own."""
+"""mHC's mapping parameters under DeepSeek-V4's published names: Hugging Face's and DeepSeek's own.
+
+Those of the gated residual, under `--mhc-preset qwen4_exp`, have the names that `gated` knows.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from torch import Tensor
 
 from megatron_mhc.checkpoint_keys import ARITHMETIC, encode_arithmetic, ends_decoder
 from megatron_mhc.config import MHCConfig
+from megatron_mhc.convert import gated
 from megatron_mhc.convert.check import (
     CONNECTION,
     SUBLAYERS,
@@ -41,6 +45,8 @@ def to_published(
     Raises:
         ValueError: as `rename`.
     """
+    if mhc.is_gated:
+        return gated.to_published(state, mhc, first_layer)
     state = rename(state, "plugin", "megatron-dev", mhc)
     parts: dict[tuple[int, str], dict[str, Tensor]] = {}
     for key, value in state.items():
@@ -73,7 +79,9 @@ def _published_keys(names: str, layer: int, sublayer: str) -> tuple[str, str, st
 
 def is_mapping(key: str) -> bool:
     """Whether a published key is one of mHC's main layers or head; others' MTP layers have mHC too."""
-    return bool(_OURS.search(key) or _THEIRS.search(key)) and not key.startswith("mtp.")
+    if key.startswith("mtp."):
+        return False
+    return bool(_OURS.search(key) or _THEIRS.search(key)) or gated.is_mapping(key)
 
 
 def from_published(
@@ -94,6 +102,8 @@ def from_published(
     Raises:
         ValueError: an entry of `into` or `published` is absent, of another shape or dtype, or not finite.
     """
+    if mhc.is_gated:
+        return gated.from_published(published, mhc, into, first_layer)
     check_state(into, "plugin", mhc)
     out = dict(into)
     n, swap = mhc.num_residual_streams, not is_comb("plugin", mhc)
@@ -124,12 +134,14 @@ def from_published(
     return out
 
 
-def check_left_over(published: Iterable[str], names: str, layers: int) -> None:
+def check_left_over(published: Iterable[str], names: str, layers: int, mhc: MHCConfig) -> None:
     """Check that a model of this many layers takes every mapping parameter among the keys.
 
     Raises:
         ValueError: naming the first key that it would leave.
     """
+    if mhc.is_gated:
+        return gated.check_left_over(published, layers)
     taken = set(HEADS[names])
     for layer in range(layers):
         taken.update(*(_published_keys(names, layer, sublayer) for sublayer in SUBLAYERS))

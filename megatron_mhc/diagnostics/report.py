@@ -225,6 +225,6 @@ def left_out(mhc: MHCConfig) -> set[str]:
     """Statistics that this configuration has not."""
     fixed = {"pre": mhc.h_pre == "fixed", "post": mhc.h_post == "fixed", "res": mhc.h_res == "identity"}
     parts = [part for part in PARTS if fixed[part]]
-    names = {f"alpha_{part}" for part in parts}
+    names = {f"alpha_{part}" for part in (PARTS if mhc.is_gated else parts)}
     names |= {f"logit_{part}_{end}" for part in parts for end in ("min", "max")}
     return names | ({"cosine"} if mhc.num_residual_streams == 1 else set())

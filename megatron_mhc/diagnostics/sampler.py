@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from megatron_mhc.carried import options_of
 from megatron_mhc.diagnostics.report import Report, reduce_samples, sublayer_names
+from megatron_mhc.gated import GatedConnection
 from megatron_mhc.graphs import eagerly
 from megatron_mhc.hyper_connection import HyperConnectionModule
 from megatron_mhc.ops import reference
@@ -152,7 +153,9 @@ def take(connection: HyperConnectionModule, streams: Tensor, mappings: Any, capa
         for part, alpha in zip(("pre", "post", "res"), connection.alphas, strict=True)
         if alpha is not None
     }
-    if connection.mhc.is_hc:  # no map between its logits and its mappings
+    if isinstance(connection, GatedConnection):
+        logits = connection.logits(x)
+    elif connection.mhc.is_hc:  # no map between its logits and its mappings
         whole = {"pre": h_pre, "post": h_post, "res": h_res.flatten(1)}
         logits = {part: whole[part] for part in parts}
     else:

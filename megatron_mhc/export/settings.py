@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_mhc.config import MHCConfig
+from megatron_mhc.config import MHCConfig, flag
 
 REMEDY = "the exported model has no such part; generate by Megatron instead (docs/inference.md)"
 _NONE = (None, False)
@@ -85,6 +85,13 @@ def check(args: Any) -> None:
     for router in routers if isinstance(routers, list) else [routers]:
         if router not in _ROUTERS:
             raise ValueError(f"--moe-router-load-balancing-type {router}: {REMEDY}")
+
+
+def check_form(mhc: MHCConfig) -> None:
+    """Refuse a form of mHC that the exported model does not compute, as `check` does."""
+    for name, foreign in (("preset", mhc.is_gated), ("contract", mhc.contract == "library")):
+        if foreign:
+            raise ValueError(f"{flag(name)} {getattr(mhc, name)}: {REMEDY}")
 
 
 def rope(args: Any) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from megatron_mhc.convert.read import (
     read_torch_dist,
 )
 from megatron_mhc.export import bridge_config
-from megatron_mhc.export.settings import check, head_size
+from megatron_mhc.export.settings import check, check_form, head_size
 
 LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 EXPERT = re.compile(
@@ -93,6 +93,7 @@ def read(load: Path, trust: bool = False) -> tuple[State, Any, MHCConfig]:
             )
         check(args)  # in front of what a HybridModel has not
         mhc = read_arithmetic(state)
+        check_form(mhc)
         tensors = {key: value for key, value in state.items() if "_extra_state" not in key}
         check_finite(tensors)
         return stack_experts(dict(_number_layers(tensors))), args, mhc

@@ -25,7 +25,8 @@ def keep_what_is_new(lookup: Callable[..., Any]) -> Callable[..., Any]:
         for final in FINAL_NORMS:
             if final.norm in megatron_param_name:
                 return lookup(self, megatron_param_name.replace(final.norm, final.plain))
-        if MAPPING in megatron_param_name or any(final.head in megatron_param_name for final in FINAL_NORMS):
+        ends = (part for final in FINAL_NORMS for part in (final.head, final.contraction))
+        if MAPPING in megatron_param_name or any(part in megatron_param_name for part in ends):
             return _kept()(megatron_param_name, {})
         return lookup(self, megatron_param_name)
 

@@ -64,6 +64,7 @@ def import_folder(
         flags = launch.words(given, mhc, dtype, vocabulary)
         args, config, mhc = launch.parse(flags, given)
         settings.check(args)
+        settings.check_form(mhc)
     _add_tokenizer(args, load, flags)
     with checkpoint.empty_model(args, config, str(file)) as model:
         with naming(str(file)):

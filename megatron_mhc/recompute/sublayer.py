@@ -104,7 +104,7 @@ class DroppingSubLayer(SubLayer):
         s, b, width = f.shape
         x, f = x.view(s * b, -1, width), f.reshape(s * b, width)
         if isinstance(coefficients, reference.Coefficients):
-            mixed = reference.post_res(x, f, coefficients.h_post, coefficients.h_res)
+            mixed = self.connection.write(x, f, coefficients)
         else:
             from megatron_mhc.ops.triton.post_res import post_res_forward  # imports triton
 

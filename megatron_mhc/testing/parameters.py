@@ -81,7 +81,7 @@ def fill(chunks: list[Any], std: float = 0.1) -> None:
 def _values(name: str, shape: list[int], std: float) -> Tensor:
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
     noise = torch.randn(shape, generator=generator, dtype=torch.float64)
-    if "hyper_connection" in name or "norm.head" in name:
+    if "hyper_connection" in name or "norm.head" in name or "norm.contraction" in name:
         return noise * (0.1 if "proj" in name else 0.5) + (1.0 if "alpha" in name else 0.0)
     if "norm" in name and name.endswith("weight"):
         return 1 + 0.1 * noise

@@ -1,5 +1,7 @@
 """Megatron-FSDP and torch's FSDP2 give the loss and the gradients of one process."""
 
+import dataclasses
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -23,6 +25,7 @@ from megatron_mhc.testing.parity import one_against_one
 pytest.importorskip("einops", reason="Megatron-FSDP makes its meshes by it")
 LIMITS = {torch.float64: 1e-10, torch.float32: 1e-5}
 SINGLE = Layout()
+GATED = MHCConfig(preset="qwen4_exp", gated_rank=8)
 STRATEGIES = "optim", "optim_grads", "optim_grads_params"
 MHC = MHCConfig(contract="learned_head")  # the contraction has parameters too
 
@@ -98,6 +101,10 @@ SETTINGS = {
     # A block's replay reads the norms of all its layers.
     "replay": dict(mhc=MHCConfig(recompute_layer_num="3")),
     "replay of coefficients": dict(mhc=MHCConfig(recompute_layer_num="3", recompute_coefficients=True)),
+    "gated residual": dict(mhc=GATED),
+    "replay of gated residuals": dict(
+        mhc=dataclasses.replace(GATED, recompute_layer_num="3", recompute_coefficients=True)
+    ),
     "TP and SP": dict(layout=Layout(tp=2, sp=True), world=4),
     "MoE": dict(kind="moe"),
     "MTP": dict(kind="mtp"),

@@ -21,6 +21,7 @@ from megatron_mhc.convert.read import rank_files
 
 ROOT = Path(__file__).resolve().parents[2]
 V4 = MHCConfig(preset="deepseek_v4")
+GATED = MHCConfig(preset="qwen4_exp", gated_rank=8)
 MOE_KINDS = pytest.mark.parametrize("settings", [{}, gpt.MOE], ids=["stacked", "numbered"])
 
 
@@ -61,22 +62,26 @@ def test_plain_checkpoint_becomes_an_mhc_one_of_the_same_loss(run_ranks, tmp_pat
 
 
 @MOE_KINDS
-@pytest.mark.parametrize("names", ["megatron-dev", "transformers"])
-def test_checkpoint_survives_the_way_there_and_back(run_ranks, tmp_path, settings, names):
+@pytest.mark.parametrize(
+    "names, mhc",
+    [("megatron-dev", V4), ("transformers", V4), ("transformers", GATED)],
+    ids=["dev", "v4", "qwen4"],
+)
+def test_checkpoint_survives_the_way_there_and_back(run_ranks, tmp_path, settings, names, mhc):
     """torch_dist and torch, over the names of a branch and over published ones."""
 
     def compare():
         for kind in ("torch_dist", "torch"):
             folder = tmp_path / kind
-            model = scrambled(gpt.build(V4, **settings), 1)
+            model = scrambled(gpt.build(mhc, **settings), 1)
             save(model, folder / "mhc", kind)
             if names == "megatron-dev":
                 run_script("plugin", names, folder / "mhc", folder / "other")
                 run_script(names, "plugin", folder / "other", folder / "back", "preset=deepseek_v4")
             else:
                 run_script("plugin", names, folder / "mhc", folder / "other.pt")
-                other = scrambled(gpt.build(V4, **settings), 2)
-                mappings = ("hyper_connection", "final_layernorm.head")
+                other = scrambled(gpt.build(mhc, **settings), 2)
+                mappings = ("hyper_connection", "final_layernorm.head", "final_layernorm.contraction")
                 with torch.no_grad():
                     theirs = dict(other.named_parameters())
                     for name, value in parameters(model).items():
@@ -84,7 +89,7 @@ def test_checkpoint_survives_the_way_there_and_back(run_ranks, tmp_path, setting
                             theirs[name].copy_(value)
                 save(other, folder / "base", kind)
                 run_script(names, "plugin", folder / "other.pt", folder / "back", None, folder / "base")
-            loaded = scrambled(gpt.build(V4, **settings), 3)
+            loaded = scrambled(gpt.build(mhc, **settings), 3)
             load(loaded, folder / "back", kind)
             assert_same(parameters(loaded), parameters(model))
 

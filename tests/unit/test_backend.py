@@ -11,7 +11,14 @@ import torch
 from megatron.core.transformer import TransformerConfig
 
 import megatron_mhc.backend as backends
-from megatron_mhc.backend import H100, Backend, choose, norms_in_words, why_norms_apart
+from megatron_mhc.backend import (
+    H100,
+    Backend,
+    choose,
+    norms_in_words,
+    triton_obstacle,
+    why_norms_apart,
+)
 from megatron_mhc.config import MHCConfig
 from megatron_mhc.hyper_connection import HyperConnectionModule, _runs
 
@@ -259,3 +266,10 @@ for _ in range(2):
 assert times == [0], times
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_the_gated_residual_runs_by_the_reference_and_the_report_says_why(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    mhc = MHCConfig(preset="qwen4_exp")
+    assert choose(mhc, 4096, BF16, "cuda", (9, 0, 132)) == "reference"
+    assert triton_obstacle(mhc, 4096, BF16, "cuda") == "--mhc-preset is qwen4_exp"

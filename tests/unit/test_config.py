@@ -21,6 +21,9 @@ def test_defaults_are_the_papers():
     assert (mhc.read, MHCConfig(read="previous").contract) == ("current", "h_pre")
     v41 = MHCConfig(preset="deepseek_v41")
     assert (v41.read, v41.contract, v41.has_deepseek_arithmetic) == ("previous", "h_pre", True)
+    gated = MHCConfig(preset="qwen4_exp")
+    assert (gated.h_res, gated.contract, gated.gated_rank) == ("identity", "mixer", 320)
+    assert MHCConfig.from_options(gated.to_options()) == gated
     assert mhc.pp_boundary == MHCConfig(pipeline_schedule="fused").pp_boundary == "whole"
     assert MHCConfig(pipeline_schedule="auto").pp_boundary == "auto"
     assert MHCConfig(pipeline_schedule="auto", pp_boundary="split").pp_boundary == "split"
@@ -38,7 +41,24 @@ def test_defaults_are_the_papers():
         (dict(sinkhorn_iterations=20.9), "--mhc-sinkhorn-iterations=20.9: give a whole number, at least 1"),
         (dict(sinkhorn_iterations=None), "--mhc-sinkhorn-iterations=None: give"),
         (dict(preset="deepseek"), "--mhc-preset='deepseek': give one of paper, deepseek_v4,"),
-        (dict(h_res=["sinkhorn"]), "--mhc-h-res=['sinkhorn']: give one of sinkhorn, identity"),
+        (dict(h_res=["sinkhorn"]), "--mhc-h-res=['sinkhorn']: give one of auto, sinkhorn, identity"),
+        (
+            dict(preset="qwen4_exp", h_res="sinkhorn"),
+            "--mhc-h-res=sinkhorn has no form in --mhc-preset=qwen4",
+        ),
+        (dict(preset="qwen4_exp", h_pre="fixed"), "channel: use --mhc-h-pre=dynamic, or --mhc-preset=paper"),
+        (dict(preset="qwen4_exp", h_post="fixed"), "its own: use --mhc-h-post=dynamic"),
+        (dict(preset="qwen4_exp", init="uniform"), "--mhc-init=uniform has no form in"),
+        (dict(preset="qwen4_exp", norm="folded"), "no norm in front of F: use --mhc-norm=apart"),
+        (dict(preset="qwen4_exp", load_dense=True), "--mhc-load-dense=True has no form in"),
+        (dict(preset="qwen4_exp", backend="triton"), "which has no kernels: use --mhc-backend=auto"),
+        (
+            dict(preset="qwen4_exp", recompute_layer_num="auto"),
+            "give back: add --mhc-recompute-coefficients",
+        ),
+        (dict(contract="mixer"), "--mhc-contract=mixer belongs to --mhc-preset=qwen4_exp: add that, or drop"),
+        (dict(gated_rank=64), "--mhc-gated-rank=64 belongs to --mhc-preset=qwen4_exp: add that, or drop"),
+        (dict(preset="qwen4_exp", gated_rank=0), "--mhc-gated-rank=0: give a whole number, at least 1"),
         (dict(init_gating_factor=-1.0), "--mhc-init-gating-factor=-1.0: give a finite number, at least 0"),
         (dict(init_gating_factor=10**400), "--mhc-init-gating-factor=1000"),
         (dict(norm_eps=0.0), "--mhc-norm-eps=0.0: give a finite number, above 0 (default 1e-06)"),
@@ -265,6 +285,8 @@ def test_checkpoints_store_the_options_that_change_the_arithmetic():
         "contract": "mean",
         "norm_eps": 1e-5,
     }
+    gated = MHCConfig(preset="qwen4_exp", gated_rank=64).arithmetic()
+    assert (gated["contract"], gated["gated_rank"]) == ("mixer", 64)
 
 
 def test_importing_the_package_imports_neither_torch_nor_megatron():

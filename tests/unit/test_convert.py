@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 from megatron_mhc import MHCConfig, convert
 from megatron_mhc.checkpoint_keys import ARITHMETIC, encode_arithmetic
+from megatron_mhc.convert.published import check_left_over, is_mapping
 from megatron_mhc.ops import reference
 
 LAYERS, WIDTH = 3, 8
@@ -172,6 +173,9 @@ def test_a_learned_head_does_not_become_a_mean(other):
         (dict(h_res="identity"), "plugin", "transformers", "--mhc-h-res=identity has no form"),
         (dict(h_pre="fixed"), "plugin", "megatron-dev", "--mhc-h-pre=fixed has no form"),
         (dict(contract="learned_head"), "plugin", "megatron-main", "averages the streams"),
+        (dict(preset="qwen4_exp"), "plugin", "deepseek", "--mhc-preset=qwen4_exp .* only .*=mixer in transf"),
+        (dict(preset="qwen4_exp"), "plain", "plugin", "--mhc-preset=qwen4_exp with .* has no form in plain"),
+        (dict(contract="library"), "plugin", "deepseek", "--mhc-contract=library has no form in deepseek"),
         (dict(), "plain", "deepseek", "convert plain -> plugin first"),
         (dict(), "plugin", "plugin", "nothing to convert"),
     ],
@@ -197,3 +201,100 @@ def test_wrong_shapes_and_missing_parts_are_refused():
         convert.rename(state, "megatron-dev", "plugin", V4)
     with pytest.raises(ValueError, match="use --from plugin"):
         convert.from_plain(plugin_state(V4, False), V4)
+
+
+GATED = MHCConfig(preset="qwen4_exp", num_residual_streams=2, gated_rank=3)
+
+
+def gated_state(stacked, layers=2, c=5):
+    """As `plugin_state`, of gated residuals."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape):
+        return torch.randn(shape, generator=generator)
+
+    shapes = dict(zip(convert.gated.PARTS, ((2 * c,), (3, 2 * c), (2 * c, 3), (2, 2 * c)), strict=True))
+    state = {}
+    for number in [""] if stacked else [f"{i}." for i in range(layers)]:
+        prefix, stack = "decoder.layers." + number, (layers,) * stacked
+        state[prefix + "self_attention.linear_proj.weight"] = random(*stack, c, c)
+        for sublayer in ("self_attention", "mlp"):
+            for part, shape in shapes.items():
+                state[f"{prefix}{sublayer}_hyper_connection.{part}"] = random(*stack, *shape)
+    for part in convert.gated.MIXER:
+        state["decoder.final_layernorm.contraction." + part] = random(*shapes[part])
+    state[ARITHMETIC] = encode_arithmetic(GATED)
+    return state
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+def test_gated_residuals_survive_the_way_to_published_names_and_back(stacked):
+    state = gated_state(stacked)
+    published = convert.to_published(state, "transformers", GATED)
+    assert len(published) == 2 * 2 * 4 + 3
+    key = "model.layers.1.mlp_hyper_connection.block_inject_weight.weight"
+    ours = state["decoder.layers.mlp_hyper_connection.inject.weight"][1] if stacked else None
+    assert torch.equal(published[key], state.get("decoder.layers.1.mlp_hyper_connection.inject.weight", ours))
+    empty = {k: torch.zeros_like(v) if v.is_floating_point() else v for k, v in state.items()}
+    back = convert.from_published(published, "transformers", GATED, empty)
+    assert_equal({k: v for k, v in back.items() if "proj" not in k}, without(state, "proj"))
+    second_stage = {k: v for k, v in convert.to_published(state, "transformers", GATED, 6).items()}
+    assert "model.layers.7.attn_hyper_connection.hc_norm.weight" in second_stage
+
+
+def without(state, word):
+    return {key: value for key, value in state.items() if word not in key}
+
+
+def broken(change):
+    def state():
+        out = gated_state(False)
+        change(out)
+        return out
+
+    return state
+
+
+CONNECTION = "decoder.layers.1.mlp_hyper_connection."
+BROKEN = {
+    "absent_part": (
+        lambda s: s.pop(CONNECTION + "inject.weight"),
+        "1.mlp_hyper_connection.inject.weight is abs",
+    ),
+    "absent_mixer": (
+        lambda s: s.pop("decoder.final_layernorm.contraction.read_up.weight"),
+        "contraction.read_up.weight is absent",
+    ),
+    "other_rank": (
+        lambda s: s.update({CONNECTION + "read_up.weight": torch.zeros(10, 4)}),
+        r"read_up.weight is of shape \[10, 4\], expected \[10, 3\]",
+    ),
+    "of_another_form": (
+        lambda s: s.update({CONNECTION + "bias": torch.zeros(8)}),
+        "mlp_hyper_connection.bias: unknown parameter of a gated residual",
+    ),
+    "not_finite": (
+        lambda s: s[CONNECTION + "read_down.weight"].fill_(float("nan")),
+        "read_down.weight holds NaN",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_broken_gated_residual_is_refused_by_its_key(case):
+    change, words = BROKEN[case]
+    with pytest.raises(ValueError, match=words):
+        convert.to_published(broken(change)(), "transformers", GATED)
+
+
+def test_published_gated_residuals_are_taken_whole():
+    published = convert.to_published(gated_state(False), "transformers", GATED)
+    more = published | {"mtp.layers.0.attn_hyper_connection.hc_norm.weight": torch.zeros(10)}
+    kept = {key: value for key, value in more.items() if is_mapping(key)}
+    assert kept.keys() == published.keys()
+    check_left_over(kept, "transformers", 2, GATED)
+    with pytest.raises(ValueError, match=r"layers.1.*is left over: the other checkpoint has 1 layers"):
+        check_left_over(kept, "transformers", 1, GATED)
+    del published["model.hyper_connection_mixer.hc_norm.weight"]
+    with pytest.raises(ValueError, match="model.hyper_connection_mixer.hc_norm.weight is absent"):
+        convert.from_published(published, "transformers", GATED, gated_state(False))

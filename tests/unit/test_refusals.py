@@ -17,6 +17,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from megatron_mhc import MHCConfig, carried, door_refusals, parallel, refusals, specs
 from megatron_mhc.config import flag
+from megatron_mhc.export import settings as export_settings
 from megatron_mhc.graphs import Held
 from megatron_mhc.hooks.messages import widen_messages
 from megatron_mhc.hyper_connection import check_width
@@ -388,3 +389,14 @@ def test_pipeline_message_of_a_plain_model_is_left_alone():
     got = widen_messages(stock)(communicator, **arguments, tensor_shape=shape, wait_on_reqs=False)
     assert got[0] is shape and got[2] is False
     assert P2PCommunicator._communicate.__module__.startswith(("megatron.core", "megatron_mhc"))
+
+
+def test_the_gated_residual_is_refused_where_norms_of_a_plain_model_are_loaded_or_written():
+    mhc = MHCConfig(preset="qwen4_exp")
+    with pytest.raises(ValueError, match="preset=qwen4_exp has no norms .*: build .* or use preset=paper"):
+        refusals.refuse(door_refusals.BRIDGE, None, mhc)
+    with pytest.raises(ValueError, match="--mhc-preset qwen4_exp: the exported model has no such part"):
+        export_settings.check_form(mhc)
+    with pytest.raises(ValueError, match="--mhc-contract library: the exported model has no such part"):
+        export_settings.check_form(MHCConfig(contract="library"))
+    export_settings.check_form(MHCConfig(preset="deepseek_v4"))
