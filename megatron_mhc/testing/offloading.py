@@ -1,8 +1,8 @@
-"""--cpu-offloading-num-layers without Transformer Engine, whose context it needs: a stand-in of its rules, on a CPU.
+"""--cpu-offloading-num-layers on a CPU: a stand-in of Transformer Engine's context, by the same rules.
 
-As Transformer Engine's (2.10 and later) it gives a layer what that has saved by the number of the layer whose
-output's gradient came last, and forgets what the layer behind it has saved. Copies stand for the host's: who
-keeps the originals, or asks under another layer, notices.
+As that (2.10 and later) it brings back what the layer has saved whose output's gradient came last, and then
+forgets what the layer behind it has saved. Copies stand for the host's: who asks under another layer gets
+other tensors or none.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class _Context:
         layers, layer = self.layers, self.layer
 
         def begin(_: Any) -> None:
-            torch.autograd.variable.Variable._execution_engine.queue_callback(layers.end_backward)
+            torch.autograd.Variable._execution_engine.queue_callback(layers.end_backward)
             layers.begin_backward(layer)
 
         assert tensor.grad_fn is not None

@@ -1,4 +1,4 @@
-"""--cpu-offloading-num-layers under Megatron's own pretrain(), by a stand-in of Transformer Engine's context."""
+"""--cpu-offloading-num-layers under Megatron's own pretrain(), by a stand-in of TE's context."""
 
 import pytest
 from pretrain_runs import MHC, STEPS, launch
