@@ -241,8 +241,8 @@ FEATURES = (
     Feature(
         "`--cpu-offloading-num-layers`",
         YES,
-        "shown by a stand-in of Transformer Engine's context; those before 2.10 offload what their own layers "
-        "mark, hence no streams; not with `--mhc-recompute-layer-num`",
+        "shown by a stand-in of Transformer Engine's context; those before 2.10 offload what their own "
+        "layers mark, hence no streams; not with `--mhc-recompute-layer-num`",
         (
             "distributed/test_cpu_offloading.py::test_trains_as_without",
             "distributed/test_cpu_offloading.py::test_offloaded_streams_leave_the_device",
