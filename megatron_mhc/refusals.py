@@ -77,6 +77,10 @@ OWN = tuple(
 )
 
 
+def _offloaded(config: Any) -> int | None:
+    return config.cpu_offloading_num_layers if config.cpu_offloading else None
+
+
 def _offloaded_replay(config: Any, mhc: MHCConfig) -> bool:
     # Stock Megatron: what the replay offloads in the midst of backward is asked for by no forward.
     return bool(config.fine_grained_activation_offloading and config.recompute_granularity == "full")
@@ -139,7 +143,17 @@ MODEL = (
         "--mhc-backend hopper does not support --fp32-residual-connection {value}",
         "its kernels take streams of bf16; use --mhc-backend auto, or drop it",
     ),
-    setting_row("cpu_offloading", "drop it, and use --recompute-granularity to save memory"),
+    Refusal(
+        lambda config, mhc: _offloaded(config) if mhc.recompute_layer_num != "off" else None,
+        "--mhc-recompute-layer-num {mhc.recompute_layer_num} does not support --cpu-offloading-num-layers "
+        "{value}",
+        "it empties the layer inputs that are on their way to the host; drop one of them",
+    ),
+    Refusal(
+        lambda config, mhc: _offloaded(config) if config.overlap_moe_expert_parallel_comm else None,
+        "--cpu-offloading-num-layers {value} with --overlap-moe-expert-parallel-comm",
+        "Megatron runs the nodes of layers outside of what offloads, so nothing would be; drop one of them",
+    ),
     Refusal(
         lambda config, mhc: config.fine_grained_activation_offloading and mhc.recompute_layer_num != "off",
         "--mhc-recompute-layer-num {mhc.recompute_layer_num} does not support "

@@ -253,6 +253,18 @@ FEATURES = (
         ("distributed/test_offloading.py::test_offloaded_activations_give_the_gradients_of_stored_ones",),
     ),
     Feature(
+        "`--cpu-offloading-num-layers`",
+        YES,
+        "shown by a stand-in of Transformer Engine's context; those before 2.10 offload what their own "
+        "layers mark, hence no streams; not with `--mhc-recompute-layer-num`",
+        (
+            "distributed/test_cpu_offloading.py::test_trains_as_without",
+            "distributed/test_cpu_offloading.py::test_offloaded_streams_leave_the_device",
+            "megatron/test_cpu_offloading_pretrain.py::"
+            "test_training_gives_the_losses_that_it_gives_without_the_flag",
+        ),
+    ),
+    Feature(
         "`torch.autocast`, `enable_autocast`",
         YES,
         "coefficients and streams stay fp32; MoE needs Transformer Engine, in stock too",
@@ -502,7 +514,7 @@ FEATURES = (
         ),
     ),
     Feature(
-        "`--cpu-offloading`, standalone MTP",
+        "standalone MTP",
         REFUSED,
         "",
         (_REFUSALS + "unsupported_setting_is_refused",),

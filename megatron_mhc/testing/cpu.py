@@ -361,6 +361,10 @@ def main() -> None:
         from megatron_mhc.testing import graphs
 
         graphs.install()
+    if "--cpu-offloading-num-layers" in argv:
+        from megatron_mhc.testing import offloading
+
+        offloading.install()
     if {"--use-megatron-fsdp", "--use-torch-fsdp2"} & set(argv):
         from megatron_mhc.testing import fsdp
 

@@ -43,6 +43,7 @@ from megatron_mhc.pipeline import auto
 from megatron_mhc.pipeline.layer_times import Launch
 from megatron_mhc.pipeline.options import check_config
 from megatron_mhc.testing import hybrid, ranks
+from megatron_mhc.testing import offloading as layer_offloading
 from megatron_mhc.testing.gpt import SMALL
 from megatron_mhc.testing.parameters import fill
 
@@ -107,6 +108,8 @@ def start(
     kind, settings, model = described(case, settings, on_one)
     if settings.get("fine_grained_activation_offloading"):
         offloading()
+    if settings.get("cpu_offloading"):
+        layer_offloading.install()
     if case.how == "packed":
         test_packed.take_packed(token_local=layout.cp > 1 or case.layout == "cp2")
     if case.how == "fp32_residual":

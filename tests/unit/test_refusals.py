@@ -35,7 +35,6 @@ def config(**settings):
 @pytest.mark.parametrize(
     "name, value",
     [
-        ("cpu_offloading", True),
         ("inference_fuse_tp_communication", True),
         ("transformer_impl", "inference_optimized"),
         ("mtp_standalone", True),
@@ -47,6 +46,7 @@ def test_unsupported_setting_is_refused(name, value):
     assert f"--{name.replace('_', '-')} {value}: " in str(error.value)
 
 
+OFFLOADED = dict(cpu_offloading=True, cpu_offloading_num_layers=3)
 OVERLAP = dict(overlap_moe_expert_parallel_comm=True)
 
 
@@ -66,6 +66,16 @@ def test_where_layers_cannot_be_run_in_nodes(rows, settings, words):
         return
     with pytest.raises(ValueError, match=words):
         refusals.refuse(rows, config(**settings, **OVERLAP), MHCConfig())
+
+
+def test_what_layers_offload_is_not_emptied_and_not_run_in_nodes():
+    parallel.validate(config(**OFFLOADED), MHCConfig())
+    words = "--mhc-recompute-layer-num 2 does not support --cpu-offloading-num-layers 3: "
+    with pytest.raises(ValueError, match=words):
+        parallel.validate(config(**OFFLOADED), MHCConfig(recompute_layer_num="2"))
+    words = "--cpu-offloading-num-layers 3 with --overlap-moe-expert-parallel-comm: "
+    with pytest.raises(ValueError, match=words):
+        parallel.validate(config(**OFFLOADED, **OVERLAP), MHCConfig())
 
 
 @pytest.mark.parametrize(
@@ -206,7 +216,7 @@ def test_a_refusal_that_names_flags_says_how_the_environment_writes_them():
         parallel.validate(config(normalization="LayerNorm"), MHCConfig(norm="folded"))
     assert "MEGATRON_MHC and YAML files write" in "".join(error.value.__notes__)
     with pytest.raises(ValueError) as error:
-        parallel.validate(config(cpu_offloading=True), MHCConfig())
+        parallel.validate(config(mtp_standalone=True), MHCConfig())
     assert not hasattr(error.value, "__notes__")
 
 
