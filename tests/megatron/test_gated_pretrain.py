@@ -3,7 +3,9 @@
 from pretrain_runs import launch
 
 GATED = "--mhc-preset qwen4_exp --mhc-gated-rank 8 --pipeline-model-parallel-size 2 --bf16".split()
-GATED += "--train-iters 6 --save-interval 3 --lr-decay-iters 10 --mhc-log-interval 2 --logging-level 20".split()
+GATED += (
+    "--train-iters 6 --save-interval 3 --lr-decay-iters 10 --mhc-log-interval 2 --logging-level 20".split()
+)
 
 
 def test_a_resumed_run_equals_the_unbroken_one_bit_for_bit(tmp_path):
