@@ -424,7 +424,7 @@ FEATURES = (
         ),
     ),
     Feature(
-        "export to a Hugging Face folder: GQA, MLA, experts, every form of mHC but the gated residual",
+        "export to a Hugging Face folder: GQA, MLA, experts, every form of mHC",
         YES,
         "[limits](docs/export.md); the logits of Megatron's local layers within 1e-4, fp32",
         (

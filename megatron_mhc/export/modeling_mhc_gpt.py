@@ -22,7 +22,8 @@ class MHCGPTConfig(PreTrainedConfig):
     rope: inverse_frequencies, magnitude of cos and sin, softmax_scale beside 1/sqrt(d).
     mla: sizes of multi-latent attention; None for grouped-query attention.
     moe: sizes and router of the experts, and `layers`, whether each layer has them; None without.
-    mhc: num_residual_streams, preset, h_res, h_pre, h_post, read, sinkhorn_iterations, contract, norm_eps.
+    mhc: num_residual_streams, preset, h_res, h_pre, h_post, read, sinkhorn_iterations, contract, norm_eps, and
+        gated_rank under the preset qwen4_exp.
     megatron: arguments of the training, for the way back; the model does not read them.
     """
 
@@ -93,6 +94,12 @@ def write(streams, f, h_post, h_res):
     return (mixed + h_post.unsqueeze(-1) * f.to(h_post.dtype).unsqueeze(-2)).to(streams.dtype)
 
 
+def inject(streams, f, h_post):
+    """What `write` is where H_res is the identity: x + H_post^T f."""
+    added = h_post.unsqueeze(-1) * f.to(h_post.dtype).unsqueeze(-2)
+    return (streams.to(h_post.dtype) + added).to(streams.dtype)
+
+
 class HyperConnection(nn.Module):
     """The mappings of one sub-layer.
 
@@ -144,6 +151,40 @@ class HyperConnection(nn.Module):
             else:
                 h_res = torch.eye(n, dtype=raw.dtype, device=raw.device).expand(*raw.shape[:-1], n, n)
         return h_pre if self.sizes[0] else ones / n, h_post if self.sizes[1] else ones, h_res
+
+
+class StreamNorm(nn.Module):
+    """RMSNorm of each stream by itself, with the weight 1 + w."""
+
+    def __init__(self, size, eps):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.zeros(size)), eps
+
+    def forward(self, streams):
+        unit = F.rms_norm(wide(streams), streams.shape[-1:], eps=self.eps)
+        return unit * (1.0 + self.weight.to(unit.dtype).view(streams.shape[-2:]))
+
+
+class GatedRead(nn.Module):
+    """Qwen4-Exp's read of the streams by gates of low rank, and the weights h_post of the write."""
+
+    def __init__(self, config, writes=True):
+        super().__init__()
+        n, rank = config.mhc["num_residual_streams"], config.mhc["gated_rank"]
+        size = n * config.hidden_size
+        self.stream_norm = StreamNorm(size, config.mhc["norm_eps"])
+        self.read_down = nn.Linear(size, rank, bias=False)
+        self.read_up = nn.Linear(rank, size, bias=False)
+        self.inject = nn.Linear(size, n, bias=False) if writes else None
+
+    def forward(self, streams):
+        """The layer input [b, s, C], and h_post, or None of what writes nothing."""
+        n, normed = streams.shape[-2], self.stream_norm(streams)
+        flat = normed.flatten(-2).to(self.read_down.weight.dtype)
+        hidden = F.silu(wide(self.read_down(flat)) / n).to(flat.dtype)
+        gate = wide(self.read_up(hidden)).sigmoid().view(normed.shape)
+        layer_input = (gate * normed).mean(dim=-2).to(streams.dtype)
+        return layer_input, None if self.inject is None else 2.0 * (wide(self.inject(flat)) / n).sigmoid()
 
 
 class Contraction(nn.Module):
@@ -332,14 +373,22 @@ class Layer(nn.Module):
         self.self_attn = (Attention if config.mla is None else LatentAttention)(config, layer)
         dense = not (config.moe and config.moe["layers"][layer])
         self.mlp = MLP(config, config.intermediate_size, config.linear_bias) if dense else MoE(config)
-        self.input_layernorm = norm(config.hidden_size, config)
-        self.post_attention_layernorm = norm(config.hidden_size, config)
-        self.attn_hc, self.mlp_hc = HyperConnection(config), HyperConnection(config)
+        self.gated = config.mhc["preset"] == "qwen4_exp"  # whose read is a norm too
+        if not self.gated:
+            self.input_layernorm = norm(config.hidden_size, config)
+            self.post_attention_layernorm = norm(config.hidden_size, config)
+        connection = GatedRead if self.gated else HyperConnection
+        self.attn_hc, self.mlp_hc = connection(config), connection(config)
 
         self.reads_previous = config.mhc.get("read") == "previous"
 
     def forward(self, streams, previous, rotation, mask, cache):
         """The streams behind the layer, and its last h_pre; previous: that of the layer in front."""
+        if self.gated:
+            layer_input, h_post = self.attn_hc(streams)
+            streams = inject(streams, self.self_attn(layer_input, rotation, mask, cache), h_post)
+            layer_input, h_post = self.mlp_hc(streams)
+            return inject(streams, self.mlp(layer_input), h_post), previous
         own, h_post, h_res = self.attn_hc(streams)
         h_pre = previous if self.reads_previous else own
         f = self.self_attn(self.input_layernorm(read(streams, h_pre)), rotation, mask, cache)
@@ -358,8 +407,9 @@ class Decoder(nn.Module):
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
-        self.hc_head = Contraction(config)
-        self.norm = norm(config.hidden_size, config)
+        self.mixes = config.mhc["contract"] == "mixer"
+        self.hc_head = GatedRead(config, writes=False) if self.mixes else Contraction(config)
+        self.norm = nn.Identity() if self.mixes else norm(config.hidden_size, config)
 
     def forward(self, x, attention_mask, position_ids, cache):
         """x: embeddings [b, s, C]; attention_mask: [b, keys], 0 for padding, or [b, 1, s, keys]."""
@@ -376,6 +426,8 @@ class Decoder(nn.Module):
         h_pre[..., 0] = 1.0  # the first layer that reads by others' weights reads stream 0
         for layer in self.layers:
             streams, h_pre = layer(streams, h_pre, rotation, mask, cache)
+        if self.mixes:
+            return self.norm(self.hc_head(streams)[0])
         return self.norm(self.hc_head(streams, h_pre))
 
 

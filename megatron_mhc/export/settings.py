@@ -89,9 +89,8 @@ def check(args: Any) -> None:
 
 def check_form(mhc: MHCConfig) -> None:
     """Refuse a form of mHC that the exported model does not compute, as `check` does."""
-    for name, foreign in (("preset", mhc.is_gated), ("contract", mhc.contract == "library")):
-        if foreign:
-            raise ValueError(f"{flag(name)} {getattr(mhc, name)}: {REMEDY}")
+    if mhc.contract == "library":
+        raise ValueError(f"{flag('contract')} library: {REMEDY}")
 
 
 def rope(args: Any) -> dict[str, Any]:

@@ -66,6 +66,10 @@ MODEL = {
     "decoder.final_layernorm.head.mapping_proj.weight": "model.hc_head.weight",
     "decoder.final_layernorm.head.bias": "model.hc_head.bias",
     "decoder.final_layernorm.head.alpha": "model.hc_head.alpha",
+    **{
+        f"decoder.final_layernorm.contraction.{part}.weight": f"model.hc_head.{part}.weight"
+        for part in ("stream_norm", "read_down", "read_up")
+    },
 }
 _CONNECTIONS = {"self_attention_hyper_connection": "attn_hc", "mlp_hyper_connection": "mlp_hc"}
 

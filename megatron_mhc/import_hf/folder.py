@@ -65,6 +65,11 @@ def import_folder(
         args, config, mhc = launch.parse(flags, given)
         settings.check(args)
         settings.check_form(mhc)
+        if mhc.is_gated and not exported:
+            raise ValueError(
+                f"{flag('preset')} {mhc.preset} has no place for a dense model's norms: use {flag('preset')} "
+                "paper"
+            )
     _add_tokenizer(args, load, flags)
     with checkpoint.empty_model(args, config, str(file)) as model:
         with naming(str(file)):

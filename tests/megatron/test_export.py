@@ -51,6 +51,8 @@ CASES = {
     "qkv_bias_hc": PLAIN + "--add-qkv-bias --mhc-h-res unconstrained --mhc-contract sum --rotary-base 500",
     "fixed": PLAIN + "--mhc-h-pre fixed --mhc-h-post fixed --mhc-contract learned_head --use-rope-scaling",
     "identity": PLAIN + "--mhc-h-res identity --mhc-h-pre fixed --rotary-seq-len-interpolation-factor 2",
+    "gated": GQA + PLAIN + "--mhc-preset qwen4_exp --mhc-gated-rank 8 --mhc-num-residual-streams 3",
+    "gated_moe_mean": GQA + PLAIN + MOE + "--mhc-preset qwen4_exp --mhc-gated-rank 8 --mhc-contract mean",
     "nothing_learns": PLAIN + "--mhc-h-res identity --mhc-h-pre fixed --mhc-h-post fixed",
     "gqa_moe": GQA + PLAIN + MOE + "--moe-layer-freq 1 --moe-router-score-function sqrtsoftplus",
     "hc_fixed": PLAIN + "--mhc-h-res unconstrained --mhc-h-post fixed --mhc-num-residual-streams 2",

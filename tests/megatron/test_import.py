@@ -46,8 +46,8 @@ def assert_same_files(one, other, but=()):
     "case, implementation",
     first(
         (CASES, ("local", "transformer_engine")),
-        "gqa local, biases_tied_v4 local, hc_fixed local, nothing_learns local, mla_sigmoid local, "
-        "gqa_moe transformer_engine, mla_yarn_groups transformer_engine",
+        "gqa local, gated local, biases_tied_v4 local, hc_fixed local, nothing_learns local, "
+        "mla_sigmoid local, gqa_moe transformer_engine, mla_yarn_groups transformer_engine",
     ),
 )
 def test_an_exported_model_comes_back_bit_for_bit(run_ranks, tmp_path, case, implementation):
@@ -365,6 +365,10 @@ def test_users_mistakes_name_the_remedy(run_ranks, folders, tmp_path):
             import_folder(tmp_path / "nowhere", tmp_path / "out")
         with pytest.raises(ValueError, match="sinkhorn_iterations"):
             import_folder(folders / "llama", tmp_path / "out", options="sinkhorn_iterations=0")
+        with pytest.raises(ValueError, match="--mhc-preset qwen4_exp has no place for a dense model's norms"):
+            import_folder(folders / "llama", tmp_path / "out", options="preset=qwen4_exp")
+        with pytest.raises(ValueError, match="--mhc-contract library: the exported model has no such part"):
+            import_folder(folders / "llama", tmp_path / "out", options="contract=library")
         model, args = trained(CASES["gqa"])
         save(model, tmp_path / "checkpoint", "torch_dist", args)
         export(tmp_path / "checkpoint", tmp_path / "folder")
