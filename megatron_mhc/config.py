@@ -161,6 +161,14 @@ class MHCConfig:
         choices=("auto", "mean", "sum", "learned_head"),
         stored=True,
     )
+    mtp: str = _option(
+        "single",
+        "layers of --mtp-num-layers: single is Megatron's, a plain layer on the contracted streams; "
+        "multistream is DeepSeek-V4's, a layer between n streams, each h_proj of a stream plus e_proj of the "
+        "embedding, with a contraction of its own: docs/mtp.md",
+        choices=("single", "multistream"),
+        stored=True,
+    )
     norm_eps: float = _option(
         1e-6,
         "added to mean(x^2) inside the root of the mappings' norm; the paper does not state it",

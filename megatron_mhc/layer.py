@@ -37,12 +37,19 @@ class BetweenStreams(MegatronModule):
     chunk: ModelChunk
     sublayers: tuple[SubLayer, ...]
     held: Held  # by its CUDA graph
+    is_mtp_layer = False  # of multi-token prediction: it reads streams, and its number counts depths
+
+    @property
+    def expands(self) -> bool:
+        """Whether it is the model's first layer, which reads the embedding."""
+        return self.layer_number == 1 and not self.is_mtp_layer
 
     def connection(self, f: str, at: int, chunks: ModelChunks) -> HyperConnectionModule | None:
         """A connection around the module f, the sub-layer `at` of this layer; None around an IdentityOp."""
         if isinstance(getattr(self, f), IdentityOp):
             return None
-        index = chunks.each * (self.layer_number - 1) + at % chunks.each
+        before = self.layer_number - 1 + (self.config.num_layers if self.is_mtp_layer else 0)
+        index = chunks.each * before + at % chunks.each
         folded = norm.folded_in(self, f)
         return HyperConnectionModule(self.config, self.mhc, index, chunks.reserved_sms, folded)
 
@@ -69,9 +76,9 @@ class BetweenStreams(MegatronModule):
     def enter(self, hidden_states: Tensor) -> Tensor:
         """Expand the embedding in the model's first layer; elsewhere check that streams came in."""
         width, n = self.config.hidden_size, self.mhc.num_residual_streams
-        first = self.layer_number == 1
-        check_width(hidden_states, width if first else n * width, f"layer {self.layer_number}")
-        return self.expanding.expand(hidden_states) if first else hidden_states
+        name = f"MTP layer {self.layer_number}" if self.is_mtp_layer else f"layer {self.layer_number}"
+        check_width(hidden_states, width if self.expands else n * width, name)
+        return self.expanding.expand(hidden_states) if self.expands else hidden_states
 
 
 class HyperConnectionTransformerLayer(BetweenStreams, TransformerLayer, GraphEdge):
@@ -136,7 +143,7 @@ class HyperConnectionTransformerLayer(BetweenStreams, TransformerLayer, GraphEdg
         """Megatron's sample of what the graph reads, with streams [s, b, n*C] where it reads those."""
         inputs = super().get_layer_static_inputs(seq_length, micro_batch_size)
         sample = inputs["hidden_states"].to(parallel.streams_dtype(self.config))
-        if self.layer_number > 1 or not self.held.attention:
+        if not self.expands or not self.held.attention:
             sample = sample.repeat(1, 1, self.mhc.num_residual_streams)
         inputs["hidden_states"] = sample.detach().requires_grad_()
         return inputs

@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.inference.utils import InferenceMode
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from megatron.core.utils import make_viewless_tensor
 from torch import Tensor, nn
 
 from megatron_mhc.backend import Backend
@@ -54,10 +56,14 @@ class ContractNorm(nn.Module):
     It takes the place of the block's final norm, which Megatron builds on the stage that ends the
     decoder, also where that stage holds no layer. The norm keeps its parameters under `norm.`, so
     every mHC checkpoint is known by a key that a plain model lacks (`checkpoint_keys`).
+
+    Args:
+        hands_on: the output carries the streams to what predicts further tokens, see `handed_on`.
     """
 
-    def __init__(self, config: TransformerConfig, mhc: MHCConfig, norm: nn.Module):
+    def __init__(self, config: TransformerConfig, mhc: MHCConfig, norm: nn.Module, hands_on: bool = False):
         super().__init__()
+        self.hands_on = hands_on
         self.mhc = mhc
         self.backend = Backend(mhc)
         self.width = config.hidden_size
@@ -70,7 +76,13 @@ class ContractNorm(nn.Module):
         s, b, _ = streams.shape
         x = streams.view(s * b, n, self.width)
         hidden = self.backend.contract(x) if self.head is None else self.head(x)
-        return self.norm(hidden.view(s, b, self.width))
+        normed = self.norm(hidden.view(s, b, self.width))
+        if not self.hands_on or InferenceMode.is_active():
+            return normed
+        # What Megatron's block does to the output of a norm, and a tensor that is no view stays itself there.
+        normed = make_viewless_tensor(normed, requires_grad=normed.requires_grad, keep_graph=True)
+        normed.mhc_streams = streams
+        return normed
 
     def get_extra_state(self) -> Tensor:
         """The arithmetic that the weights were trained under, as JSON bytes."""
@@ -114,10 +126,32 @@ class ContractNorm(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def contract_norm_builder(norm: Callable[..., nn.Module], mhc: MHCConfig) -> Callable[..., nn.Module]:
+def contract_norm_builder(
+    norm: Callable[..., nn.Module], mhc: MHCConfig, hands_on: bool = False
+) -> Callable[..., nn.Module]:
     """Wrap the builder of a block's final norm so that it builds a ContractNorm around it."""
 
     def build(*, config: TransformerConfig, hidden_size: int, eps: float) -> nn.Module:
-        return ContractNorm(config, mhc, norm(config=config, hidden_size=hidden_size, eps=eps))
+        return ContractNorm(config, mhc, norm(config=config, hidden_size=hidden_size, eps=eps), hands_on)
 
     return build
+
+
+def reads_streams(config: TransformerConfig, mhc: MHCConfig) -> bool:
+    """Whether this model's layers of multi-token prediction read the streams."""
+    return bool(config.mtp_num_layers) and mhc.mtp == "multistream"
+
+
+def handed_on(hidden_states: Tensor) -> Tensor:
+    """The streams [s, b, n*C] that came with a decoder's output [s, b, C], which lets go of them.
+
+    Raises:
+        RuntimeError: none came.
+    """
+    streams = vars(hidden_states).pop("mhc_streams", None)
+    if streams is None:
+        raise RuntimeError(
+            "--mhc-mtp multistream: the decoder's output came without its streams: something between the "
+            "decoder and its layers of multi-token prediction has replaced the tensor; use --mhc-mtp single"
+        )
+    return streams

@@ -27,6 +27,7 @@ from megatron_mhc.hooks.optimizer import (
     number_float32_first,
     save_current_float32,
 )
+from megatron_mhc.hooks.prediction import build_between_streams, run_between_streams
 from megatron_mhc.hooks.schedule import choose_schedule
 from megatron_mhc.hooks.train_step import sample_steps
 
@@ -35,6 +36,7 @@ _DISTRIBUTED = "megatron.core.optimizer.distrib_optimizer"
 _FSDP2 = "megatron.core.distributed.torch_fully_sharded_data_parallel"
 _HYBRID = "megatron.core.optimizer.cpu_offloading.hybrid_optimizer"
 _INFERENCE = "megatron.core.inference.model_inference_wrappers.abstract_model_inference_wrapper"
+_MTP = "megatron.core.transformer.multi_token_prediction"
 _OPTIMIZER = "megatron.core.optimizer.optimizer"
 
 
@@ -94,6 +96,38 @@ HOOKS: tuple[Hook, ...] = (
         parameters=("config", "spec", "backend", "vp_stage", "pp_rank"),
         replacement=predict_by_plain_layers,
         reason="frameworks build MTP layers of the decoder's last layer, which would expand streams again",
+    ),
+    Hook(
+        target=f"{_MTP}:_get_mtp_block_submodules",
+        defined_in=_MTP,
+        parameters=("config", "spec"),
+        replacement=build_between_streams,
+        reason="under --mhc-mtp multistream every door's layers of multi-token prediction become those",
+    ),
+    Hook(
+        target=f"{_MTP}:MultiTokenPredictionBlock.forward",
+        defined_in=_MTP,
+        parameters=(
+            "self",
+            "input_ids",
+            "position_ids",
+            "hidden_states",
+            "attention_mask",
+            "padding_mask",
+            "context",
+            "context_mask",
+            "rotary_pos_emb",
+            "rotary_pos_cos",
+            "rotary_pos_sin",
+            "attention_bias",
+            "inference_params",
+            "packed_seq_params",
+            "sequence_len_offset",
+            "extra_block_kwargs",
+            "embedding",
+        ),
+        replacement=run_between_streams,
+        reason="a depth under --mhc-mtp multistream hands on streams, and its output goes to the loss",
     ),
     Hook(
         target="megatron.core.dist_checkpointing:load",

@@ -76,6 +76,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "mla": _MLA,
     "mtp": dict(mtp_num_layers=1),
     "mtp_moe": _MOE | dict(mtp_num_layers=1),
+    "mtp2": dict(mtp_num_layers=2),
 }
 
 
