@@ -207,6 +207,12 @@ MODEL = (
         "--distribute-saved-activations with --mtp-num-layers {value} and --recompute-granularity full",
         "drop --distribute-saved-activations, or use --mtp-num-layers 1",
     ),
+    Refusal(
+        lambda config, mhc: mhc.load_dense and mhc.mtp == "multistream" and bool(config.mtp_num_layers),
+        "--mhc-load-dense with --mhc-mtp multistream and --mtp-num-layers",
+        "a plain model's layers of multi-token prediction read the final norm's output and no streams; use "
+        "--mhc-mtp single, or drop --mhc-load-dense",
+    ),
     Refusal(_low_precision, "{value.what}", "{value.remedy}"),
     Refusal(
         _other_options,
@@ -230,6 +236,11 @@ GPT = (
     ),
 )
 HYBRID = (
+    Refusal(
+        lambda config, mhc: mhc.mtp if mhc.mtp == "multistream" and config.mtp_num_layers else None,
+        "--mhc-mtp {value} does not support a HybridModel, whose depths hold stacks of layers",
+        "use --mhc-mtp single",
+    ),
     Refusal(
         lambda config, mhc: mhc.pipeline_schedule == "fused" or mhc.pp_boundary == "split",
         "--mhc-pipeline-schedule {mhc.pipeline_schedule} --mhc-pp-boundary {mhc.pp_boundary} does not "
