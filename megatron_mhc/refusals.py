@@ -171,7 +171,6 @@ MODEL = (
     ),
     setting_row("inference_fuse_tp_communication", "drop it: it adds the residual inside a linear layer"),
     setting_row("transformer_impl", "use transformer_engine or local", lambda v: v == "inference_optimized"),
-    setting_row("mtp_standalone", "put the MTP layer on the stage of the last decoder layer and the loss"),
     Refusal(
         _taken_apart,
         "mHC does not support --overlap-moe-expert-parallel-comm {value}",
@@ -264,11 +263,11 @@ STACK = (
 )
 
 
-def empty_stage(stages: slice, when: Callable[[Any, MHCConfig], Any] = lambda config, mhc: True) -> Any:
+def empty_stage(stages: slice) -> Any:
     """A `found` that gives the first without a decoder layer of these stages of a pipeline."""
 
     def found(config: Any, mhc: MHCConfig) -> int | None:
-        if config.pipeline_model_parallel_size == 1 or not when(config, mhc):
+        if config.pipeline_model_parallel_size == 1:
             return None
         counts = layer_counts(config)
         return next((stage for stage in range(len(counts))[stages] if not counts[stage]), None)
@@ -276,19 +275,13 @@ def empty_stage(stages: slice, when: Callable[[Any, MHCConfig], Any] = lambda co
     return found
 
 
-# The layout of its pipeline: where the streams begin and end.
+# The layout of its pipeline: where the streams begin.
 STAGES = (
     Refusal(
         empty_stage(slice(1)),
         "mHC expands the embedding in the first decoder layer, but pipeline stage 0 has none",
         "drop --account-for-embedding-in-pipeline-split, or give stage 0 a layer in "
         "--pipeline-model-parallel-layout",
-    ),
-    Refusal(
-        empty_stage(slice(-1, None), lambda config, mhc: config.mtp_num_layers),
-        "with --mtp-num-layers the streams end at the last decoder layer, which must be on the last pipeline "
-        "stage",
-        "drop --account-for-loss-in-pipeline-split, or give that stage a decoder layer",
     ),
 )
 

@@ -27,7 +27,11 @@ from megatron_mhc.hooks.optimizer import (
     number_float32_first,
     save_current_float32,
 )
-from megatron_mhc.hooks.prediction import build_between_streams, run_between_streams
+from megatron_mhc.hooks.prediction import (
+    build_between_streams,
+    contract_beside_prediction,
+    run_between_streams,
+)
 from megatron_mhc.hooks.schedule import choose_schedule
 from megatron_mhc.hooks.train_step import sample_steps
 
@@ -96,6 +100,13 @@ HOOKS: tuple[Hook, ...] = (
         parameters=("config", "spec", "backend", "vp_stage", "pp_rank"),
         replacement=predict_by_plain_layers,
         reason="frameworks build MTP layers of the decoder's last layer, which would expand streams again",
+    ),
+    Hook(
+        target="megatron.core.transformer.transformer_block:TransformerBlock.has_final_layernorm_in_this_stage",
+        defined_in="megatron.core.transformer.transformer_block",
+        parameters=("self",),
+        replacement=contract_beside_prediction,
+        reason="under MTP it is on the last decoder layer's stage; streams go on to the one of MTP",
     ),
     Hook(
         target=f"{_MTP}:_get_mtp_block_submodules",

@@ -19,6 +19,7 @@ from pipeline import BOUNDARIES, SCHEDULES, compare_all, interleaved
 from test_checkpoint import start, step, train
 
 from megatron_mhc import MHCConfig
+from megatron_mhc.diagnostics import Sampler
 from megatron_mhc.testing.ranks import run_ranks as run
 
 ERROR = 1e-10
@@ -151,6 +152,33 @@ def test_setting_matches_plain_single_process(run_ranks, setting):
     check(run_ranks(ranks, compare, layout, kind, multistream(), expected(kind, multistream()), settings)[0])
 
 
+# Stages without a decoder layer that predict, alone or beside the loss.
+STAGES = {
+    "beside_the_loss": (PP2, 2, "Etttt|mL"),
+    "beside_the_loss_pp4": (Layout(pp=4), 4, "Ett|t|t|mL"),
+    "alone": (Layout(pp=4), 4, "Ett|tt|m|L"),
+    "behind_a_layer": (Layout(pp=4), 4, "Et|t|ttm|L"),
+    "virtual": (Layout(pp=2, vpp=2), 2, "Et|tt|t|mL"),
+}
+
+
+def compare_stages(layout, kind, mhc, wanted, stages):
+    """`compare`, where embeddings are also reduced with the rank of a stage of MTP."""
+    at = next(i for i, stage in enumerate(stages.split("|")) if "m" in stage) % layout.pp
+    groups = dict(get_embedding_ranks=lambda ranks: sorted({ranks[0], ranks[at]}))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Layout, "initialize", functools.partialmethod(Layout.initialize, **groups))
+        return compare(layout, kind, mhc, wanted, dict(pipeline_model_parallel_layout=stages))
+
+
+@pytest.mark.parametrize("form", ["single", "multistream"])
+@pytest.mark.parametrize("where", STAGES)
+def test_stage_of_prediction_matches_single_process(run_ranks, where, form):
+    layout, ranks, stages = STAGES[where]
+    mhc = MHCConfig(mtp=form)
+    check(run_ranks(ranks, compare_stages, layout, "mtp", mhc, expected("mtp", mhc), stages)[0])
+
+
 # What is another model: settings of both sides.
 MODELS = {
     "repeated_layer": dict(mtp_use_repeated_layer=True),
@@ -253,3 +281,49 @@ def test_mappings_of_a_depth_stay_float32_in_bf16_training(run_ranks):
     for name, dtype in run_ranks(1, dtypes, V4)[0].items():
         mapping = "hyper_connection" in name or ".head." in name
         assert dtype == (torch.float32 if mapping else torch.bfloat16), name
+
+
+def report_of(layout, kind, mhc):
+    layout.initialize()
+    config = layout.config(kind)
+    chunks = build(layout, config, kind, mhc)
+    with Sampler(chunks, config, 64) as sampler:
+        iterate(chunks, config)
+    return sampler.report()
+
+
+def test_diagnostics_have_the_connections_of_depths(run_ranks):
+    """Last, with composites of their own, and the same on two stages as in one process."""
+    whole = run_ranks(1, report_of, ONE, "mtp2", V4)[0]
+    assert whole.sublayers[7:] == [
+        "layer_004_mlp",
+        *(f"mtp_00{d}_{f}" for d in (1, 2) for f in ("attention", "mlp")),
+    ]
+    for first in (0, 8, 10):
+        assert whole.composite[first] == whole.h_res[first]
+    assert whole.composite[9] != whole.h_res[9]
+    for found in run_ranks(2, report_of, PP2, "mtp2", V4):
+        for name, values in whole.statistics.items():
+            assert found.statistics[name] == pytest.approx(values, rel=1e-10), name
+
+
+def of_prediction_alone(mhc):
+    """What a block of MTP says where the streams were lost, and a depth to speculative decoding."""
+    ONE.initialize()
+    config = ONE.config("mtp")
+    model = build(ONE, config, "mtp", mhc)[0].module
+    said = []
+    hidden = torch.zeros(16, 2, 32, dtype=torch.float64)
+    calls = lambda: model.mtp(None, None, hidden, None), model.mtp.layers[0].forward_single_position
+    for call in calls:
+        try:
+            call()
+        except (RuntimeError, ValueError) as error:
+            said.append(str(error))
+    return said
+
+
+def test_what_would_predict_from_contracted_states_is_refused(run_ranks):
+    lost, speculative = run_ranks(1, of_prediction_alone, V4)[0]
+    assert "came without its streams" in lost and "use --mhc-mtp single" in lost
+    assert "num_speculative_tokens" in speculative and "train with --mhc-mtp single" in speculative

@@ -252,6 +252,7 @@ def test_checkpoints_store_the_options_that_change_the_arithmetic():
         "h_post": "dynamic",
         "sinkhorn_iterations": 20,
         "contract": "mean",
+        "mtp": "single",
         "norm_eps": 1e-5,
     }
 
