@@ -179,7 +179,7 @@ def predict(
     """
     streams = handed_on(hidden_states)
     outputs = [hidden_states]
-    if block.config.mtp_detach_heads:
+    if getattr(block.config, "mtp_detach_heads", False):  # 0.18 has no such option
         streams = streams.detach()
     for depth in range(block.config.mtp_num_layers):
         layer = block.layers[0 if block.mtp_use_repeated_layer else depth]
