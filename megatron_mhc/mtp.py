@@ -15,14 +15,8 @@ import dataclasses
 from typing import Any
 
 import torch
-from megatron.core.inference.utils import InferenceMode
-from megatron.core.tensor_parallel import (
-    gather_from_tensor_model_parallel_region,
-    scatter_to_sequence_parallel_region,
-)
-from megatron.core.tensor_parallel.inference_layers import (
-    inference_all_gather_from_tensor_model_parallel_region,
-)
+from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+from megatron.core.tensor_parallel.mappings import all_to_all_hp2sp
 from megatron.core.transformer.multi_token_prediction import (
     MultiTokenPredictionBlockSubmodules,
     MultiTokenPredictionLayer,
@@ -93,20 +87,15 @@ class MultistreamPredictionLayer(MultiTokenPredictionLayer):
         """Streams [s, b, n*C] and embeddings [s, b, C], which become streams."""
         n, width = self.mhc.num_residual_streams, self.config.hidden_size
         of_streams = self.hnorm(hidden_states.reshape(len(hidden_states), -1, width))
-        parts = (
-            self.e_proj(self._for_linear(self.enorm(decoder_input)))[0],
-            self.h_proj(self._for_linear(of_streams))[0],
-        )
-        e, h = parts
-        mixed = h.view(*e.shape[:2], n, -1) + e.unsqueeze(2)
-        if InferenceMode.is_active():
-            mixed = inference_all_gather_from_tensor_model_parallel_region(mixed, self.tp_group, self.config)
+        e, _ = self.e_proj(self._for_linear(self.enorm(decoder_input)))
+        h, _ = self.h_proj(self._for_linear(of_streams))
+        mixed = h.view(*e.shape[:2], n, -1) + e.unsqueeze(2)  # [s, b, n, C / tp]
+        if self.sequence_parallel:
+            # Megatron gathers and scatters one stream; n of them are too many bytes for that.
+            mixed = all_to_all_hp2sp(mixed, group=self.tp_group)
         else:
             mixed = gather_from_tensor_model_parallel_region(mixed, group=self.tp_group)
-        streams = mixed.reshape(*e.shape[:2], n * width)
-        if self.sequence_parallel:
-            streams = scatter_to_sequence_parallel_region(streams, group=self.tp_group)
-        return streams.to(streams_dtype(self.config))
+        return mixed.view(-1, e.shape[1], n * width).to(streams_dtype(self.config))
 
     def _for_linear(self, normed: Tensor) -> Tensor:
         return normed.to(self.config.params_dtype) if self.config.fp32_residual_connection else normed

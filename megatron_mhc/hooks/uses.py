@@ -132,6 +132,7 @@ USES: tuple[Use, ...] = (
         ("_concat_embeddings", "_postprocess"),
     ),
     Use(f"{_MTP}:MultiTokenPredictionLayerSubmodules", "enorm, hnorm, layer_norm, eh_proj, mtp_model_layer"),
+    Use("megatron.core.tensor_parallel.mappings:all_to_all_hp2sp", "input_, group"),
     Use(f"{_MTP}:mtp_on_this_rank", "layout, mtp_num_layers, ignore_virtual, vp_stage"),
     # specs.py, streams.py, carried.py, schedule/stages.py
     Use("megatron.core.transformer.spec_utils:ModuleSpec", "module, params, submodules, metainfo"),
