@@ -30,6 +30,9 @@ def multistream(**options):
     return MHCConfig(mtp="multistream", **options)
 
 
+V4 = multistream(preset="deepseek_v4")
+
+
 def one_process(kind, mhc, settings):
     ONE.initialize()
     config = ONE.config(kind, **settings)
@@ -119,6 +122,53 @@ def test_every_parameter_of_a_depth_learns():
         assert not any("eh_proj" in name for name in of_depth)
         for name, found in of_depth.items():
             assert found.abs().max() > 1e-9, name
+
+
+def what_depths_read_and_say(mhc):
+    """By hooks: the decoder's streams, and of each depth what is embedded, read, made and said."""
+    ONE.initialize()
+    config = ONE.config("mtp2")
+    chunks = build(ONE, config, "mtp2", mhc)
+    model, seen = chunks[0].module, {}
+
+    def note(name, take):
+        def hook(module, args, kwargs, output):
+            seen.setdefault(name, []).append(take(args, kwargs, output).detach().clone())
+
+        return dict(hook=hook, with_kwargs=True)
+
+    model.decoder.final_layernorm.register_forward_hook(**note("decoder", lambda args, kwargs, out: args[0]))
+    for depth in model.mtp.layers:
+        depth.enorm.register_forward_hook(**note("embedded", lambda args, kwargs, out: out))
+        inner = depth.mtp_model_layer
+        inner.register_forward_hook(**note("read", lambda args, kwargs, out: kwargs["hidden_states"]))
+        inner.register_forward_hook(**note("made", lambda args, kwargs, out: out[0]))
+        depth.register_forward_hook(**note("said", lambda args, kwargs, out: out[0]))
+    iterate(chunks, config, count=1)
+    return seen, {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def rms_norm(x, weight):
+    return torch.nn.functional.rms_norm(x, weight.shape, weight, 1e-5)
+
+
+def test_a_depth_is_what_deepseek_v4_defines(run_ranks):
+    """h_proj of each normalised stream and e_proj of the normalised embedding; its own head and norm."""
+    seen, weights = run_ranks(1, what_depths_read_and_say, V4)[0]
+    streams = seen["decoder"][0]
+    for depth in range(2):
+        embedded, read, made, said = (seen[name][depth] for name in ("embedded", "read", "made", "said"))
+        start = f"mtp.layers.{depth}."
+        of = {name.removeprefix(start): w for name, w in weights.items() if name.startswith(start)}
+        normed = rms_norm(streams.unflatten(2, (4, -1)), of["hnorm.weight"])
+        wanted = normed @ of["h_proj.weight"].T + (embedded @ of["e_proj.weight"].T).unsqueeze(2)
+        torch.testing.assert_close(read, wanted.flatten(2), rtol=0, atol=1e-12)
+        head = {name: of[f"final_layernorm.head.{name}"] for name in ("mapping_proj.weight", "alpha", "bias")}
+        flat = made / (made.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+        logits = flat @ head["mapping_proj.weight"].T * head["alpha"] + head["bias"]
+        one = ((torch.sigmoid(logits) + 1e-6).unsqueeze(-1) * made.unflatten(2, (4, -1))).sum(2)
+        torch.testing.assert_close(said, rms_norm(one, of["final_layernorm.norm.weight"]), rtol=0, atol=1e-12)
+        streams = made
 
 
 def test_streams_reach_the_depth():
@@ -231,7 +281,6 @@ def test_replayed_streams_keep_every_bit(run_ranks, case, coefficients):
         assert [name for name in kept if not torch.equal(kept[name], replayed[name])] == []
 
 
-V4 = multistream(preset="deepseek_v4")
 RUN = functools.partial(train, mhc=V4)
 
 
