@@ -8,6 +8,9 @@
 
 NORM or CONTRACTION stands on the last stage of every mHC model.
 
+Under --mhc-mtp multistream each `mtp.layers.N.` has such a norm, head and arithmetic in its own
+`final_layernorm.`, and MAPPING in its `transformer_layer.`
+
 A plain model keeps the final norm at `decoder.final_layernorm.` itself; Transformer Engine's norm has an
 extra state of its own there, under ARITHMETIC's key. A HybridModel calls its norm `final_norm`, and
 has connections around a `mixer` too.
@@ -16,6 +19,7 @@ has connections around a `mixer` too.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -51,6 +55,7 @@ FINAL_NORMS = (
     FinalNorm.at("decoder.final_norm.", "hybrid_mhc_spec"),
 )
 PLAIN_NORM, NORM, HEAD, CONTRACTION, ARITHMETIC, _ = FINAL_NORMS[0]
+DEPTH = re.compile(r"^mtp\.layers\.(\d+)\.(.+)$")  # an entry of a layer of multi-token prediction
 
 
 def is_mhc(keys: Iterable[str]) -> bool:
@@ -64,6 +69,12 @@ def is_mhc(keys: Iterable[str]) -> bool:
 def ends_decoder(keys: Iterable[str]) -> FinalNorm | None:
     """The final norm, plain or mHC's, that is among the entries."""
     return next((final for key in keys for final in FINAL_NORMS if final.plain in key), None)
+
+
+def is_arithmetic(key: str) -> bool:
+    """Whether an entry holds options: of the model, or of a layer of multi-token prediction."""
+    depth = DEPTH.match(key)
+    return key == ARITHMETIC or bool(depth and depth[2] == ARITHMETIC.removeprefix("decoder."))
 
 
 def encode_arithmetic(mhc: MHCConfig) -> Tensor:

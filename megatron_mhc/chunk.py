@@ -140,8 +140,12 @@ class ModelChunks:
 
 
 def chunk_of(model: Any) -> ModelChunk | None:
-    """The ModelChunk of a model or of one of its virtual stages, wrapped or not; None without layers."""
+    """The ModelChunk of a model or of one of its virtual stages, wrapped or not; None without layers.
+
+    Layers of multi-token prediction have chunks of their own, which no schedule runs.
+    """
     for module in model.modules():
-        if isinstance(chunk := getattr(module, "chunk", None), ModelChunk):
+        chunk = getattr(module, "chunk", None)
+        if isinstance(chunk, ModelChunk) and not getattr(module, "is_mtp_layer", False):
             return chunk
     return None

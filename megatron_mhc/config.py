@@ -112,6 +112,7 @@ _GATED: tuple[tuple[str, tuple[Any, ...], str], ...] = (  # that it has a form f
     ("h_pre", ("dynamic",), "whose read is a gate for each channel"),
     ("h_post", ("dynamic",), "whose write is its own"),
     ("read", ("current",), "whose read is of the streams that it gates"),
+    ("mtp", ("single",), "of which no model has layers of multi-token prediction between streams"),
     ("init", ("home_stream",), "whose matrices start by --init-method-std"),
     ("norm", ("apart", "auto"), "which has no norm in front of F"),
     ("load_dense", (False,), "which has no place for a plain model's norms"),
@@ -188,6 +189,14 @@ class MHCConfig:
         "norm; library is what wrap_block_spec(contraction=...) was given: docs/contraction.md; auto is "
         "learned_head under deepseek_v4, mixer under qwen4_exp, h_pre under --mhc-read previous, else mean",
         choices=("auto", "mean", "sum", "learned_head", "h_pre", "mixer", "library"),
+        stored=True,
+    )
+    mtp: str = _option(
+        "single",
+        "layers of --mtp-num-layers: single is Megatron's, a plain layer on the contracted streams; "
+        "multistream is DeepSeek-V4's, a layer between n streams, each h_proj of a stream plus e_proj of the "
+        "embedding, with a contraction of its own: docs/mtp.md",
+        choices=("single", "multistream"),
         stored=True,
     )
     norm_eps: float = _option(
@@ -313,6 +322,11 @@ class MHCConfig:
         if self.reads_previous and self.h_pre == "fixed":
             raise ValueError(
                 f"{flag('read')}=previous with {flag('h_pre')}=fixed hands on nothing: drop one of them"
+            )
+        if self.reads_previous and self.mtp == "multistream":
+            raise ValueError(
+                f"{flag('read')}=previous with {flag('mtp')}=multistream: no model says whose weights such a "
+                f"layer's first read takes; use {flag('mtp')}=single"
             )
         if self.contract == "h_pre" and not self.reads_previous:
             raise ValueError(

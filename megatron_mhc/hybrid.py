@@ -16,9 +16,10 @@ from megatron_mhc.config import MHCConfig
 from megatron_mhc.contraction import Contraction
 from megatron_mhc.hooks.uses import HYBRID_USES
 from megatron_mhc.pipeline import auto
+from megatron_mhc.preparation import prepare
 from megatron_mhc.refusals import HYBRID, STACK, refuse
 from megatron_mhc.streams import ContractNorm, check_contraction
-from megatron_mhc.wrapping import model_chunks, prepare, wrap_layer_spec
+from megatron_mhc.wrapping import model_chunks, wrap_layer_spec
 
 
 class HyperConnectionHybridStack(StreamsModule, HybridStack):

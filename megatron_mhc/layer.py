@@ -40,12 +40,19 @@ class BetweenStreams(MegatronModule):
     chunk: ModelChunk
     sublayers: tuple[SubLayer, ...]
     held: Held  # by its CUDA graph
+    is_mtp_layer = False  # of multi-token prediction: it reads streams, and its number counts depths
+
+    @property
+    def expands(self) -> bool:
+        """Whether it is the model's first layer, which reads the embedding."""
+        return self.layer_number == 1 and not self.is_mtp_layer
 
     def connection(self, f: str, at: int, chunks: ModelChunks) -> HyperConnectionModule | None:
         """A connection around the module f, the sub-layer `at` of this layer; None around an IdentityOp."""
         if isinstance(getattr(self, f), IdentityOp):
             return None
-        index = chunks.each * (self.layer_number - 1) + at % chunks.each
+        before = self.layer_number - 1 + (self.config.num_layers if self.is_mtp_layer else 0)
+        index = chunks.each * before + at % chunks.each
         folded = norm.folded_in(self, f)
         kind = GatedConnection if self.mhc.is_gated else HyperConnectionModule
         return kind(self.config, self.mhc, index, chunks.reserved_sms, folded)
@@ -77,8 +84,8 @@ class BetweenStreams(MegatronModule):
             streams [s, b, n*C], and the weights [s*b, n] that its first sub-layer reads with, None for its
             own.
         """
-        where = f"layer {self.layer_number}"
-        if self.layer_number > 1:
+        where = f"MTP layer {self.layer_number}" if self.is_mtp_layer else f"layer {self.layer_number}"
+        if not self.expands:
             return taken(hidden_states, self.config, self.mhc, where)
         check_width(hidden_states, self.config.hidden_size, where)
         streams = self.expanding.expand(hidden_states)
@@ -162,7 +169,7 @@ class HyperConnectionTransformerLayer(BetweenStreams, TransformerLayer, GraphEdg
         """Megatron's sample of what the graph reads, with streams [s, b, n*C] where it reads those."""
         inputs = super().get_layer_static_inputs(seq_length, micro_batch_size)
         sample = inputs["hidden_states"].to(parallel.streams_dtype(self.config))
-        if self.layer_number > 1 or not self.held.attention:
+        if not self.expands or not self.held.attention:
             sample = sample.repeat(1, 1, self.mhc.num_residual_streams)
             sample = F.pad(sample, (0, alone_width(self.config, self.mhc) - sample.shape[-1]))
         inputs["hidden_states"] = sample.detach().requires_grad_()

@@ -179,7 +179,6 @@ MODEL = (
     ),
     setting_row("inference_fuse_tp_communication", "drop it: it adds the residual inside a linear layer"),
     setting_row("transformer_impl", "use transformer_engine or local", lambda v: v == "inference_optimized"),
-    setting_row("mtp_standalone", "put the MTP layer on the stage of the last decoder layer and the loss"),
     Refusal(
         _swapped_messages,
         "--pipeline-model-parallel-size 2 with virtual stages and without overlapped p2p exchanges the wrong "
@@ -209,6 +208,12 @@ MODEL = (
         "--distribute-saved-activations with --mtp-num-layers {value} and --recompute-granularity full",
         "drop --distribute-saved-activations, or use --mtp-num-layers 1",
     ),
+    Refusal(
+        lambda config, mhc: mhc.load_dense and mhc.mtp == "multistream" and bool(config.mtp_num_layers),
+        "--mhc-load-dense with --mhc-mtp multistream and --mtp-num-layers",
+        "a plain model's layers of multi-token prediction read the final norm's output and no streams; use "
+        "--mhc-mtp single, or drop --mhc-load-dense",
+    ),
     Refusal(_low_precision, "{value.what}", "{value.remedy}"),
     Refusal(
         _other_options,
@@ -232,6 +237,11 @@ GPT = (
     ),
 )
 HYBRID = (
+    Refusal(
+        lambda config, mhc: mhc.mtp if mhc.mtp == "multistream" and config.mtp_num_layers else None,
+        "--mhc-mtp {value} does not support a HybridModel, whose depths hold stacks of layers",
+        "use --mhc-mtp single",
+    ),
     Refusal(
         lambda config, mhc: mhc.pipeline_schedule == "fused" or mhc.pp_boundary == "split",
         "--mhc-pipeline-schedule {mhc.pipeline_schedule} --mhc-pp-boundary {mhc.pp_boundary} does not "
@@ -270,11 +280,11 @@ FSDP2 = (
 )
 
 
-def empty_stage(stages: slice, when: Callable[[Any, MHCConfig], Any] = lambda config, mhc: True) -> Any:
+def empty_stage(stages: slice) -> Any:
     """A `found` that gives the first without a decoder layer of these stages of a pipeline."""
 
     def found(config: Any, mhc: MHCConfig) -> int | None:
-        if config.pipeline_model_parallel_size == 1 or not when(config, mhc):
+        if config.pipeline_model_parallel_size == 1:
             return None
         counts = layer_counts(config)
         return next((stage for stage in range(len(counts))[stages] if not counts[stage]), None)
@@ -282,19 +292,13 @@ def empty_stage(stages: slice, when: Callable[[Any, MHCConfig], Any] = lambda co
     return found
 
 
-# The layout of its pipeline: where the streams begin and end.
+# The layout of its pipeline: where the streams begin.
 STAGES = (
     Refusal(
         empty_stage(slice(1)),
         "mHC expands the embedding in the first decoder layer, but pipeline stage 0 has none",
         "drop --account-for-embedding-in-pipeline-split, or give stage 0 a layer in "
         "--pipeline-model-parallel-layout",
-    ),
-    Refusal(
-        empty_stage(slice(-1, None), lambda config, mhc: config.mtp_num_layers),
-        "with --mtp-num-layers the streams end at the last decoder layer, which must be on the last pipeline "
-        "stage",
-        "drop --account-for-loss-in-pipeline-split, or give that stage a decoder layer",
     ),
 )
 

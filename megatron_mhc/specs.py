@@ -32,11 +32,12 @@ from megatron_mhc.hooks.uses import SPEC_USES
 from megatron_mhc.hybrid import HyperConnectionHybridStack, wrap_hybrid_spec
 from megatron_mhc.pipeline import auto
 from megatron_mhc.pipeline.layer_times import Launch
+from megatron_mhc.preparation import prepare
 from megatron_mhc.refusals import GPT, refuse
 from megatron_mhc.releases import release
 from megatron_mhc.schedule.plans import OVERLAPPED
-from megatron_mhc.streams import contract_norm_builder
-from megatron_mhc.wrapping import model_chunks, prepare, wrap_layer_spec
+from megatron_mhc.streams import contract_norm_builder, reads_streams
+from megatron_mhc.wrapping import model_chunks, wrap_layer_spec
 
 __all__ = ["gpt_mhc_spec", "hybrid_mhc_spec", "wrap_block_spec", "wrap_hybrid_spec", "wrap_layer_spec"]
 logger = logging.getLogger(__name__)
@@ -52,7 +53,7 @@ def wrap_block_spec(
     """Turn what Megatron would build on this pipeline stage into its mHC form.
 
     Checks the configuration, remembers `mhc` and registers the hooks that mHC needs, see
-    `wrapping.prepare`.
+    `preparation.prepare`.
 
     Args:
         spec: a layer's spec, or a block's submodules with one spec per local layer.
@@ -80,7 +81,7 @@ def wrap_block_spec(
     chunks = model_chunks(config, mhc, len(layers))
     return StreamsBlockSubmodules(
         layer_specs=[wrap_layer_spec(layer, mhc, chunks) for layer in layers],
-        layer_norm=contract_norm_builder(norm, mhc, contraction),  # type: ignore[arg-type]
+        layer_norm=contract_norm_builder(norm, mhc, contraction, hands_on=reads_streams(config, mhc)),  # type: ignore[arg-type]
         mhc=mhc,
         plain_layer=layers[-1] if layers else None,
     )

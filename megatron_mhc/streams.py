@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.inference.utils import InferenceMode
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import (
     make_sharded_tensors_for_checkpoint,
     sharded_state_dict_default,
 )
+from megatron.core.utils import make_viewless_tensor
 from torch import Tensor, nn
 
 from megatron_mhc.backend import Backend
@@ -66,6 +68,7 @@ class ContractNorm(nn.Module):
         norm: the final norm, which is dropped where the contraction replaces it.
         contraction: what builds the contraction of `--mhc-contract library`, see `contraction.build`; that of
             `mixer` comes from here.
+        hands_on: the output carries the streams to what predicts further tokens, see `take_streams`.
 
     Raises:
         ValueError: a contraction that is none, or beside another `--mhc-contract`.
@@ -77,8 +80,10 @@ class ContractNorm(nn.Module):
         mhc: MHCConfig,
         norm: nn.Module,
         contraction: Contraction | None = None,
+        hands_on: bool = False,
     ):
         super().__init__()
+        self.hands_on = hands_on
         self.mhc = mhc
         self.backend = Backend(mhc)
         self.config, self.width = config, config.hidden_size
@@ -111,7 +116,13 @@ class ContractNorm(nn.Module):
             hidden = self.backend.contract(x) if self.head is None else self.head(x)
         if self.norm is None:
             return hidden if self.out_dtype is None else hidden.to(self.out_dtype)
-        return self.norm(hidden.view(s, b, self.width))
+        normed = self.norm(hidden.view(s, b, self.width))
+        if not self.hands_on or InferenceMode.is_active():
+            return normed
+        # What Megatron's block does to the output of a norm, and a tensor that is no view stays itself there.
+        normed = make_viewless_tensor(normed, requires_grad=normed.requires_grad, keep_graph=True)
+        normed.mhc_streams = streams
+        return normed
 
     def get_extra_state(self) -> Tensor:
         """The arithmetic that the weights were trained under, as JSON bytes."""
@@ -190,7 +201,10 @@ def check_contraction(mhc: MHCConfig, contraction: Contraction | None) -> None:
 
 
 def contract_norm_builder(
-    norm: Callable[..., nn.Module], mhc: MHCConfig, contraction: Contraction | None = None
+    norm: Callable[..., nn.Module],
+    mhc: MHCConfig,
+    contraction: Contraction | None = None,
+    hands_on: bool = False,
 ) -> Callable[..., nn.Module]:
     """Wrap the builder of a block's final norm so that it builds a ContractNorm around it.
 
@@ -201,6 +215,26 @@ def contract_norm_builder(
 
     def build(*, config: TransformerConfig, hidden_size: int, eps: float) -> nn.Module:
         own_norm = norm(config=config, hidden_size=hidden_size, eps=eps)
-        return ContractNorm(config, mhc, own_norm, contraction)
+        return ContractNorm(config, mhc, own_norm, contraction, hands_on)
 
     return build
+
+
+def reads_streams(config: TransformerConfig, mhc: MHCConfig) -> bool:
+    """Whether this model's layers of multi-token prediction read the streams."""
+    return bool(config.mtp_num_layers) and mhc.mtp == "multistream"
+
+
+def take_streams(hidden_states: Tensor) -> Tensor:
+    """The streams [s, b, n*C] that came with a decoder's output [s, b, C], which lets go of them.
+
+    Raises:
+        RuntimeError: none came.
+    """
+    streams = vars(hidden_states).pop("mhc_streams", None)
+    if streams is None:
+        raise RuntimeError(
+            "--mhc-mtp multistream: the decoder's output came without its streams: something between the "
+            "decoder and its layers of multi-token prediction has replaced the tensor; use --mhc-mtp single"
+        )
+    return streams

@@ -1,4 +1,4 @@
-"""What a model's specs have in common: layers with mHC, the checks before it is built, and its chunks."""
+"""What a model's specs have in common: layers with mHC, and the chunks that they join."""
 
 from __future__ import annotations
 
@@ -10,11 +10,8 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import MoETransformerLayer, TransformerLayer
 
-from megatron_mhc import hooks, parallel
-from megatron_mhc.carried import remember
 from megatron_mhc.chunk import ModelChunk, ModelChunks
 from megatron_mhc.config import MHCConfig, flag
-from megatron_mhc.diagnostics.training import check_loop
 from megatron_mhc.layer import (
     HyperConnectionMoELayer,
     HyperConnectionTransformerLayer,
@@ -22,7 +19,6 @@ from megatron_mhc.layer import (
 )
 from megatron_mhc.mamba import HyperConnectionMambaLayer
 from megatron_mhc.pipeline.links import sms_of_receives
-from megatron_mhc.pipeline.options import check_config
 from megatron_mhc.recompute.chunk import DroppingChunk
 from megatron_mhc.sublayer import bias_dropout
 
@@ -71,22 +67,6 @@ def wrap_layer_spec(spec: ModuleSpec, mhc: MHCConfig, chunks: ModelChunks | None
         submodules=dataclasses.replace(spec.submodules, **without_residual),
         metainfo=spec.metainfo,
     )
-
-
-def prepare(config: TransformerConfig, mhc: MHCConfig) -> None:
-    """Check a model's configuration, remember `mhc` with it and register the hooks that mHC needs.
-
-    The pipeline's message width depends on what is remembered, see `carried`.
-
-    Raises:
-        ValueError: an unsupported configuration or Megatron version; `log_interval` outside of
-            megatron.training.
-    """
-    parallel.validate(config, mhc)
-    check_config(config, mhc)
-    check_loop(mhc)
-    hooks.require(training=mhc.log_interval > 0)
-    remember(config, mhc)
 
 
 def model_chunks(config: TransformerConfig, mhc: MHCConfig, layers: int, each: int = 2) -> ModelChunks:

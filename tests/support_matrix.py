@@ -37,6 +37,7 @@ _GATED = "distributed/test_gated.py::test_"
 _HYBRID = "distributed/test_hybrid.py::test_"
 _OVERLAP = "distributed/test_expert_overlap.py::test_"
 _PARITY = "distributed/test_parity.py::test_"
+_MTP = "distributed/test_mtp.py::test_"
 _SCHEDULE = "distributed/test_pipeline_schedule.py::test_"
 _REFUSALS = "unit/test_refusals.py::test_"
 
@@ -96,6 +97,30 @@ FEATURES = (
         YES,
         "not MLA with TP, where stock's local MLA is inexact",
         (_PARITY + "two_rank_layout_matches_single_process", _PARITY + "variant_matches_single_process"),
+    ),
+    Feature(
+        "MTP between streams, as DeepSeek-V4 has it (`--mhc-mtp multistream`): every layout and schedule",
+        YES,
+        "[page](docs/mtp.md); n = 2, 4; with every recompute, repeated and detached layers; compared with "
+        "Megatron-LM's branch dev where there is a checkout",
+        (
+            _MTP + "layout_matches_single_process",
+            _MTP + "context_parallel_matches_single_process",
+            _MTP + "schedule_matches_single_process",
+            _MTP + "setting_matches_plain_single_process",
+            _MTP + "replayed_streams_keep_every_bit",
+            _MTP + "resharded_training_matches_unbroken_run",
+            _MTP + "bf16_training_resumes_bit_for_bit",
+        ),
+    ),
+    Feature(
+        "MTP on a stage without a decoder layer, also alone (`Et|tt|m|L`)",
+        YES,
+        "alone: under Megatron's schedule",
+        (
+            _MTP + "stage_of_prediction_matches_single_process",
+            "distributed/test_inference.py::test_layers_of_mtp_stand_aside_on_a_pipeline",
+        ),
     ),
     Feature(
         "Megatron's recompute, selective and full",
@@ -514,12 +539,6 @@ FEATURES = (
         ),
     ),
     Feature(
-        "standalone MTP",
-        REFUSED,
-        "",
-        (_REFUSALS + "unsupported_setting_is_refused",),
-    ),
-    Feature(
         "full recompute of several layers at once with MTP, shared out over TP with two MTP layers, or with "
         "activation offloading",
         REFUSED,
@@ -536,15 +555,22 @@ FEATURES = (
         ),
         on="bridge",
     ),
+    Feature(
+        "MTP between streams in a HybridModel, from a plain model's weights, or in speculative decoding",
+        REFUSED,
+        "[page](docs/mtp.md)",
+        (
+            _REFUSALS + "depths_between_streams_are_refused_in_a_hybrid_model",
+            _REFUSALS + "depths_between_streams_do_not_start_from_a_plain_model",
+            _MTP + "what_would_predict_from_contracted_states_is_refused",
+        ),
+    ),
     Feature("cross-attention", REFUSED, "", (_REFUSALS + "layer_with_cross_attention_is_refused",)),
     Feature(
-        "no decoder layer on stage 0, or on the last stage under MTP",
+        "no decoder layer on stage 0",
         REFUSED,
-        "streams begin and end there",
-        (
-            _REFUSALS + "first_stage_without_a_layer_is_refused",
-            _REFUSALS + "last_stage_without_a_layer_is_refused_under_mtp_alone",
-        ),
+        "streams begin there",
+        (_REFUSALS + "first_stage_without_a_layer_is_refused",),
     ),
     Feature(
         "PP2 with VPP without overlapped p2p",

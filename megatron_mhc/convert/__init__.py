@@ -19,8 +19,8 @@ from megatron_mhc.convert.names import (
     differences,
     read_arithmetic,
     rename,
-    transpose_res,
 )
+from megatron_mhc.convert.orientation import transpose_res
 from megatron_mhc.convert.plain import from_plain
 from megatron_mhc.convert.published import from_published, to_published
 

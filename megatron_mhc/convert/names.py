@@ -21,14 +21,11 @@ Shapes: n streams, C channels, m = n*n + 2n, L layers in front where Megatron st
 
 from __future__ import annotations
 
-import math
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from megatron_mhc.checkpoint_keys import (
     ARITHMETIC,
+    DEPTH,
     HEAD,
     NORM,
     PLAIN_NORM,
@@ -39,6 +36,8 @@ from megatron_mhc.checkpoint_keys import (
 from megatron_mhc.config import MHCConfig, flag
 from megatron_mhc.convert import gated
 from megatron_mhc.convert.check import CONNECTION, check_entries, check_streams, is_equal_head, width
+from megatron_mhc.convert.depths import rename_depths
+from megatron_mhc.convert.orientation import EPS, equal_head, is_comb, turn
 
 MEGATRON = ("plugin", "megatron-main", "megatron-dev")
 PUBLISHED = ("transformers", "deepseek")  # names of mapping parameters alone
@@ -50,8 +49,6 @@ HEADS = {  # fn, base and scale of the learned output head
     "transformers": tuple("model.hc_head.hc_" + part for part in ("fn", "base", "scale")),
     "deepseek": tuple("hc_head_" + part for part in ("fn", "base", "scale")),
 }
-
-_EPS = 1e-6  # of DeepSeek-V4's head, whose weights are sigmoid(.) + eps
 
 
 def read_arithmetic(state: dict[str, Any]) -> MHCConfig:
@@ -136,24 +133,11 @@ def differences(mhc: MHCConfig, other: str) -> list[str]:
         lines.append(f"{flag('preset')} paper has no eps 1e-6 behind its steps, {other} has")
     if mhc.contract not in ("learned_head", "h_pre") and other in HEADS:
         lines.append("the mean of the streams became a head of equal weights")
-    if mhc.norm_eps != _EPS and other in MEGATRON:
+    if mhc.norm_eps != EPS and other in MEGATRON:
         lines.append(f"{flag('norm_eps')} {mhc.norm_eps} becomes 1e-6, fixed there")
+    if mhc.mtp == "multistream" and other in PUBLISHED:
+        lines.append("mappings of mtp.* are left out: only those of decoder layers are converted")
     return lines
-
-
-def transpose_res(tensor: Tensor, n: int, dim: int) -> Tensor:
-    """Swap the two indices of the n*n block behind the 2n rows of pre and post in dimension `dim`."""
-    dim %= tensor.dim()
-    read_write, res = tensor.split([2 * n, n * n], dim)
-    res = res.unflatten(dim, (n, n)).transpose(dim, dim + 1).flatten(dim, dim + 1)
-    return torch.cat([read_write, res], dim)
-
-
-def is_comb(convention: str, mhc: MHCConfig) -> bool:
-    """Whether the last block's logits are those of comb = H_res^T."""
-    if convention == "plugin":
-        return mhc.has_deepseek_arithmetic
-    return convention != "megatron-main"
 
 
 def rename(state: dict[str, Any], source: str, target: str, mhc: MHCConfig) -> dict[str, Any]:
@@ -181,8 +165,10 @@ def rename(state: dict[str, Any], source: str, target: str, mhc: MHCConfig) -> d
     averages = mhc.contract in ("mean", "sum")
     if has_head and not learned and not is_equal_head(*(state[key] for key in heads)):
         raise ValueError(f"{next(iter(heads))} is a learned output head: give contract=learned_head")
-    out: dict[str, Any] = {}
+    out = rename_depths(state, source, target, mhc)
     for key, value in state.items():
+        if DEPTH.match(key):
+            continue
         if match := CONNECTION.match(key):
             out[key] = turn(match.group(3), value, n) if swap else value
         elif key in heads:
@@ -198,17 +184,10 @@ def rename(state: dict[str, Any], source: str, target: str, mhc: MHCConfig) -> d
         if heads and learned and not has_head:
             raise ValueError(f"{next(iter(heads))} is absent, though contract=learned_head")
         if target == "megatron-dev" and averages:
-            out.update(zip(HEADS[target], _equal_head(state, n), strict=True))
+            out.update(zip(HEADS[target], equal_head(n, width(state, n)), strict=True))
         if target == "plugin":
             out[ARITHMETIC] = encode_arithmetic(mhc)
     return out
-
-
-def turn(part: str, value: Tensor, n: int) -> Tensor:
-    """Transpose H_res in a mapping parameter of a connection."""
-    if part.startswith("alpha"):
-        return value
-    return transpose_res(value, n, -2 if part == "mapping_proj.weight" else -1)
 
 
 def move_norm(key: str, source: str, target: str) -> str | None:
@@ -220,10 +199,3 @@ def move_norm(key: str, source: str, target: str) -> str | None:
     if source != "plugin" and target == "plugin" and key.startswith(PLAIN_NORM):
         return NORM + key[len(PLAIN_NORM) :]
     return key
-
-
-def _equal_head(state: dict[str, Any], n: int) -> tuple[Tensor, Tensor, Tensor]:
-    """fn, base and scale of the head that weighs n streams by 1/n; the final norm ignores the scale."""
-    weight = 1 / n - _EPS
-    base = torch.full((n,), math.log(weight / (1 - weight)))
-    return torch.zeros(n, n * width(state, n)), base, torch.ones(1)

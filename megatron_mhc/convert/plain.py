@@ -9,13 +9,14 @@ from torch import Tensor
 
 from megatron_mhc.checkpoint_keys import (
     ARITHMETIC,
+    DEPTH,
     HEAD,
     PLAIN_NORM,
     encode_arithmetic,
     ends_decoder,
     is_mhc,
 )
-from megatron_mhc.config import MHCConfig
+from megatron_mhc.config import MHCConfig, flag
 from megatron_mhc.convert.check import LAYER, SUBLAYERS, check_finite, check_numbers
 from megatron_mhc.convert.names import move_norm
 
@@ -40,6 +41,12 @@ def from_plain(
     """
     if is_mhc(state):
         raise ValueError("the checkpoint has mHC parameters already: use --from plugin")
+    depth = next((key for key in state if DEPTH.match(key)), None)
+    if depth is not None and mhc.mtp == "multistream":
+        raise ValueError(
+            f"{depth}: a plain model's layers of multi-token prediction read the final norm's output, those "
+            f"of {flag('mtp')} multistream the streams: give mtp=single"
+        )
     check_finite(state)
     layers = {key: match.group(1) for key in state if (match := LAYER.match(key))}
     check_numbers(layers.values())

@@ -22,7 +22,8 @@ from megatron_mhc.convert.check import (
     is_equal_head,
     width,
 )
-from megatron_mhc.convert.names import HEADS, check_state, is_comb, rename, turn
+from megatron_mhc.convert.names import HEADS, check_state, rename
+from megatron_mhc.convert.orientation import is_comb, turn
 
 _OURS = re.compile(r"(^|[._])hc_")  # model.hc_head.hc_fn, hc_attn_fn
 _THEIRS = re.compile(r"\.(attn|ffn)_hc\.")

@@ -23,7 +23,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
 
-from megatron_mhc.checkpoint_keys import ARITHMETIC, CONTRACTION, NORM
+from megatron_mhc.checkpoint_keys import CONTRACTION, NORM, is_arithmetic
 from megatron_mhc.convert.published import is_mapping
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -217,8 +217,8 @@ def read_torch_dist(folder: Path, trust: bool = False) -> tuple[State, State]:
         if isinstance(entry, TensorStorageMetadata):
             state[key] = read(key)
         # A plain model's final norm, by Transformer Engine, has its own extra state in this place.
-        elif plugin and key.split("/")[0] == ARITHMETIC:
-            state[ARITHMETIC] = read(key)
+        elif plugin and is_arithmetic(name := key.split("/")[0]):
+            state[name] = read(key)
         else:
             with naming(f"{folder / '.metadata'}: {key}"):
                 state[key] = ShardedObject.empty_from_unique_key(key)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from megatron_mhc.checkpoint_keys import ARITHMETIC
+from megatron_mhc.checkpoint_keys import is_arithmetic
 from megatron_mhc.convert.read import RUN_STATE, State, import_safetensors
 
 
@@ -37,7 +37,7 @@ def write_torch_dist(state: State, common: State, folder: Path) -> None:
         if isinstance(value, ShardedObject):
             value.key = key.split("/")[0]
             sharded[key] = value
-        elif key == ARITHMETIC:
+        elif is_arithmetic(key):
             sharded[key] = ShardedObject(key, value, (1,), (0,))
         else:
             sharded[key] = ShardedTensor.from_rank_offsets(key, value)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from megatron_mhc.config import MHCConfig
 from megatron_mhc.diagnostics import statistics
+from megatron_mhc.streams import reads_streams
 
 if TYPE_CHECKING:
     from megatron_mhc.diagnostics.sampler import Sample
@@ -62,7 +64,8 @@ class Report:
         statistics: name -> one value per sub-layer. Without what the configuration fixes: the alphas and
             logits of fixed parts, and the cosine between streams where there is one.
         h_res: [L, n, n] fp64, mean over tokens of each sub-layer's mapping.
-        composite: [L, n, n] fp64, mean over tokens of the composite from the model's input.
+        composite: [L, n, n] fp64, mean over tokens of the composite from the model's input; those of a layer
+            of multi-token prediction begin with it.
     """
 
     sublayers: list[str]
@@ -87,14 +90,26 @@ KINDS = {
 }
 
 
-def sublayer_names(config: TransformerConfig, pattern: str | None = None) -> list[str]:
+def sublayer_names(config: TransformerConfig, mhc: MHCConfig, pattern: str | None = None) -> list[str]:
     """`layer_003_mlp` and the like, of all sub-layers of a model: Megatron counts layers from 1.
+
+    Layers of multi-token prediction between streams come last: `mtp_001_attention`, `mtp_001_mlp`.
 
     Args:
         pattern: of a HybridModel, whose layers are one sub-layer each; a GPT's have an attention and an MLP.
     """
     kinds = [[KINDS[symbol]] for symbol in pattern] if pattern else [["attention", "mlp"]] * config.num_layers
-    return [f"layer_{layer:03d}_{kind}" for layer, both in enumerate(kinds, start=1) for kind in both]
+    names = [f"layer_{layer:03d}_{kind}" for layer, both in enumerate(kinds, start=1) for kind in both]
+    depths = 1 if config.mtp_use_repeated_layer else config.mtp_num_layers
+    if reads_streams(config, mhc):
+        names += [f"mtp_{depth + 1:03d}_{kind}" for depth in range(depths) for kind in ("attention", "mlp")]
+    return names
+
+
+def parts_of_composites(names: list[str]) -> list[int]:
+    """Numbers of sub-layers that composites span: the decoder's, then each depth's, which h_proj cuts off."""
+    parts = groupby(names, lambda name: name[:7] if name.startswith("mtp_") else "decoder")
+    return [len(list(part)) for _, part in parts]
 
 
 def reduce_samples(
@@ -114,7 +129,7 @@ def reduce_samples(
     Raises:
         ValueError: a sub-layer of the model that no rank has sampled.
     """
-    names = names or sublayer_names(config)
+    names = names or sublayer_names(config, mhc)
     sublayers, n = len(names), mhc.num_residual_streams
     device = next((s.h_res.device for s in samples.values()), torch.device(torch.cuda.current_device()))
     rows = sorted(samples)
@@ -131,8 +146,9 @@ def reduce_samples(
         local = [samples[row] for row in rows]
         tokens = local[0].h_res.shape[0]
         stack = all_h_res[:, :tokens]
-        from_input = statistics.composites_from_input(stack)[rows]
-        to_output = statistics.composites_to_output(stack)[rows]
+        parts = stack.split(parts_of_composites(names))
+        from_input = torch.cat([statistics.composites_from_input(part) for part in parts])[rows]
+        to_output = torch.cat([statistics.composites_to_output(part) for part in parts])[rows]
         means = token_means(local, from_input, to_output)
         matrices = [m.flatten(2).mean(dim=1) for m in (stack[rows], from_input)]
         columns = torch.cat([torch.stack([means[name] for name in MEANS], dim=1), *matrices], dim=1)

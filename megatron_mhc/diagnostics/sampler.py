@@ -72,7 +72,7 @@ class Sampler:
             shards *= config.tensor_model_parallel_size
         # The same on all ranks, so that pipeline stages exchange blocks of one size.
         self.capacity = max(1, tokens // shards)
-        self.names = sublayer_names(config, hybrid_pattern(model))
+        self.names = sublayer_names(config, mhc, hybrid_pattern(model))
         self.samples: dict[int, Sample] = {}
         self._hooked = ExitStack()
 

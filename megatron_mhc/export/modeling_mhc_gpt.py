@@ -22,8 +22,8 @@ class MHCGPTConfig(PreTrainedConfig):
     rope: inverse_frequencies, magnitude of cos and sin, softmax_scale beside 1/sqrt(d).
     mla: sizes of multi-latent attention; None for grouped-query attention.
     moe: sizes and router of the experts, and `layers`, whether each layer has them; None without.
-    mhc: num_residual_streams, preset, h_res, h_pre, h_post, read, sinkhorn_iterations, contract, norm_eps, and
-        gated_rank under the preset qwen4_exp.
+    mhc: num_residual_streams, preset, h_res, h_pre, h_post, read, sinkhorn_iterations, contract, norm_eps,
+        and gated_rank under the preset qwen4_exp.
     megatron: arguments of the training, for the way back; the model does not read them.
     """
 

@@ -40,10 +40,12 @@ def widen_messages(communicate: Callable[..., Any]) -> Callable[..., Any]:
             width = alone_width(self.config, mhc)
             tensor_shape = (*tensor_shape[:-1], width) if tensor_shape else tensor_shape
             # Neighbours that tell each other their shapes receive what is sent, whatever is asked for.
-            told = self.config.variable_seq_lengths or getattr(self.config, "mtp_standalone", False)
-            shape = None if told else tensor_shape
+            standalone = getattr(self.config, "mtp_standalone", False)
+            shape = None if self.config.variable_seq_lengths or standalone else tensor_shape
+            # Behind a stage of MTP alone there are no streams.
+            widths = (width, self.config.hidden_size) if standalone else (width,)
             for sent in (tensor_send_next, tensor_send_prev):
-                _check(sent, shape, width, "sent")
+                _check(sent, shape, widths, "sent")
         else:
             for sent in (tensor_send_next, tensor_send_prev):
                 _check_plain(sent, self.config)
@@ -58,7 +60,7 @@ def widen_messages(communicate: Callable[..., Any]) -> Callable[..., Any]:
         )
         if mhc is not None:
             for got in received[:2]:
-                _check(got, shape, width, "received")
+                _check(got, shape, widths, "received")
         return received
 
     return communicate_streams
@@ -76,9 +78,17 @@ def widen_receive_buffer(allocate: Callable[..., Tensor]) -> Callable[..., Tenso
         if mhc is None:
             return buffer
         *tokens, _ = buffer.shape
+        if getattr(self.config, "mtp_standalone", False) and not _has_decoder(self.model):
+            return buffer  # of the stage behind MTP's, which contracts
         return buffer.new_empty(*tokens, alone_width(self.config, mhc))
 
     return allocate_streams
+
+
+def _has_decoder(model: Any) -> bool:
+    """Whether a stage has layers of the decoder, or its end."""
+    names = [name for name, _ in model.named_modules()]
+    return any("decoder.layers." in name or "decoder.final_layernorm" in name for name in names)
 
 
 def _check_plain(tensor: Tensor | None, config: Any) -> None:
@@ -91,12 +101,12 @@ def _check_plain(tensor: Tensor | None, config: Any) -> None:
         )
 
 
-def _check(tensor: Tensor | None, shape: Any, width: int, what: str) -> None:
+def _check(tensor: Tensor | None, shape: Any, widths: tuple[int, ...], what: str) -> None:
     if tensor is None:
         return
-    wrong = tuple(tensor.shape) != tuple(shape) if shape else tensor.shape[-1] != width
+    wrong = tuple(tensor.shape) != tuple(shape) if shape else tensor.shape[-1] not in widths
     if wrong:
-        expected = tuple(shape) if shape else ("...", width)
+        expected = tuple(shape) if shape else ("...", *widths[:1])
         raise ValueError(
             f"pipeline message {what} with shape {tuple(tensor.shape)}, expected {expected}: every stage "
             "needs the same sequence length, micro-batch size and --mhc-num-residual-streams"

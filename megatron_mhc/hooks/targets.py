@@ -28,6 +28,11 @@ from megatron_mhc.hooks.optimizer import (
     number_float32_first,
     save_current_float32,
 )
+from megatron_mhc.hooks.prediction import (
+    build_between_streams,
+    contract_beside_prediction,
+    run_between_streams,
+)
 from megatron_mhc.hooks.schedule import choose_schedule
 from megatron_mhc.hooks.train_step import sample_steps
 
@@ -36,6 +41,7 @@ _DISTRIBUTED = "megatron.core.optimizer.distrib_optimizer"
 _FSDP2 = "megatron.core.distributed.torch_fully_sharded_data_parallel"
 _HYBRID = "megatron.core.optimizer.cpu_offloading.hybrid_optimizer"
 _INFERENCE = "megatron.core.inference.model_inference_wrappers.abstract_model_inference_wrapper"
+_MTP = "megatron.core.transformer.multi_token_prediction"
 _OPTIMIZER = "megatron.core.optimizer.optimizer"
 
 
@@ -110,6 +116,45 @@ HOOKS: tuple[Hook, ...] = (
         replacement=ask_embedding_gradient,
         reason="--overlap-moe-expert-parallel-comm behind a frozen embedding ends in the first step, in "
         "stock too",
+    ),
+    Hook(
+        target="megatron.core.transformer.transformer_block:TransformerBlock.has_final_layernorm_in_this_stage",
+        defined_in="megatron.core.transformer.transformer_block",
+        parameters=("self",),
+        replacement=contract_beside_prediction,
+        reason="under MTP it is on the last decoder layer's stage; streams go on to the one of MTP",
+    ),
+    Hook(
+        target=f"{_MTP}:_get_mtp_block_submodules",
+        defined_in=_MTP,
+        parameters=("config", "spec"),
+        replacement=build_between_streams,
+        reason="under --mhc-mtp multistream every door's layers of multi-token prediction become those",
+    ),
+    Hook(
+        target=f"{_MTP}:MultiTokenPredictionBlock.forward",
+        defined_in=_MTP,
+        parameters=(
+            "self",
+            "input_ids",
+            "position_ids",
+            "hidden_states",
+            "attention_mask",
+            "padding_mask",
+            "context",
+            "context_mask",
+            "rotary_pos_emb",
+            "rotary_pos_cos",
+            "rotary_pos_sin",
+            "attention_bias",
+            "inference_params",
+            "packed_seq_params",
+            "sequence_len_offset",
+            "extra_block_kwargs",
+            "embedding",
+        ),
+        replacement=run_between_streams,
+        reason="a depth under --mhc-mtp multistream hands on streams, and its output goes to the loss",
     ),
     Hook(
         target="megatron.core.dist_checkpointing:load",

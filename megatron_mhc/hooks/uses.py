@@ -10,6 +10,7 @@ from dataclasses import dataclass
 _LAYER = "megatron.core.transformer.transformer_layer:TransformerLayer"
 _HYBRID = "megatron.core.models.hybrid"
 _MAMBA_LAYER = "megatron.core.ssm.mamba_layer:MambaLayer"
+_MTP = "megatron.core.transformer.multi_token_prediction"
 _MOE_LAYER = "megatron.core.transformer.transformer_layer:MoETransformerLayer"
 _GRAPHABLE = "megatron.core.transformer.module:GraphableMegatronModule"
 _WHOLE_STEP = "megatron.core.full_cuda_graph:FullCudaGraphWrapper"
@@ -115,6 +116,25 @@ USES: tuple[Use, ...] = (
         "self, model, inference_context",
         ("model", "config"),
     ),
+    # mtp.py, hooks/prediction.py
+    Use(
+        f"{_MTP}:MultiTokenPredictionLayer.__init__",
+        "self, config, submodules, layer_number, vp_stage, pg_collection, mtp_layer_pattern, "
+        "hybrid_submodules, mamba_submodules, name",
+        ("enorm", "hnorm", "eh_proj", "mtp_model_layer", "final_layernorm", "sequence_parallel", "tp_group"),
+    ),
+    Use(f"{_MTP}:MultiTokenPredictionLayer._concat_embeddings", "self, hidden_states, decoder_input"),
+    Use(f"{_MTP}:MultiTokenPredictionLayer._postprocess", "self, hidden_states"),
+    Use(
+        f"{_MTP}:MultiTokenPredictionLayer._proj_and_transformer_layer",
+        "self, hidden_states, decoder_input, attention_mask, padding_mask, context, context_mask, "
+        "rotary_pos_emb, rotary_pos_cos, rotary_pos_sin, attention_bias, inference_params, "
+        "packed_seq_params, sequence_len_offset",
+        ("_concat_embeddings", "_postprocess"),
+    ),
+    Use(f"{_MTP}:MultiTokenPredictionLayerSubmodules", "enorm, hnorm, layer_norm, eh_proj, mtp_model_layer"),
+    Use("megatron.core.tensor_parallel.mappings:all_to_all_hp2sp", "input_, group"),
+    Use(f"{_MTP}:mtp_on_this_rank", "layout, mtp_num_layers, ignore_virtual, vp_stage"),
     # specs.py, streams.py, carried.py, schedule/stages.py
     Use("megatron.core.transformer.spec_utils:ModuleSpec", "module, params, submodules, metainfo"),
     Use(f"{_BLOCK}:TransformerBlockSubmodules", "layer_specs, layer_norm"),

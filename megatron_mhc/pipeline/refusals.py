@@ -63,6 +63,7 @@ OVERLAPPED = (
         "--mhc-pipeline-schedule {mhc.pipeline_schedule} does not support {flag} {value}",
         "--mhc-pipeline-schedule megatron",
         ("variable_seq_lengths", "messages have one shape; pack sequences to one length"),
+        ("mtp_standalone", "the message from MTP to the loss has another shape; put both on the last stage"),
         ("num_microbatches_with_partial_activation_checkpoints", "drop it", lambda v: v is not None),
         ("moe_paged_stash", "drop it"),
         # Its chunks come back in the order of Megatron's schedule.

@@ -76,6 +76,9 @@ KINDS: dict[str, dict[str, Any]] = {
     "mla": _MLA,
     "mtp": dict(mtp_num_layers=1),
     "mtp_moe": _MOE | dict(mtp_num_layers=1),
+    "mtp2": dict(mtp_num_layers=2),
+    "tied_mtp": dict(mtp_num_layers=1),
+    "token_local_mtp": dict(num_query_groups=2, mtp_num_layers=1),
 }
 
 
@@ -186,7 +189,7 @@ def build(
         part: dict[str, Any] = dict(
             pre_process=ps.is_pipeline_first_stage(**where),
             post_process=ps.is_pipeline_last_stage(**where),
-            share_embeddings_and_output_weights=kind == "tied",
+            share_embeddings_and_output_weights=kind.startswith("tied"),
             vp_stage=vp_stage,
         )
         if model is not None:
@@ -198,7 +201,7 @@ def build(
             sizes.vocabulary,
             sizes.sequence,
             position_embedding_type="rope",
-            mtp_block_spec=mtp_spec(config, vp_stage, te),
+            mtp_block_spec=mtp_spec(config, vp_stage, te, kind),
             **part,
         )
         chunk.model_type = ModelType.encoder_or_decoder
@@ -229,18 +232,24 @@ def spec(
         config, use_transformer_engine=te, normalization=config.normalization, vp_stage=vp_stage
     )
     if kind.startswith("token_local"):
-        for layer in block.layer_specs:
-            layer.submodules.self_attention.submodules.core_attention = TokenLocalAttention
+        _see_one_token(block.layer_specs)
     return block if mhc is None else wrap_block_spec(block, mhc, config, vp_stage)
 
 
-def mtp_spec(config: TransformerConfig, vp_stage: int | None, te: bool = False) -> Any:
-    """The MTP block as megatron.training builds it: plain layers on the contracted streams."""
+def _see_one_token(layers: Any) -> None:
+    for layer in layers:
+        layer.submodules.self_attention.submodules.core_attention = TokenLocalAttention
+
+
+def mtp_spec(config: TransformerConfig, vp_stage: int | None, te: bool = False, kind: str = "mtp") -> Any:
+    """The MTP block as megatron.training builds it, of plain layers."""
     if not config.mtp_num_layers:
         return None
     layers = get_gpt_decoder_layer_specs(
         config, use_transformer_engine=te, normalization=config.normalization, vp_stage=vp_stage
     )
+    if kind.startswith("token_local"):
+        _see_one_token(layers)
     return get_gpt_mtp_block_spec(config, layers[-1], use_transformer_engine=te, vp_stage=vp_stage)
 
 

@@ -126,6 +126,11 @@ def test_layers_of_mtp_stay_plain(folder):
     assert loss == expected and layers == ["TransformerLayer"]
 
 
+def test_layers_of_mtp_stand_between_streams_where_asked(folder):
+    loss, expected, layers = ask("mtp", folder, "multistream")
+    assert loss == expected and layers == ["HyperConnectionTransformerLayer"]
+
+
 @pytest.fixture(scope="module")
 def trained(folder, tmp_path_factory):
     """The recipe, ten steps on one process: where, and what it did."""

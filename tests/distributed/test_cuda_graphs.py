@@ -83,6 +83,11 @@ def test_mtp(run_ranks, graphed):
     compare(run_ranks, 1, Layout(), "mtp", MHCConfig(), graphed, bf16, False, 2)
 
 
+@pytest.mark.parametrize("graphed", [te("attn"), full(), *slow(local(), te())], ids=name)
+def test_mtp_between_streams(run_ranks, graphed):
+    compare(run_ranks, 1, Layout(), "mtp2", MHCConfig(mtp="multistream"), graphed, {}, False, 2)
+
+
 PADDED = dict(moe_expert_capacity_factor=1.0, moe_pad_expert_input_to_capacity=True)
 
 

@@ -46,6 +46,7 @@ CASES = {
     "moe_shared": (ONE, "moe_shared", folded(), {}),
     "mla": (ONE, "mla", folded(), {}),
     "mtp_moe": (ONE, "mtp_moe", folded(), {}),
+    "mtp_between_streams": (ONE, "mtp2", folded(mtp="multistream"), {}),
     "tp2_sp": (TP2_SP, "dense", folded(), {}),
     "tp2_sp_moe": (TP2_SP, "moe_shared", folded(), {}),
     "pp2_mla": (PP2, "mla", folded(), {}),
@@ -68,7 +69,8 @@ SLOW = ("mtp_moe", "tp2_sp_moe", "pp2_mla", "full_recompute")
 def test_folded_matches_apart(run_ranks, case):
     layout, kind, mhc, overrides = CASES[case]
     world = 1 if layout == ONE else 2
-    result = run_ranks(world, compare, layout, kind, mhc, overrides, reference(kind, APART))[0]
+    apart = MHCConfig(mtp=mhc.mtp)
+    result = run_ranks(world, compare, layout, kind, mhc, overrides, reference(kind, apart))[0]
     error, name = result.worst
     assert result.loss <= 1e-10
     assert error <= 1e-10, name

@@ -70,6 +70,7 @@ CASES = {
     "replay": (1, Layout(), "dense", MHCConfig(recompute_layer_num="2", recompute_coefficients=True)),
     "pp2_interleaved_split": (2, PP2, "dense", schedule("interleaved", pp_boundary="split")),
     "folded_pp2_replay": (2, PP2, "dense", MHCConfig(recompute_layer_num="2", **FOLDED)),
+    "mtp_between_streams": (1, Layout(), "mtp2", MHCConfig(mtp="multistream", recompute_layer_num="2")),
     "pp2_vpp2_fused": (2, PP2_VPP2, "moe", schedule("fused", recompute_layer_num="auto")),
 }
 
@@ -77,7 +78,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_layout_matches_single_process(run_ranks, case):
     world, layout, kind, mhc = CASES[case]
-    expected = alone(kind, norm=mhc.norm)
+    expected = alone(kind, norm=mhc.norm, mtp=mhc.mtp)
     result = run_ranks(world, compare, layout, kind, mhc, None, expected)[0]
     error, name = result.worst
     assert result.loss <= 1e-6

@@ -108,6 +108,7 @@ SETTINGS = {
     "TP and SP": dict(layout=Layout(tp=2, sp=True), world=4),
     "MoE": dict(kind="moe"),
     "MTP": dict(kind="mtp"),
+    "MTP between streams": dict(kind="mtp2", mhc=MHCConfig(preset="deepseek_v4", mtp="multistream")),
 }
 
 

@@ -57,7 +57,7 @@ def compare(layout, kind, mhc, count, expected, overrides=None, ddp=None, prepar
 def check(run_ranks, world, layout, kind, boundary, count=4, layers=4, **options):
     """Against one process, whose linears delay nothing."""
     mhc = interleaved(boundary, "fused", **options.pop("mhc", {}))
-    expected = reference_of(kind, MHCConfig(), count, layers)
+    expected = reference_of(kind, MHCConfig(mtp=mhc.mtp), count, layers)
     overrides = dict(num_layers=layers) | options.pop("overrides", {})
     run = functools.partial(compare, overrides=overrides, **options)
     pipelines = world // layout.pp
@@ -85,6 +85,7 @@ SETTINGS = {
     "tied": ("tied", {}),
     "mtp": ("mtp", {}),
     "mtp_moe": ("mtp_moe", {}),
+    "mtp_between_streams": ("mtp2", dict(mhc=dict(mtp="multistream"))),
     "dense_first": ("moe_after_dense", {}),
     "replayed": ("moe_shared", dict(mhc=dict(recompute_layer_num="auto", recompute_coefficients=True))),
     "recompute": (

@@ -73,6 +73,8 @@ def test_defaults_are_the_papers():
             "contradicts --mhc-preset=deepseek_v41: use deepseek_v4",
         ),
         (dict(read="previous", h_pre="fixed"), "with --mhc-h-pre=fixed hands on nothing: drop one"),
+        (dict(read="previous", mtp="multistream"), "first read takes; use --mhc-mtp=single"),
+        (dict(preset="qwen4_exp", mtp="multistream"), "between streams: use --mhc-mtp=single, or"),
         (dict(contract="h_pre"), "--mhc-contract=h_pre needs weights that no sub-layer reads with: add"),
         (dict(alarm="stop"), "add --mhc-log-interval=100"),
         (dict(recompute_coefficients=True), "add --mhc-recompute-layer-num=auto"),
@@ -283,6 +285,7 @@ def test_checkpoints_store_the_options_that_change_the_arithmetic():
         "read": "current",
         "sinkhorn_iterations": 20,
         "contract": "mean",
+        "mtp": "single",
         "norm_eps": 1e-5,
     }
     gated = MHCConfig(preset="qwen4_exp", gated_rank=64).arithmetic()

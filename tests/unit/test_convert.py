@@ -298,3 +298,54 @@ def test_published_gated_residuals_are_taken_whole():
     del published["model.hyper_connection_mixer.hc_norm.weight"]
     with pytest.raises(ValueError, match="model.hyper_connection_mixer.hc_norm.weight is absent"):
         convert.from_published(published, "transformers", GATED, gated_state(False))
+
+
+def with_depth(mhc):
+    """A plugin's state with a layer of multi-token prediction between streams."""
+    state = plugin_state(mhc, False)
+    width = state["decoder.final_layernorm.norm.weight"].shape[0]
+    prefix = "mtp.layers.0."
+    for name, value in list(state.items()):
+        if (part := name.removeprefix("decoder.layers.0.")) != name and "hyper_connection" in part:
+            state[f"{prefix}transformer_layer.{part}"] = value + 1
+        if (part := name.removeprefix("decoder.final_layernorm.")) != name:
+            state[f"{prefix}final_layernorm.{part}"] = value
+    state |= {prefix + f"{part}_proj.weight": torch.randn(width, width) for part in "eh"}
+    return state | {prefix + f"{part}norm.weight": torch.randn(width) for part in "eh"}
+
+
+@pytest.mark.parametrize(
+    "options", [dict(preset="deepseek_v4"), dict(), dict(contract="learned_head")], ids=str
+)
+def test_a_depth_between_streams_goes_to_dev_and_back(options):
+    mhc = MHCConfig(mtp="multistream", **options)
+    state = with_depth(mhc)
+    there = convert.rename(state, "plugin", "megatron-dev", mhc)
+    assert {"mtp.layers.0.hc_head_fn", "mtp.layers.0.final_layernorm.weight"} <= set(there)
+    assert not any("extra_state" in name or "final_layernorm.norm" in name for name in there)
+    projection = "mtp.layers.0.transformer_layer.mlp_hyper_connection.mapping_proj.weight"
+    turned = convert.transpose_res(state[projection], 4, 0)
+    assert torch.equal(there[projection], state[projection] if mhc.preset == "deepseek_v4" else turned)
+    assert_equal(convert.rename(there, "megatron-dev", "plugin", mhc), state)
+
+
+def test_what_a_depth_lacks_or_the_other_side_has_no_form_of_is_refused():
+    mhc = MHCConfig(preset="deepseek_v4", mtp="multistream")
+    state = with_depth(mhc)
+    there = convert.rename(state, "plugin", "megatron-dev", mhc)
+    with pytest.raises(ValueError, match=r"mtp.layers.0.*give mtp=multistream"):
+        convert.rename(there, "megatron-dev", "plugin", MHCConfig(preset="deepseek_v4"))
+    paper = MHCConfig(mtp="multistream")
+    with pytest.raises(ValueError, match="no counterpart in megatron-main"):
+        convert.rename(with_depth(paper), "plugin", "megatron-main", paper)
+    for name in ("hc_head_base", "hnorm.weight", "transformer_layer.mlp_hyper_connection.alpha_res"):
+        less = {key: value for key, value in there.items() if key != f"mtp.layers.0.{name}"}
+        with pytest.raises(ValueError, match=f"mtp.layers.0.*{name.split('layer.')[-1]} is absent"):
+            convert.rename(less, "megatron-dev", "plugin", mhc)
+    plain = plugin_state(mhc, False) | {"mtp.layers.0.eh_proj.weight": torch.zeros(2, 4)}
+    with pytest.raises(ValueError, match="mtp.layers.0.* give mtp=single"):
+        convert.rename(plain, "plugin", "megatron-dev", mhc)
+    dense = {"decoder.layers.0.mlp.linear_fc1.weight": torch.zeros(4, 4)}
+    dense["mtp.layers.0.eh_proj.weight"] = torch.zeros(4, 8)
+    with pytest.raises(ValueError, match="read the final norm's output.*give mtp=single"):
+        convert.from_plain(dense, mhc)

@@ -195,5 +195,5 @@ def test_a_report_is_saved_as_json(tmp_path):
 
 
 def test_sublayers_are_named_by_megatrons_layer_numbers():
-    names = sublayer_names(config_of(MHCConfig(), layers=3))
+    names = sublayer_names(config_of(MHCConfig(), layers=3), MHCConfig())
     assert [names[i] for i in (0, 1, 5)] == ["layer_001_attention", "layer_001_mlp", "layer_003_mlp"]

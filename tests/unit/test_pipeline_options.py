@@ -31,6 +31,7 @@ def config(**settings):
     "name, value",
     [
         ("variable_seq_lengths", True),
+        ("mtp_standalone", True),
         ("num_microbatches_with_partial_activation_checkpoints", 2),
         ("moe_paged_stash", True),
         ("hybrid_context_parallel", True),

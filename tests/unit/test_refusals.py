@@ -22,6 +22,7 @@ from megatron_mhc.graphs import Held
 from megatron_mhc.hooks.messages import widen_messages
 from megatron_mhc.hyper_connection import check_width
 from megatron_mhc.pipeline.options import check_config
+from megatron_mhc.refusals import HYBRID, refuse
 
 
 def config(**settings):
@@ -37,7 +38,6 @@ def config(**settings):
     [
         ("inference_fuse_tp_communication", True),
         ("transformer_impl", "inference_optimized"),
-        ("mtp_standalone", True),
     ],
 )
 def test_unsupported_setting_is_refused(name, value):
@@ -263,12 +263,22 @@ def test_first_stage_without_a_layer_is_refused():
         parallel.validate_stages(settings)
 
 
-def test_last_stage_without_a_layer_is_refused_under_mtp_alone():
-    settings = config(num_layers=1, pipeline_model_parallel_size=2, account_for_loss_in_pipeline_split=True)
-    parallel.validate_stages(settings)
-    settings.mtp_num_layers = 1
-    with pytest.raises(ValueError, match="drop --account-for-loss-in-pipeline-split"):
-        parallel.validate_stages(settings)
+def test_depths_between_streams_do_not_start_from_a_plain_model():
+    settings = config(mtp_num_layers=1)
+    words = (
+        "--mhc-load-dense with --mhc-mtp multistream and --mtp-num-layers: .*use --mhc-mtp single, or drop"
+    )
+    with pytest.raises(ValueError, match=words):
+        parallel.validate(settings, MHCConfig(mtp="multistream", load_dense=True))
+    parallel.validate(settings, MHCConfig(load_dense=True))
+    parallel.validate(config(), MHCConfig(mtp="multistream", load_dense=True))
+
+
+def test_depths_between_streams_are_refused_in_a_hybrid_model():
+    with pytest.raises(ValueError, match="--mhc-mtp multistream does not support a HybridModel.*mtp single"):
+        refuse(HYBRID, config(mtp_num_layers=1), MHCConfig(mtp="multistream"))
+    refuse(HYBRID, config(mtp_num_layers=1), MHCConfig())
+    refuse(HYBRID, config(), MHCConfig(mtp="multistream"))
 
 
 def test_recomputed_mlp_with_biases_is_refused():
