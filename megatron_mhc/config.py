@@ -109,8 +109,8 @@ def _read(option: Field[Any], value: Any) -> Any:
 class MHCConfig:
     """Options of the mHC residual connection; the defaults are the paper's.
 
-    A value may also be given as text. `contract="auto"` becomes what it stands for, and so does
-    `pp_boundary="auto"`, except under `pipeline_schedule="auto"`.
+    A value may also be given as text. `auto` of `h_res`, `contract` and `init` becomes what it stands for, and
+    so does `pp_boundary="auto"`, except under `pipeline_schedule="auto"`.
 
     Raises:
         ValueError: a value outside its range, naming the flag and the remedy.
@@ -122,15 +122,17 @@ class MHCConfig:
     preset: str = _option(
         "paper",
         "arithmetic of the mappings: paper is Eqs. (14)-(19); deepseek_v4 has that model's softmax, eps 1e-6 "
-        "after every step, transposed comb and learned output head",
-        choices=("paper", "deepseek_v4"),
+        "after every step, transposed comb and learned output head; glm_5_3 is deepseek_v4 with the mean as "
+        "output; hy_v4 leaves the streams unmixed, has eps 1e-6 in h_pre and h_post, and a learned head",
+        choices=("paper", "deepseek_v4", "glm_5_3", "hy_v4"),
         stored=True,
     )
     h_res: str = _option(
-        "sinkhorn",
+        "auto",
         "how a sub-layer mixes the streams: sinkhorn is mHC; identity leaves them unmixed; unconstrained is "
-        "plain hyper-connections (Eq. (5), the paper's baseline: tanh mappings, normalised per stream)",
-        choices=("sinkhorn", "identity", "unconstrained"),
+        "plain hyper-connections (Eq. (5), the paper's baseline: tanh mappings, normalised per stream); auto "
+        "is identity under hy_v4, else sinkhorn",
+        choices=("auto", "sinkhorn", "identity", "unconstrained"),
         stored=True,
     )
     h_pre: str = _option(
@@ -145,19 +147,28 @@ class MHCConfig:
         choices=("dynamic", "fixed"),
         stored=True,
     )
+    post_magnitude: float = _option(
+        2.0,
+        "what the sigmoid of the weights of writing is multiplied by; other values than 2 belong to hy_v4, "
+        "whose config.json calls it hc_magnitude",
+        above=0,
+        stored=True,
+    )
     sinkhorn_iterations: int = _option(
         20, "pairs of column and row normalisations of H_res", least=1, stored=True
     )
     init: str = _option(
-        "home_stream",
+        "auto",
         "mappings at step 0: home_stream has each sub-layer read one stream, its home, and starts near the "
-        "plain residual network; uniform is as in Megatron's branches",
-        choices=("home_stream", "uniform"),
+        "plain residual network; uniform is as in Megatron's branches; mean_read has each read the mean of "
+        "the streams, by a random phi of --init-method-std; auto is mean_read under hy_v4, else home_stream",
+        choices=("auto", "home_stream", "uniform", "mean_read"),
     )
     init_gating_factor: float = _option(0.01, "initial value of the three gating factors alpha", least=0)
     contract: str = _option(
         "auto",
-        "how n streams become one before the final norm; auto is learned_head under deepseek_v4, else mean",
+        "how n streams become one before the final norm; auto is learned_head under deepseek_v4 and hy_v4, "
+        "else mean",
         choices=("auto", "mean", "sum", "learned_head"),
         stored=True,
     )
@@ -250,19 +261,55 @@ class MHCConfig:
             raise ValueError(
                 f"{flag('alarm')}={self.alarm} looks at logging steps only: add {flag('log_interval')}=100"
             )
-        if self.preset == "deepseek_v4" and self.h_res == "unconstrained":
-            raise ValueError(
-                f"{flag('h_res')}=unconstrained has no deepseek_v4 form: use {flag('preset')}=paper"
-            )
+        self._follow_preset()
         if self.recompute_coefficients and self.recompute_layer_num == "off":
             raise ValueError(
                 f"{flag('recompute_coefficients')} without recompute: add {flag('recompute_layer_num')}=auto"
             )
-        if self.contract == "auto":
-            resolved = "learned_head" if self.preset == "deepseek_v4" else "mean"
-            object.__setattr__(self, "contract", resolved)
         if self.pp_boundary == "auto" and self.pipeline_schedule != "auto":
             object.__setattr__(self, "pp_boundary", "whole")
+
+    def _follow_preset(self) -> None:
+        """Give `auto` the preset's values, and refuse what contradicts it."""
+        implied = _PRESETS[self.preset]
+        for name in ("h_res", "contract", "init"):
+            if getattr(self, name) == "auto":
+                object.__setattr__(self, name, implied[name])
+        if self.preset != "paper" and self.h_res == "unconstrained":
+            raise ValueError(
+                f"{flag('h_res')}=unconstrained has no {self.preset} form: use {flag('preset')}=paper"
+            )
+        if self.preset in ("glm_5_3", "hy_v4"):
+            for name in ("h_res", "h_pre", "h_post", "contract"):
+                value, own = getattr(self, name), implied.get(name, "dynamic")
+                if value != own:
+                    raise ValueError(
+                        f"{flag(name)}={value} is not {self.preset}'s, which has {own}: leave it out, or use "
+                        f"{flag('preset')}=deepseek_v4, which takes it"
+                    )
+        if self.preset != "hy_v4" and self.post_magnitude != 2.0:
+            raise ValueError(
+                f"{flag('post_magnitude')}={self.post_magnitude} belongs to hy_v4, {self.preset} has 2.0: "
+                f"leave it out, or use {flag('preset')}=hy_v4"
+            )
+
+    @property
+    def has_deepseek_form(self) -> bool:
+        """True for DeepSeek-V4's mappings: eps 1e-6 on h_pre, and n*n logits that are those of comb."""
+        return self.preset != "paper"
+
+    @property
+    def post_eps(self) -> float:
+        """What is added to h_post."""
+        return 1e-6 if self.preset == "hy_v4" else 0.0
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """The mappings that are learned, in the order of their rows, and the biases that each has."""
+        n, dynamic = self.num_residual_streams, "dynamic"
+        learned = (self.h_pre == dynamic, self.h_post == dynamic, self.h_res != "identity")
+        sizes = (("pre", n), ("post", n), ("res", n * n))
+        return {part: size for (part, size), on in zip(sizes, learned, strict=True) if on}
 
     @property
     def is_hc(self) -> bool:
@@ -329,6 +376,15 @@ class MHCConfig:
     def to_options(self) -> str:
         """The `key=value,...` text that `from_options` reads back as this configuration."""
         return ",".join(f"{k}={v}" for k, v in asdict(self).items())
+
+
+# What `auto` stands for under each preset. h_pre and h_post are dynamic in all published models.
+_PRESETS = {
+    "paper": dict(h_res="sinkhorn", contract="mean", init="home_stream"),
+    "deepseek_v4": dict(h_res="sinkhorn", contract="learned_head", init="home_stream"),
+    "glm_5_3": dict(h_res="sinkhorn", contract="mean", init="home_stream"),
+    "hy_v4": dict(h_res="identity", contract="learned_head", init="mean_read"),
+}
 
 
 def _yaml_pairs(path: str) -> list[tuple[str, str]]:

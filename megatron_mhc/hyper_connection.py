@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,11 @@ if TYPE_CHECKING:
 
 HOME_READ_LOGIT = 3.0  # sigmoid(3) = 0.953 of the home stream, sigmoid(-3) = 0.047 of the others
 HOME_MIX_LOGIT = 6.0  # 6 I - 3: diagonal 0.993 after Sinkhorn, far from saturated
+
+
+def mean_read_logit(n: int) -> float:
+    """The logit whose sigmoid is 1/n, by which HY-V4 starts to read n streams; 0 for a single one."""
+    return -math.log(max(n - 1, 1))
 
 
 class MappingProjection(nn.Module):
@@ -117,22 +123,16 @@ class HyperConnectionModule(MappingParameters, InParts):
         super().__init__(config, mhc)
         self.sublayer_index, self.norm = sublayer_index, norm
         self.backend = Backend(mhc)
-        v4 = mhc.preset == "deepseek_v4"
-        self.options = Options(mhc.norm_eps, mhc.sinkhorn_iterations, v4, reserved_sms)
+        self.options = Options(mhc.norm_eps, mhc.sinkhorn_iterations, mhc.has_deepseek_form, reserved_sms)
         _built.add(self)
         n, width = mhc.num_residual_streams, config.hidden_size
         if mhc.backend in ("hopper", "triton"):  # what no device could serve; the rest when streams come
             choose(mhc, width, streams_dtype(config), "cuda", H100)
-        self.dynamic = {
-            "pre": mhc.h_pre == "dynamic",
-            "post": mhc.h_post == "dynamic",
-            "res": mhc.h_res != "identity",
-        }
-        sizes = {"pre": n, "post": n, "res": n * n}
-        biases = sum(sizes[part] for part, on in self.dynamic.items() if on)
+        self.dynamic = {part: part in mhc.parts for part in ("pre", "post", "res")}
+        biases = sum(mhc.parts.values())
         self.parts = {}
         if biases:
-            self.parts = {"bias": biases, **{"alpha_" + part: 1 for part, on in self.dynamic.items() if on}}
+            self.parts = {"bias": biases, **{"alpha_" + part: 1 for part in mhc.parts}}
             # Plain HC reads each stream with the same C-wide rows, so n times fewer of them.
             rows = biases // n if mhc.is_hc else biases
             columns = width if mhc.is_hc else n * width
@@ -145,29 +145,36 @@ class HyperConnectionModule(MappingParameters, InParts):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Initialise phi by `--mhc-init`, biases too, and alphas by `--mhc-init-gating-factor`."""
-        n, uniform = self.mhc.num_residual_streams, self.mhc.init == "uniform"
+        n, init = self.mhc.num_residual_streams, self.mhc.init
         with torch.device(self.device):  # the default may be meta (--init-model-with-meta-device)
             home = torch.zeros(n)
             home[self.sublayer_index % n] = 1.0
             eye = torch.eye(n).flatten()
             if self.mhc.is_hc:
                 parts = {
-                    "pre": torch.full((n,), 1 / n) if uniform else home,
+                    "pre": home if init == "home_stream" else torch.full((n,), 1 / n),
                     "post": torch.ones(n),
                     "res": eye,
                 }
-            elif uniform:
+            elif init == "uniform":
                 parts = {"pre": torch.zeros(n), "post": torch.zeros(n), "res": torch.zeros(n * n)}
             else:
+                is_mean = init == "mean_read"
                 parts = {
-                    "pre": HOME_READ_LOGIT * (2 * home - 1),
+                    "pre": torch.full((n,), mean_read_logit(n))
+                    if is_mean
+                    else HOME_READ_LOGIT * (2 * home - 1),
                     "post": torch.zeros(n),
                     "res": HOME_MIX_LOGIT * eye - HOME_MIX_LOGIT / 2,
                 }
         self.affine.fill_(self.mhc.init_gating_factor)
         self.bias.copy_(torch.cat([parts[part] for part, on in self.dynamic.items() if on]))
-        if uniform and self.config.perform_initialization:
+        if not self.config.perform_initialization:
+            return
+        if init == "uniform":
             nn.init.xavier_uniform_(self.mapping_proj.weight)
+        elif init == "mean_read":
+            nn.init.normal_(self.mapping_proj.weight, std=self.config.init_method_std)
 
     def coefficients(self, x: Tensor) -> reference.Coefficients:
         """Coefficients of the streams x: [T, n, C], by the reference."""
@@ -181,7 +188,9 @@ class HyperConnectionModule(MappingParameters, InParts):
         return reference.mhc_mappings(
             logits,
             mhc.num_residual_streams,
-            deepseek_v4=mhc.preset == "deepseek_v4",
+            deepseek_v4=mhc.has_deepseek_form,
+            post_magnitude=mhc.post_magnitude,
+            post_eps=mhc.post_eps,
             sinkhorn_iterations=mhc.sinkhorn_iterations,
             dynamic_pre=self.dynamic["pre"],
             dynamic_post=self.dynamic["post"],

@@ -16,7 +16,12 @@ from megatron_mhc.checkpoint import take_or_refuse
 from megatron_mhc.checkpoint_keys import compare_arithmetic, decode_arithmetic, encode_arithmetic
 from megatron_mhc.checkpoint_parts import in_shards
 from megatron_mhc.config import MHCConfig
-from megatron_mhc.hyper_connection import MappingParameters, MappingProjection, check_width
+from megatron_mhc.hyper_connection import (
+    MappingParameters,
+    MappingProjection,
+    check_width,
+    mean_read_logit,
+)
 from megatron_mhc.ops import reference
 from megatron_mhc.parallel import mark_replicated
 
@@ -25,7 +30,7 @@ class ContractHead(MappingParameters):
     """Learned weighted sum of the streams (`--mhc-contract learned_head`).
 
     Parameters (fp32): `mapping_proj.weight [n, n*C]`, `bias [n]`, `alpha [1]`; they start at equal
-    weights, which the final norm makes the same as the mean.
+    weights, which the final norm makes the same as the mean; under `--mhc-init mean_read` near 1/n.
     """
 
     def __init__(self, config: TransformerConfig, mhc: MHCConfig):
@@ -34,6 +39,10 @@ class ContractHead(MappingParameters):
         self.mapping_proj = MappingProjection(n, n * config.hidden_size, self.dtype, self.device)
         self.bias = nn.Parameter(torch.zeros(n, dtype=self.dtype, device=self.device))
         self.alpha = self.scalar(mhc.init_gating_factor)
+        if mhc.init == "mean_read":
+            nn.init.constant_(self.bias, mean_read_logit(n))
+            if config.perform_initialization:
+                nn.init.normal_(self.mapping_proj.weight, std=config.init_method_std)
         mark_replicated(self, config)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -44,7 +53,7 @@ class ContractHead(MappingParameters):
             self.alpha,
             self.bias,
             norm_eps=self.mhc.norm_eps,
-            deepseek_v4=self.mhc.preset == "deepseek_v4",
+            deepseek_v4=self.mhc.has_deepseek_form,
         )
 
 

@@ -78,7 +78,7 @@ def convert_files(
     if source in PUBLISHED:
         published = read_published(load, trust)
         with naming(str(load)):
-            check_left_over(published, source, opened.layers)
+            check_left_over(published, source, opened.layers, mhc)
     collected: dict[str, Tensor] = {}
 
     def change(state: State, first_layer: int) -> State:

@@ -22,7 +22,8 @@ class MHCGPTConfig(PreTrainedConfig):
     rope: inverse_frequencies, magnitude of cos and sin, softmax_scale beside 1/sqrt(d).
     mla: sizes of multi-latent attention; None for grouped-query attention.
     moe: sizes and router of the experts, and `layers`, whether each layer has them; None without.
-    mhc: num_residual_streams, preset, h_res, h_pre, h_post, sinkhorn_iterations, contract, norm_eps.
+    mhc: num_residual_streams, preset, h_res, h_pre, h_post, post_magnitude, sinkhorn_iterations, contract,
+        norm_eps.
     megatron: arguments of the training, for the way back; the model does not read them.
     """
 
@@ -130,9 +131,10 @@ class HyperConnection(nn.Module):
         if self.hc:
             h_pre, h_post, h_res = pre, post, res.unflatten(-1, (n, n))
         else:  # Eqs. (17)-(19)
-            v4 = self.mhc["preset"] == "deepseek_v4"
+            v4 = self.mhc["preset"] != "paper"  # GLM-5.3 has its mappings, HY-V4 those without comb
             h_pre = pre.sigmoid() + (V4_EPS if v4 else 0.0)
-            h_post = 2.0 * post.sigmoid()
+            h_post = self.mhc["post_magnitude"] * post.sigmoid()
+            h_post = h_post + V4_EPS if self.mhc["preset"] == "hy_v4" else h_post
             if self.sizes[2]:
                 project = sinkhorn_deepseek_v4 if v4 else sinkhorn
                 h_res = project(res.unflatten(-1, (n, n)), self.mhc["sinkhorn_iterations"])
@@ -157,7 +159,7 @@ class Contraction(nn.Module):
             return streams.mean(dim=-2) if self.mhc["contract"] == "mean" else streams.sum(dim=-2)
         raw = projection(streams, self.weight, self.mhc["norm_eps"])
         weights = torch.sigmoid(raw * self.alpha.to(raw.dtype) + self.bias.to(raw.dtype))
-        return read(streams, weights + (V4_EPS if self.mhc["preset"] == "deepseek_v4" else 0.0))
+        return read(streams, weights + (V4_EPS if self.mhc["preset"] != "paper" else 0.0))
 
 
 def rotary(config, positions, dtype):

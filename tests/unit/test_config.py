@@ -18,6 +18,7 @@ def test_defaults_are_the_papers():
     assert (mhc.num_residual_streams, mhc.sinkhorn_iterations, mhc.init_gating_factor) == (4, 20, 0.01)
     assert (mhc.preset, mhc.h_res, mhc.contract) == ("paper", "sinkhorn", "mean")
     assert MHCConfig(preset="deepseek_v4").contract == "learned_head"
+    assert (mhc.init, mhc.post_magnitude) == ("home_stream", 2.0)
     assert mhc.pp_boundary == MHCConfig(pipeline_schedule="fused").pp_boundary == "whole"
     assert MHCConfig(pipeline_schedule="auto").pp_boundary == "auto"
     assert MHCConfig(pipeline_schedule="auto", pp_boundary="split").pp_boundary == "split"
@@ -34,8 +35,8 @@ def test_defaults_are_the_papers():
         (dict(num_residual_streams=2**31), "--mhc-num-residual-streams=2147483648: give a whole number"),
         (dict(sinkhorn_iterations=20.9), "--mhc-sinkhorn-iterations=20.9: give a whole number, at least 1"),
         (dict(sinkhorn_iterations=None), "--mhc-sinkhorn-iterations=None: give"),
-        (dict(preset="deepseek"), "--mhc-preset='deepseek': give one of paper, deepseek_v4 (default paper)"),
-        (dict(h_res=["sinkhorn"]), "--mhc-h-res=['sinkhorn']: give one of sinkhorn, identity"),
+        (dict(preset="deepseek"), "--mhc-preset='deepseek': give one of paper, deepseek_v4, glm_5_3"),
+        (dict(h_res=["sinkhorn"]), "--mhc-h-res=['sinkhorn']: give one of auto, sinkhorn, identity"),
         (dict(init_gating_factor=-1.0), "--mhc-init-gating-factor=-1.0: give a finite number, at least 0"),
         (dict(init_gating_factor=10**400), "--mhc-init-gating-factor=1000"),
         (dict(norm_eps=0.0), "--mhc-norm-eps=0.0: give a finite number, above 0 (default 1e-06)"),
@@ -44,6 +45,30 @@ def test_defaults_are_the_papers():
         (dict(alarm_logit=math.nan), "--mhc-alarm-logit=nan: give a finite number, above 0"),
         (dict(load_dense=object), "--mhc-load-dense=<class 'object'>: give true or false (default False)"),
         (dict(preset="deepseek_v4", h_res="unconstrained"), "use --mhc-preset=paper"),
+        (
+            dict(preset="hy_v4", h_res="unconstrained"),
+            "--mhc-h-res=unconstrained has no hy_v4 form: use --mhc-preset=paper",
+        ),
+        (
+            dict(preset="hy_v4", h_res="sinkhorn"),
+            "--mhc-h-res=sinkhorn is not hy_v4's, which has identity: leave it out, or use --mhc-preset=dee",
+        ),
+        (dict(preset="hy_v4", h_post="fixed"), "--mhc-h-post=fixed is not hy_v4's, which has dynamic"),
+        (dict(preset="hy_v4", contract="mean"), "--mhc-contract=mean is not hy_v4's, which has learned_head"),
+        (
+            dict(preset="glm_5_3", h_res="identity"),
+            "--mhc-h-res=identity is not glm_5_3's, which has sinkhorn",
+        ),
+        (dict(preset="glm_5_3", h_pre="fixed"), "--mhc-h-pre=fixed is not glm_5_3's, which has dynamic"),
+        (
+            dict(preset="glm_5_3", contract="learned_head"),
+            "--mhc-contract=learned_head is not glm_5_3's, which has mean: leave it out, or use --mhc-pre",
+        ),
+        (
+            dict(preset="glm_5_3", post_magnitude=1.0),
+            "--mhc-post-magnitude=1.0 belongs to hy_v4, glm_5_3 has 2.0: leave it out, or use --mhc-preset",
+        ),
+        (dict(preset="hy_v4", post_magnitude=0.0), "--mhc-post-magnitude=0.0: give a finite number, above 0"),
         (dict(alarm="stop"), "add --mhc-log-interval=100"),
         (dict(recompute_coefficients=True), "add --mhc-recompute-layer-num=auto"),
     ],
@@ -52,6 +77,24 @@ def test_wrong_value_names_flag_value_and_remedy(options, words):
     with pytest.raises(ValueError) as error:
         MHCConfig(**options)
     assert words in str(error.value)
+
+
+def test_a_preset_implies_the_form_of_its_model():
+    said = {
+        name: (m.h_res, m.h_pre, m.h_post, m.contract, m.init, m.post_eps, m.has_deepseek_form, m.parts)
+        for name in ("glm_5_3", "hy_v4")
+        for m in [MHCConfig(preset=name)]
+    }
+    dynamic = ("dynamic", "dynamic")
+    parts = {"pre": 4, "post": 4}
+    glm = ("sinkhorn", *dynamic, "mean", "home_stream", 0.0, True, parts | {"res": 16})
+    assert said == {
+        "glm_5_3": glm,
+        "hy_v4": ("identity", *dynamic, "learned_head", "mean_read", 1e-6, True, parts),
+    }
+    spelled = MHCConfig(preset="hy_v4", h_res="identity", contract="learned_head", post_magnitude=1.5)
+    assert MHCConfig.from_options(spelled.to_options()) == spelled
+    assert MHCConfig(preset="hy_v4", init="home_stream").init == "home_stream"
 
 
 def test_options_round_trip_through_every_door(tmp_path, monkeypatch):
@@ -250,6 +293,7 @@ def test_checkpoints_store_the_options_that_change_the_arithmetic():
         "h_res": "sinkhorn",
         "h_pre": "dynamic",
         "h_post": "dynamic",
+        "post_magnitude": 2.0,
         "sinkhorn_iterations": 20,
         "contract": "mean",
         "norm_eps": 1e-5,
