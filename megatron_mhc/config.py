@@ -109,8 +109,8 @@ def _read(option: Field[Any], value: Any) -> Any:
 class MHCConfig:
     """Options of the mHC residual connection; the defaults are the paper's.
 
-    A value may also be given as text. `auto` of `h_res`, `contract` and `init` becomes what it stands for, and
-    so does `pp_boundary="auto"`, except under `pipeline_schedule="auto"`.
+    A value may also be given as text. `auto` of h_res, contract and init becomes what it stands for, as does
+    `pp_boundary="auto"`, except under `pipeline_schedule="auto"`.
 
     Raises:
         ValueError: a value outside its range, naming the flag and the remedy.

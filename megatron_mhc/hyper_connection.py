@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -13,27 +12,20 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from megatron_mhc import initial
 from megatron_mhc.backend import H100, Backend, choose, triton_obstacle
 from megatron_mhc.checkpoint import take_or_refuse
 from megatron_mhc.checkpoint_parts import InParts, in_shards
 from megatron_mhc.config import MHCConfig, flag
 from megatron_mhc.norm import FoldedNorm
 from megatron_mhc.ops import reference
-from megatron_mhc.ops.options import Options
+from megatron_mhc.ops.options import BITS, Form, Options
 from megatron_mhc.parallel import gather_parameters, mark_replicated, streams_dtype
 
 if TYPE_CHECKING:
     from megatron_mhc.ops.autograd import KernelMappings, NextPre
 
     Mappings = reference.Coefficients | KernelMappings
-
-HOME_READ_LOGIT = 3.0  # sigmoid(3) = 0.953 of the home stream, sigmoid(-3) = 0.047 of the others
-HOME_MIX_LOGIT = 6.0  # 6 I - 3: diagonal 0.993 after Sinkhorn, far from saturated
-
-
-def mean_read_logit(n: int) -> float:
-    """The logit whose sigmoid is 1/n, by which HY-V4 starts to read n streams; 0 for a single one."""
-    return -math.log(max(n - 1, 1))
 
 
 class MappingProjection(nn.Module):
@@ -123,7 +115,9 @@ class HyperConnectionModule(MappingParameters, InParts):
         super().__init__(config, mhc)
         self.sublayer_index, self.norm = sublayer_index, norm
         self.backend = Backend(mhc)
-        self.options = Options(mhc.norm_eps, mhc.sinkhorn_iterations, mhc.has_deepseek_form, reserved_sms)
+        form = Form(sum(BITS[part] for part in mhc.parts), mhc.post_magnitude, mhc.post_eps)
+        iterations, v4 = mhc.sinkhorn_iterations, mhc.has_deepseek_form
+        self.options = Options(mhc.norm_eps, iterations, v4, reserved_sms, form)
         _built.add(self)
         n, width = mhc.num_residual_streams, config.hidden_size
         if mhc.backend in ("hopper", "triton"):  # what no device could serve; the rest when streams come
@@ -145,36 +139,12 @@ class HyperConnectionModule(MappingParameters, InParts):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Initialise phi by `--mhc-init`, biases too, and alphas by `--mhc-init-gating-factor`."""
-        n, init = self.mhc.num_residual_streams, self.mhc.init
         with torch.device(self.device):  # the default may be meta (--init-model-with-meta-device)
-            home = torch.zeros(n)
-            home[self.sublayer_index % n] = 1.0
-            eye = torch.eye(n).flatten()
-            if self.mhc.is_hc:
-                parts = {
-                    "pre": home if init == "home_stream" else torch.full((n,), 1 / n),
-                    "post": torch.ones(n),
-                    "res": eye,
-                }
-            elif init == "uniform":
-                parts = {"pre": torch.zeros(n), "post": torch.zeros(n), "res": torch.zeros(n * n)}
-            else:
-                is_mean = init == "mean_read"
-                parts = {
-                    "pre": torch.full((n,), mean_read_logit(n))
-                    if is_mean
-                    else HOME_READ_LOGIT * (2 * home - 1),
-                    "post": torch.zeros(n),
-                    "res": HOME_MIX_LOGIT * eye - HOME_MIX_LOGIT / 2,
-                }
+            biases = initial.biases(self.mhc, self.sublayer_index)
         self.affine.fill_(self.mhc.init_gating_factor)
-        self.bias.copy_(torch.cat([parts[part] for part, on in self.dynamic.items() if on]))
-        if not self.config.perform_initialization:
-            return
-        if init == "uniform":
-            nn.init.xavier_uniform_(self.mapping_proj.weight)
-        elif init == "mean_read":
-            nn.init.normal_(self.mapping_proj.weight, std=self.config.init_method_std)
+        self.bias.copy_(biases)
+        if self.config.perform_initialization:
+            initial.draw_phi(self.mapping_proj.weight, self.mhc, self.config.init_method_std)
 
     def coefficients(self, x: Tensor) -> reference.Coefficients:
         """Coefficients of the streams x: [T, n, C], by the reference."""
@@ -212,7 +182,7 @@ class HyperConnectionModule(MappingParameters, InParts):
             from megatron_mhc.ops import boundary  # imports triton, which a CPU may lack
 
             # `next_pre` has called what gathers the parameters.
-            if (made := boundary.taken(streams, self.mapping_proj.weight, self.affine, norm)) is not None:
+            if (made := boundary.taken(streams, *self._learned(streams), norm)) is not None:
                 return made
         n = self.mhc.num_residual_streams
         kernels = self.backend.kernels(streams, streams.shape[-1] // n)
@@ -220,7 +190,7 @@ class HyperConnectionModule(MappingParameters, InParts):
             from megatron_mhc.ops import autograd
 
             layer_input, mappings = autograd.pre(
-                streams, self.mapping_proj(), self.affine, self.options, kernels, n, norm
+                streams, *self._learned(streams), self.options, kernels, n, norm
             )
             return self._for_f(layer_input), mappings
         s, b, _ = streams.shape
@@ -230,6 +200,13 @@ class HyperConnectionModule(MappingParameters, InParts):
             # 1 * x is x; handing on x itself also keeps the order in which autograd sums its gradient.
             return streams, coefficients
         return self._for_f(reference.pre(x, coefficients.h_pre, norm).view(s, b, -1)), coefficients
+
+    def _learned(self, streams: Tensor) -> tuple[Tensor, Tensor]:
+        """phi and `affine`, for kernels; without a row where all mappings are fixed."""
+        if self.parts:
+            return self.mapping_proj(), self.affine
+        none = streams.new_empty(0, streams.shape[-1], dtype=torch.float32)
+        return none, none.flatten()
 
     def _for_f(self, layer_input: Tensor) -> Tensor:
         """In the dtype that F takes; without a norm of ours, Megatron's casts."""
@@ -287,7 +264,7 @@ class HyperConnectionModule(MappingParameters, InParts):
 
         norm = () if self.norm is None else self.norm.read()
         layer_input, *tensors, _ = compiled.pre(
-            x, self.mapping_proj(), self.affine, *self.options, kernels.name, *norm
+            x, *self._learned(streams), *compiled.flat(self.options), kernels.name, *norm
         )
         # `pre` alone gives the streams their gradient.
         return self._for_f(layer_input.view(s, b, -1)), (streams.detach(), *tensors)
@@ -300,9 +277,9 @@ class HyperConnectionModule(MappingParameters, InParts):
         from megatron_mhc.ops.autograd import KernelMappings, Saved
 
         *tunnels, projection, coefficients = tensors
-        saved = Saved(projection, self.affine.detach())
+        saved = Saved(projection, self._learned(streams)[1].detach())
         x = streams.view(tunnels[0].shape)
-        return streams, KernelMappings(tuple(tunnels), coefficients, saved, streams=x)
+        return streams, KernelMappings(tuple(tunnels), coefficients, saved, self.options.form, streams=x)
 
     # Edges of its graph are taken, which a compiled one does not have.
     @torch.compiler.disable
@@ -330,7 +307,7 @@ class HyperConnectionModule(MappingParameters, InParts):
         if kernels.post_res_pre is not None:  # it reads `affine` too
             gather_parameters(self)
         norm = None if self.norm is None else self.norm.read()
-        return NextPre(kernels, self.mapping_proj(), self.affine, self.options, norm)
+        return NextPre(kernels, *self._learned(streams), self.options, norm)
 
     @property
     def bias(self) -> Tensor:

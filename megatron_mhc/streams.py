@@ -11,17 +11,13 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
+from megatron_mhc import initial
 from megatron_mhc.backend import Backend
 from megatron_mhc.checkpoint import take_or_refuse
 from megatron_mhc.checkpoint_keys import compare_arithmetic, decode_arithmetic, encode_arithmetic
 from megatron_mhc.checkpoint_parts import in_shards
 from megatron_mhc.config import MHCConfig
-from megatron_mhc.hyper_connection import (
-    MappingParameters,
-    MappingProjection,
-    check_width,
-    mean_read_logit,
-)
+from megatron_mhc.hyper_connection import MappingParameters, MappingProjection, check_width
 from megatron_mhc.ops import reference
 from megatron_mhc.parallel import mark_replicated
 
@@ -40,9 +36,9 @@ class ContractHead(MappingParameters):
         self.bias = nn.Parameter(torch.zeros(n, dtype=self.dtype, device=self.device))
         self.alpha = self.scalar(mhc.init_gating_factor)
         if mhc.init == "mean_read":
-            nn.init.constant_(self.bias, mean_read_logit(n))
+            nn.init.constant_(self.bias, initial.mean_read_logit(n))
             if config.perform_initialization:
-                nn.init.normal_(self.mapping_proj.weight, std=config.init_method_std)
+                initial.draw_phi(self.mapping_proj.weight, mhc, config.init_method_std)
         mark_replicated(self, config)
 
     def forward(self, x: Tensor) -> Tensor:

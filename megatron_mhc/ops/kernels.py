@@ -61,7 +61,7 @@ TRITON = Kernels(
     pre_forward=pre.pre_forward,
     pre_backward=pre_backward.pre_backward,
     dtypes=(torch.bfloat16, torch.float16, torch.float32),
-    streams=(1, 2, 4, 8),
+    streams=(1, 2, 3, 4, 8),
     post_res_project=post_res_project.post_res_project,
     folds_norm=True,
 )

@@ -37,6 +37,7 @@ CASES = {
     "replayed": ("dense", "interleaved", dict(recompute_layer_num="1")),
     "replayed-coefficients": ("dense", "fused", dict(recompute_layer_num="1", recompute_coefficients=True)),
     "deepseek": ("dense", "fused", dict(preset="deepseek_v4")),
+    "hy_v4": ("dense", "interleaved", dict(preset="hy_v4", recompute_layer_num="1")),
 }
 
 
