@@ -148,10 +148,7 @@ def triton_obstacle(mhc: MHCConfig, width: int, dtype: torch.dtype, device_type:
         return obstacle
     if width % 16:
         return f"--hidden-size {width} is no multiple of 16"
-    for name, needed in (("h_res", "sinkhorn"), ("h_pre", "dynamic"), ("h_post", "dynamic")):
-        if getattr(mhc, name) != needed:
-            return f"{flag(name)} is {getattr(mhc, name)}"
-    return None
+    return f"{flag('h_res')} is unconstrained" if mhc.is_hc else None
 
 
 def hopper_obstacle(
@@ -170,6 +167,9 @@ def hopper_obstacle(
 
     if obstacle := _obstacle(HOPPER, mhc, dtype):
         return obstacle
+    for name, needed in (("h_res", "sinkhorn"), ("h_pre", "dynamic"), ("h_post", "dynamic")):
+        if getattr(mhc, name) != needed:
+            return f"{flag(name)} is {getattr(mhc, name)}"
     gpu = gpu or _gpu()
     if gpu is None:
         return "there is no CUDA device"

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import math
-import operator
 import os
 import re
-import reprlib
 from collections.abc import Iterable, Mapping
-from dataclasses import Field, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import yaml
 
-ENVIRONMENT = "MEGATRON_MHC"
+from megatron_mhc import presets
+from megatron_mhc.option import ENVIRONMENT, flag, in_options, option, read, short, takes
 
-_MOST = 2**31 - 1  # of a whole number: what a kernel takes
-_SWITCH = {"true": True, "1": True, "yes": True, "on": True}
-_SWITCH |= {"false": False, "0": False, "no": False, "off": False}
-_short = reprlib.Repr(maxstring=80, maxother=80).repr
+__all__ = ["ENVIRONMENT", "MHCConfig", "flag", "in_options", "read", "refuse_environment", "takes"]
 
 
 def refuse_environment() -> None:
@@ -27,104 +22,11 @@ def refuse_environment() -> None:
         raise ValueError(f"this script has --mhc-* flags: unset {ENVIRONMENT}, so that one place decides")
 
 
-def flag(name: str) -> str:
-    """Command-line spelling of a field: `num_residual_streams` -> `--mhc-num-residual-streams`."""
-    return "--mhc-" + name.replace("_", "-")
-
-
-def in_options(name: str, value: Any) -> str:
-    """The end of a message about a flag: how users of MEGATRON_MHC or a YAML file write it."""
-    return f" (in {ENVIRONMENT}: {name}={str(value).lower() if value is True else value})"
-
-
-def _option(
-    default: Any,
-    help: str,
-    *,
-    choices: tuple[str, ...] = (),
-    least: float | None = None,
-    above: float | None = None,
-    stored: bool = False,
-) -> Any:
-    """A field of MHCConfig with its description.
-
-    Args:
-        help: what it does, for --help and docs/options.md, which scripts/doc_tables.py writes.
-        choices: the words it takes; with `least` it takes whole numbers beside them.
-        least, above: the bound of a number, itself included or not.
-        stored: whether it changes the arithmetic, so that checkpoints keep it and compare it.
-    """
-    rules = dict(help=help, choices=choices, least=least, above=above, stored=stored)
-    return field(default=default, metadata=rules)
-
-
-def takes(option: Field[Any]) -> str:
-    """The values that an option takes, in words."""
-    rules = option.metadata
-    bound = f"at least {rules['least']}" if rules["above"] is None else f"above {rules['above']}"
-    words = {"bool": "true or false", "int": f"a whole number, {bound}", "float": f"a finite number, {bound}"}
-    if option.type != "str":
-        return words[str(option.type)]
-    choices = ", ".join(rules["choices"])
-    return f"one of {choices}" if rules["least"] is None else f"{choices}, or {words['int']}"
-
-
-def read(option: Field[Any], value: Any) -> Any:
-    """An option's value, from text or a Python value.
-
-    Raises:
-        ValueError: it is of another type or outside its range, naming the flag, the value and the remedy.
-    """
-    try:
-        return _read(option, value)
-    except (ValueError, TypeError, OverflowError, KeyError):
-        raise ValueError(
-            f"{flag(option.name)}={_short(value)}: give {takes(option)} (default {option.default})"
-        ) from None
-
-
-def _read(option: Field[Any], value: Any) -> Any:
-    rules = option.metadata
-    if option.type == "bool":
-        return _SWITCH[str(value).lower()]
-    if option.type == "str":
-        word = "off" if value is False else value  # as YAML's own reader has it
-        if isinstance(word, str) and word in rules["choices"]:
-            return word
-        if rules["least"] is None:
-            raise ValueError
-    if isinstance(value, bool):
-        raise ValueError
-    if option.type == "float":
-        number = float(value)
-    else:
-        number = int(value) if isinstance(value, str) else operator.index(value)
-    below = number < rules["least"] if rules["above"] is None else number <= rules["above"]
-    if below or not math.isfinite(number) or (isinstance(number, int) and number > _MOST):
-        raise ValueError
-    return str(number) if option.type == "str" else number
-
-
-_CONTRACT = {"deepseek_v4": "learned_head", "qwen4_exp": "mixer"}  # that `auto` is, by preset
-_GATED_RANK = 320
-_GATED: tuple[tuple[str, tuple[Any, ...], str], ...] = (  # that it has a form for, and why for no other
-    ("h_res", ("identity",), "which leaves the streams unmixed"),
-    ("h_pre", ("dynamic",), "whose read is a gate for each channel"),
-    ("h_post", ("dynamic",), "whose write is its own"),
-    ("read", ("current",), "whose read is of the streams that it gates"),
-    ("mtp", ("single",), "of which no model has layers of multi-token prediction between streams"),
-    ("init", ("home_stream",), "whose matrices start by --init-method-std"),
-    ("norm", ("apart", "auto"), "which has no norm in front of F"),
-    ("load_dense", (False,), "which has no place for a plain model's norms"),
-    ("backend", ("auto", "reference"), "which has no kernels"),
-)
-
-
 @dataclass(frozen=True)
 class MHCConfig:
     """Options of the mHC residual connection; the defaults are the paper's.
 
-    A value may also be given as text. `contract="auto"` and `read="auto"` become what they stand for, and so
+    A value may also be given as text. `auto` of h_res, read, contract and init becomes what it stands for, as
     does `pp_boundary="auto"`, except under `pipeline_schedule="auto"`.
 
     Raises:
@@ -133,37 +35,38 @@ class MHCConfig:
     Source: arXiv 2512.24880 Eqs. (5), (14)-(19).
     """
 
-    num_residual_streams: int = _option(4, "n, the number of parallel residual streams", least=1, stored=True)
-    preset: str = _option(
+    num_residual_streams: int = option(4, "n, the number of parallel residual streams", least=1, stored=True)
+    preset: str = option(
         "paper",
         "arithmetic of the mappings: paper is Eqs. (14)-(19); deepseek_v4 has that model's softmax, eps 1e-6 "
         "after every step, transposed comb and learned output head; deepseek_v41 is deepseek_v4 with "
-        "--mhc-read previous and --mhc-contract h_pre; qwen4_exp is that model's gated residual, whose read "
-        "replaces the norms in front of F: docs/gated_residual.md",
-        choices=("paper", "deepseek_v4", "deepseek_v41", "qwen4_exp"),
+        "--mhc-read previous and --mhc-contract h_pre; glm_5_3 is deepseek_v4 with the mean as output; hy_v4 "
+        "leaves the streams unmixed, has eps 1e-6 in h_pre and h_post, and a learned head; qwen4_exp is that "
+        "model's gated residual, whose read replaces the norms in front of F: docs/gated_residual.md",
+        choices=("paper", "deepseek_v4", "deepseek_v41", "glm_5_3", "hy_v4", "qwen4_exp"),
         stored=True,
     )
-    h_res: str = _option(
+    h_res: str = option(
         "auto",
         "how a sub-layer mixes the streams: sinkhorn is mHC; identity leaves them unmixed; unconstrained is "
         "plain hyper-connections (Eq. (5), the paper's baseline: tanh mappings, normalised per stream); auto "
-        "is identity under qwen4_exp, else sinkhorn",
+        "is identity under hy_v4 and qwen4_exp, else sinkhorn",
         choices=("auto", "sinkhorn", "identity", "unconstrained"),
         stored=True,
     )
-    h_pre: str = _option(
+    h_pre: str = option(
         "dynamic",
         "weights with which a sub-layer reads the streams; fixed is 1/n, the paper's ablation",
         choices=("dynamic", "fixed"),
         stored=True,
     )
-    h_post: str = _option(
+    h_post: str = option(
         "dynamic",
         "weights with which a sub-layer writes the streams; fixed is 1, the paper's ablation",
         choices=("dynamic", "fixed"),
         stored=True,
     )
-    read: str = _option(
+    read: str = option(
         "auto",
         "whose weights a sub-layer reads the streams with: current, those that its own connection makes of "
         "these streams; previous, those that the sub-layer in front of it made of its own (DeepSeek-V4.1's "
@@ -172,26 +75,35 @@ class MHCConfig:
         choices=("auto", "current", "previous"),
         stored=True,
     )
-    sinkhorn_iterations: int = _option(
+    post_magnitude: float = option(
+        2.0,
+        "what the sigmoid of the weights of writing is multiplied by; other values than 2 belong to hy_v4, "
+        "whose config.json calls it hc_magnitude",
+        above=0,
+        stored=True,
+    )
+    sinkhorn_iterations: int = option(
         20, "pairs of column and row normalisations of H_res", least=1, stored=True
     )
-    init: str = _option(
-        "home_stream",
+    init: str = option(
+        "auto",
         "mappings at step 0: home_stream has each sub-layer read one stream, its home, and starts near the "
-        "plain residual network; uniform is as in Megatron's branches",
-        choices=("home_stream", "uniform"),
+        "plain residual network; uniform is as in Megatron's branches; mean_read has each read the mean of "
+        "the streams, by a random phi of --init-method-std; auto is mean_read under hy_v4, else home_stream",
+        choices=("auto", "home_stream", "uniform", "mean_read"),
     )
-    init_gating_factor: float = _option(0.01, "initial value of the three gating factors alpha", least=0)
-    contract: str = _option(
+    init_gating_factor: float = option(0.01, "initial value of the three gating factors alpha", least=0)
+    contract: str = option(
         "auto",
         "how n streams become one before the final norm; h_pre weighs them as a further sub-layer would read "
         "them under --mhc-read previous; mixer reads as sub-layers of qwen4_exp do, and replaces the final "
         "norm; library is what wrap_block_spec(contraction=...) was given: docs/contraction.md; auto is "
-        "learned_head under deepseek_v4, mixer under qwen4_exp, h_pre under --mhc-read previous, else mean",
+        "learned_head under deepseek_v4 and hy_v4, mixer under qwen4_exp, h_pre under --mhc-read previous, "
+        "else mean",
         choices=("auto", "mean", "sum", "learned_head", "h_pre", "mixer", "library"),
         stored=True,
     )
-    mtp: str = _option(
+    mtp: str = option(
         "single",
         "layers of --mtp-num-layers: single is Megatron's, a plain layer on the contracted streams; "
         "multistream is DeepSeek-V4's, a layer between n streams, each h_proj of a stream plus e_proj of the "
@@ -199,31 +111,31 @@ class MHCConfig:
         choices=("single", "multistream"),
         stored=True,
     )
-    norm_eps: float = _option(
+    norm_eps: float = option(
         1e-6,
         "added to mean(x^2) inside the root of the mappings' norm; the paper does not state it",
         above=0,
         stored=True,
     )
-    gated_rank: int = _option(
-        _GATED_RANK,
+    gated_rank: int = option(
+        presets.GATED_RANK,
         "rank of the gates by which --mhc-preset qwen4_exp reads the streams",
         least=1,
         stored=True,
     )
-    load_dense: bool = _option(
+    load_dense: bool = option(
         False,
         "let --load take a checkpoint without mHC parameters (a plain GPT); the mappings keep their "
         "initial values",
     )
-    backend: str = _option(
+    backend: str = option(
         "auto",
         "kernels: hopper is CUDA, for n = 4, bf16 and up to 64 Sinkhorn iterations on H100 and H200 with "
         "cuda-bindings; reference is plain torch; auto takes hopper where it can serve, else triton, else "
         "reference, and the log says which",
         choices=("auto", "hopper", "triton", "reference"),
     )
-    boundary: str = _option(
+    boundary: str = option(
         "auto",
         "what the kernels of two connections in a row share: apart, nothing; linked, the second's backward "
         "also computes df of the first (same bits); fused, in addition the first's post_res runs in the "
@@ -231,7 +143,7 @@ class MHCConfig:
         "for hopper, linked for triton: docs/kernels.md",
         choices=("auto", "apart", "linked", "fused"),
     )
-    norm: str = _option(
+    norm: str = option(
         "apart",
         "where the RMSNorm in front of attention, MLP or experts is computed: apart, by Megatron's module; "
         "folded, by the kernels of pre, which write its output in place of the layer input (fp32 inside, so "
@@ -239,23 +151,23 @@ class MHCConfig:
         "and FP4: docs/kernels.md",
         choices=("auto", "folded", "apart"),
     )
-    log_interval: int = _option(
+    log_interval: int = option(
         0,
         "write diagnostics of the mappings to TensorBoard and W&B (mhc/...) every so many steps; 0 is "
         "never: docs/diagnostics.md",
         least=0,
     )
-    log_tokens: int = _option(
+    log_tokens: int = option(
         256, "tokens to sample of the first microbatch on each data-parallel rank", least=1
     )
-    alarm: str = _option(
+    alarm: str = option(
         "off",
         "what to do at a logging step when a gain or a mapping logit is out of range",
         choices=("off", "warn", "stop"),
     )
-    alarm_gain: float = _option(10.0, "alarm beyond this gain, and below its inverse", above=1)
-    alarm_logit: float = _option(50.0, "alarm beyond this absolute value of a mapping logit", above=0)
-    recompute_layer_num: str = _option(
+    alarm_gain: float = option(10.0, "alarm beyond this gain, and below its inverse", above=1)
+    alarm_logit: float = option(50.0, "alarm beyond this absolute value of a mapping logit", above=0)
+    recompute_layer_num: str = option(
         "off",
         "sub-layers (attention and MLP count one each) in a block of recompute: the block drops its streams "
         "and layer inputs and replays them in backward, without running F again; auto chooses the blocks of "
@@ -263,8 +175,8 @@ class MHCConfig:
         choices=("auto", "off"),
         least=1,
     )
-    recompute_coefficients: bool = _option(False, "replay the coefficients too, instead of keeping them")
-    pipeline_schedule: str = _option(
+    recompute_coefficients: bool = option(False, "replay the coefficients too, instead of keeping them")
+    pipeline_schedule: str = option(
         "megatron",
         "interleaved has Megatron's order of chunks, and overlaps messages with compute; fused also runs the "
         "forward of one microbatch and the backward of another node by node in turns; auto takes what the "
@@ -272,14 +184,14 @@ class MHCConfig:
         "docs/schedules.md",
         choices=("auto", "megatron", "interleaved", "fused"),
     )
-    pipeline_transport: str = _option(
+    pipeline_transport: str = option(
         "auto",
         "how messages travel under interleaved and fused: push has the sender's copy engine write into the "
         "receiver's memory, which takes no SM, and needs a pipeline's GPUs on one host; nccl sends them over "
         "the process groups; auto is push where it can be: docs/schedules.md",
         choices=("auto", "push", "nccl"),
     )
-    pp_boundary: str = _option(
+    pp_boundary: str = option(
         "auto",
         "what a stage sends under interleaved and fused: whole, its streams; split, the mixed streams before "
         "its last MLP and that MLP's output after it: docs/pipeline.md; auto is whole, and with "
@@ -288,83 +200,44 @@ class MHCConfig:
     )
 
     def __post_init__(self) -> None:
-        for option in fields(self):
-            object.__setattr__(self, option.name, read(option, getattr(self, option.name)))
+        for field in fields(self):
+            object.__setattr__(self, field.name, read(field, getattr(self, field.name)))
         if self.alarm != "off" and not self.log_interval:
             raise ValueError(
                 f"{flag('alarm')}={self.alarm} looks at logging steps only: add {flag('log_interval')}=100"
-            )
-        if self.has_deepseek_arithmetic and self.h_res == "unconstrained":
-            raise ValueError(
-                f"{flag('h_res')}=unconstrained has no {self.preset} form: use {flag('preset')}=paper"
             )
         if self.recompute_coefficients and self.recompute_layer_num == "off":
             raise ValueError(
                 f"{flag('recompute_coefficients')} without recompute: add {flag('recompute_layer_num')}=auto"
             )
-        if self.read == "auto":
-            object.__setattr__(self, "read", "previous" if self.preset == "deepseek_v41" else "current")
-        self._check_read()
-        if self.contract == "auto":
-            resolved = "h_pre" if self.reads_previous else _CONTRACT.get(self.preset, "mean")
-            object.__setattr__(self, "contract", resolved)
-        if self.h_res == "auto":
-            object.__setattr__(self, "h_res", "identity" if self.is_gated else "sinkhorn")
-        self._check_gated()
+        for name, value in presets.implied(vars(self)).items():
+            object.__setattr__(self, name, value)
+        presets.check(self)
         if self.pp_boundary == "auto" and self.pipeline_schedule != "auto":
             object.__setattr__(self, "pp_boundary", "whole")
 
-    def _check_read(self) -> None:
-        if self.preset == "deepseek_v41" and self.read == "current":
-            raise ValueError(
-                f"{flag('read')}=current contradicts {flag('preset')}=deepseek_v41: use deepseek_v4"
-            )
-        if self.reads_previous and self.h_pre == "fixed":
-            raise ValueError(
-                f"{flag('read')}=previous with {flag('h_pre')}=fixed hands on nothing: drop one of them"
-            )
-        if self.reads_previous and self.mtp == "multistream":
-            raise ValueError(
-                f"{flag('read')}=previous with {flag('mtp')}=multistream: no model says whose weights such a "
-                f"layer's first read takes; use {flag('mtp')}=single"
-            )
-        if self.contract == "h_pre" and not self.reads_previous:
-            raise ValueError(
-                f"{flag('contract')}=h_pre needs weights that no sub-layer reads with: add "
-                f"{flag('read')}=previous"
-            )
+    @property
+    def has_deepseek_form(self) -> bool:
+        """True for DeepSeek-V4's mappings: eps 1e-6 on h_pre, and n*n logits that are those of comb."""
+        return self.preset not in ("paper", "qwen4_exp")
 
     @property
-    def has_deepseek_arithmetic(self) -> bool:
-        """Whether the mappings are DeepSeek-V4's: softmax, eps after every step, comb = H_res^T."""
-        return self.preset in ("deepseek_v4", "deepseek_v41")
+    def post_eps(self) -> float:
+        """What is added to h_post."""
+        return 1e-6 if self.preset == "hy_v4" else 0.0
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """The mappings that are learned, in the order of their rows, and the biases that each has."""
+        n, dynamic = self.num_residual_streams, "dynamic"
+        learned = (self.h_pre == dynamic, self.h_post == dynamic, self.h_res != "identity")
+        sizes = (("pre", n), ("post", n), ("res", n * n))
+        return {part: size for (part, size), on in zip(sizes, learned, strict=True) if on}
 
     @property
     def reads_previous(self) -> bool:
         """Whether a sub-layer reads with the weights that the one in front of it made."""
         return self.read == "previous"
-
-    def _check_gated(self) -> None:
-        """Raise ValueError for an option that the gated residual has no form for, or is alone to have."""
-        if not self.is_gated:
-            alone = dict(contract=self.contract == "mixer", gated_rank=self.gated_rank != _GATED_RANK)
-            for name in (name for name, found in alone.items() if found):
-                raise ValueError(
-                    f"{flag(name)}={getattr(self, name)} belongs to {flag('preset')}=qwen4_exp: add that, or "
-                    f"drop {flag(name)}"
-                )
-            return
-        for name, known, why in _GATED:
-            if getattr(self, name) not in known:
-                raise ValueError(
-                    f"{flag(name)}={getattr(self, name)} has no form in {flag('preset')}=qwen4_exp, {why}: "
-                    f"use {flag(name)}={known[0]}, or {flag('preset')}=paper"
-                )
-        if self.recompute_layer_num != "off" and not self.recompute_coefficients:
-            raise ValueError(
-                f"{flag('recompute_layer_num')}={self.recompute_layer_num} with {flag('preset')}=qwen4_exp, "
-                f"whose layer input no coefficients give back: add {flag('recompute_coefficients')}"
-            )
 
     @property
     def is_gated(self) -> bool:
@@ -387,7 +260,7 @@ class MHCConfig:
     def from_mapping(cls, options: Mapping[str, Any], source: str = "options") -> MHCConfig:
         """Build from field names to values, which may be text; `source` is named in errors."""
         if not isinstance(options, Mapping):
-            raise ValueError(f"{source}: {_short(options)} does not map options to values")
+            raise ValueError(f"{source}: {short(options)} does not map options to values")
         return cls._from_pairs(options.items(), source)
 
     @classmethod
@@ -398,7 +271,7 @@ class MHCConfig:
         items = [item.strip() for item in text.split(",") if item.strip()]
         bad = [item for item in items if "=" not in item]
         if bad:
-            raise ValueError(f"{ENVIRONMENT}: {_short(bad[0])} is not key=value (or a path ending in .yaml)")
+            raise ValueError(f"{ENVIRONMENT}: {short(bad[0])} is not key=value (or a path ending in .yaml)")
         return cls._from_pairs((item.split("=", 1) for item in items), ENVIRONMENT)
 
     @classmethod
@@ -408,10 +281,10 @@ class MHCConfig:
         for key, value in pairs:
             name = key.strip().replace("-", "_") if isinstance(key, str) else None
             if name not in names:
-                raise ValueError(f"{source}: no mHC option {_short(key)}; there are {', '.join(names)}")
+                raise ValueError(f"{source}: no mHC option {short(key)}; there are {', '.join(names)}")
             if name in values:
                 raise ValueError(
-                    f"{source}: {name} is given twice, {_short(values[name])} and {_short(value)}: drop one"
+                    f"{source}: {name} is given twice, {short(values[name])} and {short(value)}: drop one"
                 )
             values[name] = value.strip() if isinstance(value, str) else value
         try:
@@ -441,6 +314,7 @@ class MHCConfig:
         return ",".join(f"{k}={v}" for k, v in asdict(self).items())
 
 
+# What `auto` stands for under each preset. h_pre and h_post are dynamic in all published models.
 def _yaml_pairs(path: str) -> list[tuple[str, str]]:
     """The keys and values of a YAML file as they are written: all of them, and `off` is no boolean."""
     try:

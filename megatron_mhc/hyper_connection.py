@@ -12,22 +12,20 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from megatron_mhc import initial
 from megatron_mhc.backend import H100, Backend, choose, triton_obstacle
 from megatron_mhc.checkpoint import take_or_refuse
 from megatron_mhc.checkpoint_parts import InParts, in_shards
 from megatron_mhc.config import MHCConfig, flag
 from megatron_mhc.norm import FoldedNorm
 from megatron_mhc.ops import reference
-from megatron_mhc.ops.options import Options, ReadNorm
+from megatron_mhc.ops.options import BITS, Form, Options, ReadNorm
 from megatron_mhc.parallel import gather_parameters, mark_replicated, streams_dtype
 
 if TYPE_CHECKING:
     from megatron_mhc.ops.autograd import KernelMappings, NextPre
 
     Mappings = reference.Coefficients | KernelMappings
-
-HOME_READ_LOGIT = 3.0  # sigmoid(3) = 0.953 of the home stream, sigmoid(-3) = 0.047 of the others
-HOME_MIX_LOGIT = 6.0  # 6 I - 3: diagonal 0.993 after Sinkhorn, far from saturated
 
 
 class MappingProjection(nn.Module):
@@ -124,8 +122,9 @@ class HyperConnectionModule(MappingParameters, InParts):
         super().__init__(config, mhc)
         self.sublayer_index, self.norm = sublayer_index, norm
         self.backend = Backend(mhc)
-        v4 = mhc.has_deepseek_arithmetic
-        self.options = Options(mhc.norm_eps, mhc.sinkhorn_iterations, v4, reserved_sms)
+        form = Form(sum(BITS[part] for part in mhc.parts), mhc.post_magnitude, mhc.post_eps)
+        iterations, v4 = mhc.sinkhorn_iterations, mhc.has_deepseek_form
+        self.options = Options(mhc.norm_eps, iterations, v4, reserved_sms, form)
         _built.add(self)
         width = config.hidden_size
         if mhc.backend in ("hopper", "triton"):  # what no device could serve; the rest when streams come
@@ -136,16 +135,11 @@ class HyperConnectionModule(MappingParameters, InParts):
     def make_parameters(self, config: TransformerConfig, mhc: MHCConfig) -> None:
         """Make what the mappings learn, and say in `dynamic` and `parts` what that is."""
         n, width = mhc.num_residual_streams, config.hidden_size
-        self.dynamic = {
-            "pre": mhc.h_pre == "dynamic",
-            "post": mhc.h_post == "dynamic",
-            "res": mhc.h_res != "identity",
-        }
-        sizes = {"pre": n, "post": n, "res": n * n}
-        biases = sum(sizes[part] for part, on in self.dynamic.items() if on)
+        self.dynamic = {part: part in mhc.parts for part in ("pre", "post", "res")}
+        biases = sum(mhc.parts.values())
         self.parts = {}
         if biases:
-            self.parts = {"bias": biases, **{"alpha_" + part: 1 for part, on in self.dynamic.items() if on}}
+            self.parts = {"bias": biases, **{"alpha_" + part: 1 for part in mhc.parts}}
             # Plain HC reads each stream with the same C-wide rows, so n times fewer of them.
             rows = biases // n if mhc.is_hc else biases
             columns = width if mhc.is_hc else n * width
@@ -157,29 +151,13 @@ class HyperConnectionModule(MappingParameters, InParts):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Initialise phi by `--mhc-init`, biases too, and alphas by `--mhc-init-gating-factor`."""
-        n, uniform = self.mhc.num_residual_streams, self.mhc.init == "uniform"
         with torch.device(self.device):  # the default may be meta (--init-model-with-meta-device)
-            home = torch.zeros(n)
-            home[(self.sublayer_index + self.mhc.reads_previous) % n] = 1.0  # of who reads with it
-            eye = torch.eye(n).flatten()
-            if self.mhc.is_hc:
-                parts = {
-                    "pre": torch.full((n,), 1 / n) if uniform else home,
-                    "post": torch.ones(n),
-                    "res": eye,
-                }
-            elif uniform:
-                parts = {"pre": torch.zeros(n), "post": torch.zeros(n), "res": torch.zeros(n * n)}
-            else:
-                parts = {
-                    "pre": HOME_READ_LOGIT * (2 * home - 1),
-                    "post": torch.zeros(n),
-                    "res": HOME_MIX_LOGIT * eye - HOME_MIX_LOGIT / 2,
-                }
+            # Of who reads with it, which is the next one's under --mhc-read previous.
+            biases = initial.biases(self.mhc, self.sublayer_index + self.mhc.reads_previous)
         self.affine.fill_(self.mhc.init_gating_factor)
-        self.bias.copy_(torch.cat([parts[part] for part, on in self.dynamic.items() if on]))
-        if uniform and self.config.perform_initialization:
-            nn.init.xavier_uniform_(self.mapping_proj.weight)
+        self.bias.copy_(biases)
+        if self.config.perform_initialization:
+            initial.draw_phi(self.mapping_proj.weight, self.mhc, self.config.init_method_std)
 
     def coefficients(self, x: Tensor) -> reference.Coefficients:
         """Coefficients of the streams x: [T, n, C], by the reference."""
@@ -193,7 +171,9 @@ class HyperConnectionModule(MappingParameters, InParts):
         return reference.mhc_mappings(
             logits,
             mhc.num_residual_streams,
-            deepseek_v4=mhc.has_deepseek_arithmetic,
+            deepseek_v4=mhc.has_deepseek_form,
+            post_magnitude=mhc.post_magnitude,
+            post_eps=mhc.post_eps,
             sinkhorn_iterations=mhc.sinkhorn_iterations,
             dynamic_pre=self.dynamic["pre"],
             dynamic_post=self.dynamic["post"],
@@ -216,7 +196,7 @@ class HyperConnectionModule(MappingParameters, InParts):
             from megatron_mhc.ops import boundary  # imports triton, which a CPU may lack
 
             # `next_pre` has called what gathers the parameters.
-            of = (self.mapping_proj.weight, self.affine, *(() if h_pre is None else (h_pre,)))
+            of = (*self._learned(streams), *(() if h_pre is None else (h_pre,)))
             if (made := boundary.taken(streams, *of, norm=norm)) is not None:
                 return made
         n = self.mhc.num_residual_streams
@@ -227,7 +207,7 @@ class HyperConnectionModule(MappingParameters, InParts):
             from megatron_mhc.ops import autograd
 
             layer_input, mappings = autograd.pre(
-                streams, self.mapping_proj(), self.affine, self.options, kernels, n, norm, h_pre
+                streams, *self._learned(streams), self.options, kernels, n, norm, h_pre
             )
             return self._for_f(layer_input), mappings
         return self._by_reference(streams, h_pre, norm)
@@ -243,6 +223,13 @@ class HyperConnectionModule(MappingParameters, InParts):
             return streams, coefficients
         read_with = coefficients.h_pre if h_pre is None else h_pre
         return self._for_f(reference.pre(x, read_with, norm).view(s, b, -1)), coefficients
+
+    def _learned(self, streams: Tensor) -> tuple[Tensor, Tensor]:
+        """phi and `affine`, for kernels; without a row where all mappings are fixed."""
+        if self.parts:
+            return self.mapping_proj(), self.affine
+        none = streams.new_empty(0, streams.shape[-1], dtype=torch.float32)
+        return none, none.flatten()
 
     def _for_f(self, layer_input: Tensor) -> Tensor:
         """In the dtype that F takes; without a norm of ours, Megatron's casts."""
@@ -307,7 +294,7 @@ class HyperConnectionModule(MappingParameters, InParts):
         from megatron_mhc.ops import compiled  # imports triton, which a CPU may lack
 
         layer_input, *tensors, _ = compiled.pre(
-            x, self.mapping_proj(), self.affine, *self.options, kernels.name, *(norm or ())
+            x, *self._learned(streams), *compiled.flat(self.options), kernels.name, *(norm or ())
         )
         # `pre` alone gives the streams their gradient.
         return self._for_f(layer_input.view(s, b, -1)), (streams.detach(), *tensors)
@@ -321,9 +308,9 @@ class HyperConnectionModule(MappingParameters, InParts):
         from megatron_mhc.ops.autograd import KernelMappings, Saved
 
         *tunnels, projection, coefficients = tensors
-        saved = Saved(projection, self.affine.detach())
+        saved = Saved(projection, self._learned(streams)[1].detach())
         x = streams.view(tunnels[0].shape)
-        return streams, KernelMappings(tuple(tunnels), coefficients, saved, streams=x)
+        return streams, KernelMappings(tuple(tunnels), coefficients, saved, self.options.form, streams=x)
 
     # Edges of its graph are taken, which a compiled one does not have.
     @torch.compiler.disable
@@ -353,7 +340,7 @@ class HyperConnectionModule(MappingParameters, InParts):
         if kernels.post_res_pre is not None:  # it reads `affine` too
             gather_parameters(self)
         norm = None if self.norm is None else self.norm.read()
-        return NextPre(kernels, self.mapping_proj(), self.affine, self.options, norm, h_pre)
+        return NextPre(kernels, *self._learned(streams), self.options, norm, h_pre)
 
     def handed_on(self, mappings: Mappings) -> Tensor | None:
         """Of the mappings, h_pre: [s*b, n] if the next sub-layer is to read with it, else None."""

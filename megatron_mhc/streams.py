@@ -16,6 +16,7 @@ from megatron.core.transformer.utils import (
 from megatron.core.utils import make_viewless_tensor
 from torch import Tensor, nn
 
+from megatron_mhc import initial
 from megatron_mhc.backend import Backend
 from megatron_mhc.checkpoint import take_or_refuse
 from megatron_mhc.checkpoint_keys import compare_arithmetic, decode_arithmetic, encode_arithmetic
@@ -33,7 +34,7 @@ class ContractHead(MappingParameters):
     """Learned weighted sum of the streams (`--mhc-contract learned_head`).
 
     Parameters (fp32): `mapping_proj.weight [n, n*C]`, `bias [n]`, `alpha [1]`; they start at equal
-    weights, which the final norm makes the same as the mean.
+    weights, which the final norm makes the same as the mean; under `--mhc-init mean_read` near 1/n.
     """
 
     def __init__(self, config: TransformerConfig, mhc: MHCConfig):
@@ -42,6 +43,10 @@ class ContractHead(MappingParameters):
         self.mapping_proj = MappingProjection(n, n * config.hidden_size, self.dtype, self.device)
         self.bias = nn.Parameter(torch.zeros(n, dtype=self.dtype, device=self.device))
         self.alpha = self.scalar(mhc.init_gating_factor)
+        if mhc.init == "mean_read":
+            nn.init.constant_(self.bias, initial.mean_read_logit(n))
+            if config.perform_initialization:
+                initial.draw_phi(self.mapping_proj.weight, mhc, config.init_method_std)
         mark_replicated(self, config)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -52,7 +57,7 @@ class ContractHead(MappingParameters):
             self.alpha,
             self.bias,
             norm_eps=self.mhc.norm_eps,
-            deepseek_v4=self.mhc.has_deepseek_arithmetic,
+            deepseek_v4=self.mhc.has_deepseek_form,
         )
 
 

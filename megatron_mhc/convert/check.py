@@ -1,6 +1,6 @@
 """What a state dict must hold before it is converted: shapes, numbers, every part of every layer.
 
-n streams, C channels, m = n*n + 2n; L layers in front where Megatron stacks them.
+n streams, C channels, m = n*n + 2n, or 2n where H_res = I; L layers in front where Megatron stacks them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from megatron_mhc.config import MHCConfig, flag
 CONNECTION = re.compile(r"^decoder\.layers\.(?:(\d+)\.)?(self_attention|mlp)_hyper_connection\.(.+)$")
 LAYER = re.compile(r"^decoder\.layers\.(?:(\d+)\.)?self_attention\.linear_proj\.weight$")
 SUBLAYERS = ("self_attention", "mlp")
-PARTS = ("mapping_proj.weight", "bias", "alpha_pre", "alpha_post", "alpha_res")
 
 
 def check_tensor(key: str, value: Any, shape: Sequence[int]) -> Tensor:
@@ -93,19 +92,19 @@ def check_entries(state: Mapping[str, Any], heads: Sequence[str], mhc: MHCConfig
     """
     check_finite(state)
     n = mhc.num_residual_streams
-    rows = n * n + 2 * n
+    rows = sum(mhc.parts.values())
     parts: dict[str | None, dict[str, Any]] = {}
     for key, value in state.items():
         if match := CONNECTION.match(key):
             number, sublayer, part = match.groups()
-            if part not in PARTS:
+            if part not in parts_of(mhc):
                 raise ValueError(f"{key}: unknown mapping parameter")
             parts.setdefault(number, {})[f"{sublayer}_hyper_connection.{part}"] = value
         elif match := LAYER.match(key):
             parts.setdefault(match.group(1), {})
     check_numbers(parts)
     columns = n * width(state, n)
-    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(PARTS, (1,))
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(parts_of(mhc), (1,))
     shapes |= {"mapping_proj.weight": (rows, columns), "bias": (rows,)}
     for number, found in parts.items():
         prefix = "decoder.layers." + ("" if number is None else f"{number}.")
@@ -123,6 +122,11 @@ def check_entries(state: Mapping[str, Any], heads: Sequence[str], mhc: MHCConfig
             raise ValueError(f"{key} is absent, though {there[0]} is there")
         if there:
             check_tensor(key, state[key], shape)
+
+
+def parts_of(mhc: MHCConfig) -> tuple[str, ...]:
+    """Names of a connection's parameters."""
+    return "mapping_proj.weight", "bias", *("alpha_" + part for part in mhc.parts)
 
 
 def width(state: Mapping[str, Any], n: int) -> int:
@@ -159,11 +163,13 @@ def check_streams(state: Mapping[str, Any], mhc: MHCConfig) -> None:
         if not isinstance(value, Tensor) or value.dim() < 2:
             raise ValueError(f"{key} is not a matrix")
         rows, columns = value.shape[-2:]
-        n = math.isqrt(rows + 1) - 1
-        if n < 1 or n * n + 2 * n != rows or columns % n:
+        mixes = "res" in mhc.parts
+        n = math.isqrt(rows + 1) - 1 if mixes else rows // 2
+        if n < 1 or n * n * mixes + 2 * n != rows or columns % n:
             raise ValueError(
-                f"{key} is {rows} x {columns}: not n*n + 2n rows of n*C columns. Mappings with a fixed part "
-                f"or {flag('h_res')} unconstrained exist in the plugin alone"
+                f"{key} is {rows} x {columns}: not {'n*n + ' * mixes}2n rows of n*C columns. Mappings with a "
+                f"fixed part exist in the plugin alone, but for {flag('preset')} hy_v4, and so does "
+                f"{flag('h_res')} unconstrained"
             )
         if n != mhc.num_residual_streams:
             raise ValueError(f"{key} belongs to {n} streams: give num_residual_streams={n}")

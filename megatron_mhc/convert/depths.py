@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_mhc.checkpoint_keys import DEPTH, encode_arithmetic
 from megatron_mhc.config import MHCConfig, flag
-from megatron_mhc.convert.check import PARTS, SUBLAYERS, check_finite, check_tensor, is_equal_head
+from megatron_mhc.convert.check import SUBLAYERS, check_finite, check_tensor, is_equal_head, parts_of
 from megatron_mhc.convert.orientation import equal_head, is_comb, turn
 
 _CONNECTION = re.compile(
@@ -65,7 +65,7 @@ def rename_depths(state: dict[str, Any], source: str, target: str, mhc: MHCConfi
 
 def _renamed(entries: dict[str, Any], source: str, target: str, mhc: MHCConfig) -> dict[str, Any]:
     n, width = mhc.num_residual_streams, _width(entries)
-    _check(entries, source, n, width)
+    _check(entries, source, mhc, width)
     swap = is_comb(source, mhc) != is_comb(target, mhc)
     heads = dict(zip(_HEADS[source], _HEADS[target], strict=True))
     learned, has_head = mhc.contract == "learned_head", _HEADS[source][0] in entries
@@ -95,10 +95,10 @@ def _renamed(entries: dict[str, Any], source: str, target: str, mhc: MHCConfig) 
     return out
 
 
-def _check(entries: dict[str, Any], source: str, n: int, width: int) -> None:
+def _check(entries: dict[str, Any], source: str, mhc: MHCConfig, width: int) -> None:
     check_finite(entries)
-    rows = n * n + 2 * n
-    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(PARTS, (1,))
+    n, rows = mhc.num_residual_streams, sum(mhc.parts.values())
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(parts_of(mhc), (1,))
     shapes |= {"mapping_proj.weight": (rows, n * width), "bias": (rows,)}
     found = {match.groups(): key for key in entries if (match := _CONNECTION.match(key))}
     for sublayer in SUBLAYERS:

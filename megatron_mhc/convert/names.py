@@ -4,8 +4,9 @@
     plugin         this package
     megatron-main  Megatron-LM's branch main, --enable-mhc-connections
     megatron-dev   Megatron-LM's branch dev, --enable-hyper-connections
-    transformers   Hugging Face's DeepSeek-V4: model.layers.0.attn_hc.fn, ... (mapping parameters only), and
-                   its Qwen4-Exp where the preset is qwen4_exp, see `gated`
+    transformers   Hugging Face's DeepSeek-V4, GLM-5.3-Flash and HY-V4, as --mhc-preset says:
+                   model.layers.0.attn_hc.fn, ... (mapping parameters only); and its Qwen4-Exp under
+                   qwen4_exp, see `gated`
     deepseek       DeepSeek-V4's own files: layers.0.hc_attn_fn, ... (mapping parameters only)
 
 DeepSeek-V4.1 (--mhc-read previous) has the names of V4, and no head.
@@ -17,6 +18,7 @@ shows in no check but a comparison of outputs.
 
 Shapes: n streams, C channels, m = n*n + 2n, L layers in front where Megatron stacks them.
     mapping_proj.weight, fn   [(L,) m, n*C]     bias, base [(L,) m]     alpha_* [(L,) 1], scale [3]
+HY-V4 has no H_res: m = 2n, no alpha_res, scale [2].
 """
 
 from __future__ import annotations
@@ -88,6 +90,12 @@ def check(mhc: MHCConfig, source: str, target: str) -> None:
     if mhc.is_gated:
         return
     for side in {source, target} - {"plain", "plugin"}:
+        if mhc.preset == "hy_v4" and side != "transformers":
+            raise ValueError(f"{flag('preset')}=hy_v4 has no form in {side}, only in transformers")
+        if mhc.preset == "glm_5_3" and side == "deepseek":
+            raise ValueError(f"{flag('preset')}=glm_5_3 has no form in deepseek, only in transformers")
+        if mhc.preset == "hy_v4":
+            continue
         for name, only in (("h_res", "sinkhorn"), ("h_pre", "dynamic"), ("h_post", "dynamic")):
             if getattr(mhc, name) != only:
                 raise ValueError(f"{flag(name)}={getattr(mhc, name)} has no form in {side}, only {only}")
@@ -126,12 +134,14 @@ def differences(mhc: MHCConfig, other: str) -> list[str]:
             f"{iterations}; it adds 1e-6 behind the root, and casts coefficients to the activations' dtype"
         )
     else:
-        line = f"config.json: hc_mult {streams}, hc_sinkhorn_iters {iterations}, hc_eps 1e-6, rms_norm_eps "
-        line += f"{mhc.norm_eps} for the mappings"
+        own = f"hc_sinkhorn_iters {iterations}"
+        own = f"hc_magnitude {mhc.post_magnitude}" if mhc.preset == "hy_v4" else own
+        line = f"config.json: hc_mult {streams}, {own}, hc_eps 1e-6, rms_norm_eps {mhc.norm_eps} for the "
+        line += "mappings"
     lines = [line]
     if mhc.preset == "paper" and other != "megatron-main":
         lines.append(f"{flag('preset')} paper has no eps 1e-6 behind its steps, {other} has")
-    if mhc.contract not in ("learned_head", "h_pre") and other in HEADS:
+    if mhc.contract not in ("learned_head", "h_pre") and other in HEADS and mhc.preset != "glm_5_3":
         lines.append("the mean of the streams became a head of equal weights")
     if mhc.norm_eps != EPS and other in MEGATRON:
         lines.append(f"{flag('norm_eps')} {mhc.norm_eps} becomes 1e-6, fixed there")

@@ -23,7 +23,7 @@ def transpose_res(tensor: Tensor, n: int, dim: int) -> Tensor:
 def is_comb(convention: str, mhc: MHCConfig) -> bool:
     """Whether the last block's logits are those of comb = H_res^T."""
     if convention == "plugin":
-        return mhc.has_deepseek_arithmetic
+        return mhc.has_deepseek_form
     return convention != "megatron-main"
 
 

@@ -66,7 +66,9 @@ def from_plain(
         if mhc.contract == "learned_head":
             from megatron_mhc.streams import ContractHead
 
-            head = ContractHead(_tiny_config(state[PLAIN_NORM + "weight"].shape[0]), mhc)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed - 1)  # no connection's
+                head = ContractHead(_tiny_config(state[PLAIN_NORM + "weight"].shape[0]), mhc)
             out.update({HEAD + name: p.detach() for name, p in head.named_parameters()})
     return out
 

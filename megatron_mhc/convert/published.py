@@ -1,6 +1,8 @@
-"""mHC's mapping parameters under DeepSeek-V4's published names: Hugging Face's and DeepSeek's own.
+"""mHC's mapping parameters under published names: Hugging Face's and DeepSeek's own.
 
-Those of the gated residual, under `--mhc-preset qwen4_exp`, have the names that `gated` knows.
+Hugging Face has DeepSeek-V4's, and those of two models more under the preset of their name: GLM-5.3-Flash,
+whose text model lies inside a multimodal one and has no head, and HY-V4, without H_res.
+Those of the gated residual, under qwen4_exp, have the names that `gated` knows.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ from megatron_mhc.convert.names import HEADS, check_state, rename
 from megatron_mhc.convert.orientation import is_comb, turn
 
 _OURS = re.compile(r"(^|[._])hc_")  # model.hc_head.hc_fn, hc_attn_fn
-_THEIRS = re.compile(r"\.(attn|ffn)_hc\.")
+_THEIRS = re.compile(r"(^|\.)(attn|ffn)_hc\.")
+_PREFIXES = ("", "model.", "model.language_model.")  # which a part of a model leaves out
 
 
 def to_published(
@@ -41,7 +44,8 @@ def to_published(
         first_layer: 0-based index of the first layer in `state`, where its layers are numbered from 0.
 
     Returns:
-        fp32 tensors fn [m, n*C], base [m], scale [3] of every sub-layer; those of the head at the end.
+        fp32 tensors fn [m, n*C], base [m], scale [3] of every sub-layer, of HY-V4 [2]; those of the head at
+        the end, which GLM-5.3 has not.
 
     Raises:
         ValueError: as `rename`.
@@ -60,19 +64,25 @@ def to_published(
             parts.setdefault((layer, sublayer), {})[part] = row
     out = {}
     for (layer, sublayer), found in sorted(parts.items()):
-        fn, base, scale = _published_keys(names, layer, sublayer)
+        fn, base, scale = _published_keys(names, layer, sublayer, mhc)
         out[fn], out[base] = found["mapping_proj.weight"].contiguous(), found["bias"].contiguous()
-        out[scale] = torch.cat([found["alpha_" + part] for part in ("pre", "post", "res")])
-    for theirs, ours in zip(HEADS[names], HEADS["megatron-dev"], strict=True):
+        out[scale] = torch.cat([found["alpha_" + part] for part in mhc.parts])
+    for theirs, ours in zip(_head(names, mhc), HEADS["megatron-dev"], strict=False):
         if ours in state:
             out[theirs] = state[ours]
     return out
 
 
-def _published_keys(names: str, layer: int, sublayer: str) -> tuple[str, str, str]:
+def _head(names: str, mhc: MHCConfig) -> tuple[str, ...]:
+    """Published keys of the learned output head: fn, base, scale."""
+    return () if mhc.preset == "glm_5_3" or mhc.contract == "h_pre" else HEADS[names]
+
+
+def _published_keys(names: str, layer: int, sublayer: str, mhc: MHCConfig) -> tuple[str, str, str]:
     short = "attn" if sublayer == "self_attention" else "ffn"
     if names == "transformers":
-        prefix = f"model.layers.{layer}.{short}_hc."
+        inside = "language_model." if mhc.preset == "glm_5_3" else ""
+        prefix = f"model.{inside}layers.{layer}.{short}_hc."
     else:
         prefix = f"layers.{layer}.hc_{short}_"
     return prefix + "fn", prefix + "base", prefix + "scale"
@@ -114,14 +124,14 @@ def from_published(
         number, sublayer, part = match.groups()
         layers = range(value.shape[0]) if number is None else [int(number)]
         shape = value.shape[1:] if number is None else value.shape
-        rows = [_take(published, names, first_layer + layer, sublayer, part, shape) for layer in layers]
+        rows = [_take(published, names, first_layer + layer, sublayer, part, shape, mhc) for layer in layers]
         if swap:
             rows = [turn(part, row, n) for row in rows]
         out[key] = (torch.stack(rows) if number is None else rows[0]).to(value.dtype).contiguous()
-    has_head = HEADS["plugin"][0] in into
-    if has_head or (ends_decoder(into) and mhc.contract != "h_pre"):
+    has_head, theirs = HEADS["plugin"][0] in into, _head(names, mhc)
+    if theirs and (has_head or ends_decoder(into)):
         shapes = ((n, n * width(into, n)), (n,), (1,))
-        head = [_checked(published, key, shape) for key, shape in zip(HEADS[names], shapes, strict=True)]
+        head = [_checked(published, key, shape) for key, shape in zip(theirs, shapes, strict=True)]
         if has_head:
             for ours, value in zip(HEADS["plugin"], head, strict=True):
                 out[ours] = value.to(into[ours].dtype).contiguous()
@@ -136,28 +146,34 @@ def from_published(
 
 
 def check_left_over(published: Iterable[str], names: str, layers: int, mhc: MHCConfig) -> None:
-    """Check that a model of this many layers takes every mapping parameter among the keys.
+    """Check that a model of this many layers and these options takes every mapping parameter among the keys.
 
     Raises:
         ValueError: naming the first key that it would leave.
     """
     if mhc.is_gated:
         return gated.check_left_over(published, layers)
-    taken = set(HEADS[names])
+    taken = set(_head(names, mhc))
     for layer in range(layers):
-        taken.update(*(_published_keys(names, layer, sublayer) for sublayer in SUBLAYERS))
+        taken.update(*(_published_keys(names, layer, sublayer, mhc) for sublayer in SUBLAYERS))
     for key in published:
-        if is_mapping(key) and not {key, "model." + key} & taken:
+        if is_mapping(key) and not {prefix + key for prefix in _PREFIXES} & taken:
             raise ValueError(f"{key} is left over: the other checkpoint has {layers} layers")
 
 
 def _take(
-    published: Mapping[str, Any], names: str, layer: int, sublayer: str, part: str, shape: tuple[int, ...]
+    published: Mapping[str, Any],
+    names: str,
+    layer: int,
+    sublayer: str,
+    part: str,
+    shape: tuple[int, ...],
+    mhc: MHCConfig,
 ) -> Tensor:
-    fn, base, scale = _published_keys(names, layer, sublayer)
+    fn, base, scale = _published_keys(names, layer, sublayer, mhc)
     if part.startswith("alpha_"):
-        at = ("pre", "post", "res").index(part.removeprefix("alpha_"))
-        return _checked(published, scale, (3,))[at : at + 1]
+        at = list(mhc.parts).index(part.removeprefix("alpha_"))
+        return _checked(published, scale, (len(mhc.parts),))[at : at + 1]
     return _checked(published, fn if part == "mapping_proj.weight" else base, shape)
 
 
@@ -166,7 +182,7 @@ def _checked(published: Mapping[str, Any], key: str, shape: tuple[int, ...]) -> 
 
 
 def _get(published: Mapping[str, Any], key: str) -> Any:
-    for name in (key, key.removeprefix("model.")):
+    for name in (key.removeprefix(prefix) for prefix in _PREFIXES):
         if name in published:
             return published[name]
     raise ValueError(f"{key} is absent")

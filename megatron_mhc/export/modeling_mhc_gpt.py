@@ -22,8 +22,8 @@ class MHCGPTConfig(PreTrainedConfig):
     rope: inverse_frequencies, magnitude of cos and sin, softmax_scale beside 1/sqrt(d).
     mla: sizes of multi-latent attention; None for grouped-query attention.
     moe: sizes and router of the experts, and `layers`, whether each layer has them; None without.
-    mhc: num_residual_streams, preset, h_res, h_pre, h_post, read, sinkhorn_iterations, contract, norm_eps,
-        and gated_rank under the preset qwen4_exp.
+    mhc: num_residual_streams, preset, h_res, h_pre, h_post, read, post_magnitude, sinkhorn_iterations,
+        contract, norm_eps, and gated_rank under the preset qwen4_exp.
     megatron: arguments of the training, for the way back; the model does not read them.
     """
 
@@ -50,8 +50,8 @@ class MHCGPTConfig(PreTrainedConfig):
 
 
 def is_v4(mhc):
-    """Whether the mappings are DeepSeek-V4's: softmax, eps after every step, comb = H_res^T."""
-    return mhc["preset"] in ("deepseek_v4", "deepseek_v41")
+    """Whether the mappings are DeepSeek-V4's, or as HY-V4's those without comb = H_res^T."""
+    return mhc["preset"] not in ("paper", "qwen4_exp")
 
 
 def wide(x):
@@ -144,7 +144,8 @@ class HyperConnection(nn.Module):
         else:  # Eqs. (17)-(19)
             v4 = is_v4(self.mhc)
             h_pre = pre.sigmoid() + (V4_EPS if v4 else 0.0)
-            h_post = 2.0 * post.sigmoid()
+            h_post = self.mhc.get("post_magnitude", 2.0) * post.sigmoid()
+            h_post = h_post + V4_EPS if self.mhc["preset"] == "hy_v4" else h_post
             if self.sizes[2]:
                 project = sinkhorn_deepseek_v4 if v4 else sinkhorn
                 h_res = project(res.unflatten(-1, (n, n)), self.mhc["sinkhorn_iterations"])

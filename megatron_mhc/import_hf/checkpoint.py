@@ -88,7 +88,7 @@ def _gather(key: str, like: Tensor, args: Any, tensors: dict[str, Tensor]) -> Te
     names = [prefix + name for name in weights.of_layer(layer[2], like.to("meta"), args) or {}]
     if len(names) == 1 and ".alpha_" in names[0]:
         whole, _, which = names[0].partition("_hc.alpha_")
-        there = [part for part in ("pre", "post", "res") if _has(part, args)]
+        there = list(MHCConfig.from_args(args).parts)
         return tensors[whole + "_hc.alpha"][there.index(which)].reshape(1).clone()
     parts = [tensors[name] for name in names]
     if len(parts) == 3:  # for each group: its queries, its key, its value
@@ -96,13 +96,6 @@ def _gather(key: str, like: Tensor, args: Any, tensors: dict[str, Tensor]) -> Te
         groups = parts[1].shape[0] // head
         return torch.cat([part.unflatten(0, (groups, -1, head)) for part in parts], dim=1).flatten(0, 2)
     return torch.cat(parts) if len(parts) == 2 else parts[0]
-
-
-def _has(part: str, args: Any) -> bool:
-    """Whether a part of the mappings has parameters."""
-    if part == "res":
-        return args.mhc_h_res != "identity"
-    return getattr(args, f"mhc_h_{part}") == "dynamic"
 
 
 def write(model: Any, args: Any, folder: Path, transformer_engine: bool) -> None:

@@ -35,7 +35,7 @@ from torch import Tensor
 from megatron_mhc.ops import compiled
 from megatron_mhc.ops.kernels import TRITON, Kernels
 from megatron_mhc.ops.link import Ahead, Link, NextPre, Projected, Saved, link_of, made_by
-from megatron_mhc.ops.options import Handed, HandedBack, Options, ReadNorm
+from megatron_mhc.ops.options import MIXES, READS, WRITES, Form, Handed, HandedBack, Options, ReadNorm
 from megatron_mhc.ops.triton import stage_ends
 from megatron_mhc.ops.triton.post_res import post_backward, post_res_forward
 from megatron_mhc.ops.triton.post_res_project import can_project
@@ -57,10 +57,11 @@ class BackwardHandoff:
 class KernelMappings:
     """Coefficients of T tokens, computed by kernels, on their way from `pre` to `post_res`.
 
-    h_pre, h_post: [T, n]; h_res: [T, n, n]; fp32, detached.
+    h_pre, h_post: [T, n]; h_res: [T, n, n]; fp32, detached; constants where they are not learned.
 
     Args:
-        coefficients: [T, M] fp32, h_pre, h_post and h_res row-major.
+        coefficients: [T, M] fp32, h_pre, h_post and h_res row-major, those that are learned.
+        form: of the coefficients.
         norm, norm_saved: folded into `pre`, and what that kept of it, [T, n+1] fp32; or None.
         handoff: from an eager `pre`.
         handed_on: [T, n] fp32, h_pre with its gradient, where the next connection reads with it.
@@ -72,6 +73,7 @@ class KernelMappings:
         tunnels: tuple[Tensor, ...],
         coefficients: Tensor,
         saved: Saved,
+        form: Form,
         norm: ReadNorm | None = None,
         norm_saved: Tensor | None = None,
         *,
@@ -80,22 +82,31 @@ class KernelMappings:
         handed_on: Tensor | None = None,
     ):
         self.n = tunnels[0].shape[1]
-        self.coefficients, self.saved = coefficients, saved
+        self.coefficients, self.saved, self.form = coefficients, saved, form
         self.norm, self.norm_saved = norm, norm_saved
         self.handoff, self.streams, self.handed_on = handoff, streams, handed_on
         self._tunnels: tuple[Tensor, ...] | None = tunnels
 
     @property
     def h_pre(self) -> Tensor:
-        return self.coefficients[:, : self.n]
+        if self.form.parts & READS:
+            return self.coefficients[:, : self.n]
+        return self.coefficients.new_full((self.coefficients.shape[0], self.n), 1 / self.n)
 
     @property
     def h_post(self) -> Tensor:
-        return self.coefficients[:, self.n : 2 * self.n]
+        if self.form.parts & WRITES:
+            first = self.n if self.form.parts & READS else 0
+            return self.coefficients[:, first : first + self.n]
+        return self.coefficients.new_ones(self.coefficients.shape[0], self.n)
 
     @property
     def h_res(self) -> Tensor:
-        return self.coefficients[:, 2 * self.n :].unflatten(1, (self.n, self.n))
+        n = self.n
+        if self.form.parts & MIXES:
+            return self.coefficients[:, -n * n :].unflatten(1, (n, n))
+        eye = torch.eye(n, dtype=torch.float32, device=self.coefficients.device)
+        return eye.expand(self.coefficients.shape[0], n, n)
 
     def take_tunnel(self) -> tuple[Tensor, ...]:
         """What `post_res` takes and hands its gradient back through, once: first the streams, or their place.
@@ -143,9 +154,8 @@ class _Pre(torch.autograd.Function):
         kernels, options, norm, upstream, _, shape, read = visit
         ahead = None
         if upstream is not None and upstream.ahead is not None:
-            ahead = upstream.ahead.take(
-                streams, weight, affine, *(() if h_pre is None else (h_pre,)), norm=norm
-            )
+            of = (weight, affine) if h_pre is None else (weight, affine, h_pre)
+            ahead = upstream.ahead.take(streams, *of, norm=norm)
         x, handed = streams.view(shape), handed_to(h_pre)
         if ahead is None:
             made = kernels.pre_forward(x, weight, affine, options, norm=norm, handed=handed)
@@ -170,14 +180,14 @@ class _Pre(torch.autograd.Function):
         x, weight, affine, norm_weight, h_pre, saved, norm_saved = ctx.saved_tensors
         kernels, options, norm, upstream, handoff, *_ = ctx.visit
         norm = norm and norm._replace(weight=norm_weight)
-        writer = None if upstream is None else upstream.writer
+        writer = upstream.writer if upstream is not None and upstream.form == options.form else None
         handed = handed_back(h_pre, others[-1])
         dx, d_weight, d_affine, df, d_norm_weight = gradients_of_pre(
             kernels, options, handoff, x, weight, affine, norm, saved, norm_saved, dl, g, writer,
             ctx.needs_input_grad[1], handed,
         )  # fmt: skip
         dx = dx if dx.shape == ctx.shape else dx.view(ctx.shape)
-        if df is not None:
+        if df is not None:  # then there is a writer
             upstream.put_df(dx, df)
         return dx, d_weight, d_affine, d_norm_weight, handed and handed.d_h_pre, None
 
@@ -240,11 +250,16 @@ class _PostRes(torch.autograd.Function):
         linked: bool,
         next_pre: NextPre | None,
     ) -> Tensor:
-        coefficients, saved = mappings.coefficients, mappings.saved
+        coefficients, saved, form = mappings.coefficients, mappings.saved, mappings.form
         ctx.save_for_backward(f, *saved, f_bias)
-        ctx.handoff, ctx.link, ctx.shape = mappings.handoff, Link(saved) if linked else None, tunnel.shape
-        if ctx.link is None or next_pre is None or f.dtype != tunnel.dtype or not can_project(tunnel):
-            return post_res_forward(tunnel, f, coefficients, f_bias)
+        ctx.handoff, ctx.form, ctx.shape = mappings.handoff, form, tunnel.shape
+        ctx.link = Link(saved, form) if linked else None
+        # Those of one form, which has rows to project.
+        projects = (
+            next_pre is not None and next_pre.options.form == form and form.parts and can_project(tunnel)
+        )
+        if ctx.link is None or next_pre is None or f.dtype != tunnel.dtype or not projects:
+            return post_res_forward(tunnel, f, coefficients, f_bias, parts=form.parts)
         kernels, weight, affine, options, norm, h_pre = next_pre
         if kernels.post_res_pre is not None:
             handed = handed_to(h_pre)
@@ -256,7 +271,7 @@ class _PostRes(torch.autograd.Function):
             assert kernels.post_res_project is not None
             folds, reads = norm is not None, norm is None and h_pre is not None
             out, parts, layer_input = kernels.post_res_project(
-                tunnel, f, coefficients, weight, f_bias, folds, reads
+                tunnel, f, coefficients, weight, f_bias, folds, form.parts, reads
             )
             of = made_by(next_pre) if reads else (weight,)
             ctx.link.ahead = Ahead(out, of, Projected(parts, layer_input), norm)
@@ -270,7 +285,8 @@ class _PostRes(torch.autograd.Function):
         df = None if ctx.link is None else ctx.link.take_df(g)
         # g is not the gradient of the tunnel's streams: pre's backward makes it so.
         g = g if g.shape == ctx.shape else g.view(ctx.shape)
-        return g, *gradients_of_f(ctx, f, post_backward(g, *saved) if df is None else df), None, None, None
+        df = post_backward(g, saved[0], saved[1], ctx.form) if df is None else df
+        return g, *gradients_of_f(ctx, f, df), None, None, None
 
 
 def gradients_of_f(ctx: Any, f: Tensor, df: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -284,7 +300,7 @@ class _Mix(torch.autograd.Function):
     def forward(ctx: Any, tunnel: Tensor, mappings: KernelMappings) -> tuple[Tensor, Tensor]:
         ctx.handoff = mappings.handoff
         h_post = mappings.h_post.clone(memory_format=torch.contiguous_format)
-        return stage_ends.mix(tunnel, mappings.coefficients), h_post
+        return stage_ends.mix(tunnel, mappings.coefficients, mappings.form.parts), h_post
 
     @staticmethod
     def backward(ctx: Any, g: Tensor, dh_post: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -319,10 +335,12 @@ def pre(
     if torch.compiler.is_compiling():
         x = x.view(shape)
         layer_input, *tunnels, projection, coefficients, norm_saved = compiled.pre(
-            x, weight, affine, *options, kernels.name, *(norm or ())
+            x, weight, affine, *compiled.flat(options), kernels.name, *(norm or ())
         )
         saved = Saved(projection, affine)  # whose gradients, and that of x, all leave `pre`
-        mappings = KernelMappings(tuple(tunnels), coefficients, saved, norm, norm and norm_saved, streams=x)
+        mappings = KernelMappings(
+            tuple(tunnels), coefficients, saved, options.form, norm, norm and norm_saved, streams=x
+        )
         return layer_input.view(read), mappings
     visit = _Visit(kernels, options, norm, link_of(x), BackwardHandoff(), shape, read)
     layer_input, tunnel, projection, coefficients, norm_saved, handed_on = _Pre.apply(
@@ -334,7 +352,7 @@ def pre(
         visit,
     )
     saved, rest = Saved(projection, affine), dict(handoff=visit.handoff, handed_on=handed_on)
-    mappings = KernelMappings((tunnel,), coefficients, saved, norm, norm_saved, **rest)
+    mappings = KernelMappings((tunnel,), coefficients, saved, options.form, norm, norm_saved, **rest)
     return layer_input, mappings
 
 
@@ -357,7 +375,12 @@ def post_res(
         f = f if f_bias is None else f + f_bias  # fused by the compiler
         T, n, C = mappings.streams.shape
         mixed = compiled.post_res(
-            *mappings.take_tunnel(), mappings.streams, f.reshape(T, C), mappings.coefficients, *mappings.saved
+            *mappings.take_tunnel(),
+            mappings.streams,
+            f.reshape(T, C),
+            mappings.coefficients,
+            *mappings.saved,
+            *mappings.form,
         )
         return mixed if f.dim() == 2 else mixed.view(*f.shape[:2], n * C)
     if torch.compiler.is_compiling():  # but the graph broke in front of pre

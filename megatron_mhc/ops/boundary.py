@@ -89,7 +89,7 @@ class _Boundary(torch.autograd.Function):
             )
             if g_streams is not None:
                 dx, df = dx + g_streams.reshape(x.shape), None
-        df = post_backward(dx, *writer) if df is None else df
+        df = post_backward(dx, writer[0], writer[1], read.options.form) if df is None else df
         d_h_pre = handed and handed.d_h_pre
         return dx, *gradients_of_f(ctx, f, df), d_weight, d_affine, d_norm_weight, d_h_pre, None
 
@@ -98,13 +98,15 @@ def can_join(mappings: KernelMappings, f: Tensor, next_pre: NextPre) -> bool:
     """Whether `post_res_pre` serves these; f: [..., C]."""
     if next_pre.kernels.post_res_pre is None or mappings.streams is not None or torch.compiler.is_compiling():
         return False
-    return f.dtype in next_pre.kernels.dtypes
+    return f.dtype in next_pre.kernels.dtypes and mappings.form == next_pre.options.form
 
 
 def post_res_pre(
     f: Tensor, mappings: KernelMappings, next_pre: NextPre, f_bias: Tensor | None = None
 ) -> Tensor:
     """`autograd.post_res` of f: [s, b, C], and ahead of its call the `pre` that reads what this returns.
+
+    `can_join` says where; so both connections are of one form.
 
     Returns:
         the streams [s, b, n*C], which carry what that `pre` returns, for `taken`.
@@ -117,9 +119,15 @@ def post_res_pre(
     )
     assert visit.values is not None
     saved, coefficients, norm_saved = visit.values
-    rest: dict[str, Any] = dict(handoff=visit.handoff, handed_on=handed_on)
     next_mappings = KernelMappings(
-        (next_tunnel,), coefficients, Saved(saved, affine), norm, norm_saved, **rest
+        (next_tunnel,),
+        coefficients,
+        Saved(saved, affine),
+        next_pre.options.form,
+        norm,
+        norm_saved,
+        handoff=visit.handoff,
+        handed_on=handed_on,
     )
     streams.mhc_ahead = Ahead(streams, made_by(next_pre), (layer_input, next_mappings), norm)
     return streams

@@ -14,11 +14,15 @@ from torch import Tensor
 from torch.library import custom_op, register_autograd, register_fake
 
 from megatron_mhc.ops.kernels import BY_NAME
-from megatron_mhc.ops.options import Options, ReadNorm
-from megatron_mhc.ops.triton.common import mapping_rows
+from megatron_mhc.ops.options import Form, Options, ReadNorm
 from megatron_mhc.ops.triton.post_res import post_backward, post_res_forward
 
 # Inductor may hand an op other strides than it traced; contiguous() of what is contiguous does nothing.
+
+
+def flat(options: Options) -> tuple[float, int, bool, int, int, float, float]:
+    """The options as arguments of an op."""
+    return *options[:4], *options.form
 
 
 def _tunnels(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -40,6 +44,9 @@ def pre(
     iterations: int,
     deepseek_v4: bool,
     reserved_sms: int,
+    parts: int,
+    post_magnitude: float,
+    post_eps: float,
     backend: str,
     norm_weight: Tensor | None = None,
     read_norm_eps: float = 0.0,
@@ -54,7 +61,7 @@ def pre(
         x.contiguous(),
         weight.contiguous(),
         affine,
-        Options(norm_eps, iterations, deepseek_v4, reserved_sms),
+        Options(norm_eps, iterations, deepseek_v4, reserved_sms, Form(parts, post_magnitude, post_eps)),
         norm=_norm(norm_weight, read_norm_eps, zero_centered),
     )
     norm_saved = _none(saved) if norm_saved is None else norm_saved
@@ -84,6 +91,9 @@ def _pre_backward(
     iterations: int,
     deepseek_v4: bool,
     reserved_sms: int,
+    parts: int,
+    post_magnitude: float,
+    post_eps: float,
     backend: str,
     norm_weight: Tensor | None = None,
     read_norm_eps: float = 0.0,
@@ -102,7 +112,7 @@ def _pre_backward(
             weight.contiguous(),
             affine,
             saved.contiguous(),
-            Options(norm_eps, iterations, deepseek_v4, reserved_sms),
+            Options(norm_eps, iterations, deepseek_v4, reserved_sms, Form(parts, post_magnitude, post_eps)),
             **more,
         )
     )
@@ -119,14 +129,20 @@ def post_res(
     coefficients: Tensor,
     saved: Tensor,
     affine: Tensor,
+    parts: int,
+    post_magnitude: float,
+    post_eps: float,
 ) -> Tensor:
     """`post_res_forward`, given what `pre` returned; `pre` alone gives x a gradient."""
-    return post_res_forward(x.contiguous(), f.contiguous(), coefficients.contiguous())
+    return post_res_forward(x.contiguous(), f.contiguous(), coefficients.contiguous(), parts=parts)
 
 
 @custom_op("megatron_mhc::post_res_backward", mutates_args=())
-def _post_backward(g: Tensor, saved: Tensor, affine: Tensor) -> Tensor:
-    return post_backward(g.contiguous(), saved.contiguous(), affine)
+def _post_backward(
+    g: Tensor, saved: Tensor, affine: Tensor, parts: int, post_magnitude: float, post_eps: float
+) -> Tensor:
+    form = Form(parts, post_magnitude, post_eps)
+    return post_backward(g.contiguous(), saved.contiguous(), affine, form)
 
 
 # What a fake op is not given has its default: settings are the last ones of `pre` and of its backward.
@@ -135,16 +151,16 @@ def _post_backward(g: Tensor, saved: Tensor, affine: Tensor) -> Tensor:
 @register_fake("megatron_mhc::pre")
 def _(x: Tensor, weight: Tensor, affine: Tensor, *settings: Any) -> tuple[Tensor, ...]:
     T, n, C = x.shape
-    M, f32 = mapping_rows(n), torch.float32
+    M, f32 = weight.shape[0], torch.float32
     saved, coefficients = (x.new_empty(T, rows, dtype=f32) for rows in (M + 1, M))
-    norm_saved = saved.new_empty(T, n + 1) if len(settings) > 5 and settings[5] is not None else _none(saved)
+    norm_saved = saved.new_empty(T, n + 1) if len(settings) > 8 and settings[8] is not None else _none(saved)
     return x.new_empty(T, C), *_tunnels(x), saved, coefficients, norm_saved
 
 
 @register_fake("megatron_mhc::pre_backward")
 def _(x: Tensor, g: Tensor, f: Tensor, dl: Tensor, weight: Tensor, affine: Tensor, *more: Any) -> Any:
     saved, _norm_saved, *settings = more
-    of_norm = settings[5] if len(settings) > 5 and settings[5] is not None else _none(saved)
+    of_norm = settings[8] if len(settings) > 8 and settings[8] is not None else _none(saved)
     return tuple(t.new_empty(t.shape) for t in (x, weight, affine, of_norm))
 
 
@@ -175,17 +191,18 @@ def _gradients_of_pre(ctx: Any, dl: Tensor | None, g: Tensor | None, f: Tensor |
     *grads, d_norm_weight = _pre_backward(
         x, g, f, dl, weight, affine, saved, norm_saved, *ctx.options, norm_weight, *ctx.of_norm
     )
-    return *grads, *[None] * 5, None if norm_weight is None else d_norm_weight, None, None
+    return *grads, *[None] * 8, None if norm_weight is None else d_norm_weight, None, None
 
 
-def _keep_for_post_res(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    *_, f, _coefficients, saved, affine = inputs
+def _keep_for_post_res(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *_, f, _coefficients, saved, affine, parts, post_magnitude, post_eps = inputs
     ctx.save_for_backward(f, saved, affine)
+    ctx.form = parts, post_magnitude, post_eps
 
 
 def _gradients_of_post_res(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     f, saved, affine = ctx.saved_tensors
-    return g, f, None, _post_backward(g, saved, affine), *[None] * 3
+    return g, f, None, _post_backward(g, saved, affine, *ctx.form), *[None] * 6
 
 
 register_autograd(pre, _gradients_of_pre, setup_context=_keep_for_pre)

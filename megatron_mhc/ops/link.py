@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from megatron_mhc.ops.kernels import Kernels
-from megatron_mhc.ops.options import Options, ReadNorm
+from megatron_mhc.ops.options import Form, Options, ReadNorm
 
 
 class Saved(NamedTuple):
-    """What h_post is made of again: `saved` [T, M+1] of `pre_forward`, and affine [M+3]; fp32."""
+    """What h_post is made of again: `saved` [T, M+1] of `pre_forward`, and affine; fp32."""
 
     projection: Tensor
     affine: Tensor
@@ -77,8 +77,8 @@ class Link:
     returns; backward, it brings post_res its df.
     """
 
-    def __init__(self, writer: Saved):
-        self.writer = writer
+    def __init__(self, writer: Saved, form: Form):
+        self.writer, self.form = writer, form
         self.ahead: Ahead | None = None
         self._df: tuple[Tensor, int, int | None, Tensor] | None = None
 

@@ -4,6 +4,28 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+READS, WRITES, MIXES = 1, 2, 4  # h_pre, h_post and H_res
+BITS = {"pre": READS, "post": WRITES, "res": MIXES}
+
+
+class Form(NamedTuple):
+    """Which coefficients are learned, and what h_post is.
+
+    Args:
+        parts: the sum of READS, WRITES and MIXES of those that are. The others are the constants 1/n, 1 and
+            I; they have no rows in projections, `saved` and coefficients, and nothing is loaded for them.
+        post_magnitude, post_eps: h_post = magnitude * sigma(.) + eps.
+    """
+
+    parts: int = READS + WRITES + MIXES
+    post_magnitude: float = 2.0
+    post_eps: float = 0.0
+
+    def rows(self, n: int) -> int:
+        """M, the mapping rows: n of h_pre, n of h_post, n*n of H_res, of those that are learned."""
+        learned = (self.parts & READS, self.parts & WRITES, self.parts & MIXES)
+        return sum(size for size, on in zip((n, n, n * n), learned, strict=True) if on)
+
 
 class Options(NamedTuple):
     """Settings of one connection's kernels.
@@ -14,12 +36,14 @@ class Options(NamedTuple):
         deepseek_v4: that model's arithmetic instead of the paper's.
         reserved_sms: SMs that `hopper` leaves to long-running kernels, such as posted NCCL receives. The
             others need no reserve: their programs do not wait for ones that have not started.
+        form: of the coefficients.
     """
 
     norm_eps: float
     iterations: int
     deepseek_v4: bool
     reserved_sms: int = 0
+    form: Form = Form()
 
 
 class ReadNorm(NamedTuple):

@@ -123,6 +123,8 @@ def mhc_mappings(
     n: int,
     *,
     deepseek_v4: bool = False,
+    post_magnitude: float = 2.0,
+    post_eps: float = 0.0,
     sinkhorn_iterations: int = 20,
     dynamic_pre: bool = True,
     dynamic_post: bool = True,
@@ -133,6 +135,7 @@ def mhc_mappings(
     Args:
         logits: [T, m] of alpha * projection + bias, in the order pre, post, res; fixed parts absent.
         n: number of streams.
+        post_magnitude, post_eps: h_post is magnitude * sigma(.) + eps, as in HY-V4.
 
     Source: arXiv 2512.24880 Eqs. (17)-(19); constants of its ablation: 1/n, 1 and I. Under
     `deepseek_v4` h_pre gains eps and the n*n logits are those of comb = H_res^T.
@@ -144,7 +147,10 @@ def mhc_mappings(
         h_pre = pre_logits.sigmoid() + (DEEPSEEK_EPS if deepseek_v4 else 0.0)
     else:
         h_pre = logits.new_full((tokens, n), 1.0 / n)
-    h_post = 2.0 * post_logits.sigmoid() if dynamic_post else logits.new_ones(tokens, n)
+    if dynamic_post:
+        h_post = post_magnitude * post_logits.sigmoid() + post_eps
+    else:
+        h_post = logits.new_ones(tokens, n)
     if not dynamic_res:
         h_res = torch.eye(n, dtype=logits.dtype, device=logits.device).expand(tokens, n, n)
     elif deepseek_v4:

@@ -146,12 +146,13 @@ class DroppingChunk(ModelChunk):
     def sublayer_bytes(self, streams: Tensor, replayed: bool = True) -> list[plan.SubLayerBytes]:
         """Bytes of each sub-layer of a pass with these streams: [s, b, n*C]."""
         tokens, n = streams.shape[0] * streams.shape[1], self.mhc.num_residual_streams
-        again = self.mhc.recompute_coefficients
+        again, rows = self.mhc.recompute_coefficients, sum(self.mhc.parts.values())
         return [
             inventory.sublayer(
                 streams.nbytes // n,
                 tokens,
                 n,
+                rows=rows,
                 norm=sublayer.has_norm,
                 inside=sublayer.inside,
                 replayed=replayed,

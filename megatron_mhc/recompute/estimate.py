@@ -63,7 +63,7 @@ def ranks(config: Any, mhc: MHCConfig, sequence: int, micro_batch: int, micro_ba
             [f for layer in max(chunks, key=len) for f in _sublayers(config, layer, folded)]
             for folded in (why_norms_apart(config, mhc) is None, False)
         )
-        inside = dict(one=one, tokens=tokens, n=n)
+        inside = dict(one=one, tokens=tokens, n=n, rows=sum(mhc.parts.values()))
         stored = [inventory.sublayer(**inside, norm=m, inside=i, replayed=False) for m, i in facts]
         again = dict(replayed=True, coefficients=mhc.recompute_coefficients)
         replayed = [inventory.sublayer(**inside, norm=m, inside=i, **again) for m, i in facts]

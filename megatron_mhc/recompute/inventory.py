@@ -17,7 +17,15 @@ from megatron_mhc.recompute.plan import SubLayerBytes
 
 
 def sublayer(
-    one: int, tokens: int, n: int, *, norm: bool, inside: int, replayed: bool, coefficients: bool = False
+    one: int,
+    tokens: int,
+    n: int,
+    *,
+    rows: int,
+    norm: bool,
+    inside: int,
+    replayed: bool,
+    coefficients: bool = False,
 ) -> SubLayerBytes:
     """Bytes of one sub-layer on one rank.
 
@@ -25,13 +33,13 @@ def sublayer(
         one: bytes of one stream of all tokens.
         tokens: of the streams that the rank holds.
         n: number of streams.
+        rows: of the mappings that are learned.
         norm: a separate norm precedes F.
         inside: bytes per token, from `attention` or `mlp`.
         replayed: the sub-layer is replayed, with the coefficients that `pre` gave, or with new
             ones if `coefficients`.
     """
-    rows = n * n + 2 * n
-    saved = rows + 1  # of pre, for its backward: the normalised projection and 1/r, fp32
+    saved = rows + (rows > 0)  # of pre, for its backward: the normalised projection and 1/r, fp32
     kept = saved + rows * replayed if not (replayed and coefficients) else 0
     return SubLayerBytes(n * one, one * (1 + norm), one + 4 * tokens * kept, tokens * inside)
 

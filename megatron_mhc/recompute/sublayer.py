@@ -108,7 +108,8 @@ class DroppingSubLayer(SubLayer):
         else:
             from megatron_mhc.ops.triton.post_res import post_res_forward  # imports triton
 
-            mixed = post_res_forward(x, f.contiguous(), coefficients, f_bias)
+            parts = self.connection.options.form.parts
+            mixed = post_res_forward(x, f.contiguous(), coefficients, f_bias, parts=parts)
         return mixed.view(s, b, -1)
 
 
@@ -234,7 +235,8 @@ class Dropped(Left):
             out = None if target is None else target.view(s * b, width)
             kept.append(replay.Connection(one.coefficients, f, out, one.bias, *one.folded, given))
         more = len(behind) >= len(row)
-        between = replay.replay(x.view(s * b, n, width), kept, behind=more)
+        parts = self.sublayer.connection.options.form.parts
+        between = replay.replay(x.view(s * b, n, width), kept, behind=more, parts=parts)
         streams = [x, *(t.view(x.shape) for t in between)]
         for one, its, target in zip(row, streams, targets, strict=False):
             one._put_back(its)

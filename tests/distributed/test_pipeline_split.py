@@ -38,6 +38,7 @@ CASES = {
     "replayed-coefficients": ("dense", "fused", dict(recompute_layer_num="1", recompute_coefficients=True)),
     "single-pass": ("dense", "fused", dict(read="previous")),
     "deepseek": ("dense", "fused", dict(preset="deepseek_v4")),
+    "hy_v4": ("dense", "interleaved", dict(preset="hy_v4", recompute_layer_num="1")),
 }
 
 

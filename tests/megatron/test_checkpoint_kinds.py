@@ -12,6 +12,7 @@ from megatron_mhc import MHCConfig
 
 FOUR = MHCConfig()
 FIXED = MHCConfig(h_res="identity", h_pre="fixed", h_post="fixed")  # its connections have no parameters
+HY = MHCConfig(preset="hy_v4")
 DENSE = MHCConfig(load_dense=True)
 
 
@@ -89,7 +90,7 @@ def test_mhc_checkpoint_is_refused_by_a_plain_model(run_ranks, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "mhc", [FOUR, DENSE, FIXED, MHCConfig(preset="deepseek_v4"), MHCConfig(h_res="unconstrained")]
+    "mhc", [FOUR, DENSE, FIXED, MHCConfig(preset="deepseek_v4"), MHCConfig(h_res="unconstrained"), HY]
 )
 def test_mhc_checkpoint_round_trips(run_ranks, tmp_path, mhc):
     def compare():
@@ -118,6 +119,9 @@ OTHERS = [
     (MHCConfig(contract="learned_head"), FOUR, "pass --mhc-contract learned_head"),
     (FOUR, MHCConfig(preset="deepseek_v4", contract="mean"), "pass --mhc-preset paper"),
     (FOUR, MHCConfig(h_res="unconstrained"), "pass --mhc-h-res sinkhorn"),
+    (HY, MHCConfig(preset="hy_v4", post_magnitude=1.5), "pass --mhc-post-magnitude 2.0"),
+    (HY, MHCConfig(h_res="identity", contract="learned_head"), "pass --mhc-preset hy_v4"),
+    (MHCConfig(preset="glm_5_3"), MHCConfig(preset="deepseek_v4"), "pass --mhc-preset glm_5_3"),
     (FIXED, FOUR, "pass --mhc-h-res identity"),
     (FIXED, DENSE, "pass --mhc-h-res identity"),
     (FOUR, FIXED, "pass --mhc-h-res sinkhorn"),

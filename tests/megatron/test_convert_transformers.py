@@ -4,23 +4,17 @@ Skipped where transformers is absent or has no DeepSeek-V4. Attention and expert
 sides; the streams, the mappings, the head and every gradient are compared in fp32.
 """
 
-import copy
-
 import pytest
 import torch
-from megatron.core.transformer.transformer_config import TransformerConfig
+from published_models import CLOSE, PluginModel, around, run_theirs
 
 from megatron_mhc import MHCConfig, convert
-from megatron_mhc.hyper_connection import HyperConnectionModule
 from megatron_mhc.ops import reference
-from megatron_mhc.streams import ContractHead
 
 pytest.importorskip("transformers")
 v4 = pytest.importorskip("transformers.models.deepseek_v4.modeling_deepseek_v4")
 
 BATCH, SEQ = 2, 24
-# fp32 against fp32, four layers deep: the two sum in another order.
-CLOSE = dict(rtol=1e-4, atol=2e-5)
 
 
 def tiny(n=4, iterations=20, eps=1e-6):
@@ -67,45 +61,6 @@ def tiny(n=4, iterations=20, eps=1e-6):
     return model.train()
 
 
-class PluginModel(torch.nn.Module):
-    """The plugin's connections and head, numbered by the plugin's names."""
-
-    def __init__(self, hf, mhc):
-        super().__init__()
-        config = TransformerConfig(
-            num_layers=1,
-            hidden_size=hf.config.hidden_size,
-            num_attention_heads=1,
-            use_cpu_initialization=True,
-        )
-        self.decoder = torch.nn.Module()
-        self.decoder.layers = torch.nn.ModuleList()
-        for i in range(hf.config.num_hidden_layers):
-            layer = torch.nn.Module()
-            layer.self_attention_hyper_connection = HyperConnectionModule(config, mhc, 2 * i)
-            layer.mlp_hyper_connection = HyperConnectionModule(config, mhc, 2 * i + 1)
-            self.decoder.layers.append(layer)
-        self.decoder.final_layernorm = torch.nn.Module()
-        self.decoder.final_layernorm.head = ContractHead(config, mhc)
-
-    def mappings(self):
-        return {name: value.clone() for name, value in self.state_dict().items()}
-
-    def gradients(self):
-        """By the names of a checkpoint."""
-        twin = copy.deepcopy(self)
-        for own, other in zip(self.parameters(), twin.parameters(), strict=True):
-            other.data.copy_(own.grad)
-        return twin.mappings()
-
-
-def around(connection, streams, sublayer):
-    """One sub-layer F of [b, s, C] between the plugin's streams [s, b, n*C]."""
-    hidden, mappings = connection(streams)
-    f = sublayer(hidden.transpose(0, 1).contiguous())
-    return connection.post_res(streams, f.transpose(0, 1), mappings)
-
-
 def plugin_forward(model, plugin, tokens, inside):
     """DeepseekV4Model.forward with the plugin's residual connections; `inside` are its layers' arguments."""
     n = model.config.hc_mult
@@ -128,22 +83,6 @@ def plugin_forward(model, plugin, tokens, inside):
     return after, model.model.norm(hidden.transpose(0, 1))
 
 
-def run_theirs(model, tokens):
-    """Their streams behind each layer, last hidden state, and the arguments that each layer got."""
-    streams, arguments, hooks = [], [], []
-
-    def before(module, args, kwargs):
-        arguments.append(dict(kwargs))
-
-    for layer in model.model.layers:
-        hooks.append(layer.register_forward_pre_hook(before, with_kwargs=True))
-        hooks.append(layer.register_forward_hook(lambda module, args, out: streams.append(out)))
-    hidden = model.model(tokens, use_cache=False).last_hidden_state
-    for hook in hooks:
-        hook.remove()
-    return streams, hidden, arguments
-
-
 @pytest.mark.parametrize(
     "preset, n, iterations",
     [("deepseek_v4", 4, 20), ("deepseek_v4", 2, 7), ("paper", 4, 20)],
@@ -153,13 +92,13 @@ def test_hidden_states_and_gradients_match_transformers(preset, n, iterations):
     model = tiny(n, iterations, eps=1e-6 if preset == "deepseek_v4" else 0.0)
     options = dict(num_residual_streams=n, sinkhorn_iterations=iterations, norm_eps=model.config.rms_norm_eps)
     mhc = MHCConfig(preset=preset, contract="learned_head", **options)
-    plugin = PluginModel(model, mhc)
+    plugin = PluginModel(model.config, mhc)
     converted = convert.from_published(model.state_dict(), "transformers", mhc, plugin.mappings())
     plugin.load_state_dict(converted)
     tokens = torch.randint(0, 64, (BATCH, SEQ), generator=torch.Generator().manual_seed(1))
     weights = torch.randn(BATCH, SEQ, 32, generator=torch.Generator().manual_seed(2))
 
-    streams, hidden, arguments = run_theirs(model, tokens)
+    streams, hidden, arguments = run_theirs(model.model, tokens)
     (hidden * weights).sum().backward()
     theirs = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
@@ -188,7 +127,7 @@ def test_hidden_states_and_gradients_match_transformers(preset, n, iterations):
 def test_conversion_to_transformers_and_back_is_exact():
     model = tiny()
     mhc = MHCConfig(preset="deepseek_v4")
-    plugin = PluginModel(model, mhc)
+    plugin = PluginModel(model.config, mhc)
     published = {k: v for k, v in model.state_dict().items() if "_hc." in k or "hc_head" in k}
     into = convert.from_published(published, "transformers", mhc, plugin.mappings())
     back = convert.to_published(into, "transformers", mhc)

@@ -54,6 +54,8 @@ CASES = {
     "gated": GQA + PLAIN + "--mhc-preset qwen4_exp --mhc-gated-rank 8 --mhc-num-residual-streams 3",
     "gated_moe_mean": GQA + PLAIN + MOE + "--mhc-preset qwen4_exp --mhc-gated-rank 8 --mhc-contract mean",
     "nothing_learns": PLAIN + "--mhc-h-res identity --mhc-h-pre fixed --mhc-h-post fixed",
+    "glm_5_3": GQA + PLAIN + "--mhc-preset glm_5_3 --mhc-norm-eps 1e-5",
+    "hy_v4": GQA + PLAIN + "--mhc-preset hy_v4 --mhc-post-magnitude 1.5 --mhc-num-residual-streams 3",
     "gqa_moe": GQA + PLAIN + MOE + "--moe-layer-freq 1 --moe-router-score-function sqrtsoftplus",
     "hc_fixed": PLAIN + "--mhc-h-res unconstrained --mhc-h-post fixed --mhc-num-residual-streams 2",
     "mla_sigmoid": MLA + MOE + SIGMOID + "--rope-type rope",

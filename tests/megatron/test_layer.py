@@ -158,16 +158,28 @@ def test_home_streams_take_turns(run_ranks):
     assert run_ranks(1, homes)[0] == [0, 1, 2, 0]
 
 
+FIXED = dict(h_res="identity", h_pre="fixed", h_post="fixed")
+
+
 @pytest.mark.parametrize(
-    "preset, norm, variant", [("paper", "apart", "recompute"), ("deepseek_v4", "folded", "dense")]
+    "form, norm, variant",
+    [
+        (dict(preset="paper"), "apart", "recompute"),
+        (dict(preset="deepseek_v4"), "folded", "dense"),
+        (dict(preset="hy_v4", post_magnitude=1.5), "folded", "recompute"),
+        (dict(num_residual_streams=3, preset="glm_5_3", sinkhorn_iterations=2), "apart", "dense"),
+        (dict(h_post="fixed", sinkhorn_iterations=2), "folded", "dense"),
+        (FIXED, "folded", "recompute"),
+        (FIXED, "apart", "dense"),
+    ],
 )
-def test_triton_backend_matches_the_reference_backend(run_ranks, preset, norm, variant):
+def test_triton_backend_matches_the_reference_backend(run_ranks, form, norm, variant):
     """Loss and every gradient of a model, in Triton's interpreter, also where it computes the norms."""
 
     def both():
         results = []
         for options in (dict(backend="reference"), dict(backend="triton", norm=norm)):
-            mhc = MHCConfig(preset=preset, init="uniform", init_gating_factor=0.5, **options)
+            mhc = MHCConfig(init="uniform", init_gating_factor=0.5, **form, **options)
             results.append(gpt.forward_backward(gpt.build(mhc, **VARIANTS[variant])))
         return results
 

@@ -47,6 +47,12 @@ CASES = {
     "folded norms": (dict(norm="folded"), MOE),
     "folded norms, bf16": (dict(norm="folded"), dict(params_dtype=torch.bfloat16, bf16=True)),
     "triton": (dict(backend="triton", norm="folded", sinkhorn_iterations=2), dict(num_layers=1)),
+    "triton hy_v4": (dict(backend="triton", norm="folded", preset="hy_v4"), dict(num_layers=1)),
+    "triton, fixed": (dict(backend="triton", h_pre="fixed", h_post="fixed"), dict(num_layers=2)),
+    "triton, nothing learned": (
+        dict(backend="triton", h_res="identity", h_pre="fixed", h_post="fixed"),
+        dict(num_layers=2),
+    ),
     "triton, two blocks": (dict(backend="triton"), DROPOUT | dict(num_layers=2)),
     "triton, deepseek_v4": (dict(backend="triton", preset="deepseek_v4"), dict(num_layers=2)),
     "triton, single pass": (dict(backend="triton", preset="deepseek_v41"), dict(num_layers=2)),

@@ -17,7 +17,7 @@ from megatron_mhc.testing import ranks
 
 def _post_res_pre(x, f, before, f_bias, weight, affine, options, norm=None, handed=None):
     """Hopper's, by Triton."""
-    streams = post_res_forward(x, f.view(x[:, 0].shape), before, f_bias)
+    streams = post_res_forward(x, f.view(x[:, 0].shape), before, f_bias, parts=options.form.parts)
     layer_input, *made = pre_forward(streams, weight, affine, options, norm=norm, handed=handed)
     shape = x.shape if f.dim() == 2 else (*f.shape[:-1], x.shape[1] * x.shape[2])
     return streams.view(shape).clone(), layer_input.view(f.shape).clone(), *made  # no views, as its are none

@@ -4,13 +4,13 @@ import functools
 
 import pytest
 import torch
-from ops_cases import ON_GPU, each, inputs, norm_like
+from ops_cases import ON_GPU, OPTIONS, each, inputs, norm_like
 from ops_chains import apart, connections, optimize, results, same, sublayer
 
 from megatron_mhc import MHCConfig
 from megatron_mhc.backend import choose
 from megatron_mhc.ops import autograd, compiled, reference
-from megatron_mhc.ops.options import Options, ReadNorm
+from megatron_mhc.ops.options import Form, Options, ReadNorm
 
 MHC = MHCConfig()
 CASES = [
@@ -146,17 +146,19 @@ def test_ops_hold_what_torch_asks_of_custom_ops(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "new_empty_strided", lambda *args: new(*args).fill_(0))
     *tensors, f = inputs(3, 4, 32, torch.float32)
     x, weight, affine = leaves = [t.requires_grad_() for t in tensors]
-    settings = 1e-6, 20, False, 0, "triton"
+    settings = *compiled.flat(OPTIONS), "triton"
     of_norm = norm_like(f).weight.requires_grad_(), 1e-5, False
     torch.library.opcheck(compiled.pre, (*leaves, *settings))
     torch.library.opcheck(compiled.pre, (*leaves, *settings, *of_norm))
     made = (t.detach() for t in compiled.pre(*leaves, *settings, *of_norm))
     layer_input, g_tunnel, f_tunnel, saved, values, norm_saved = made
     tunnels = g_tunnel.requires_grad_(), f_tunnel.requires_grad_()
-    torch.library.opcheck(compiled.post_res, (*tunnels, x, f.requires_grad_(), values, saved, affine))
+    torch.library.opcheck(
+        compiled.post_res, (*tunnels, x, f.requires_grad_(), values, saved, affine, *Form())
+    )
     g = torch.randn_like(x)
     plain = [t.detach() for t in leaves]
-    torch.library.opcheck(compiled._post_backward, (g, saved, plain[2]))
+    torch.library.opcheck(compiled._post_backward, (g, saved, plain[2], *Form()))
     given = plain[0], g, f.detach(), layer_input, *plain[1:], saved, norm_saved, *settings
     torch.library.opcheck(compiled._pre_backward, given)
     torch.library.opcheck(compiled._pre_backward, (*given, of_norm[0].detach(), *of_norm[1:]))

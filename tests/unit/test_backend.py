@@ -47,12 +47,17 @@ def machine(monkeypatch):
         ({}, 4100, BF16, "cuda", "reference"),
         ({}, 4096, torch.float64, "cuda", "reference"),
         (dict(backend="reference"), 4096, BF16, "cuda", "reference"),
-        (dict(h_res="identity"), 4096, BF16, "cuda", "reference"),
-        (dict(h_pre="fixed"), 4096, BF16, "cuda", "reference"),
+        (dict(h_res="identity"), 4096, BF16, "cuda", "triton"),
+        (dict(h_pre="fixed"), 4096, BF16, "cuda", "triton"),
+        (dict(h_res="unconstrained"), 4096, BF16, "cuda", "reference"),
         (dict(num_residual_streams=2), 4096, BF16, "cuda", "triton"),
-        (dict(num_residual_streams=3), 4096, BF16, "cuda", "reference"),
+        (dict(num_residual_streams=3), 4096, BF16, "cuda", "triton"),
+        (dict(num_residual_streams=5), 4096, BF16, "cuda", "reference"),
         (dict(num_residual_streams=8), 4096, torch.float16, "cuda", "triton"),
         (dict(preset="deepseek_v4"), 4096, BF16, "cuda", "triton"),
+        (dict(preset="glm_5_3"), 4096, BF16, "cuda", "triton"),
+        (dict(preset="hy_v4"), 4096, BF16, "cuda", "triton"),
+        (dict(h_res="identity", h_pre="fixed", h_post="fixed"), 4096, BF16, "cuda", "triton"),
     ],
 )
 def test_backend_follows_the_option_and_the_streams(options, width, dtype, device, backend):
@@ -73,7 +78,9 @@ def test_backend_follows_the_option_and_the_streams(options, width, dtype, devic
         (dict(backend="hopper", boundary="fused"), 132 * 64, BF16, "hopper"),
         (dict(backend="triton"), 4096, BF16, "triton"),
         (dict(backend="reference"), 4096, BF16, "reference"),
-        (dict(h_post="fixed"), 4096, BF16, "reference"),
+        (dict(h_post="fixed"), 4096, BF16, "triton"),
+        (dict(preset="hy_v4"), 4096, BF16, "triton"),
+        (dict(preset="glm_5_3"), 4096, BF16, "hopper"),
         ({}, 4100, BF16, "reference"),
     ],
 )
@@ -107,6 +114,8 @@ def test_streams_on_a_cpu_ask_for_no_gpu(monkeypatch):
             "--mhc-num-residual-streams 2 is not 4",
         ),
         (H100, True, dict(h_res="identity"), 4096, BF16, "--mhc-h-res is identity"),
+        (H100, True, dict(preset="hy_v4"), 4096, BF16, "--mhc-h-res is identity"),
+        (H100, True, dict(h_pre="fixed"), 4096, BF16, "--mhc-h-pre is fixed"),
     ],
 )
 def test_hopper_where_it_cannot_serve_is_refused(machine, gpu, installed, options, width, dtype, words):
@@ -126,7 +135,7 @@ def test_hopper_without_triton_is_refused(machine, monkeypatch):
 @pytest.mark.parametrize(
     "options, width, dtype, words",
     [
-        (dict(num_residual_streams=3), 4096, BF16, "--mhc-num-residual-streams 3 is not 1, 2, 4 or 8"),
+        (dict(num_residual_streams=5), 4096, BF16, "--mhc-num-residual-streams 5 is not 1, 2, 3, 4 or 8"),
         ({}, 4100, BF16, "--hidden-size 4100 is no multiple of 16"),
         ({}, 4096, torch.float64, "the streams are torch.float64"),
         (dict(h_res="unconstrained"), 4096, BF16, "--mhc-h-res is unconstrained"),

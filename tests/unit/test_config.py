@@ -20,10 +20,11 @@ def test_defaults_are_the_papers():
     assert MHCConfig(preset="deepseek_v4").contract == "learned_head"
     assert (mhc.read, MHCConfig(read="previous").contract) == ("current", "h_pre")
     v41 = MHCConfig(preset="deepseek_v41")
-    assert (v41.read, v41.contract, v41.has_deepseek_arithmetic) == ("previous", "h_pre", True)
+    assert (v41.read, v41.contract, v41.has_deepseek_form) == ("previous", "h_pre", True)
     gated = MHCConfig(preset="qwen4_exp")
     assert (gated.h_res, gated.contract, gated.gated_rank) == ("identity", "mixer", 320)
     assert MHCConfig.from_options(gated.to_options()) == gated
+    assert (mhc.init, mhc.post_magnitude) == ("home_stream", 2.0)
     assert mhc.pp_boundary == MHCConfig(pipeline_schedule="fused").pp_boundary == "whole"
     assert MHCConfig(pipeline_schedule="auto").pp_boundary == "auto"
     assert MHCConfig(pipeline_schedule="auto", pp_boundary="split").pp_boundary == "split"
@@ -76,6 +77,30 @@ def test_defaults_are_the_papers():
         (dict(read="previous", mtp="multistream"), "first read takes; use --mhc-mtp=single"),
         (dict(preset="qwen4_exp", mtp="multistream"), "between streams: use --mhc-mtp=single, or"),
         (dict(contract="h_pre"), "--mhc-contract=h_pre needs weights that no sub-layer reads with: add"),
+        (
+            dict(preset="hy_v4", h_res="unconstrained"),
+            "--mhc-h-res=unconstrained has no hy_v4 form: use --mhc-preset=paper",
+        ),
+        (
+            dict(preset="hy_v4", h_res="sinkhorn"),
+            "--mhc-h-res=sinkhorn is not hy_v4's, which has identity: leave it out, or use --mhc-preset=dee",
+        ),
+        (dict(preset="hy_v4", h_post="fixed"), "--mhc-h-post=fixed is not hy_v4's, which has dynamic"),
+        (dict(preset="hy_v4", contract="mean"), "--mhc-contract=mean is not hy_v4's, which has learned_head"),
+        (
+            dict(preset="glm_5_3", h_res="identity"),
+            "--mhc-h-res=identity is not glm_5_3's, which has sinkhorn",
+        ),
+        (dict(preset="glm_5_3", h_pre="fixed"), "--mhc-h-pre=fixed is not glm_5_3's, which has dynamic"),
+        (
+            dict(preset="glm_5_3", contract="learned_head"),
+            "--mhc-contract=learned_head is not glm_5_3's, which has mean: leave it out, or use --mhc-pre",
+        ),
+        (
+            dict(preset="glm_5_3", post_magnitude=1.0),
+            "--mhc-post-magnitude=1.0 belongs to hy_v4, glm_5_3 has 2.0: leave it out, or use --mhc-preset",
+        ),
+        (dict(preset="hy_v4", post_magnitude=0.0), "--mhc-post-magnitude=0.0: give a finite number, above 0"),
         (dict(alarm="stop"), "add --mhc-log-interval=100"),
         (dict(recompute_coefficients=True), "add --mhc-recompute-layer-num=auto"),
     ],
@@ -84,6 +109,24 @@ def test_wrong_value_names_flag_value_and_remedy(options, words):
     with pytest.raises(ValueError) as error:
         MHCConfig(**options)
     assert words in str(error.value)
+
+
+def test_a_preset_implies_the_form_of_its_model():
+    said = {
+        name: (m.h_res, m.h_pre, m.h_post, m.contract, m.init, m.post_eps, m.has_deepseek_form, m.parts)
+        for name in ("glm_5_3", "hy_v4")
+        for m in [MHCConfig(preset=name)]
+    }
+    dynamic = ("dynamic", "dynamic")
+    parts = {"pre": 4, "post": 4}
+    glm = ("sinkhorn", *dynamic, "mean", "home_stream", 0.0, True, parts | {"res": 16})
+    assert said == {
+        "glm_5_3": glm,
+        "hy_v4": ("identity", *dynamic, "learned_head", "mean_read", 1e-6, True, parts),
+    }
+    spelled = MHCConfig(preset="hy_v4", h_res="identity", contract="learned_head", post_magnitude=1.5)
+    assert MHCConfig.from_options(spelled.to_options()) == spelled
+    assert MHCConfig(preset="hy_v4", init="home_stream").init == "home_stream"
 
 
 def test_options_round_trip_through_every_door(tmp_path, monkeypatch):
@@ -283,6 +326,7 @@ def test_checkpoints_store_the_options_that_change_the_arithmetic():
         "h_pre": "dynamic",
         "h_post": "dynamic",
         "read": "current",
+        "post_magnitude": 2.0,
         "sinkhorn_iterations": 20,
         "contract": "mean",
         "mtp": "single",

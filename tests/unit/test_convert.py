@@ -14,13 +14,16 @@ V4 = MHCConfig(preset="deepseek_v4")
 PAPER_HEAD = MHCConfig(contract="learned_head")
 
 
+GLM, HY = MHCConfig(preset="glm_5_3"), MHCConfig(preset="hy_v4")
+
+
 def plugin_state(mhc, stacked, seed=0):
     """A plugin's state dict of random fp64 mappings, its norm and one foreign weight."""
     generator = torch.Generator().manual_seed(seed)
     n, c = mhc.num_residual_streams, WIDTH
-    rows = n * n + 2 * n
+    rows = sum(mhc.parts.values())
     shapes = {"mapping_proj.weight": (rows, n * c), "bias": (rows,)}
-    shapes |= {f"alpha_{part}": (1,) for part in ("pre", "post", "res")}
+    shapes |= {f"alpha_{part}": (1,) for part in mhc.parts}
 
     def random(*shape):
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
@@ -96,8 +99,14 @@ def test_published_parameters_give_the_plugins_mappings(mhc, eps, names, stacked
         assert (ours.h_res - comb).abs().max() > 1e-2  # a forgotten transposition would not pass
 
 
-@pytest.mark.parametrize("mhc", [V4, PAPER_HEAD], ids=["deepseek_v4", "paper"])
-@pytest.mark.parametrize("names", convert.PUBLISHED)
+@pytest.mark.parametrize(
+    "mhc, names",
+    [
+        *((mhc, names) for mhc in (V4, PAPER_HEAD) for names in convert.PUBLISHED),
+        (GLM, "transformers"),
+        (HY, "transformers"),
+    ],
+)
 @pytest.mark.parametrize("stacked", [False, True], ids=["numbered", "stacked"])
 def test_published_round_trip_is_exact(mhc, names, stacked):
     state = plugin_state(mhc, stacked)
@@ -131,6 +140,28 @@ def test_branch_round_trip_is_exact(branch, mhc, stacked):
         ["decoder.hc_head_fn", "decoder.hc_head_base", "decoder.hc_head_scale"] * (mhc.contract != "mean")
     )
     assert_equal(convert.rename(renamed, branch, "plugin", mhc), state)
+
+
+@pytest.mark.parametrize("branch", ["megatron-main", "megatron-dev"])
+def test_glm_5_3_is_converted_as_the_mean_that_it_is(branch):
+    state = plugin_state(GLM, False)
+    renamed = convert.rename(state, "plugin", branch, GLM)
+    assert_equal(convert.rename(renamed, branch, "plugin", GLM), state)
+    convert.check(GLM, "plugin", branch)
+
+
+def test_a_layer_that_a_smaller_model_would_leave_is_named():
+    published = convert.to_published(plugin_state(GLM, False), "transformers", GLM)
+    check_left_over(published, "transformers", LAYERS, GLM)
+    with pytest.raises(ValueError, match="model.language_model.layers.2.ffn_hc.fn is left over"):
+        check_left_over(published, "transformers", LAYERS - 1, GLM)
+
+
+def test_rows_of_another_form_are_refused():
+    with pytest.raises(ValueError, match="24 x 32: not 2n rows of n.C columns"):
+        convert.rename(plugin_state(V4, False), "plugin", "megatron-dev", MHCConfig(preset="hy_v4"))
+    with pytest.raises(ValueError, match="belongs to 2 streams"):
+        convert.rename(plugin_state(HY, False), "plugin", "megatron-dev", V4)
 
 
 def test_mean_becomes_a_head_of_equal_weights():
@@ -176,6 +207,14 @@ def test_a_learned_head_does_not_become_a_mean(other):
         (dict(preset="qwen4_exp"), "plugin", "deepseek", "--mhc-preset=qwen4_exp .* only .*=mixer in transf"),
         (dict(preset="qwen4_exp"), "plain", "plugin", "--mhc-preset=qwen4_exp with .* has no form in plain"),
         (dict(contract="library"), "plugin", "deepseek", "--mhc-contract=library has no form in deepseek"),
+        (
+            dict(preset="hy_v4"),
+            "plugin",
+            "deepseek",
+            "--mhc-preset=hy_v4 has no form in deepseek, only in tr",
+        ),
+        (dict(preset="hy_v4"), "megatron-dev", "plugin", "--mhc-preset=hy_v4 has no form in megatron-dev"),
+        (dict(preset="glm_5_3"), "plugin", "deepseek", "--mhc-preset=glm_5_3 has no form in deepseek"),
         (dict(), "plain", "deepseek", "convert plain -> plugin first"),
         (dict(), "plugin", "plugin", "nothing to convert"),
     ],

@@ -190,6 +190,8 @@ def test_a_product_of_averages_is_not_what_is_reported():
         (dict(h_res="identity", h_pre="fixed", h_post="fixed", num_residual_streams=2), None),
         (dict(h_res="unconstrained"), set()),
         (dict(preset="deepseek_v4"), set()),
+        (dict(preset="glm_5_3"), set()),
+        (dict(preset="hy_v4"), {"alpha_res", "logit_res_min", "logit_res_max"}),
     ],
 )
 def test_statistics_of_fixed_parts_are_left_out(options, missing):

@@ -215,6 +215,24 @@ def test_one_connection_matches_deepseek_v4s_formula(n):
                 assert out[t, k, c].item() == pytest.approx(want)
 
 
+@pytest.mark.parametrize("n", STREAMS)
+def test_one_connection_matches_hy_v4s_formula(n):
+    """out[k] = post[k] f + x[k]; pre = sigmoid + eps, post = magnitude sigmoid + eps."""
+    tokens, width, eps, magnitude = 3, 4, 1e-6, 1.5
+    x, f, logits = rand(tokens, n, width), rand(tokens, width, seed=1), rand(tokens, 2 * n, seed=2)
+    more = dict(deepseek_v4=True, dynamic_res=False, post_magnitude=magnitude, post_eps=eps)
+    h = reference.mhc_mappings(logits, n, **more)
+    layer_input, out = reference.pre(x, h.h_pre), reference.post_res(x, f, h.h_post, h.h_res)
+    for t in range(tokens):
+        sigmoid = [1 / (1 + math.exp(-v)) for v in logits[t].tolist()]
+        for c in range(width):
+            read = sum((sigmoid[j] + eps) * x[t, j, c].item() for j in range(n))
+            assert layer_input[t, c].item() == pytest.approx(read, rel=1e-10)
+            for k in range(n):
+                want = (magnitude * sigmoid[n + k] + eps) * f[t, c].item() + x[t, k, c].item()
+                assert out[t, k, c].item() == pytest.approx(want, rel=1e-10)
+
+
 def test_the_two_orientations_differ():
     """Guards the tests above: with H transposed they could not all pass."""
     x, f, logits = rand(2, 3, 4), rand(2, 4, seed=1), rand(2, 15, seed=2)

@@ -13,20 +13,15 @@ def power_of_two(value: int) -> int:
     return triton.next_power_of_2(value)
 
 
-def mapping_rows(n: int) -> int:
-    """M = n (pre) + n (post) + n*n (res)."""
-    return n * n + 2 * n
-
-
-def part_rows(n: int, gram: bool) -> int:
+def part_rows(M: int, n: int, gram: bool) -> int:
     """Numbers of a token in the parts of a projection: M, then the sum of squares of x or, where a norm is
     folded into `pre`, the products <x_i, x_j> of i <= j, row-major."""
-    return mapping_rows(n) + (n * (n + 1) // 2 if gram else 1)
+    return M + (n * (n + 1) // 2 if gram else 1)
 
 
-def mapping_block(n: int) -> int:
+def mapping_block(M: int) -> int:
     """Columns of a tile that holds M mapping rows and one more; tensor cores want at least 16."""
-    return max(16, power_of_two(mapping_rows(n) + 1))
+    return max(16, power_of_two(M + 1))
 
 
 def split(total: int, parts: int, block: int) -> tuple[int, int]:

@@ -9,7 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megatron_mhc.ops.options import Form
 from megatron_mhc.ops.triton.common import INTERPRETED, load_output, power_of_two
+
+FULL = Form()
 
 
 @triton.jit
@@ -24,22 +27,35 @@ def tile(T, C, BT: tl.constexpr, BC: tl.constexpr):
 
 
 @triton.jit
-def mixed(row, xs, f, live, i, N: tl.constexpr):
+def mixed(row, xs, f, live, i, N: tl.constexpr, PARTS: tl.constexpr):
     """Stream i of x', [BT, BC] fp32, of tiles x and f in fp32; row: the tokens' coefficients.
 
     With `fma` spelled out: of two products in a sum the compiler fuses one or the other, differently from
     kernel to kernel, and recompute needs the same bits from each.
     """
-    acc = tl.load(row + N + i, mask=live, other=0.0)[:, None] * f
-    for j in tl.static_range(N):
-        acc = tl.fma(tl.load(row + 2 * N + i * N + j, mask=live, other=0.0)[:, None], xs[j], acc)
+    WRITE_AT: tl.constexpr = N * (PARTS % 2)
+    MIX_AT: tl.constexpr = WRITE_AT + N * (PARTS // 2 % 2)
+    if PARTS // 4:
+        if PARTS // 2 % 2:
+            acc = tl.load(row + WRITE_AT + i, mask=live, other=0.0)[:, None] * f
+        else:
+            acc = f
+        for j in tl.static_range(N):
+            acc = tl.fma(tl.load(row + MIX_AT + i * N + j, mask=live, other=0.0)[:, None], xs[j], acc)
+    elif PARTS // 2 % 2:
+        acc = tl.fma(tl.load(row + WRITE_AT + i, mask=live, other=0.0)[:, None], f, xs[i])
+    else:
+        acc = xs[i] + f
     return acc
 
 
 @triton.jit
-def _post_res_kernel(x, f, f_bias, mappings, out, T, C, N: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr):
+def _post_res_kernel(
+    x, f, f_bias, mappings, out, T, C,
+    N: tl.constexpr, PARTS: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
     """out_i = sum_j h_res[i, j] x_j + h_post_i (f + f_bias)."""
-    M: tl.constexpr = 2 * N + N * N
+    M: tl.constexpr = N * (PARTS % 2) + N * (PARTS // 2 % 2) + N * N * (PARTS // 4)
     t, c, live, keep = tile(T, C, BT, BC)
     fv = load_output(f, f_bias, t[:, None] * C + c[None, :], c[None, :], C, keep)
     xs = ()
@@ -48,27 +64,38 @@ def _post_res_kernel(x, f, f_bias, mappings, out, T, C, N: tl.constexpr, BT: tl.
         xs = xs + (xv.to(tl.float32),)
     row = mappings + t * M
     for i in tl.static_range(N):
-        acc = mixed(row, xs, fv, live, i, N)
+        acc = mixed(row, xs, fv, live, i, N, PARTS)
         tl.store(out + (t * N + i)[:, None] * C + c[None, :], acc.to(out.dtype.element_ty), mask=keep)
 
 
 @triton.jit
-def write_weight(saved, affine, t, live, i, N: tl.constexpr):
-    """h_post_i of the tokens t, from what pre has saved."""
-    M: tl.constexpr = 2 * N + N * N
-    u = tl.load(saved + t * (M + 1) + N + i, mask=live, other=0.0)
-    return 2 * tl.sigmoid(u * tl.load(affine + M + 1) + tl.load(affine + N + i))
+def add_written(
+    total, g, saved, affine, t, live, i,
+    N: tl.constexpr, PARTS: tl.constexpr, MAGNITUDE: tl.constexpr, EPS: tl.constexpr,
+):  # fmt: skip
+    """total + h_post_i g, of tiles [BT, BC] in fp32, h_post of the tokens t from what pre has saved."""
+    WRITE_AT: tl.constexpr = N * (PARTS % 2)
+    M: tl.constexpr = WRITE_AT + N * (PARTS // 2 % 2) + N * N * (PARTS // 4)
+    if PARTS // 2 % 2:
+        u = tl.load(saved + t * (M + 1) + WRITE_AT + i, mask=live, other=0.0)
+        logit = u * tl.load(affine + M + PARTS % 2) + tl.load(affine + WRITE_AT + i)
+        return total + (MAGNITUDE * tl.sigmoid(logit) + EPS)[:, None] * g
+    else:
+        return total + g
 
 
 @triton.jit
-def _post_backward_kernel(g, saved, affine, df, T, C, N: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr):
+def _post_backward_kernel(
+    g, saved, affine, df, T, C,
+    N: tl.constexpr, PARTS: tl.constexpr, MAGNITUDE: tl.constexpr, EPS: tl.constexpr,
+    BT: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
     """df = sum_i h_post_i g_i."""
     t, c, live, keep = tile(T, C, BT, BC)
     acc = tl.zeros([BT, BC], tl.float32)
     for i in tl.static_range(N):
-        h_post = write_weight(saved, affine, t, live, i, N)
-        gv = tl.load(g + (t * N + i)[:, None] * C + c[None, :], mask=keep, other=0.0)
-        acc += h_post[:, None] * gv.to(tl.float32)
+        gv = tl.load(g + (t * N + i)[:, None] * C + c[None, :], mask=keep, other=0.0).to(tl.float32)
+        acc = add_written(acc, gv, saved, affine, t, live, i, N, PARTS, MAGNITUDE, EPS)
     tl.store(df + t[:, None] * C + c[None, :], acc.to(df.dtype.element_ty), mask=keep)
 
 
@@ -84,15 +111,21 @@ def streams_like(x: Tensor, f: Tensor) -> Tensor:
 
 
 def post_res_forward(
-    x: Tensor, f: Tensor, mappings: Tensor, f_bias: Tensor | None = None, out: Tensor | None = None
+    x: Tensor,
+    f: Tensor,
+    mappings: Tensor,
+    f_bias: Tensor | None = None,
+    out: Tensor | None = None,
+    parts: int = FULL.parts,
 ) -> Tensor:
-    """x' of x: [T, n, C], f: [T, C] and coefficients [T, n*n+2n] fp32; in x's dtype.
+    """x' of x: [T, n, C], f: [T, C] and coefficients [T, M] fp32; in x's dtype.
 
     Where f is [s, b, C], x' is [s, b, n*C].
 
     Args:
         f_bias: [C] in f's dtype, which is added to f, with the bits of an addition of its own.
         out: where x' goes; by default new memory.
+        parts: of the `Form`, those that the coefficients have.
 
     Source: arXiv 2512.24880 Eq. (3).
     """
@@ -100,15 +133,15 @@ def post_res_forward(
     out = streams_like(x, f) if out is None else out
     if T:
         grid, sizes = programs(T, C)
-        _post_res_kernel[grid](x, f, f_bias, mappings, out, T, C, n, *sizes, num_warps=4)
+        _post_res_kernel[grid](x, f, f_bias, mappings, out, T, C, n, parts, *sizes, num_warps=4)
     return out
 
 
-def post_backward(g: Tensor, saved: Tensor, affine: Tensor) -> Tensor:
-    """df [T, C] of the gradient g: [T, n, C] of x' and what `pre_forward` saved."""
+def post_backward(g: Tensor, saved: Tensor, affine: Tensor, form: Form = FULL) -> Tensor:
+    """df [T, C] of the gradient g: [T, n, C] of x' and what `pre_forward` saved under this form."""
     T, n, C = g.shape
     df = g.new_empty(T, C)
     if T:
         grid, sizes = programs(T, C)
-        _post_backward_kernel[grid](g, saved, affine, df, T, C, n, *sizes, num_warps=4)
+        _post_backward_kernel[grid](g, saved, affine, df, T, C, n, *form, *sizes, num_warps=4)
     return df

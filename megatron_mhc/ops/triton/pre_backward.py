@@ -26,11 +26,11 @@ from megatron_mhc.ops.triton.common import (
     finish_turn,
     load_norm_weight,
     mapping_block,
-    mapping_rows,
+    power_of_two,
     split,
 )
 from megatron_mhc.ops.triton.mapping_backward import mapping_backward
-from megatron_mhc.ops.triton.post_res import write_weight
+from megatron_mhc.ops.triton.post_res import add_written
 
 
 @triton.jit
@@ -45,15 +45,22 @@ def _store_dphi(d_weight, total, k, inside, K, M: tl.constexpr, MP: tl.constexpr
 
 
 @triton.jit
-def _reduce(partial, d_affine, part, P, N: tl.constexpr, BP: tl.constexpr):
-    """Sum the parts of the biases' and the alpha's gradient of pre, post or res."""
-    M: tl.constexpr = 2 * N + N * N
-    m = tl.arange(0, N * N)
-    columns = tl.where(part == 2, N * N, N)
+def _reduce(
+    partial, d_affine, part, P, N: tl.constexpr, NP: tl.constexpr, PARTS: tl.constexpr, BP: tl.constexpr
+):
+    """Sum the parts of the biases' and the alpha's gradient of a learned one of pre, post and res."""
+    BEFORE: tl.constexpr = PARTS % 2 + PARTS // 2 % 2  # that have n biases
+    MIXES: tl.constexpr = PARTS // 4
+    M: tl.constexpr = N * BEFORE + N * N * MIXES
+    MOST: tl.constexpr = NP * NP if MIXES else NP
+    m = tl.arange(0, MOST)
+    columns = N
+    if MIXES:
+        columns = tl.where(part == BEFORE, N * N, N)
     place = part * N + m
     p = tl.arange(0, BP)
-    logits = tl.zeros([BP, N * N], tl.float32)
-    gates = tl.zeros([BP, N * N], tl.float32)
+    logits = tl.zeros([BP, MOST], tl.float32)
+    gates = tl.zeros([BP, MOST], tl.float32)
     for p0 in tl.range(0, P, BP):
         keep = (p0 + p < P)[:, None] & (m < columns)[None, :]
         row = partial + (p0 + p)[:, None].to(tl.int64) * (2 * M) + place[None, :]
@@ -67,22 +74,27 @@ def _reduce(partial, d_affine, part, P, N: tl.constexpr, BP: tl.constexpr):
 def _dx_kernel(
     x, g, dl, weight, d, mappings, writer, writer_affine, norm_weight, dx, df, d_weight, norm_sums, d_norm,
     turns, partial, d_affine, T, C, SLICES, RANGES, P,
-    N: tl.constexpr, MP: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr,
+    N: tl.constexpr, NP: tl.constexpr, PARTS: tl.constexpr, MAGNITUDE: tl.constexpr,
+    POST_EPS: tl.constexpr, MP: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr,
     STAGES: tl.constexpr, PAIR: tl.constexpr, DPHI: tl.constexpr, DF: tl.constexpr, UPCAST: tl.constexpr,
     REDUCE: tl.constexpr, NORM: tl.constexpr, ZERO_CENTERED: tl.constexpr,
 ):  # fmt: skip
     """dx_j = sum_i h_res[i, j] g_i + h_pre_j dl + (d . weight)_j + d[M] x_j, BC channels of every RANGES-th
-    block of tokens; with DPHI also d_weight; with REDUCE three programs more for d_affine; with DF also
-    the df of the connection that wrote x, from what that has saved. With NORM, dl is the gradient of the
-    norm's output, and d_norm [C] that of its weight, of which norm_sums [C] fp32 are the sums on the way.
+    block of tokens; with DPHI also d_weight; with REDUCE a program more for each learned part of d_affine;
+    with DF also the df of the connection that wrote x, of this form too, from what that has saved. With NORM,
+    dl is the gradient of the norm's output, and d_norm [C] that of its weight, of which norm_sums [C] fp32
+    are the sums on the way.
 
     turns [0] counts tickets out, turns [1 + slice] the programs that have added to that slice's d_weight.
     """
-    M: tl.constexpr = 2 * N + N * N
-    H: tl.constexpr = N + N * N + (2 if NORM else 0)
+    READS: tl.constexpr = PARTS % 2
+    MIXES: tl.constexpr = PARTS // 4
+    M: tl.constexpr = N * READS + N * (PARTS // 2 % 2) + N * N * MIXES
+    BEHIND: tl.constexpr = N * READS + N * N * MIXES  # in a row of `mappings`
+    H: tl.constexpr = BEHIND + (2 if NORM else 0)
     ticket = tl.atomic_add(turns, 1, sem="relaxed")
     if REDUCE and ticket >= SLICES * RANGES:
-        _reduce(partial, d_affine, ticket - SLICES * RANGES, P, N, BP)
+        _reduce(partial, d_affine, ticket - SLICES * RANGES, P, N, NP, PARTS, BP)
     else:
         piece = ticket // SLICES
         mine = ticket % SLICES
@@ -91,13 +103,14 @@ def _dx_kernel(
         inside = c < C
         weights = ()
         totals = ()
-        for j in tl.static_range(N):
-            rows = weight + m[:, None] * (N * C) + j * C + c[None, :]
-            w = tl.load(rows, mask=(m < M)[:, None] & inside[None, :], other=0.0)
-            if PAIR and not UPCAST:
-                w = w.to(tl.bfloat16)
-            weights = weights + (w,)
-            totals = totals + (tl.zeros([BC, MP], tl.float32),)
+        if M > 0:
+            for j in tl.static_range(N):
+                rows = weight + m[:, None] * (N * C) + j * C + c[None, :]
+                w = tl.load(rows, mask=(m < M)[:, None] & inside[None, :], other=0.0)
+                if PAIR and not UPCAST:
+                    w = w.to(tl.bfloat16)
+                weights = weights + (w,)
+                totals = totals + (tl.zeros([BC, MP], tl.float32),)
         if NORM:
             norm_w = load_norm_weight(norm_weight, c, C, ZERO_CENTERED)
             norm_total = tl.zeros([BC], tl.float32)
@@ -106,15 +119,18 @@ def _dx_kernel(
             t = ((blocks - 1 - block) * BT + tl.arange(0, BT)).to(tl.int64)
             live = t < T
             keep = live[:, None] & inside[None, :]
-            dv = tl.load(d + t[:, None] * MP + m[None, :], mask=live[:, None] & (m < M)[None, :], other=0.0)
-            from_norm = tl.load(d + t * MP + M, mask=live, other=0.0)
+            if M > 0:
+                keep_d = live[:, None] & (m < M)[None, :]
+                dv = tl.load(d + t[:, None] * MP + m[None, :], mask=keep_d, other=0.0)
+                from_norm = tl.load(d + t * MP + M, mask=live, other=0.0)
             dlv = tl.load(dl + t[:, None] * C + c[None, :], mask=keep, other=0.0)
             gs = ()
             xs = ()
             for i in tl.static_range(N):
                 place = (t * N + i)[:, None] * C + c[None, :]
                 gs = gs + (tl.load(g + place, mask=keep, other=0.0),)
-                xs = xs + (tl.load(x + place, mask=keep, other=0.0),)
+                if M > 0 or NORM:
+                    xs = xs + (tl.load(x + place, mask=keep, other=0.0),)
             if DPHI:
                 grown = ()
                 for j in tl.static_range(N):
@@ -124,31 +140,45 @@ def _dx_kernel(
             if NORM:
                 layer_input = tl.zeros([BT, BC], tl.float32)
                 for j in tl.static_range(N):
-                    layer_input += tl.load(row + j, mask=live, other=0.0)[:, None] * xs[j].to(tl.float32)
-                inverse_rms = tl.load(row + N + N * N, mask=live, other=0.0)[:, None]
-                along = tl.load(row + N + N * N + 1, mask=live, other=0.0)[:, None]
+                    if READS:
+                        layer_input += tl.load(row + j, mask=live, other=0.0)[:, None] * xs[j].to(tl.float32)
+                    else:
+                        layer_input += xs[j].to(tl.float32) * (1.0 / N)
+                inverse_rms = tl.load(row + BEHIND, mask=live, other=0.0)[:, None]
+                along = tl.load(row + BEHIND + 1, mask=live, other=0.0)[:, None]
                 dy = dlv.to(tl.float32)
                 norm_total += tl.sum(dy * (layer_input * inverse_rms), axis=0)
                 dlv = inverse_rms * (norm_w[None, :] * dy) - along * layer_input
             dfv = tl.zeros([BT, BC], tl.float32)
             for j in tl.static_range(N):
-                if PAIR and not UPCAST:
+                if M == 0:
+                    acc = tl.zeros([BT, BC], tl.float32)
+                elif PAIR and not UPCAST:
                     high = dv.to(tl.bfloat16)
                     low = (dv - high.to(tl.float32)).to(tl.bfloat16)
                     acc = tl.dot(high, weights[j], tl.dot(low, weights[j]))
                 else:
                     acc = tl.dot(dv, weights[j], input_precision="ieee" if UPCAST else "tf32x3")
-                acc += tl.load(row + j, mask=live, other=0.0)[:, None] * dlv.to(tl.float32)
-                acc += from_norm[:, None] * xs[j].to(tl.float32)
-                for i in tl.static_range(N):
-                    h = tl.load(row + N + i * N + j, mask=live, other=0.0)
-                    acc += h[:, None] * gs[i].to(tl.float32)
+                if READS:
+                    acc += tl.load(row + j, mask=live, other=0.0)[:, None] * dlv.to(tl.float32)
+                else:
+                    acc += dlv.to(tl.float32) * (1.0 / N)
+                if M > 0:
+                    acc += from_norm[:, None] * xs[j].to(tl.float32)
+                if MIXES:
+                    for i in tl.static_range(N):
+                        h = tl.load(row + N * READS + i * N + j, mask=live, other=0.0)
+                        acc += h[:, None] * gs[i].to(tl.float32)
+                else:
+                    acc += gs[j].to(tl.float32)
                 place = (t * N + j)[:, None] * C + c[None, :]
                 rounded = acc.to(dx.dtype.element_ty)
                 tl.store(dx + place, rounded, mask=keep)
                 if DF:
-                    h_post = write_weight(writer, writer_affine, t, live, j, N)
-                    dfv += h_post[:, None] * rounded.to(tl.float32)
+                    dfv = add_written(
+                        dfv, rounded.to(tl.float32), writer, writer_affine, t, live, j,
+                        N, PARTS, MAGNITUDE, POST_EPS,
+                    )  # fmt: skip
             if DF:
                 tl.store(df + t[:, None] * C + c[None, :], dfv.to(df.dtype.element_ty), mask=keep)
         if DPHI or NORM:
@@ -169,14 +199,14 @@ def _dx_kernel(
 @triton.jit
 def _dphi_kernel(
     x, d, d_weight, turns, partial, d_affine, T, K, TS, SLICES, RANGES, P,
-    N: tl.constexpr, MP: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BP: tl.constexpr,
-    STAGES: tl.constexpr, PAIR: tl.constexpr, UPCAST: tl.constexpr,
+    N: tl.constexpr, NP: tl.constexpr, PARTS: tl.constexpr, MP: tl.constexpr, BT: tl.constexpr,
+    BK: tl.constexpr, BP: tl.constexpr, STAGES: tl.constexpr, PAIR: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """d_weight = d^T x where `_dx_kernel` has no registers for it, TS tokens a program; d_affine."""
-    M: tl.constexpr = 2 * N + N * N
+    M: tl.constexpr = N * (PARTS % 2) + N * (PARTS // 2 % 2) + N * N * (PARTS // 4)
     ticket = tl.atomic_add(turns, 1, sem="relaxed")
     if ticket >= SLICES * RANGES:
-        _reduce(partial, d_affine, ticket - SLICES * RANGES, P, N, BP)
+        _reduce(partial, d_affine, ticket - SLICES * RANGES, P, N, NP, PARTS, BP)
     else:
         piece = ticket // SLICES
         mine = ticket % SLICES
@@ -213,30 +243,32 @@ def pre_backward(
     with_dphi: bool = True,
     handed: HandedBack | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]:
-    """Gradients of x [T, n, C] in x's dtype, weight [M, n*C] and affine [M+3] in fp32; df or None; and of the
+    """Gradients of x [T, n, C] in x's dtype, weight [M, n*C] and affine in fp32; df or None; and of the
     norm's weight [C] in its dtype, or None.
 
     Args:
         x, weight, affine, norm: as given to `pre_forward`; saved, norm_saved: as it returned.
         g: [T, n, C], gradient of x'; f: [T, C], the sub-layer's output; dl: [T, C], gradient of its input,
             which with a norm is the norm's output.
-        writer: saved and affine of the connection that wrote x, whose df [T, C] is made too.
+        writer: saved and affine of the connection that wrote x, of this form too, whose df [T, C] is made.
         f_bias: [C], what post_res added to f, if anything.
         dh_post: [T, n] fp32, where another pipeline stage has made it of f; f is then not read.
         with_dphi: else the gradient of weight is None.
         handed: what the layer input was read with in place of h_pre.
     """
     T, n, C = x.shape
-    M, MP, K = mapping_rows(n), mapping_block(n), n * C
+    M, K, form, NP = weight.shape[0], n * C, options.form, power_of_two(n)
+    MP, learned = mapping_block(M), form.parts.bit_count()
     f32 = dict(device=x.device, dtype=torch.float32)
     dx = torch.empty_like(x)
-    d_weight, d_affine = torch.empty(M, K, **f32) if with_dphi else None, torch.empty(M + 3, **f32)
+    d_weight, d_affine = torch.empty(M, K, **f32) if with_dphi else None, torch.empty_like(affine)
     d_norm = None if norm is None else torch.empty_like(norm.weight)
     if T == 0:
         d_weight, d_norm = (None if t is None else t.zero_() for t in (d_weight, d_norm))
         return dx, d_weight, d_affine.zero_(), None, d_norm
     norm_weight, _, zero_centered = norm or (None, 0.0, False)
     norm_sums = None if norm is None else torch.empty(C, **f32)
+    with_dphi = with_dphi and M > 0
     is_pair = x.dtype == torch.bfloat16
     beside = with_dphi and is_pair and n < 8  # elsewhere the sums of dphi do not fit beside the rest
     reduces = beside or not with_dphi
@@ -256,18 +288,19 @@ def pre_backward(
     unused = (saved, affine)  # neither read nor, as dl, written
     sums = (turns, partial, d_affine)
     P, BP = partial.shape[0], 256 if n < 8 else 64
-    _dx_kernel[(slices * ranges + 3 * reduces,)](
+    _dx_kernel[(slices * ranges + learned * reduces,)](
         x, g, dl, weight, d, mappings, *(writer or unused), norm_weight, dx, dl if df is None else df,
         d_weight, norm_sums, d_norm, *sums, T, C, slices, ranges, P,
-        n, MP, BT, BC, BP, 3 if n < 8 else 1, is_pair, beside, df is not None, INTERPRETED,
+        n, NP, *form, MP, BT, BC, BP, 3 if n < 8 else 1, is_pair, beside, df is not None, INTERPRETED,
         reduces, norm is not None, zero_centered, num_warps=4,
     )  # fmt: skip
     if not reduces:
         turns.zero_()
         BT, slices = 16 if INTERPRETED else 64, triton.cdiv(K, BK)
         TS, ranges = split(T, 4, BT)
-        _dphi_kernel[(slices * ranges + 3,)](
+        _dphi_kernel[(slices * ranges + learned,)](
             x, d, d_weight, *sums, T, K, TS, slices, ranges, P,
-            n, MP, BT, BK, BP, 3 if n < 8 else 2, is_pair, INTERPRETED, num_warps=4 if n < 8 else 8,
+            n, NP, form.parts, MP, BT, BK, BP, 3 if n < 8 else 2, is_pair, INTERPRETED,
+            num_warps=4 if n < 8 else 8,
         )  # fmt: skip
     return dx, d_weight, d_affine, df, d_norm

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatron_mhc.ops.options import ReadNorm
 from megatron_mhc.ops.triton.common import load_norm_weight, load_output
-from megatron_mhc.ops.triton.post_res import mixed, programs, tile
+from megatron_mhc.ops.triton.post_res import FULL, mixed, programs, tile
 
 
 def at_once(n: int) -> int:
@@ -27,9 +27,10 @@ def at_once(n: int) -> int:
 
 
 class Connection(NamedTuple):
-    """What a connection kept: coefficients [T, M] fp32 (h_pre, h_post, h_res), f [T, C], where its layer
-    input [T, C] goes, None for nowhere, what post_res added to f, if anything: [C], the norm folded into its
-    `pre`, with what that kept of it, and what it was read with in place of its h_pre, if anything: [T, n]."""
+    """What a connection kept: coefficients [T, M] fp32 (h_pre, h_post, h_res; those that are learned),
+    f [T, C], where its layer input [T, C] goes, None for nowhere, what post_res added to f, if anything: [C],
+    the norm folded into its `pre`, with what that kept of it, and what it was read with in place of its
+    h_pre, if anything: [T, n]."""
 
     mappings: Tensor
     f: Tensor
@@ -45,12 +46,12 @@ def _replay_kernel(
     x, mappings, givens, fs, f_biases, norm_weights, norms_saved, layer_inputs, streams, T, C,
     K: tl.constexpr, READS: tl.constexpr, WRITES: tl.constexpr, BIASES: tl.constexpr,
     NORMS: tl.constexpr, ZERO_CENTERED: tl.constexpr, GIVEN: tl.constexpr,
-    N: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
+    N: tl.constexpr, PARTS: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """K connections; bit k of READS: write its layer input, of WRITES: the streams behind it, of BIASES:
     add a bias to its f, of NORMS: a norm is folded into its `pre`, of ZERO_CENTERED: whose weight is so, of
     GIVEN: it is read with another's weights."""
-    M: tl.constexpr = 2 * N + N * N
+    M: tl.constexpr = N * (PARTS % 2) + N * (PARTS // 2 % 2) + N * N * (PARTS // 4)
     t, c, live, keep = tile(T, C, BT, BC)
     narrow = t[:, None] * C + c[None, :]
     xs = ()
@@ -61,13 +62,22 @@ def _replay_kernel(
         if (READS >> k) & 1:
             acc = tl.zeros([BT, BC], tl.float32)
             for j in tl.static_range(N):
-                if (GIVEN >> k) & 1:
-                    read = tl.load(givens[k] + t * N + j, mask=live, other=0.0)
+                if PARTS % 2:
+                    if (GIVEN >> k) & 1:
+                        read = tl.load(givens[k] + t * N + j, mask=live, other=0.0)
+                    else:
+                        read = tl.load(row + j, mask=live, other=0.0)
+                    if (NORMS >> k) & 1:
+                        read *= tl.load(norms_saved[k] + t * (N + 1) + N, mask=live, other=0.0)
+                    acc += read[:, None] * xs[j]
                 else:
-                    read = tl.load(row + j, mask=live, other=0.0)
+                    acc += xs[j]
+            if PARTS % 2 == 0:
                 if (NORMS >> k) & 1:
-                    read *= tl.load(norms_saved[k] + t * (N + 1) + N, mask=live, other=0.0)
-                acc += read[:, None] * xs[j]
+                    inverse_rms = tl.load(norms_saved[k] + t * (N + 1) + N, mask=live, other=0.0)
+                    acc *= (inverse_rms * (1.0 / N))[:, None]
+                else:
+                    acc *= 1.0 / N
             if (NORMS >> k) & 1:
                 acc *= load_norm_weight(norm_weights[k], c, C, (ZERO_CENTERED >> k) & 1)[None, :]
             tl.store(layer_inputs[k] + narrow, acc.to(layer_inputs[k].dtype.element_ty), mask=keep)
@@ -78,19 +88,20 @@ def _replay_kernel(
                 fv = load_output(fs[k], None, narrow, c[None, :], C, keep)
             ys = ()
             for i in tl.static_range(N):
-                rounded = mixed(row, xs, fv, live, i, N).to(streams[k].dtype.element_ty)
+                rounded = mixed(row, xs, fv, live, i, N, PARTS).to(streams[k].dtype.element_ty)
                 tl.store(streams[k] + (t * N + i)[:, None] * C + c[None, :], rounded, mask=keep)
                 ys = ys + (rounded.to(tl.float32),)
             xs = ys
 
 
-def replay(x: Tensor, row: list[Connection], behind: bool) -> list[Tensor]:
+def replay(x: Tensor, row: list[Connection], behind: bool, parts: int = FULL.parts) -> list[Tensor]:
     """Write the layer inputs of a row of connections, and return the streams between them.
 
     Args:
         x: [T, n, C], the first one's streams.
         row: at most `at_once(n)`.
         behind: return the streams behind the last one too.
+        parts: of the `Form` of all of them.
 
     Source: arXiv 2512.24880 Eq. (3).
     """
@@ -117,6 +128,6 @@ def replay(x: Tensor, row: list[Connection], behind: bool) -> list[Tensor]:
             tuple(entry.mappings if entry.norm_saved is None else entry.norm_saved for entry in row),
             tuple(entry.f if entry.layer_input is None else entry.layer_input for entry in row),
             (*streams, x)[:count],  # the last one's is not written without `behind`
-            T, C, count, reads, writes, biases, norms, zero_centered, given, n, *sizes, num_warps=4,
+            T, C, count, reads, writes, biases, norms, zero_centered, given, n, parts, *sizes, num_warps=4,
         )  # fmt: skip
     return streams

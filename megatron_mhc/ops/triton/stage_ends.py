@@ -13,21 +13,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megatron_mhc.ops.options import MIXES
 from megatron_mhc.ops.triton.common import INTERPRETED, power_of_two
 from megatron_mhc.ops.triton.mapping_backward import VECTOR
-from megatron_mhc.ops.triton.post_res import programs, tile
+from megatron_mhc.ops.triton.post_res import FULL, programs, tile
 
 
 @triton.jit
-def _mix_kernel(x, mappings, out, T, C, N: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr):
+def _mix_kernel(
+    x, mappings, out, T, C, N: tl.constexpr, MIX_AT: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr
+):
     """out_i = sum_j h_res[i, j] x_j."""
-    M: tl.constexpr = 2 * N + N * N
+    M: tl.constexpr = MIX_AT + N * N
     t, c, live, keep = tile(T, C, BT, BC)
     xs = ()
     for j in tl.static_range(N):
         xv = tl.load(x + (t * N + j)[:, None] * C + c[None, :], mask=keep, other=0.0)
         xs = xs + (xv.to(tl.float32),)
-    row = mappings + t * M + 2 * N
+    row = mappings + t * M + MIX_AT
     for i in tl.static_range(N):
         acc = tl.zeros([BT, BC], tl.float32)
         for j in tl.static_range(N):
@@ -86,16 +89,18 @@ def _write_backward_kernel(
         tl.store(dh_post + t * DH_ROW + i, tl.sum(dots[i], axis=1), mask=live)
 
 
-def mix(x: Tensor, mappings: Tensor) -> Tensor:
-    """u = H_res x of x: [T, n, C] and coefficients [T, n*n+2n] fp32; in x's dtype.
+def mix(x: Tensor, mappings: Tensor, parts: int = FULL.parts) -> Tensor:
+    """u = H_res x of x: [T, n, C] and coefficients [T, M] fp32, those of `parts`; in x's dtype.
 
     Source: arXiv 2512.24880 Eq. (3), the first of its two terms.
     """
     T, n, C = x.shape
+    if not parts & MIXES:
+        return x.clone()  # u is sent, and kept by others than x
     u = torch.empty_like(x)
     if T:
         grid, sizes = programs(T, C)
-        _mix_kernel[grid](x, mappings, u, T, C, n, *sizes, num_warps=4)
+        _mix_kernel[grid](x, mappings, u, T, C, n, mappings.shape[1] - n * n, *sizes, num_warps=4)
     return u
 
 
