@@ -122,7 +122,7 @@ _GATED: tuple[tuple[str, tuple[Any, ...], str], ...] = (  # that it has a form f
 class MHCConfig:
     """Options of the mHC residual connection; the defaults are the paper's.
 
-    A value may also be given as text. `contract="auto"` becomes what it stands for, and so does
+    A value may also be given as text. `auto` of contract and h_res becomes what it stands for, and so does
     `pp_boundary="auto"`, except under `pipeline_schedule="auto"`.
 
     Raises:
