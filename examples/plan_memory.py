@@ -115,7 +115,7 @@ def count(words: list[str]) -> tuple[Parameters, Any]:
         match = _LAYER.match(name)
         where: int | str = "first" if name.startswith("embedding.") else "last"
         where = int(match.group(1)) if match else where
-        if "hyper_connection" in name or ".head." in name:
+        if not mhc.is_gated and ("hyper_connection" in name or ".head." in name):
             found.fp32[where] += parameter.numel()
         else:
             (found.experts if ".experts." in name else found.bf16)[where] += parameter.numel()

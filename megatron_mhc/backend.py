@@ -128,6 +128,8 @@ def why_norms_apart(config: Any, mhc: MHCConfig, backend: str | None = None) -> 
 
 def norms_in_words(config: Any, mhc: MHCConfig, backend: str) -> str:
     """What `--mhc-norm` comes to, for the log and the doctor; backend: as in `why_norms_apart`."""
+    if mhc.is_gated:
+        return "none, since the read normalises the streams"
     if (why := why_norms_apart(config, mhc, backend)) is not None:
         return f"apart, since {why}" if mhc.norm == "auto" else "apart"
     asked = config.recompute_granularity == "selective" and "layernorm" in (config.recompute_modules or [])

@@ -13,6 +13,7 @@ from megatron_mhc.testing.gpt import SMALL
 
 PROMPT, NEW = 5, 4
 MHC = MHCConfig()
+GATED = MHCConfig(preset="qwen4_exp", gated_rank=8)
 
 
 def generate(layout, mhc, stages=None, pattern=None, kind="dense"):
@@ -41,7 +42,9 @@ def generate_as_an_engine(layout, mhc, stages):
         return generate(layout, mhc, stages, kind="mtp")
 
 
-@pytest.mark.parametrize("mhc", [None, MHC, MHCConfig(contract="learned_head")], ids=["stock", "mhc", "head"])
+@pytest.mark.parametrize(
+    "mhc", [None, MHC, MHCConfig(contract="learned_head"), GATED], ids=["stock", "mhc", "head", "gated"]
+)
 @pytest.mark.parametrize("pp, stages", [(2, None), (2, "Etttt|L"), (4, "Ett|t||tL")])
 def test_tokens_on_a_pipeline_have_the_logits_of_one_process(run_ranks, pp, stages, mhc):
     expected = run_ranks(1, generate, Layout(), mhc)[0]

@@ -282,3 +282,4 @@ def test_the_gated_residual_runs_by_the_reference_and_the_report_says_why(monkey
     mhc = MHCConfig(preset="qwen4_exp")
     assert choose(mhc, 4096, BF16, "cuda", (9, 0, 132)) == "reference"
     assert triton_obstacle(mhc, 4096, BF16, "cuda") == "--mhc-preset is qwen4_exp"
+    assert norms_in_words(None, mhc, "reference") == "none, since the read normalises the streams"
