@@ -7,7 +7,8 @@ from torch.autograd.graph import get_gradient_edge
 from megatron_mhc.backend import Backend
 from megatron_mhc.config import MHCConfig
 from megatron_mhc.ops import reference
-from megatron_mhc.pipeline.layer_nodes import Tape, _cross, _crossing
+from megatron_mhc.pipeline.layer_nodes import Tape
+from megatron_mhc.pipeline.layer_parts import cross, crossing
 from megatron_mhc.pipeline.nodes import StageEntry, pack, packed_width, unpack
 from megatron_mhc.pipeline.streams import HostStreams
 from megatron_mhc.sublayer import Visit
@@ -114,9 +115,9 @@ def test_the_tunnel_of_the_triton_operations_crosses_a_tape():
     tape = Tape(HostStreams())
     layer_input, mappings = autograd.pre(x, weight, affine, options)
     visit = Visit(x, layer_input, mappings)
-    layer_input, *crossed = tape.cut((0, "experts"), layer_input, *_crossing(visit))
+    layer_input, *crossed = tape.cut((0, "experts"), layer_input, *crossing(visit))
     (f,) = tape.cut((0, "post"), torch.tanh(layer_input))
-    _cross(visit, crossed)
+    cross(visit, crossed)
     tape.end(get_gradient_edge(autograd.post_res(f, visit.mappings, f_bias)))
     tape.seed([dx])
     for where in ((0, "post"), (0, "experts"), (0, "attention")):
