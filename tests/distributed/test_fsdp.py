@@ -18,7 +18,7 @@ from test_checkpoint import start, step
 
 from megatron_mhc import MHCConfig
 from megatron_mhc.ops import kernels
-from megatron_mhc.testing import fsdp
+from megatron_mhc.testing import fsdp, ranks
 from megatron_mhc.testing.parameters import shard
 from megatron_mhc.testing.parity import one_against_one
 
@@ -60,7 +60,9 @@ def compare(layout, kind, mhc, expected, sharding, settings, more):
     """The loss of one iteration, and for each parameter of this rank its gradient's relative error."""
     fsdp.install()
     layout.initialize()
+    nodes = settings.pop("overlap_moe_expert_parallel_comm", False)
     config = layout.config(kind, transformer_impl="local", **settings)
+    config.overlap_moe_expert_parallel_comm = nodes  # behind Megatron's checks, which ask for bf16
     chunks = build(layout, config, kind, mhc, wrap=wrapped_by(sharding, **more))
     loss = iterate(chunks, config)
     found, wanted = {}, {}
@@ -143,6 +145,18 @@ def test_kernels_read_no_parameter_of_a_layer_that_is_not_gathered(run_ranks, mo
     monkeypatch.setitem(kernels.BY_NAME, "triton", AHEAD)
     mhc = MHCConfig(backend="triton", sinkhorn_iterations=1, boundary="fused", norm=norm)
     check(run_ranks, sharding, mhc=mhc)
+
+
+@pytest.mark.parametrize("sharding", ["optim_grads_params", pytest.param("optim", marks=pytest.mark.slow)])
+def test_layers_run_in_nodes_train_as_one_process_does(run_ranks, sharding):
+    nodes = dict(overlap_moe_expert_parallel_comm=True)
+    check(run_ranks, sharding, 4, Layout(ep=2), "moe", MHCConfig(), nodes)
+
+
+def test_nodes_of_layers_that_fsdp2_gathers_as_a_whole_are_refused(run_ranks):
+    nodes = dict(overlap_moe_expert_parallel_comm=True)
+    with pytest.raises(ranks.RankError, match="--use-torch-fsdp2 does not support --overlap-moe-expert"):
+        check(run_ranks, "fsdp2", 2, Layout(ep=2), "moe", MHCConfig(), nodes)
 
 
 def train_in_bf16(sharding):

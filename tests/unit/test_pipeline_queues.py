@@ -18,6 +18,7 @@ CONFIG = types.SimpleNamespace(
     cuda_graph_impl="none",
     num_layers=4,
     is_hybrid_model=False,
+    overlap_moe_expert_parallel_comm=False,
 )
 INTERLEAVED = MHCConfig(pipeline_schedule="interleaved")
 VARIABLE = "CUDA_DEVICE_MAX_CONNECTIONS"
