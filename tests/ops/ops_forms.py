@@ -26,7 +26,7 @@ CASES = [
     (5, 4, 48, F32, "paper", WRITES + MIXES, True),
     (9, 2, 48, F32, "paper", READS + MIXES, False),
     (3, 8, 16, BF16, "deepseek_v4", READS + MIXES, True),
-    (37, 4, 48, BF16, "paper", MIXES, True),
+    (9, 4, 48, BF16, "paper", MIXES, True),
     (5, 2, 32, F32, "deepseek_v4", MIXES, False),
     (7, 4, 80, BF16, "paper", READS, False),
     (5, 2, 48, F32, "hy_v4", READS, True),

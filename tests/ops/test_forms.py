@@ -5,6 +5,11 @@ and three streams, in tiles of four. On a CPU in Triton's interpreter; with MEGA
 GPU, at larger sizes too.
 """
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from ops_cases import COEFFICIENT, DEVICE, ON_GPU, STREAM, error
@@ -315,3 +320,34 @@ def test_results_repeat_bit_for_bit():
             (2000, n, 1024, BF16, "hy_v4", parts, True) if ON_GPU else (37, n, 32, BF16, "hy_v4", parts, True)
         )
         same(chain(case, "linked"), chain(case, "linked"))
+
+
+COMPILED = [
+    *((4, parts, "hy_v4", "bfloat16", True) for parts in range(8)),
+    *((4, parts, "deepseek_v4", "bfloat16", False) for parts in range(8)),
+    *((3, parts, "paper", "float32", False) for parts in (0, 3, 6, 7)),
+    (3, 7, "deepseek_v4", "bfloat16", True),
+    (8, 3, "hy_v4", "bfloat16", True),
+    (2, 3, "paper", "float16", False),
+]
+
+
+@pytest.mark.parametrize(
+    "form",
+    [pytest.param(form, marks=() if form == COMPILED[3] else pytest.mark.slow) for form in COMPILED],
+)
+def test_kernels_compile_for_an_h100(form, tmp_path):
+    """Triton's interpreter takes what its compiler does not."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    child = Path(__file__).with_name("compile_child.py")
+    done = subprocess.run(
+        [sys.executable, child, *map(str, form)],
+        env=environment | {"TRITON_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert {"_aggregate_kernel", "_post_res_kernel", "_dx_kernel", "_replay_kernel"} <= set(
+        done.stdout.split()
+    )
