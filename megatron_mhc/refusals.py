@@ -214,6 +214,17 @@ MODEL = (
         "a plain model's layers of multi-token prediction read the final norm's output and no streams; use "
         "--mhc-mtp single, or drop --mhc-load-dense",
     ),
+    Refusal(
+        lambda config, mhc: (
+            config.overlap_moe_expert_parallel_comm
+            and mhc.pipeline_schedule == "megatron"
+            and mhc.mtp == "multistream"
+            and config.mtp_num_layers
+        ),
+        "--overlap-moe-expert-parallel-comm with --mhc-mtp multistream and --mtp-num-layers {value}",
+        "Megatron's combined 1F1B cuts its own layers of MTP alone into nodes; use --mhc-mtp single, "
+        "--mhc-pipeline-schedule fused on a pipeline, or drop the overlap",
+    ),
     Refusal(_low_precision, "{value.what}", "{value.remedy}"),
     Refusal(
         _other_options,

@@ -274,6 +274,18 @@ def test_depths_between_streams_do_not_start_from_a_plain_model():
     parallel.validate(config(), MHCConfig(mtp="multistream", load_dense=True))
 
 
+def test_depths_between_streams_are_refused_in_megatrons_combined_1f1b():
+    settings = config(mtp_num_layers=1)
+    settings.overlap_moe_expert_parallel_comm = True
+    words = (
+        "--overlap-moe-expert-parallel-comm with --mhc-mtp multistream and --mtp-num-layers 1: .*mtp single"
+    )
+    with pytest.raises(ValueError, match=words):
+        parallel.validate(settings, MHCConfig(mtp="multistream"))
+    parallel.validate(settings, MHCConfig())
+    parallel.validate(settings, MHCConfig(mtp="multistream", pipeline_schedule="fused"))
+
+
 def test_depths_between_streams_are_refused_in_a_hybrid_model():
     with pytest.raises(ValueError, match="--mhc-mtp multistream does not support a HybridModel.*mtp single"):
         refuse(HYBRID, config(mtp_num_layers=1), MHCConfig(mtp="multistream"))
