@@ -216,7 +216,7 @@ def test_a_refusal_that_names_flags_says_how_the_environment_writes_them():
         parallel.validate(config(normalization="LayerNorm"), MHCConfig(norm="folded"))
     assert "MEGATRON_MHC and YAML files write" in "".join(error.value.__notes__)
     with pytest.raises(ValueError) as error:
-        parallel.validate(config(mtp_standalone=True), MHCConfig())
+        parallel.validate(config(inference_fuse_tp_communication=True), MHCConfig())
     assert not hasattr(error.value, "__notes__")
 
 
