@@ -9,7 +9,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megatron_mhc.config import MHCConfig
-from megatron_mhc.hyper_connection import HyperConnectionModule, MappingParameters, MappingProjection
+from megatron_mhc.hyper_connection import HyperConnectionModule
+from megatron_mhc.mapping_parameters import MappingParameters, MappingProjection
 from megatron_mhc.ops import gated, reference
 from megatron_mhc.parallel import mark_replicated
 

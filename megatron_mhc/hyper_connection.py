@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
 import torch
-from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megatron_mhc import initial
 from megatron_mhc.backend import H100, Backend, choose, triton_obstacle
-from megatron_mhc.checkpoint import take_or_refuse
-from megatron_mhc.checkpoint_parts import InParts, in_shards
+from megatron_mhc.checkpoint_parts import InParts
 from megatron_mhc.config import MHCConfig, flag
+from megatron_mhc.mapping_parameters import MappingParameters, MappingProjection
 from megatron_mhc.norm import FoldedNorm
 from megatron_mhc.ops import reference
 from megatron_mhc.ops.options import BITS, Form, Options, ReadNorm
@@ -26,67 +24,6 @@ if TYPE_CHECKING:
     from megatron_mhc.ops.autograd import KernelMappings, NextPre
 
     Mappings = reference.Coefficients | KernelMappings
-
-
-class MappingProjection(nn.Module):
-    """Holds phi transposed; calling it returns `weight: [rows, columns]`.
-
-    Called rather than read, so that a data-parallel wrapper that gathers parameters just before a
-    module runs (--overlap-param-gather) sees the use.
-    """
-
-    def __init__(self, rows: int, columns: int, dtype: torch.dtype, device: Any):
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(rows, columns, dtype=dtype, device=device))
-
-    def forward(self) -> Tensor:
-        return self.weight
-
-
-class MappingParameters(MegatronModule):
-    """Base of modules whose parameters keep their own precision and are replicated over TP.
-
-    Float16Module, `.half()` and `.bfloat16()` convert every parameter below them; mapping parameters
-    stay fp32 (fp64 where params_dtype is fp64), because a Sinkhorn projection of bf16 logits loses
-    its row sums. Without `own_precision` they are as the model's other parameters.
-    """
-
-    own_precision = True
-
-    def __init__(self, config: TransformerConfig, mhc: MHCConfig):
-        super().__init__(config=config)
-        self.mhc = mhc
-        own = torch.float64 if config.params_dtype == torch.float64 else torch.float32
-        self.dtype = own if self.own_precision else config.params_dtype
-        self.device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
-        _holders.add(self)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        if not self.own_precision:
-            return super()._apply(fn, recurse)
-
-        def keep_dtype(tensor: Tensor) -> Tensor:
-            converted = fn(tensor)
-            return converted if converted.dtype == tensor.dtype else tensor.to(converted.device)
-
-        return super()._apply(keep_dtype, recurse)
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        take_or_refuse(self.mhc, state_dict, prefix, self.state_dict().items())
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def sharded_state_dict(
-        self,
-        prefix: str = "",
-        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
-        metadata: dict[str, Any] | None = None,
-    ) -> Any:
-        entries = super().sharded_state_dict(prefix, sharded_offsets, metadata)
-        return in_shards(self, entries, prefix)
-
-    def scalar(self, value: float) -> nn.Parameter:
-        """A trainable [1] tensor; one-dimensional, so Megatron applies no weight decay to it."""
-        return nn.Parameter(torch.full((1,), value, dtype=self.dtype, device=self.device))
 
 
 class HyperConnectionModule(MappingParameters, InParts):
@@ -361,12 +298,6 @@ class HyperConnectionModule(MappingParameters, InParts):
 
 
 _built: WeakSet[HyperConnectionModule] = WeakSet()
-_holders: WeakSet[MappingParameters] = WeakSet()
-
-
-def in_use() -> bool:
-    """Whether mapping parameters are alive in this process, of connections or of a learned head."""
-    return len(_holders) > 0
 
 
 def stream_widths() -> set[int]:

@@ -28,7 +28,8 @@ from megatron_mhc.gated import GatedConnection
 from megatron_mhc.graphs import GraphEdge, Held
 from megatron_mhc.handed_on import alone_width, first_weights, hand_on, taken
 from megatron_mhc.hyper_connection import HyperConnectionModule, check_width
-from megatron_mhc.refusals import LAYER, refuse
+from megatron_mhc.layer_refusals import LAYER
+from megatron_mhc.refusals import refuse
 from megatron_mhc.sublayer import Call, SubLayer, attention, mlp
 
 
@@ -121,7 +122,7 @@ class HyperConnectionTransformerLayer(BetweenStreams, TransformerLayer, GraphEdg
         chunks: shared by the layers of a model chunk; a layer without makes a chunk of its own.
 
     Raises:
-        ValueError: a configuration that mHC does not support (see `parallel.validate`, `refusals.LAYER`,
+        ValueError: a configuration that mHC does not support (see `parallel.validate`, `layer_refusals`,
             `norm.fold`).
 
     Source: arXiv 2512.24880 Eq. (3).

@@ -26,7 +26,7 @@ class HyperConnectionMambaLayer(BetweenStreams, MambaLayer):
         chunks: shared by the layers of a model chunk; a layer without makes a chunk of its own.
 
     Raises:
-        ValueError: a configuration that mHC does not support (see `parallel.validate`, `refusals.LAYER`).
+        ValueError: a configuration that mHC does not support (see `parallel.validate`, `layer_refusals`).
 
     Source: arXiv 2512.24880 Eq. (3).
     """

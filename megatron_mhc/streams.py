@@ -25,7 +25,7 @@ from megatron_mhc.config import MHCConfig, flag
 from megatron_mhc.contraction import Contraction, build
 from megatron_mhc.gated import ExitMixer
 from megatron_mhc.handed_on import taken
-from megatron_mhc.hyper_connection import MappingParameters, MappingProjection
+from megatron_mhc.mapping_parameters import MappingParameters, MappingProjection
 from megatron_mhc.ops import reference
 from megatron_mhc.parallel import mark_replicated
 

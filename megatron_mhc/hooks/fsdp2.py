@@ -18,7 +18,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
-from megatron_mhc.hyper_connection import MappingParameters
+from megatron_mhc.mapping_parameters import MappingParameters
 from megatron_mhc.refusals import FSDP2, refuse
 
 

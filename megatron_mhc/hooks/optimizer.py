@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from megatron_mhc.checkpoint import OTHER_LAYOUT
-from megatron_mhc.hyper_connection import in_use, operations
+from megatron_mhc.hyper_connection import operations
+from megatron_mhc.mapping_parameters import in_use
 
 
 def number_float32_first(build: Callable[..., Any]) -> Callable[..., Any]:

@@ -34,8 +34,18 @@ from torch import Tensor
 
 from megatron_mhc.ops import compiled
 from megatron_mhc.ops.kernels import TRITON, Kernels
-from megatron_mhc.ops.link import Ahead, Link, NextPre, Projected, Saved, link_of, made_by
-from megatron_mhc.ops.options import MIXES, READS, WRITES, Form, Handed, HandedBack, Options, ReadNorm
+from megatron_mhc.ops.link import (
+    Ahead,
+    Link,
+    NextPre,
+    Projected,
+    Saved,
+    handed_back,
+    handed_to,
+    link_of,
+    made_by,
+)
+from megatron_mhc.ops.options import MIXES, READS, WRITES, Form, HandedBack, Options, ReadNorm
 from megatron_mhc.ops.triton import stage_ends
 from megatron_mhc.ops.triton.post_res import post_backward, post_res_forward
 from megatron_mhc.ops.triton.post_res_project import can_project
@@ -192,18 +202,6 @@ class _Pre(torch.autograd.Function):
         return dx, d_weight, d_affine, d_norm_weight, handed and handed.d_h_pre, None
 
 
-def handed_to(h_pre: Tensor | None) -> Handed | None:
-    """What `pre` needs to read with h_pre: [T, n], if it is to."""
-    return None if h_pre is None else Handed(h_pre, torch.empty_like(h_pre))
-
-
-def handed_back(h_pre: Tensor | None, d_on: Tensor | None) -> HandedBack | None:
-    """The same for its backward; d_on: the gradient of what it has handed on."""
-    if h_pre is None:
-        return None
-    return HandedBack(h_pre, None if d_on is None else d_on.contiguous(), torch.empty_like(h_pre))
-
-
 def gradients_of_pre(
     kernels: Kernels,
     options: Options,
@@ -343,13 +341,9 @@ def pre(
         )
         return layer_input.view(read), mappings
     visit = _Visit(kernels, options, norm, link_of(x), BackwardHandoff(), shape, read)
+    h_pre = None if h_pre is None else h_pre.contiguous()
     layer_input, tunnel, projection, coefficients, norm_saved, handed_on = _Pre.apply(
-        x.contiguous(),
-        weight,
-        affine,
-        norm and norm.weight,
-        None if h_pre is None else h_pre.contiguous(),
-        visit,
+        x.contiguous(), weight, affine, norm and norm.weight, h_pre, visit
     )
     saved, rest = Saved(projection, affine), dict(handoff=visit.handoff, handed_on=handed_on)
     mappings = KernelMappings((tunnel,), coefficients, saved, options.form, norm, norm_saved, **rest)

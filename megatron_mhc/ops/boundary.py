@@ -22,10 +22,8 @@ from megatron_mhc.ops.autograd import (
     KernelMappings,
     gradients_of_f,
     gradients_of_pre,
-    handed_back,
-    handed_to,
 )
-from megatron_mhc.ops.link import Ahead, NextPre, Saved, made_by
+from megatron_mhc.ops.link import Ahead, NextPre, Saved, handed_back, handed_to, made_by
 from megatron_mhc.ops.options import ReadNorm
 from megatron_mhc.ops.triton.post_res import post_backward
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron_mhc.ops.kernels import Kernels
-from megatron_mhc.ops.options import Form, Options, ReadNorm
+from megatron_mhc.ops.options import Form, Handed, HandedBack, Options, ReadNorm
 
 
 class Saved(NamedTuple):
@@ -32,6 +32,18 @@ class NextPre(NamedTuple):
 def made_by(pre: NextPre) -> tuple[Tensor, ...]:
     """The tensors that all which it returns is made of, besides the streams and its norm."""
     return (pre.weight, pre.affine) if pre.h_pre is None else (pre.weight, pre.affine, pre.h_pre)
+
+
+def handed_to(h_pre: Tensor | None) -> Handed | None:
+    """What `pre` needs to read with h_pre: [T, n], if it is to."""
+    return None if h_pre is None else Handed(h_pre, torch.empty_like(h_pre))
+
+
+def handed_back(h_pre: Tensor | None, d_on: Tensor | None) -> HandedBack | None:
+    """The same for its backward; d_on: the gradient of what it has handed on."""
+    if h_pre is None:
+        return None
+    return HandedBack(h_pre, None if d_on is None else d_on.contiguous(), torch.empty_like(h_pre))
 
 
 class Projected(NamedTuple):

@@ -6,7 +6,7 @@ from emulator.launch import compiler
 from ops_cases import COEFFICIENT, DEVICE, ON_GPU, STREAM, each, error, inputs, norm_like
 from ops_emulated import RINGS, SHAPES
 
-from megatron_mhc.ops import autograd, boundary, reference
+from megatron_mhc.ops import autograd, boundary, link, reference
 from megatron_mhc.ops.autograd import NextPre
 from megatron_mhc.ops.hopper import pre as hopper_pre
 from megatron_mhc.ops.kernels import HOPPER, TRITON
@@ -146,7 +146,7 @@ def test_a_replay_has_the_bits_of_forward(poisoned, n, folds):
     norm = norm_like(f) if folds else None
     h_pre, first, row, wanted = torch.rand(tokens, n, device=DEVICE), x, [], []
     for k in range(3):
-        handed = autograd.handed_to(h_pre)
+        handed = link.handed_to(h_pre)
         made = pre_forward(x, weight * (k + 1), affine, Options(1e-6, 20, False), norm=norm, handed=handed)
         layer_input, _, mappings, norm_saved = made
         out = torch.full_like(layer_input, float("nan"))
@@ -193,7 +193,7 @@ def test_behind_a_post_res_hoppers_have_the_bits_of_pre(emulate, poisoned, shape
     x, weight, affine, f = inputs(tokens, 4, channels, BF16)
     norm, options = norm_like(f) if folds else None, Options(1e-6, 20, v4)
     *_, before, _ = hopper_pre.pre_forward(x, weight.flip(0), affine, options)
-    handed = [autograd.handed_to(before[:, :4].contiguous()) for _ in range(2)]
+    handed = [link.handed_to(before[:, :4].contiguous()) for _ in range(2)]
     of = weight, affine, options, norm
     streams, *ahead = hopper_pre.post_res_pre(x, f, before, None, *of, handed=handed[0])
     alone = hopper_pre.pre_forward(streams, *of, handed=handed[1])

@@ -21,6 +21,7 @@ from megatron_mhc.export import settings as export_settings
 from megatron_mhc.graphs import Held
 from megatron_mhc.hooks.messages import widen_messages
 from megatron_mhc.hyper_connection import check_width
+from megatron_mhc.layer_refusals import LAYER
 from megatron_mhc.pipeline.options import check_config
 from megatron_mhc.refusals import HYBRID, refuse
 
@@ -102,9 +103,9 @@ def test_layers_that_nodes_cannot_run(held, attention, settings, words):
             config=config(**settings, **more),
         )
 
-    refusals.refuse(refusals.LAYER, layer(), MHCConfig())
+    refusals.refuse(LAYER, layer(), MHCConfig())
     with pytest.raises(ValueError, match=words):
-        refusals.refuse(refusals.LAYER, layer(**OVERLAP), MHCConfig())
+        refusals.refuse(LAYER, layer(**OVERLAP), MHCConfig())
 
 
 def test_fp32_streams_are_refused_under_the_kernels_that_take_bf16():
