@@ -79,6 +79,8 @@ def described(case: Combination, settings: dict[str, Any], on_one: bool) -> tupl
     """The model's kind and settings for `Layout.config`, and for `build` what builds a stage of it."""
     kind, _, what = case.kind.partition(" ")
     settings = case.model | settings
+    if settings.get("fp8"):
+        settings |= dict(transformer_impl="local")  # as the layers here are
     if kind == "heterogeneous":
         return "dense", test_heterogeneous.heterogeneous(what) | settings, None
     if kind != "hybrid":
