@@ -36,6 +36,9 @@ step_tp2_b2      2 3 -m benchmarks.step --out {out} --logs {folder} --batches 2 
 ops_2560         1 2 -m benchmarks.kernels --out {out} --only ops --shapes 4096x2560
 ops_4096         1 3 -m benchmarks.kernels --out {out} --only ops --shapes 8192x4096
 ops_7168         1 3 -m benchmarks.kernels --out {out} --only ops --shapes 4096x7168
+forms_2560       1 3 -m benchmarks.kernels --out {out} --only forms --shapes 4096x2560
+forms_4096       1 4 -m benchmarks.kernels --out {out} --only forms --shapes 8192x4096
+forms_7168       1 4 -m benchmarks.kernels --out {out} --only forms --shapes 4096x7168
 norms_2560       1 3 -m benchmarks.kernels --out {out} --only norms --shapes 4096x2560
 norms_4096       1 4 -m benchmarks.kernels --out {out} --only norms --shapes 8192x4096
 norms_7168       1 4 -m benchmarks.kernels --out {out} --only norms --shapes 4096x7168

@@ -1,10 +1,12 @@
 """The operations of a connection on one GPU: time, floor, memory and errors, beside torch.compile and TE.
 
     python -m benchmarks.kernels --out kernels.json [--shapes 8192x4096,4096x2560] [--sublayers 16]
-        [--only ops,rivals,errors,stages] [--providers hopper,TransformerEngine]
+        [--only ops,rivals,forms,errors,stages] [--providers hopper,TransformerEngine]
 
 ops      connections in a row, as in a model: pre -> F -> post_res, forward and backward with every gradient,
          F the identity, each with parameters of its own; by the plugin's own module and back ends
+forms    the same of other forms: read with the weights of the connection in front (single-pass), H_res = I;
+         with their errors, as below
 rivals   one connection by itself: these, Transformer Engine's kernels, and the definition under torch.compile
 errors   relative L2 against float64 of every output and gradient, over many draws together: of one draw the
          gradient of an alpha, a sum that cancels, is luck
@@ -52,7 +54,7 @@ from benchmarks.harness import (
 )
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-SECTIONS = ("ops", "rivals", "errors", "norms", "native", "stages")
+SECTIONS = ("ops", "rivals", "forms", "errors", "norms", "native", "stages")
 GRADS = ("x", "weight", "bias", "alpha_pre", "alpha_post", "alpha_res")
 
 
@@ -100,23 +102,27 @@ def plugin(
     boundary: str = "auto",
     compiled: bool = False,
     exact: bool = False,
-    preset: str = "paper",
+    **form: Any,
 ) -> Connections:
     """The plugin's connections.
 
     Args:
         exact: compute in float64 between tensors of the streams' dtype.
+        form: further options of MHCConfig.
     """
     from megatron.core.transformer import TransformerConfig
 
     from megatron_mhc import MHCConfig
+    from megatron_mhc.handed_on import first_weights
     from megatron_mhc.hyper_connection import HyperConnectionModule
 
-    x, *values = drawn
+    x, weight, affine = drawn
     tokens, n, width = x.shape
     dtype = torch.float64 if exact else x.dtype
     config = TransformerConfig(num_layers=1, hidden_size=width, num_attention_heads=1, params_dtype=dtype)
-    mhc = MHCConfig(num_residual_streams=n, preset=preset, backend=backend, boundary=boundary)
+    mhc = MHCConfig(num_residual_streams=n, backend=backend, boundary=boundary, **form)
+    rows = sum(mhc.parts.values())  # of H_res = I fewer
+    values = [weight[:rows], torch.cat([affine[:rows], affine[len(weight) :][: len(mhc.parts)]])]
     row = [HyperConnectionModule(config, mhc, at).cuda() for at in range(count)]
     for connection in row:
         set_parameters(connection, values)
@@ -128,16 +134,20 @@ def plugin(
 
     def forward(streams: Tensor) -> Tensor:
         streams = streams.to(dtype)
+        h_pre = first_weights(streams, n) if mhc.reads_previous else None
         for connection, following in zip(row, [*row[1:], None], strict=True):
-            layer_input, mappings = connection(streams)
+            layer_input, mappings = connection(streams, h_pre)
+            h_pre = connection.handed_on(mappings)
             if exact:
                 layer_input = layer_input.to(x.dtype).to(dtype)
-            next_pre = following.next_pre(streams) if following is not None and ahead else None
+            next_pre = following.next_pre(streams, h_pre) if following is not None and ahead else None
             streams = connection.post_res(streams, layer_input, mappings, next_pre=next_pre)
         return streams.to(x.dtype)
 
     def read(streams: Tensor) -> Tensor:
-        return row[0](streams.to(dtype))[0].to(x.dtype)
+        streams = streams.to(dtype)
+        first = first_weights(streams, n) if mhc.reads_previous else None
+        return row[0](streams, first)[0].to(x.dtype)
 
     return Connections(forward, [leaf, *(p for connection in row for p in parameters(connection))], read)
 
@@ -198,6 +208,25 @@ PLUGIN: dict[str, Provider] = {
     "hopper, fused": functools.partial(plugin, backend="hopper", boundary="fused"),
     "triton": functools.partial(plugin, backend="triton", boundary="linked"),
     "triton, fused": functools.partial(plugin, backend="triton", boundary="fused"),
+}
+SINGLE_PASS, IDENTITY = dict(read="previous"), dict(h_res="identity")
+FORMS: dict[str, tuple[Provider, dict[str, str]]] = {
+    name: (functools.partial(plugin, backend=backend, boundary=boundary, **form), form)
+    for name, backend, boundary, form in (
+        ("hopper, fused", "hopper", "fused", {}),
+        ("hopper, fused, single-pass", "hopper", "fused", SINGLE_PASS),
+        ("hopper, single-pass", "hopper", "linked", SINGLE_PASS),
+        ("triton, fused", "triton", "fused", {}),
+        ("triton, fused, single-pass", "triton", "fused", SINGLE_PASS),
+        ("triton, single-pass", "triton", "linked", SINGLE_PASS),
+        ("triton", "triton", "linked", {}),
+        ("triton, identity", "triton", "linked", IDENTITY),
+        ("triton, fused, identity", "triton", "fused", IDENTITY),
+    )
+}
+FORMS_ON_CPU = {
+    f"reference{name}": (functools.partial(plugin, backend="reference", **form), form)
+    for name, form in ((", single-pass", SINGLE_PASS), (", identity", IDENTITY))
 }
 RIVALS: dict[str, Provider] = {
     "TransformerEngine": transformer_engine,
@@ -284,14 +313,14 @@ def measure(
         report.add(section, names[name], failed.get(name) or timed[name].row(stream_us))
 
 
-def errors(make: Provider, width: int, options: argparse.Namespace, preset: str = "paper") -> Row:
-    """Relative L2 of 1024 tokens' outputs and gradients, all seeds together."""
+def errors(make: Provider, width: int, options: argparse.Namespace, **form: str) -> Row:
+    """Relative L2 of 1024 tokens' outputs and gradients, all seeds together; form: see `plugin`."""
     n, dtype, tokens = options.n, DTYPES[options.dtype], 64 if options.tiny else 1024
     missed: dict[str, float] = dict.fromkeys(("layer_input", "streams", *GRADS), 0.0)
     lengths = dict(missed)
     for seed in range(options.seeds):
         drawn = draw(tokens, width, n, dtype, seed)
-        exact = plugin([drawn[0].double(), *drawn[1:]], 1, "reference", preset=preset)
+        exact = plugin([drawn[0].double(), *drawn[1:]], 1, "reference", **form)
         g = torch.randn(tokens, n, width, device="cuda").to(dtype)
         row = make(drawn, 1)
         last = row.leaves[0].shape[-1] == n  # Transformer Engine's layout
@@ -308,12 +337,13 @@ def errors(make: Provider, width: int, options: argparse.Namespace, preset: str 
                     found[at] = found[at].view(tokens, width, n).transpose(1, 2)
                 found[3:5] = [ours(t, width, n) for t in found[3:5]]
             elif len(found) == 5:  # affine is one
-                found[4:] = found[4].split([drawn[1].shape[0], 1, 1, 1])
+                rows = found[3].shape[0]
+                found[4:] = found[4].split([rows, *[1] * (len(found[4]) - rows)])
             results.append(found)
-        for name, wanted, got in zip(missed, *results, strict=True):
+        for name, wanted, got in zip(missed, *results, strict=False):  # of H_res = I there is no alpha_res
             missed[name] += (got.reshape(wanted.shape).double() - wanted).square().sum().item()
             lengths[name] += wanted.double().square().sum().item()
-    return {name: (missed[name] / lengths[name]) ** 0.5 for name in missed}
+    return {name: (missed[name] / lengths[name]) ** 0.5 for name in missed if lengths[name]}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -354,6 +384,14 @@ def main(argv: list[str] | None = None) -> None:
             measure(report, "ops", (tokens, width), chosen(plugin_), options.sublayers, options)
         if "rivals" in sections:
             measure(report, "rivals", (tokens, width), chosen({**plugin_, **rivals}), 1, options)
+        if "forms" in sections:
+            forms = FORMS if ON_GPU else FORMS_ON_CPU
+            providers = chosen({name: make for name, (make, _) in forms.items()})
+            measure(report, "forms", (tokens, width), providers, options.sublayers, options)
+            for name, make in providers.items():
+                run = functools.partial(errors, make, width, options, **forms[name][1])
+                report.run("forms' errors", f"{name}, C={width}, n={options.n}", run)
+                clean()
         if "errors" in sections:
             for name, make in chosen({**plugin_, **EXACT, **rivals}).items():
                 run = functools.partial(errors, make, width, options)
@@ -371,7 +409,7 @@ def main(argv: list[str] | None = None) -> None:
             providers = chosen(native.PROVIDERS if ON_GPU else native.ON_CPU)
             measure(report, "native", (tokens, width), providers, options.sublayers, options)
             for name, make in providers.items():
-                run = functools.partial(errors, make, width, options, "deepseek_v4")
+                run = functools.partial(errors, make, width, options, preset="deepseek_v4")
                 report.run("errors", f"{name}, C={width}, n={options.n}", run)
                 clean()
         if "stages" in sections and ON_GPU:

@@ -36,8 +36,16 @@ def names(found):
 
 
 def test_kernels(tmp_path):
-    found, printed = run(tmp_path / "kernels.json", "kernels", "--only", "ops,errors,norms", on_cpu=True)
-    ops, error, exact, *norms = found["rows"]
+    found, printed = run(
+        tmp_path / "kernels.json", "kernels", "--only", "ops,forms,errors,norms", on_cpu=True
+    )
+    by_section: dict[str, list] = {}
+    for row in found["rows"]:
+        by_section.setdefault(row["section"], []).append(row)
+    (ops,), (error, exact), norms = (by_section[name] for name in ("ops", "errors", "norms"))
+    for row in by_section["forms' errors"]:  # of a single connection, whose h_pre nobody reads with
+        assert all(0 < row[name] < 0.1 for name in ("streams", "x", "weight", "bias", "alpha_post"))
+    assert [row["graph_us"] > 0 for row in by_section["forms"]] == [True] * 2
     assert [row["name"].partition(",")[2][:5] for row in norms] == [" norm"] * 2
     assert all(row["graph_us"] > 0 for row in norms)
     assert ops["graph_us"] > 0 and ops["host_us"] > 0 and ops["x floor"] > 0
