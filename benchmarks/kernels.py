@@ -384,14 +384,6 @@ def main(argv: list[str] | None = None) -> None:
             measure(report, "ops", (tokens, width), chosen(plugin_), options.sublayers, options)
         if "rivals" in sections:
             measure(report, "rivals", (tokens, width), chosen({**plugin_, **rivals}), 1, options)
-        if "forms" in sections:
-            forms = FORMS if ON_GPU else FORMS_ON_CPU
-            providers = chosen({name: make for name, (make, _) in forms.items()})
-            measure(report, "forms", (tokens, width), providers, options.sublayers, options)
-            for name, make in providers.items():
-                run = functools.partial(errors, make, width, options, **forms[name][1])
-                report.run("forms' errors", f"{name}, C={width}, n={options.n}", run)
-                clean()
         if "errors" in sections:
             for name, make in chosen({**plugin_, **EXACT, **rivals}).items():
                 run = functools.partial(errors, make, width, options)
@@ -411,6 +403,14 @@ def main(argv: list[str] | None = None) -> None:
             for name, make in providers.items():
                 run = functools.partial(errors, make, width, options, preset="deepseek_v4")
                 report.run("errors", f"{name}, C={width}, n={options.n}", run)
+                clean()
+        if "forms" in sections:
+            forms = FORMS if ON_GPU else FORMS_ON_CPU
+            providers = chosen({name: make for name, (make, _) in forms.items()})
+            measure(report, "forms", (tokens, width), providers, options.sublayers, options)
+            for name, make in providers.items():
+                run = functools.partial(errors, make, width, options, **forms[name][1])
+                report.run("forms' errors", f"{name}, C={width}, n={options.n}", run)
                 clean()
         if "stages" in sections and ON_GPU:
             from benchmarks import hopper_stages
