@@ -314,7 +314,6 @@ class MHCConfig:
         return ",".join(f"{k}={v}" for k, v in asdict(self).items())
 
 
-# What `auto` stands for under each preset. h_pre and h_post are dynamic in all published models.
 def _yaml_pairs(path: str) -> list[tuple[str, str]]:
     """The keys and values of a YAML file as they are written: all of them, and `off` is no boolean."""
     try:

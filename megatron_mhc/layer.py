@@ -30,6 +30,7 @@ from megatron_mhc.handed_on import alone_width, first_weights, hand_on, taken
 from megatron_mhc.hyper_connection import HyperConnectionModule, check_width
 from megatron_mhc.layer_refusals import LAYER
 from megatron_mhc.refusals import refuse
+from megatron_mhc.schedule.plans import is_combined
 from megatron_mhc.sublayer import Call, SubLayer, attention, mlp
 
 
@@ -97,13 +98,14 @@ class BetweenStreams(MegatronModule):
         """What the layer returns: streams: [s, b, n*C], and h_pre: [s*b, n], as its last sub-layer left them.
 
         Their tensor goes alone to another pipeline stage, and where Megatron runs each layer by itself: in a
-        checkpoint, in a CUDA graph, as a unit of an FSDP, in nodes of its combined 1F1B.
+        checkpoint, in a CUDA graph, as a unit of an FSDP, in nodes of its combined 1F1B, where it offloads.
         """
         if h_pre is None:
             return viewless(streams)
-        ends = self.chunk.last is self and self.config.pipeline_model_parallel_size > 1
-        by_itself = self.config.recompute_granularity == "full" or any(self.held)
-        by_itself |= self.config.overlap_moe_expert_parallel_comm and self.mhc.pipeline_schedule == "megatron"
+        config = self.config
+        ends = self.chunk.last is self and config.pipeline_model_parallel_size > 1
+        by_itself = config.recompute_granularity == "full" or any(self.held) or config.cpu_offloading
+        by_itself |= is_combined(config, self.mhc)
         alone = ends or by_itself or parallel.is_gathered_alone(self)
         return hand_on(viewless(streams), h_pre, alone)
 
@@ -263,6 +265,8 @@ class InOrder:
         streams, h_pre = layer.enter(hidden_states)
         for sublayer in layer.sublayers:
             streams, h_pre = self.sublayer(sublayer, layer, streams, h_pre, call)
+        if streams is hidden_states and layer.chunk.last is layer:
+            streams = streams.clone()  # of no layer at all: Megatron's schedules free what a chunk sends
         return layer.leave(streams, h_pre), call.context
 
     def sublayer(

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 GATED_RANK = 320
 
+# What `auto` stands for under each preset. h_pre and h_post are dynamic in all published models.
 _DEFAULTS = dict(h_res="sinkhorn", read="current", contract="mean", init="home_stream")
 _IMPLIED = {
     "paper": _DEFAULTS,
@@ -83,6 +84,11 @@ def _check_read(mhc: MHCConfig) -> None:
         raise ValueError(
             f"{flag('read')}=previous with {flag('mtp')}=multistream: no model says whose weights such a "
             f"layer's first read takes; use {flag('mtp')}=single"
+        )
+    if mhc.contract == "library" and mhc.mtp == "multistream":
+        raise ValueError(
+            f"{flag('contract')}=library with {flag('mtp')}=multistream, of which each layer has a "
+            f"contraction of its own: use {flag('mtp')}=single"
         )
     if mhc.contract == "h_pre" and not mhc.reads_previous:
         raise ValueError(

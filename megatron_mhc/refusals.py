@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from megatron_mhc import precision
 from megatron_mhc.config import ENVIRONMENT, MHCConfig
 from megatron_mhc.releases import OWN_SWITCHES
+from megatron_mhc.schedule.plans import is_combined
 from megatron_mhc.schedule.stages import layer_counts
 
 
@@ -216,10 +217,7 @@ MODEL = (
     ),
     Refusal(
         lambda config, mhc: (
-            config.overlap_moe_expert_parallel_comm
-            and mhc.pipeline_schedule == "megatron"
-            and mhc.mtp == "multistream"
-            and config.mtp_num_layers
+            config.mtp_num_layers or None if mhc.mtp == "multistream" and is_combined(config, mhc) else None
         ),
         "--overlap-moe-expert-parallel-comm with --mhc-mtp multistream and --mtp-num-layers {value}",
         "Megatron's combined 1F1B cuts its own layers of MTP alone into nodes; use --mhc-mtp single, "

@@ -43,7 +43,7 @@ def contract_beside_prediction(has_norm: Callable[..., Any]) -> Callable[..., An
 
     def has_it(self: Any) -> Any:
         config = self.config
-        if getattr(config, "mhc", None) is None or config.mtp_num_layers is None:
+        if getattr(config, "mhc", None) is None or not config.mtp_num_layers:
             return has_norm(self)
         layout, layers = config.pipeline_model_parallel_layout, config.mtp_num_layers
         here = mtp_on_this_rank(layout, layers, ignore_virtual=False, vp_stage=self.vp_stage)

@@ -45,14 +45,14 @@ class _Join(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         wide, coefficients = unpack(gradient.contiguous(), ctx.channels)
-        return wide.reshape(*gradient.shape[:2], -1), coefficients
+        return wide.reshape(*gradient.shape[:2], ctx.channels), coefficients
 
 
 class _Part(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, packed: Tensor, channels: int) -> tuple[Tensor, Tensor]:
         wide, coefficients = unpack(packed, channels)
-        return wide.reshape(*packed.shape[:2], -1).contiguous(), coefficients
+        return wide.reshape(*packed.shape[:2], channels).contiguous(), coefficients
 
     @staticmethod
     def backward(ctx: Any, wide: Tensor, coefficients: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]

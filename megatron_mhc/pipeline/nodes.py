@@ -100,7 +100,7 @@ class StageEntry:
         if h_pre.shape[1]:
             dx, dh_pre = packed.unpack(gradient.contiguous(), self._n * self._width)
         g = dx.reshape(-1, self._n, self._width).contiguous()
-        dx = g.view(*gradient.shape[:2], -1)
+        dx = g.view(*gradient.shape[:2], self._n * self._width)
         if not self._kernels:
             df, dh_post = reference.write_backward(g, f, h_post)
             d_written = dh_post if dh_pre is None else torch.cat([dh_post, dh_pre], dim=1)

@@ -62,8 +62,8 @@ def work_ahead(layout, kind, settings):
     chunk = chunk_of(built(layout, kind, settings)[0][0])
     chunk._works_ahead = True
     for sublayer in chunk.sublayers:
-        sublayer.connection.next_pre = lambda streams: "next pre"
-    return [chunk.next_pre(sublayer, None) is not None for sublayer in chunk.sublayers[:-1]]
+        sublayer.connection.next_pre = lambda streams, handed_on: "next pre"
+    return [chunk.next_pre(sublayer, None, None) is not None for sublayer in chunk.sublayers[:-1]]
 
 
 @pytest.mark.parametrize(

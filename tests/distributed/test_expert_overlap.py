@@ -7,6 +7,7 @@ import functools
 import gc
 import types
 import weakref
+from dataclasses import replace
 
 import delayed
 import pytest
@@ -81,6 +82,12 @@ KINDS = "moe_shared", "moe_after_dense"
 @pytest.mark.parametrize("options, kind", each_value(list(OPTIONS), KINDS))
 def test_trains_as_one_process_does(run_ranks, where, options, kind):
     check(run_ranks, where, kind, MHCConfig(**OPTIONS[options]))
+
+
+@pytest.mark.parametrize("options", ["paper", "single_pass"])
+def test_without_a_pipeline_a_pipelines_schedule_changes_nothing(run_ranks, options):
+    plain = MHCConfig(**OPTIONS[options])
+    check(run_ranks, "ep2", "moe_shared", replace(plain, pipeline_schedule="fused"), plain)
 
 
 REPLAYS = [

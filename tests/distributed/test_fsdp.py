@@ -110,6 +110,7 @@ SETTINGS = {
     "TP and SP": dict(layout=Layout(tp=2, sp=True), world=4),
     "MoE": dict(kind="moe"),
     "MTP": dict(kind="mtp"),
+    "single pass": dict(mhc=MHCConfig(preset="deepseek_v41")),
     "MTP between streams": dict(kind="mtp2", mhc=MHCConfig(preset="deepseek_v4", mtp="multistream")),
 }
 

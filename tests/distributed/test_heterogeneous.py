@@ -30,6 +30,7 @@ LAYERS = {
     "lacking": [(FEW, SMALL), (NOTHING, LARGE), (MANY, NOTHING), (NOTHING, NOTHING)],
     "lacking_first": [(NOTHING, LARGE), (FEW, SMALL), (MANY, NOTHING), (FEW, LARGE)],
     "empty_first": [(NOTHING, NOTHING), (FEW, SMALL), (MANY, LARGE), (NOTHING, LARGE)],
+    "empty_half": [(NOTHING, NOTHING), (NOTHING, NOTHING), (FEW, SMALL), (MANY, LARGE)],
     "linear": [(FEW, LINEAR), (LINEAR, LARGE), (MANY, SMALL), (FEW, LARGE)],
 }
 
@@ -80,7 +81,11 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case, layers", each_value(CASES, LAYERS, also=[("tp2_sp", "linear")]))
+# A stage, or a virtual one, that hands on what it received.
+ALSO = [("tp2_sp", "linear"), *((case, "empty_half") for case in ("pp2", "pp2_vpp2", "pp2_interleaved"))]
+
+
+@pytest.mark.parametrize("case, layers", each_value(CASES, LAYERS, also=ALSO))
 def test_layout_matches_single_process(run_ranks, case, layers):
     layout, mhc, settings = CASES[case]
     if layers == "linear" and layout.sp:  # in stock such a layer gives every rank the whole sequence

@@ -35,6 +35,12 @@ def test_custom_layout_matches_single_process(run_ranks, stages, mhc):
     matches(run_ranks(layout.pp, compare, layout, kind, mhc, reference(kind, mhc), overrides)[0])
 
 
+def test_prediction_layers_may_be_stated_as_none_at_all(run_ranks):
+    """By a zero; the last decoder layer's stage has the final norm."""
+    overrides = dict(pipeline_model_parallel_layout="Ett|ttL", mtp_num_layers=0)
+    matches(run_ranks(2, compare, Layout(pp=2), "dense", MHC, reference("dense", MHC), overrides)[0])
+
+
 def test_custom_layout_with_replayed_streams(run_ranks):
     mhc, overrides = MHCConfig(recompute_layer_num="auto"), dict(pipeline_model_parallel_layout="Ett|t||tL")
     matches(run_ranks(4, compare, FOUR, "dense", mhc, reference("dense", MHC), overrides)[0])

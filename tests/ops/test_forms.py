@@ -149,7 +149,7 @@ def test_a_projection_made_ahead_has_the_streams_of_post_res(n, parts):
     x, weight, _, f = inputs(5, n, 48, BF16, ALL)  # weight: of the next connection
     mappings = torch.rand(5, Form(parts).rows(n), generator=torch.Generator().manual_seed(3)).to(DEVICE)
     f_bias = eighths(bias_like(f))
-    out, made = post_res_project(x, f, mappings, weight, f_bias, False, parts)
+    out, made, _ = post_res_project(x, f, mappings, weight, f_bias, False, parts)
     assert torch.equal(out, post_res_forward(x, f, mappings, f_bias, parts=parts))
     exact = out.double().flatten(1)
     assert error(made[..., :-1].sum(0), exact @ weight.double().T) <= 2e-5
@@ -170,7 +170,7 @@ def two_connections(case, as_one_node):
         streams = boundary.post_res_pre(f, mappings, next_pre)
     else:
         streams = autograd.post_res(f, mappings)
-    made = boundary.taken(streams, weight, affine, norm)
+    made = boundary.taken(streams, weight, affine, norm=norm)
     assert (made is not None) == as_one_node
     read, mappings = made or autograd.pre(streams, weight, affine, options, AHEAD, n, norm)
     last = autograd.post_res(f, mappings)

@@ -95,7 +95,7 @@ def test_a_thousand_lengths_of_sequences_make_few_kernels_and_plans(machine, mon
         monkeypatch.setattr(module, "kernel", kernel)
     for tokens in itertools.chain(range(1, 500), range(500, 66000, 131)):
         for module, flag in itertools.product((pre, pre_backward), (False, True)):
-            made = module._plan(tokens, channels, OPTIONS, flag, None, 0, 132, 0, 0)
+            made = module._plan(tokens, channels, OPTIONS, flag, None, False, 0, 132, 0, 0)
             made.launch([types.SimpleNamespace(data_ptr=lambda: 64)] * len(made._boxes), ())
     assert len(compiled) <= 4 * 4
     assert len(kept(machine)) == 1 and kept(machine)[0] * 4 < 8 * 2**20

@@ -171,7 +171,7 @@ def test_one_node_has_the_bits_of_two():
     norm, results = norm_like(inputs(5, 4, 48, BF16)[-1], dtype=BF16), []
     for as_one_node in (True, False):
         parameters, leaves, streams = two_connections(norm, as_one_node)
-        made = boundary.taken(streams, *parameters, norm)
+        made = boundary.taken(streams, *parameters, norm=norm)
         assert (made is not None) == as_one_node
         y, mappings = made or autograd.pre(streams, *parameters, FEW, kernels_of(4), 4, norm)
         last = autograd.post_res(leaves[-1], mappings)
@@ -200,7 +200,7 @@ def test_what_was_made_ahead_is_taken_for_the_very_norm_alone(other):
     reads, is_taken = OTHERS[other]
     norm = norm_like(inputs(5, 4, 48, BF16)[-1])
     parameters, _, streams = two_connections(norm, True)
-    assert (boundary.taken(streams, *parameters, reads(norm)) is not None) == is_taken
+    assert (boundary.taken(streams, *parameters, norm=reads(norm)) is not None) == is_taken
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])

@@ -74,6 +74,7 @@ def test_defaults_are_the_papers():
             "contradicts --mhc-preset=deepseek_v41: use deepseek_v4",
         ),
         (dict(read="previous", h_pre="fixed"), "with --mhc-h-pre=fixed hands on nothing: drop one"),
+        (dict(contract="library", mtp="multistream"), "contraction of its own: use --mhc-mtp=single"),
         (dict(read="previous", mtp="multistream"), "first read takes; use --mhc-mtp=single"),
         (dict(preset="qwen4_exp", mtp="multistream"), "between streams: use --mhc-mtp=single, or"),
         (dict(contract="h_pre"), "--mhc-contract=h_pre needs weights that no sub-layer reads with: add"),

@@ -69,17 +69,19 @@ def test_home_streams_are_those_of_who_reads():
         assert own.h_pre.argmax().item() == (index + 1) % N
 
 
+@pytest.mark.parametrize("sequence", [S, 0])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_packed_weights_and_their_gradients_keep_every_bit(dtype):
+def test_packed_weights_and_their_gradients_keep_every_bit(dtype, sequence):
     """The gradients as well: halves of fp32 numbers lie in the places of 16-bit ones."""
     exact = torch.float64 if dtype == torch.float64 else torch.float32
-    x, h = rand(S, B, N * C, dtype=dtype).requires_grad_(), rand(S * B, N, dtype=exact).requires_grad_()
+    x = rand(sequence, B, N * C, dtype=dtype).requires_grad_()
+    h = rand(sequence * B, N, dtype=exact).requires_grad_()
     together = packed.join(x * 1, h * 1)
     mhc = MHCConfig(read="previous")
     assert together.shape[-1] == alone_width(config(dtype), mhc)
     streams, h_pre = taken(together, config(dtype), mhc, "here")
     assert torch.equal(streams, x) and torch.equal(h_pre, h) and streams.is_contiguous()
-    dx, dh = rand(S, B, N * C, dtype=dtype), rand(S * B, N, dtype=exact)
+    dx, dh = (rand(*t.shape, dtype=t.dtype) for t in (x, h))
     torch.autograd.backward([streams, h_pre], [dx, dh])
     assert torch.equal(x.grad, dx) and torch.equal(h.grad, dh)
 

@@ -284,6 +284,11 @@ def test_depths_between_streams_are_refused_in_megatrons_combined_1f1b():
     with pytest.raises(ValueError, match=words):
         parallel.validate(settings, MHCConfig(mtp="multistream"))
     parallel.validate(settings, MHCConfig())
+    with pytest.raises(ValueError, match=words):  # without a pipeline it is Megatron's in any case
+        parallel.validate(settings, MHCConfig(mtp="multistream", pipeline_schedule="fused"))
+    settings.mtp_num_layers = 0
+    parallel.validate(settings, MHCConfig(mtp="multistream"))
+    settings.mtp_num_layers, settings.pipeline_model_parallel_size = 1, 2
     parallel.validate(settings, MHCConfig(mtp="multistream", pipeline_schedule="fused"))
 
 

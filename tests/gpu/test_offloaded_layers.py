@@ -1,6 +1,6 @@
 """--cpu-offloading-num-layers with Transformer Engine's own context, on one GPU.
 
-MEGATRON_MHC_GPU_TESTS=1 python -m pytest tests/gpu/test_cpu_offloading.py -s
+MEGATRON_MHC_GPU_TESTS=1 python -m pytest tests/gpu/test_offloaded_layers.py -s
 """
 
 import os
