@@ -1,6 +1,6 @@
 """`--mhc-read previous` in every layout: what is handed on crosses layers, chunks, stages and replays.
 
-In float64 against one process, whose arithmetic tests/megatron/test_single_pass_native.py holds against others'.
+In float64 against one process. Its arithmetic is held against others' in test_single_pass_native.py.
 """
 
 import pytest
