@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from megatron_mhc import precision
 from megatron_mhc.config import ENVIRONMENT, MHCConfig
-from megatron_mhc.releases import OWN_SWITCHES
+from megatron_mhc.releases import OWN_SWITCHES, release
 from megatron_mhc.schedule.stages import layer_counts
 
 
@@ -138,6 +138,18 @@ def _other_options(config: Any, mhc: MHCConfig) -> str | None:
 # A model's configuration, at each of its layers.
 MODEL = (
     *OWN,
+    Refusal(
+        lambda config, mhc: (
+            config.cuda_graph_impl if config.cuda_graph_impl != "none" and not release().cuda_graphs else None
+        ),
+        "mHC does not support --cuda-graph-impl {value} under Megatron-Core 0.17",
+        "install 0.18 or later, or drop it",
+    ),
+    Refusal(
+        lambda config, mhc: mhc.mtp == "multistream" and config.mtp_num_layers and not release().multistream,
+        "--mhc-mtp multistream with --mtp-num-layers under Megatron-Core 0.17",
+        "install 0.18 or later, or use --mhc-mtp single",
+    ),
     Refusal(
         lambda config, mhc: config.fp32_residual_connection and mhc.backend == "hopper",
         "--mhc-backend hopper does not support --fp32-residual-connection {value}",
