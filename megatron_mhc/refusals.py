@@ -136,6 +136,13 @@ def _other_options(config: Any, mhc: MHCConfig) -> str | None:
 
 
 # A model's configuration, at each of its layers.
+def _freed_messages(config: Any, mhc: MHCConfig) -> bool:
+    # Stock 0.17; 0.18 waits for the copy. A pipeline of this package sends by its own code.
+    overlapped = config.virtual_pipeline_model_parallel_size is not None and config.overlap_p2p_comm
+    freed = overlapped and config.deallocate_pipeline_outputs and mhc.pipeline_schedule == "megatron"
+    return bool(freed) and not release().keeps_what_it_sends
+
+
 MODEL = (
     *OWN,
     Refusal(
@@ -144,6 +151,12 @@ MODEL = (
         ),
         "mHC does not support --cuda-graph-impl {value} under Megatron-Core 0.17",
         "install 0.18 or later, or drop it",
+    ),
+    Refusal(
+        _freed_messages,
+        "virtual pipeline stages with overlapped p2p under Megatron-Core 0.17, whose schedule frees what it "
+        "still sends",
+        "install 0.18 or later, or use --mhc-pipeline-schedule interleaved, or 1 virtual stage",
     ),
     Refusal(
         lambda config, mhc: mhc.mtp == "multistream" and config.mtp_num_layers and not release().multistream,

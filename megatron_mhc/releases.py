@@ -62,6 +62,7 @@ class Release(NamedTuple):
         hybrid: it has a HybridModel.
         multistream: its layers of multi-token prediction can be built between streams.
         cuda_graphs: its CUDA graphs can hold connections.
+        keeps_what_it_sends: its interleaved schedule frees no output that is still being sent.
         pretrain_parses: `pretrain` reads the command line, and the batch of a TP rank the data iterator.
     """
 
@@ -77,6 +78,7 @@ class Release(NamedTuple):
     hybrid: bool = True
     multistream: bool = True
     cuda_graphs: bool = True
+    keeps_what_it_sends: bool = True
     pretrain_parses: bool = False
 
 
@@ -177,6 +179,7 @@ RELEASES = (
         hybrid=False,
         multistream=False,
         cuda_graphs=False,
+        keeps_what_it_sends=False,
         pretrain_parses=True,
     ),
     Release(

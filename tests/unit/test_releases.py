@@ -102,6 +102,11 @@ def test_what_the_oldest_release_lacks_is_refused_by_name(monkeypatch):
     config = TransformerConfig(num_layers=2, hidden_size=16, num_attention_heads=2)
     predicting, drawn = (dataclasses.replace(config) for _ in range(2))
     predicting.mtp_num_layers, drawn.cuda_graph_impl = 1, "local"
+    staged = dataclasses.replace(config)
+    staged.pipeline_model_parallel_size = staged.virtual_pipeline_model_parallel_size = 2
+    staged.overlap_p2p_comm, staged.batch_p2p_comm = True, False
+    parallel.validate(staged, MHCConfig())
+    staged.deallocate_pipeline_outputs = True
     script = types.SimpleNamespace(hybrid_layer_pattern="*-*-")
     for module in (refusals, door_refusals, releases):
         monkeypatch.setattr(module, "release", lambda: OLDEST)
@@ -111,6 +116,9 @@ def test_what_the_oldest_release_lacks_is_refused_by_name(monkeypatch):
         parallel.validate(predicting, MHCConfig(mtp="multistream"))
     with pytest.raises(ValueError, match=r"--cuda-graph-impl local under Megatron-Core 0\.17: install"):
         parallel.validate(drawn, MHCConfig())
+    with pytest.raises(ValueError, match=r"virtual pipeline stages with overlapped p2p under Megatron"):
+        parallel.validate(staged, MHCConfig())
+    parallel.validate(staged, MHCConfig(pipeline_schedule="interleaved"))
     with pytest.raises(ValueError, match=r"--hybrid-layer-pattern \*-\*- is of a HybridModel"):
         refusals.refuse(door_refusals.ENTRY_POINT, script)
     with pytest.raises(ValueError, match="has no HybridModel: install"):
