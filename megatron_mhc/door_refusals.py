@@ -7,6 +7,7 @@ from typing import Any
 
 from megatron_mhc.config import ENVIRONMENT, MHCConfig
 from megatron_mhc.refusals import OWN, Refusal, setting_row
+from megatron_mhc.releases import release
 
 # Megatron's parsed arguments: of our own pretrain_gpt, and of every script that takes --spec.
 ENTRY_POINT = (
@@ -18,6 +19,11 @@ ENTRY_POINT = (
             what="{flag} is not supported by this entry point",
         )
         for name in ("sft", "fim_data", "hybrid_context_parallel", "dataloader_inter_document_masking")
+    ),
+    Refusal(
+        lambda args, mhc: None if release().hybrid else getattr(args, "hybrid_layer_pattern", None),
+        "--hybrid-layer-pattern {value} is of a HybridModel, which Megatron-Core 0.17 does not have",
+        "install 0.18 or later, or drop it",
     ),
 )
 

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from megatron.core.full_cuda_graph import FullCudaGraphWrapper
 from megatron.core.transformer.cuda_graphs import delete_cuda_graphs
-from megatron.core.transformer.enums import CudaGraphModule
 from megatron.core.transformer.module import GraphableMegatronModule
 from torch import Tensor, nn
 
@@ -35,12 +34,15 @@ class Held(NamedTuple):
 
     @staticmethod
     def of(layer: HyperConnectionTransformerLayer) -> Held:
-        config, modules = layer.config, layer.config.cuda_graph_modules
+        config = layer.config
         if config.cuda_graph_impl == "local":
             whole = hasattr(layer, "cudagraph_manager")
             return Held(whole, whole)
         if config.cuda_graph_impl != "transformer_engine":
             return Held()
+        from megatron.core.transformer.enums import CudaGraphModule  # 0.17 has none
+
+        modules = config.cuda_graph_modules
         if not modules:
             return Held(True, True)
         return Held(

@@ -27,22 +27,21 @@ from megatron.core import mpu
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
 from megatron.core.rerun_state_machine import get_rerun_state_machine
-from megatron.core.transformer.multi_token_prediction import get_mtp_ranks, mtp_on_this_rank
-from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
+from megatron.core.transformer.multi_token_prediction import get_mtp_ranks
+from megatron.core.utils import get_attr_wrapped_model
 from megatron.training import get_args, get_tensorboard_writer, get_timers, get_tokenizer, print_rank_0
-from megatron.training.arguments import core_transformer_config_from_args, parse_and_validate_args
+from megatron.training.arguments import core_transformer_config_from_args
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 from torch import Tensor
 
-from megatron_mhc import hooks, releases, training_doors
+from megatron_mhc import hooks, training_doors
 from megatron_mhc.arguments import add_mhc_args
 from megatron_mhc.config import MHCConfig
 from megatron_mhc.door_refusals import ENTRY_POINT
 from megatron_mhc.graphs import release
 from megatron_mhc.hooks.uses import PRETRAIN_USES, SPEC_USES
 from megatron_mhc.refusals import refuse
-
-BATCH_KEYS = ("tokens", "position_ids", "labels", "loss_mask", "attention_mask")
+from megatron_mhc.training_doors import BATCH_KEYS
 
 
 def add_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -70,15 +69,9 @@ def check_args(args: Any) -> None:
         raise ValueError("--no-mhc together with --mhc-* options: drop one of them")
 
 
-def has_mtp(config: Any, vp_stage: int | None) -> bool:
-    """Whether this model chunk holds multi-token-prediction layers."""
-    layout, layers = config.pipeline_model_parallel_layout, config.mtp_num_layers
-    return mtp_on_this_rank(layout, layers, ignore_virtual=False, vp_stage=vp_stage)
-
-
 def needs_batch(config: Any, vp_stage: int | None) -> bool:
     """Whether this model chunk reads tokens or labels: the first and last stage, and those with MTP."""
-    return is_first_or_last_pipeline_stage(vp_stage) or has_mtp(config, vp_stage)
+    return is_first_or_last_pipeline_stage(vp_stage) or training_doors.predicts(config, vp_stage)
 
 
 def get_batch(data_iterator: Iterator[dict[str, Any]] | None, model: Any) -> dict[str, Tensor | None]:
@@ -88,36 +81,13 @@ def get_batch(data_iterator: Iterator[dict[str, Any]] | None, model: Any) -> dic
         tokens, position_ids, labels, loss_mask: [b, s / CP]; attention_mask: [b, 1, s / CP, s].
         None for what this pipeline stage does not read.
     """
-    args = get_args()
     config = get_attr_wrapped_model(model, "config")
     vp_stage = get_attr_wrapped_model(model, "vp_stage")
     if not needs_batch(config, vp_stage):
         return dict.fromkeys(BATCH_KEYS)
 
-    batch: dict[str, Tensor | None] = dict.fromkeys(BATCH_KEYS)
-    tp_rank = mpu.get_tensor_model_parallel_rank()
-    if tp_rank == 0:
-        assert data_iterator is not None
-        sample = next(data_iterator)
-        batch = {k: sample[k].cuda(non_blocking=True) if k in sample else None for k in BATCH_KEYS}
-    batch = get_batch_on_this_tp_rank(
-        batch,
-        **{releases.release().not_packed: False},
-        is_hybrid_cp=False,
-        create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader,
-        broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),
-        broadcast_group=mpu.get_tensor_model_parallel_group(),
-        cp_size=args.context_parallel_size,
-        tp_rank=tp_rank,
-        micro_batch_size=args.micro_batch_size,
-        seq_length=args.seq_length,
-        mtp_on_this_rank=has_mtp(config, vp_stage),
-        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
-        is_pipeline_first_stage=mpu.is_pipeline_first_stage(),
-        is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
-    )
-    batch = {key: batch.get(key) for key in BATCH_KEYS}
-    return get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group())
+    batch = training_doors.tp_batch(data_iterator, config, vp_stage)
+    return training_doors.cp_batch({key: batch.get(key) for key in BATCH_KEYS})
 
 
 def loss_func(loss_mask: Tensor | None, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -230,11 +200,15 @@ def main(step: Callable[..., Any] = forward_step, at_end: Callable[[], None] | N
     use_shipped_helpers()
     hooks.check_uses(PRETRAIN_USES + SPEC_USES)
     hooks.require()  # also for --no-mhc, which should know an mHC checkpoint when it meets one
-    args = parse_and_validate_args(extra_args_provider=add_args)
-    check_args(args)
-    hooks.require(fsdp=args.use_megatron_fsdp)
-    spec: Any = gpt_mhc_spec if args.hybrid_layer_pattern is None else hybrid_mhc_spec
-    training_doors.train(args, None if args.no_mhc else spec, datasets, step, embedding_ranks)
+
+    def choose(args: argparse.Namespace) -> Any:
+        check_args(args)
+        hooks.require(fsdp=args.use_megatron_fsdp)
+        if args.no_mhc:
+            return None
+        return gpt_mhc_spec if args.hybrid_layer_pattern is None else hybrid_mhc_spec
+
+    training_doors.train(add_args, choose, datasets, step, embedding_ranks)
     if at_end is not None:
         at_end()
     finish()

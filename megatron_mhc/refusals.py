@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from megatron_mhc import precision
 from megatron_mhc.config import ENVIRONMENT, MHCConfig
-from megatron_mhc.releases import OWN_SWITCHES
+from megatron_mhc.releases import OWN_SWITCHES, release
 from megatron_mhc.schedule.plans import is_combined
 from megatron_mhc.schedule.stages import layer_counts
 
@@ -136,9 +136,36 @@ def _other_options(config: Any, mhc: MHCConfig) -> str | None:
     return f"{known.to_options()} and {mhc.to_options()}" if known != mhc else None
 
 
+def _freed_messages(config: Any, mhc: MHCConfig) -> bool:
+    # Stock 0.17; 0.18 waits for the copy. A pipeline of this package sends by its own code.
+    overlapped = config.virtual_pipeline_model_parallel_size is not None and config.overlap_p2p_comm
+    freed = overlapped and config.deallocate_pipeline_outputs and mhc.pipeline_schedule == "megatron"
+    return bool(freed) and not release().keeps_what_it_sends
+
+
 # A model's configuration, at each of its layers.
 MODEL = (
     *OWN,
+    Refusal(
+        lambda config, mhc: (
+            config.cuda_graph_impl if config.cuda_graph_impl != "none" and not release().cuda_graphs else None
+        ),
+        "mHC does not support --cuda-graph-impl {value} under Megatron-Core 0.17",
+        "install 0.18 or later, or drop it",
+    ),
+    Refusal(
+        _freed_messages,
+        "virtual pipeline stages with overlapped p2p under Megatron-Core 0.17, whose schedule frees what it "
+        "still sends",
+        "install 0.18 or later, or use --mhc-pipeline-schedule interleaved, or 1 virtual stage",
+    ),
+    Refusal(
+        lambda config, mhc: (
+            mhc.mtp == "multistream" and not release().multistream and bool(config.mtp_num_layers)
+        ),
+        "--mhc-mtp multistream with --mtp-num-layers under Megatron-Core 0.17",
+        "install 0.18 or later, or use --mhc-mtp single",
+    ),
     Refusal(
         lambda config, mhc: config.fp32_residual_connection and mhc.backend == "hopper",
         "--mhc-backend hopper does not support --fp32-residual-connection {value}",

@@ -12,9 +12,6 @@ from megatron_mhc.version import check_version
 
 check_version()  # another Megatron may lack what is imported below
 
-from megatron.core.models.hybrid.hybrid_block import HybridStackSubmodules
-from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
-from megatron.core.num_microbatches_calculator import StepBatchsizeNumMicroBatchesCalculator
 from megatron.core.transformer import transformer_block
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
@@ -29,15 +26,20 @@ from megatron_mhc.contraction import Contraction
 from megatron_mhc.diagnostics.training import check_writers
 from megatron_mhc.door_refusals import SPEC_DOOR
 from megatron_mhc.hooks.uses import SPEC_USES
-from megatron_mhc.hybrid import HyperConnectionHybridStack, wrap_hybrid_spec
 from megatron_mhc.pipeline import auto
 from megatron_mhc.pipeline.layer_times import Launch
 from megatron_mhc.preparation import prepare
 from megatron_mhc.refusals import GPT, refuse
-from megatron_mhc.releases import release
+from megatron_mhc.releases import check_hybrid, release
 from megatron_mhc.schedule.plans import OVERLAPPED
 from megatron_mhc.streams import contract_norm_builder, reads_streams
 from megatron_mhc.wrapping import model_chunks, wrap_layer_spec
+
+if release().hybrid:
+    from megatron.core.models.hybrid.hybrid_block import HybridStackSubmodules
+    from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
+
+    from megatron_mhc.hybrid import HyperConnectionHybridStack, wrap_hybrid_spec
 
 __all__ = ["gpt_mhc_spec", "hybrid_mhc_spec", "wrap_block_spec", "wrap_hybrid_spec", "wrap_layer_spec"]
 logger = logging.getLogger(__name__)
@@ -151,26 +153,43 @@ if not release().spec_is_called:
     hooks.require()  # Megatron imports what --spec names, and calls nothing of it before a block is built
 
 
-class HybridScriptsBuildThis(HyperConnectionHybridStack):
-    """The stack of `--spec megatron_mhc.specs hybrid_mhc_spec`, whose options are those of the launch.
-
-    Megatron's hybrid scripts hand the spec to the model, which builds it. (The class has the name that
-    Megatron's "specialize for ..." prints where a GPT script takes the spec.)
-
-    Raises:
-        ValueError: unsupported settings, or options given both as flags and as MEGATRON_MHC.
-    """
-
-    def __init__(self, config: TransformerConfig, submodules: HybridStackSubmodules, **kwargs: Any):
-        mhc = auto.resolved(config, mhc_options(), launch=None)
-        from megatron.training import get_args
-
-        _require_hooks(get_args(), mhc)
-        super().__init__(config, submodules, mhc=mhc, **kwargs)
-        log_choice(config, mhc)
+def __getattr__(name: str) -> Any:
+    if name == "wrap_hybrid_spec":
+        check_hybrid()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-hybrid_mhc_spec = dataclasses.replace(hybrid_stack_spec, module=HybridScriptsBuildThis)
+class NoHybridModel:
+    """What `hybrid_mhc_spec` is where Megatron has no HybridModel: whoever takes it for a spec is told so."""
+
+    def __getattr__(self, name: str) -> Any:
+        if not name.startswith("_"):
+            check_hybrid()
+        raise AttributeError(name)
+
+
+hybrid_mhc_spec: Any = NoHybridModel()
+if release().hybrid:
+
+    class HybridScriptsBuildThis(HyperConnectionHybridStack):
+        """The stack of `--spec megatron_mhc.specs hybrid_mhc_spec`, whose options are those of the launch.
+
+        Megatron's hybrid scripts hand the spec to the model, which builds it. (The class has the name that
+        Megatron's "specialize for ..." prints where a GPT script takes the spec.)
+
+        Raises:
+            ValueError: unsupported settings, or options given both as flags and as MEGATRON_MHC.
+        """
+
+        def __init__(self, config: TransformerConfig, submodules: HybridStackSubmodules, **kwargs: Any):
+            mhc = auto.resolved(config, mhc_options(), launch=None)
+            from megatron.training import get_args
+
+            _require_hooks(get_args(), mhc)
+            super().__init__(config, submodules, mhc=mhc, **kwargs)
+            log_choice(config, mhc)
+
+    hybrid_mhc_spec = dataclasses.replace(hybrid_stack_spec, module=HybridScriptsBuildThis)
 
 
 def _require_hooks(args: Any, mhc: MHCConfig) -> None:
@@ -210,6 +229,8 @@ def launch_of(args: Any) -> Launch | None:
     sequence, micro_batch, batch, ranks = sizes
     batches = [batch]
     if steps := getattr(args, "step_batch_size_schedule", None):  # and none is --global-batch-size
+        from megatron.core.num_microbatches_calculator import StepBatchsizeNumMicroBatchesCalculator
+
         batches = [size for _, size in StepBatchsizeNumMicroBatchesCalculator._parse_schedule(steps, None)]
     *others, count = (max(1, size // (micro_batch * ranks)) for size in batches)
     if evaluated := getattr(args, "eval_global_batch_size", None):

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.inference.utils import InferenceMode
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import (
     make_sharded_tensors_for_checkpoint,
@@ -122,7 +121,7 @@ class ContractNorm(nn.Module):
         if self.norm is None:
             return hidden if self.out_dtype is None else hidden.to(self.out_dtype)
         normed = self.norm(hidden.view(s, b, self.width))
-        if not self.hands_on or InferenceMode.is_active():
+        if not self.hands_on or _is_inference():
             return normed
         # What Megatron's block does to the output of a norm, and a tensor that is no view stays itself there.
         normed = make_viewless_tensor(normed, requires_grad=normed.requires_grad, keep_graph=True)
@@ -243,3 +242,9 @@ def take_streams(hidden_states: Tensor) -> Tensor:
             "decoder and its layers of multi-token prediction has replaced the tensor; use --mhc-mtp single"
         )
     return streams
+
+
+def _is_inference() -> bool:
+    from megatron.core.inference.utils import InferenceMode  # 0.17 has none, and hands nothing on
+
+    return bool(InferenceMode.is_active())

@@ -1,16 +1,17 @@
 """How each release's megatron.training chooses layers and is started; `releases` says which has what.
 
-0.18 knows no GPTModelConfig: a script hands `pretrain` a function that builds the model, and the script, not
-megatron.training, chooses the layers.
+0.17 and 0.18 know no GPTModelConfig: a script hands `pretrain` a function that builds the model, and the
+script, not megatron.training, chooses the layers. 0.17 parses the command line inside of `pretrain`.
 """
 
 from __future__ import annotations
 
-from argparse import Namespace
-from collections.abc import Callable
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
+from megatron.core import mpu
 from megatron.core.enums import ModelType
 from megatron.core.models.gpt import gpt_layer_specs
 from megatron.core.models.gpt.experimental_attention_variant_module_specs import (
@@ -19,10 +20,14 @@ from megatron.core.models.gpt.experimental_attention_variant_module_specs import
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.models.gpt.heterogeneous.heterogeneous_layer_specs import get_gpt_heterogeneous_layer_spec
 from megatron.core.transformer.heterogeneous.heterogeneous_config import HeterogeneousTransformerConfig
+from megatron.core.transformer.multi_token_prediction import mtp_on_this_rank
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import get_batch_on_this_cp_rank
+from torch import Tensor
 
-from megatron_mhc.releases import release
+from megatron_mhc.releases import check_hybrid, release
 
+BATCH_KEYS = ("tokens", "position_ids", "labels", "loss_mask", "attention_mask")
 Spec = Callable[..., Any]  # gpt_mhc_spec, called as (args, config, vp_stage)
 
 
@@ -62,6 +67,7 @@ def model_config(args: Namespace, spec: Any) -> Any:
     from megatron.training import argument_utils
 
     if args.hybrid_layer_pattern is not None:
+        check_hybrid()
         model = argument_utils.hybrid_config_from_args(args)
         if spec is not None:
             model.hybrid_stack_spec = spec
@@ -74,11 +80,40 @@ def model_config(args: Namespace, spec: Any) -> Any:
     return model
 
 
-def train(args: Namespace, spec: Any, datasets: Any, step: Any, embedding_ranks: Any) -> None:
-    """Run Megatron's `pretrain` on the model of these arguments; `spec` as for `model_config`."""
-    from megatron.training import pretrain
-    from megatron.training.argument_utils import pretrain_cfg_container_from_args
+def train(
+    add_args: Callable[[ArgumentParser], ArgumentParser],
+    choose: Callable[[Namespace], Any],
+    datasets: Any,
+    step: Any,
+    embedding_ranks: Any,
+) -> None:
+    """Read the command line and run Megatron's `pretrain` on its model.
 
+    Args:
+        choose: of the parsed arguments, the spec as for `model_config`; it raises what the door refuses.
+    """
+    from megatron.training import get_args, pretrain
+
+    if release().pretrain_parses:
+
+        def build(*args: Any, **kwargs: Any) -> Any:
+            given = get_args()
+            return _build(given, choose(given), model_config(given, None), *args, **kwargs)
+
+        pretrain(
+            datasets,
+            build,
+            ModelType.encoder_or_decoder,
+            step,
+            extra_args_provider=add_args,
+            get_embedding_ranks=embedding_ranks,
+        )
+        return
+    from megatron.training.argument_utils import pretrain_cfg_container_from_args
+    from megatron.training.arguments import parse_and_validate_args
+
+    args = parse_and_validate_args(extra_args_provider=add_args)
+    spec = choose(args)
     model = model_config(args, spec)
     builders = () if release().spec_is_called else (partial(_build, args, spec, model),)
     pretrain(
@@ -89,6 +124,63 @@ def train(args: Namespace, spec: Any, datasets: Any, step: Any, embedding_ranks:
         step,
         get_embedding_ranks=embedding_ranks,
     )
+
+
+def predicts(config: TransformerConfig, vp_stage: int | None) -> bool:
+    """Whether this model chunk holds layers of multi-token prediction."""
+    where: dict[str, Any] = dict(ignore_virtual=False, vp_stage=vp_stage)
+    if release().pretrain_parses:
+        return bool(mtp_on_this_rank(config, **where))
+    return bool(mtp_on_this_rank(config.pipeline_model_parallel_layout, config.mtp_num_layers, **where))
+
+
+def tp_batch(data_iterator: Iterator[dict[str, Any]] | None, config: Any, vp_stage: int | None) -> Any:
+    """Read one micro-batch on TP rank 0 and broadcast what this stage reads of it over TP.
+
+    Returns:
+        tokens, position_ids, labels, loss_mask: [b, s]; attention_mask: [b, 1, s, s]; None for what is not
+        read.
+    """
+    from megatron.training import get_args
+
+    args, here = get_args(), predicts(config, vp_stage)
+    if release().pretrain_parses:
+        from megatron.training.utils import get_batch_on_this_tp_rank as read_tp_batch
+
+        return read_tp_batch(data_iterator, mtp_on_this_rank=here)
+    from megatron.core.utils import get_batch_on_this_tp_rank
+
+    batch: dict[str, Tensor | None] = dict.fromkeys(BATCH_KEYS)
+    tp_rank = mpu.get_tensor_model_parallel_rank()
+    if tp_rank == 0:
+        assert data_iterator is not None
+        sample = next(data_iterator)
+        batch = {k: sample[k].cuda(non_blocking=True) if k in sample else None for k in BATCH_KEYS}
+    return get_batch_on_this_tp_rank(
+        batch,
+        **{release().not_packed: False},
+        is_hybrid_cp=False,
+        create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader,
+        broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),
+        broadcast_group=mpu.get_tensor_model_parallel_group(),
+        cp_size=args.context_parallel_size,
+        tp_rank=tp_rank,
+        micro_batch_size=args.micro_batch_size,
+        seq_length=args.seq_length,
+        mtp_on_this_rank=here,
+        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+        is_pipeline_first_stage=mpu.is_pipeline_first_stage(),
+        is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
+    )
+
+
+def cp_batch(batch: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
+    """Keep this CP rank's tokens of what `tp_batch` returns."""
+    kinds = {} if release().pretrain_parses else dict(is_hybrid_cp=False)
+    kept: dict[str, Tensor | None] = get_batch_on_this_cp_rank(
+        batch, **kinds, cp_group=mpu.get_context_parallel_group()
+    )
+    return kept
 
 
 def _build(

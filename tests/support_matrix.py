@@ -524,6 +524,13 @@ FEATURES = (
         on="releases",
     ),
     Feature(
+        "Megatron-Core 0.17, GPTs alone",
+        YES,
+        "[what it has](existing_script.md#releases); tested where `MHC_MEGATRON` names it",
+        ("megatron/test_other_releases.py::test_what_it_lacks_is_refused_by_name",),
+        on="releases",
+    ),
+    Feature(
         "FP8 (tensorwise, delayed, blockwise), MXFP8, NVFP4",
         UNTESTED,
         "accepted where the machine has them; of F's linears alone; 50 steps trained by hand on one H100",
@@ -588,7 +595,7 @@ FEATURES = (
         ),
     ),
     Feature(
-        "Megatron-Core 0.17 and older; Megatron-LM's dev branch",
+        "Megatron-Core 0.16 and older; Megatron-LM's dev branch",
         REFUSED,
         "",
         ("unit/test_releases.py::test_another_megatron_is_refused_by_what_it_is",),

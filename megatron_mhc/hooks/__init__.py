@@ -156,6 +156,8 @@ def _install(hooks: tuple[Hook, ...]) -> None:
     # Everything is checked before anything is replaced.
     found = []
     for hook in hooks:
+        if release().symbols.get(hook.target) is ABSENT:
+            continue
         one = _replaced.get(hook.target)
         if one is None or not one.is_in_place():
             one = _Replaced(hook, *_resolve(hook))
@@ -218,7 +220,7 @@ def _names(code: CodeType) -> Iterator[str]:
 
 
 def _resolve(hook: Hook) -> tuple[Any, str, Callable[..., Any]]:
-    other = release().symbols.get(hook.target, ABSENT)
+    other = release().symbols.get(hook.target, Other())
     owner, name, original = _find(other.name or hook.target)
     defined_in = other.name.split(":")[0] if other.name else hook.defined_in
     if original.__module__ != defined_in or hasattr(original, "__wrapped__"):

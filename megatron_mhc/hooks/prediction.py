@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from megatron.core.transformer.multi_token_prediction import mtp_on_this_rank
 from torch import Tensor
 
 from megatron_mhc.mtp import MultistreamPredictionLayer, between_streams, predict
+from megatron_mhc.training_doors import predicts
 
 
 def build_between_streams(get_submodules: Callable[..., Any]) -> Callable[..., Any]:
@@ -45,8 +45,7 @@ def contract_beside_prediction(has_norm: Callable[..., Any]) -> Callable[..., An
         config = self.config
         if getattr(config, "mhc", None) is None or not config.mtp_num_layers:
             return has_norm(self)
-        layout, layers = config.pipeline_model_parallel_layout, config.mtp_num_layers
-        here = mtp_on_this_rank(layout, layers, ignore_virtual=False, vp_stage=self.vp_stage)
+        here = predicts(config, self.vp_stage)
         return self.submodules.layer_norm and self.post_layer_norm and here
 
     return has_it

@@ -341,9 +341,12 @@ def use_local_modules() -> None:
             if hasattr(module, name):
                 setattr(module, name, local_norm)
     backends.DotProductAttention = LocalAttention
-    from megatron_mhc.testing.hybrid import use_local_stack
+    from megatron_mhc.releases import release
 
-    use_local_stack(local_norm)
+    if release().hybrid:
+        from megatron_mhc.testing.hybrid import use_local_stack
+
+        use_local_stack(local_norm)
 
 
 def main() -> None:

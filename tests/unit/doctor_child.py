@@ -25,7 +25,7 @@ def broken_transformer_engine(folder: Path) -> None:
     sys.path.insert(0, str(folder))
 
 
-def other_megatron(folder: Path, version: str = "0.17.1", own: bool = False) -> None:
+def other_megatron(folder: Path, version: str = "0.16.1", own: bool = False) -> None:
     core = folder / version / "megatron" / "core"
     (core / "transformer").mkdir(parents=True)
     (core / "__init__.py").write_text(f"__version__ = '{version}'\n")

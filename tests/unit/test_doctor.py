@@ -82,7 +82,7 @@ def test_a_machine_without_a_gpu_is_examined_as_an_h100(machines):
     found, blocked = rows(machines["as it is"][0])
     assert blocked == []
     assert found["GPU"] == found["driver"] == found["NVLink"] == "none"
-    assert found["megatron-core"].endswith(">=0.18.0,<0.20 and main are supported")
+    assert found["megatron-core"].endswith(">=0.17.0,<0.20 and main are supported")
     assert found["Megatron's symbols"] == "all as expected"
     assert found["back end"].startswith(
         "reference here, since there is no GPU; on an H100 triton, for 2 streams of 1024 channels in bfloat16"
@@ -115,9 +115,9 @@ def test_a_broken_transformer_engine_is_named(machines):
 @pytest.mark.parametrize(
     "kind, words",
     [
-        ("old megatron", "megatron-core 0.17.1 is not supported: install megatron-core >=0.18.0,<0.20"),
+        ("old megatron", "megatron-core 0.16.1 is not supported: install megatron-core >=0.17.0,<0.20"),
         ("megatron with its own", "megatron-core 0.19.0 has hyper-connections of its own"),
-        ("no megatron", "megatron-core is not installed: pip install 'megatron-core>=0.18.0,<0.20'"),
+        ("no megatron", "megatron-core is not installed: pip install 'megatron-core>=0.17.0,<0.20'"),
     ],
 )
 def test_a_megatron_that_does_not_serve_is_named(machines, kind, words):

@@ -11,11 +11,21 @@ import pytest
 import torch
 from megatron.core.transformer import TransformerConfig
 
-from megatron_mhc import MHCConfig, door_refusals, hooks, launch, parallel, refusals, releases, sublayer
+from megatron_mhc import (
+    MHCConfig,
+    door_refusals,
+    hooks,
+    launch,
+    parallel,
+    refusals,
+    releases,
+    specs,
+    sublayer,
+)
 from megatron_mhc.arguments import add_mhc_args, use_mhc
 from megatron_mhc.hooks import targets, uses
 
-OLD, MIDDLE, MAIN = releases.RELEASES
+OLDEST, OLD, MIDDLE, MAIN = releases.RELEASES
 
 
 @pytest.fixture
@@ -32,6 +42,7 @@ def megatron(monkeypatch):
 @pytest.mark.parametrize(
     "version, own, row",
     [
+        ("0.17.1", False, OLDEST),
         ("0.18.0", False, OLD),
         ("0.18.2", False, OLD),
         ("0.19.2", False, MIDDLE),
@@ -48,7 +59,7 @@ def test_a_release_is_known_by_its_version_and_by_what_it_has(megatron, version,
 @pytest.mark.parametrize(
     "version, own, words",
     [
-        ("0.16.1", False, "0.16.1 is not supported: install megatron-core >=0.18.0,<0.20, or take"),
+        ("0.16.1", False, "0.16.1 is not supported: install megatron-core >=0.17.0,<0.20, or take"),
         ("0.20.0", False, "0.20.0 is not supported"),  # main's number on what is not main
         ("0.21.0", True, "0.21.0 has hyper-connections of its own"),
         ("0.19.0", True, "0.19.0 has hyper-connections of its own, as Megatron-LM's dev branch: use"),
@@ -71,7 +82,7 @@ def test_what_a_release_has_otherwise_is_in_the_tables():
 def test_the_row_of_another_release_does_not_fit_the_installed_one(monkeypatch):
     """The negative control of every test that registers."""
     hooks.register().revert()
-    for row in (OLD, MAIN):
+    for row in (OLDEST, OLD, MAIN):
         monkeypatch.setattr(hooks, "release", lambda row=row: row)
         with pytest.raises(ValueError, match=r"takes .*, expected|knows no|does not exist"):
             hooks.register()
@@ -85,6 +96,33 @@ def test_packed_sequences_reach_the_mlp_where_it_takes_them(monkeypatch):
         monkeypatch.setattr(sublayer, "_READ_BY_MLP", row.read_by_mlp)
         sublayer.mlp(layer, torch.zeros(1), call)
     assert seen == [dict(padding_mask=None), dict(padding_mask=None, packed_seq_params="packed")]
+
+
+def test_what_the_oldest_release_lacks_is_refused_by_name(monkeypatch):
+    config = TransformerConfig(num_layers=2, hidden_size=16, num_attention_heads=2)
+    predicting, drawn = (dataclasses.replace(config) for _ in range(2))
+    predicting.mtp_num_layers, drawn.cuda_graph_impl = 1, "local"
+    staged = dataclasses.replace(config)
+    staged.pipeline_model_parallel_size = staged.virtual_pipeline_model_parallel_size = 2
+    staged.overlap_p2p_comm, staged.batch_p2p_comm = True, False
+    parallel.validate(staged, MHCConfig())
+    staged.deallocate_pipeline_outputs = True
+    script = types.SimpleNamespace(hybrid_layer_pattern="*-*-")
+    for module in (refusals, door_refusals, releases):
+        monkeypatch.setattr(module, "release", lambda: OLDEST)
+    parallel.validate(config, MHCConfig(mtp="multistream"))  # and no layers of it
+    parallel.validate(predicting, MHCConfig())
+    with pytest.raises(ValueError, match=r"--mhc-mtp multistream with --mtp-num-layers under .* 0\.17"):
+        parallel.validate(predicting, MHCConfig(mtp="multistream"))
+    with pytest.raises(ValueError, match=r"--cuda-graph-impl local under Megatron-Core 0\.17: install"):
+        parallel.validate(drawn, MHCConfig())
+    with pytest.raises(ValueError, match=r"virtual pipeline stages with overlapped p2p under Megatron"):
+        parallel.validate(staged, MHCConfig())
+    parallel.validate(staged, MHCConfig(pipeline_schedule="interleaved"))
+    with pytest.raises(ValueError, match=r"--hybrid-layer-pattern \*-\*- is of a HybridModel"):
+        refusals.refuse(door_refusals.ENTRY_POINT, script)
+    with pytest.raises(ValueError, match="has no HybridModel: install"):
+        specs.NoHybridModel().module  # as a script that takes it for a spec  # noqa: B018
 
 
 @pytest.fixture
