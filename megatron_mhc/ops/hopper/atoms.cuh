@@ -83,9 +83,9 @@ __device__ __forceinline__ void read_scaled(float* to, const float* of_tile, int
     across.x = sum_axis<1>(across.x), across.y = sum_axis<1>(across.y);
     const float inverse = rsqrtf(__fmaf_rn(sum_axis<1>(quad.y), 1.f / (STREAMS * CHANNELS), eps));
     const int r = first + lane / STREAMS, t = token + r;
-    const float h = PREVIOUS ? h_pre[(u64)min(t, T - 1) * STREAMS + lane % STREAMS]
-                             : sigmoid(__fmaf_rn(__fmul_rn(quad.x, inverse), gate_pre, shift_pre)) +
-                                   (V4 ? EPS : 0.f);
+    const float h =
+        PREVIOUS ? h_pre[(u64)min(t, T - 1) * STREAMS + lane % STREAMS]
+                 : sigmoid(__fmaf_rn(__fmul_rn(quad.x, inverse), gate_pre, shift_pre)) + (V4 ? EPS : 0.f);
     const Read v = read_norm(h, quad, across, lane, norm.eps);
     to[lane] = __fmul_rn(h, v.inverse_rms);
     if ((TILE * it + r) % SLICES == slice && t < T) {

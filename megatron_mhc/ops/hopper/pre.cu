@@ -28,8 +28,8 @@
 //   finish     computes r too, saves <x_i, l> and r, and gives `aggregate` h_pre r
 //   aggregate  multiplies by w
 //
-// With PREVIOUS, the weights to read with are given: h_pre, those of the connection in front, which MIX has in
-// `before` too. Those that this one makes go to `handed_on`. So without NORM `aggregate` awaits no sums.
+// With PREVIOUS, the weights to read with are given: h_pre, those of the connection in front, which MIX has
+// in `before` too. Those that this one makes go to `handed_on`. So without NORM `aggregate` awaits no sums.
 //
 // x, streams [T, 4, C], f, out [T, C], f_bias [C] bf16, before, mappings [T, 24] fp32, weight [24, 4 C] fp32,
 // saved [T, 25] fp32 (projection / r, 1 / r), norm_saved [T, 5] fp32, h_pre, handed_on [T, 4] fp32, parts and

@@ -24,8 +24,8 @@
 // With NORM, dl is the gradient of the norm's output (norm.cuh): `dots` computes <x_i, u> in place of <x_i,
 // dl>, of u as bf16 high + low halves; `middle` and `dx` make the layer input's; w's gathers beside phi's.
 //
-// With PREVIOUS, the layer input was read with h_pre, which another connection made, and whose gradient goes to
-// d_h_pre; d_handed_on is what the weights made here get, null for nothing.
+// With PREVIOUS, the layer input was read with h_pre, which another connection made, and whose gradient goes
+// to d_h_pre; d_handed_on is what the weights made here get, null for nothing.
 //
 // x, g, dx [T, 4, C] bf16, f, dl, df [T, C] bf16, weight, d_weight [24, 4 C] fp32, saved [T, 25] fp32,
 // partial [MIDDLE blocks, 48] fp32; parts, coefficients and counts [2 + DX SLICES] zeros; norm_saved [T, 5]

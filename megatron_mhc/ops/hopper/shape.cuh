@@ -6,12 +6,12 @@ typedef unsigned long long u64;
 typedef unsigned short bf16;
 
 constexpr int STREAMS = 4;
-constexpr int ROWS = 24;                // of phi: pre 4, post 4, res 16
-constexpr int CHANNELS = MHC_CHANNELS;  // of a stream
-constexpr int WIDTH = MHC_WIDTH;        // channels of a slice, which is a block's; the last may have fewer
-constexpr int SLICES = MHC_SLICES;      // of a row, the blocks of a group
-constexpr int TILE = MHC_TILE;          // tokens
-constexpr int STAGES = MHC_STAGES;      // tiles in a block's shared memory
+constexpr int ROWS = 24;                 // of phi: pre 4, post 4, res 16
+constexpr int CHANNELS = MHC_CHANNELS;   // of a stream
+constexpr int WIDTH = MHC_WIDTH;         // channels of a slice, which is a block's; the last may have fewer
+constexpr int SLICES = MHC_SLICES;       // of a row, the blocks of a group
+constexpr int TILE = MHC_TILE;           // tokens
+constexpr int STAGES = MHC_STAGES;       // tiles in a block's shared memory
 constexpr bool PREVIOUS = MHC_PREVIOUS;  // the streams are read with another connection's weights
 constexpr u32 ALL_LANES = 0xffffffffu;
 
