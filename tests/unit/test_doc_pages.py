@@ -115,6 +115,14 @@ def test_a_refusal_that_no_run_shows_is_still_listed_as_refused(monkeypatch):
     assert "cross-attention" in models.split(" | ")[3] and "HybridModel" in models.split(" | ")[2]
 
 
+@pytest.mark.parametrize("package", ["pipeline", "schedule"])
+def test_the_page_of_the_pipeline_names_every_file_of_it(package):
+    page = (ROOT / "docs" / "pipeline.md").read_text()
+    start = "schedule/" if package == "schedule" else ""
+    files = [path.name for path in (ROOT / "megatron_mhc" / package).glob("*.py") if path.stem != "__init__"]
+    assert not [name for name in files if f"`{start}{name}`" not in page]
+
+
 def test_measured_tables_are_generated():
     """A table of times, memory or percentages stands between markers, or is a result or an experiment."""
     measured = re.compile(r"^\|.*\d ?(ms|µs|us|GiB|MiB|%)( |,|\*|$)", re.MULTILINE)
