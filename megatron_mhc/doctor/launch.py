@@ -128,7 +128,7 @@ class Launch(Part):
                     self.in_the_way.append(f"Megatron's parser: {last}")
                     return None
                 found = re.findall(r"(?<!\S)--[\w-]+", unknown)  # no values: one may be a secret
-                names = " ".join(name for name in found if not name.startswith("--mhc"))  # `entry point` names those
+                names = " ".join(name for name in found if not name.startswith("--mhc"))  # named above
                 if not names:
                     pass
                 elif self.ours:
