@@ -71,13 +71,17 @@ _FIELDS = {
 def run(name: str, flags: str, backend: str, data: Path, out: Path) -> dict:
     """Train one recipe with `backend`; returns its losses, gradient norms and median step time in ms."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
-    command += ["-m", "megatron_mhc.pretrain_gpt", *COMMON.split(), *flags.split(), "--data-path", str(data)]
+    common = COMMON.split()
+    if "--use-torch-fsdp2" in flags:  # has its own shards of the optimizer
+        common.remove("--use-distributed-optimizer")
+    command += ["-m", "megatron_mhc.pretrain_gpt", *common, *flags.split(), "--data-path", str(data)]
     if "--no-mhc" not in flags:
         command += ["--mhc-backend", backend]
     log = out / (re.sub(r"\W+", "_", name) + ".log")
     env = {
         **os.environ,
-        "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+        "CUDA_DEVICE_MAX_CONNECTIONS": "32" if "fsdp" in flags else "1",  # which FSDP refuses
+        "NVTE_CPU_OFFLOAD_V1": "1" if "--fine-grained" in flags else "0",
         "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}",
     }
     with log.open("w") as file:
