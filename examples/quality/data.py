@@ -1,11 +1,12 @@
 """Make the text of the quality runs: sources and documentation of Python packages, as a Megatron dataset.
 
-    python examples/quality/data.py FOLDER      writes train.bin/.idx, held_out.bin/.idx, tokenizer.json, data.json
+    python examples/quality/data.py FOLDER
 
-The packages are named below; those that are installed are taken, each from the files that its wheel recorded. A
-file that is there twice is taken once. Whole packages are held out for validation. data.json has the recipe:
-every package with its version, the tokens, and a SHA-256 of the token streams; with these versions installed from
-a registry the text is the same on every machine.
+Writes train.bin and .idx, held_out.bin and .idx, tokenizer.json and data.json. The packages are named below.
+Those that are installed are taken, each with the files that its wheel recorded; a file that is there twice is
+taken once. Whole packages are held out for validation. data.json has the recipe: every package with its version,
+the tokens, and a SHA-256 of the token streams. With these versions installed from a registry the text is the
+same on every machine.
 """
 
 from __future__ import annotations
@@ -23,29 +24,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-SUFFIXES = {
-    ".py",
-    ".pyi",
-    ".pyx",
-    ".pxd",
-    ".rst",
-    ".md",
-    ".txt",
-    ".h",
-    ".hpp",
-    ".cuh",
-    ".inl",
-    ".cu",
-    ".cpp",
-    ".c",
-}
+SUFFIXES = set(".py .pyi .pyx .pxd .rst .md .txt .h .hpp .cuh .inl .cu .cpp .c".split())
 LARGEST = 400_000  # bytes of a file; what is larger is mostly generated
 SMALLEST = 64
 TOKENIZER_BYTES = 48_000_000  # of the training text, on which the tokenizer is trained
 
 
 class Recipe(NamedTuple):
-    """Packages to train on, packages held out, and the size of the vocabulary, its end of document included."""
+    """Packages to train on, packages held out, and the size of the vocabulary with its end of document."""
 
     train: tuple[str, ...]
     held_out: tuple[str, ...]
@@ -55,15 +41,16 @@ class Recipe(NamedTuple):
 RECIPE = Recipe(
     train=tuple(
         """
-        absl-py accelerate aiohttp anyio attrs botorch build chex click cloudpickle contourpy coverage cuda-bindings
-        cuda-core cupy-cuda13x cython diffrax e3nn einops equinox etils flatbuffers flax fonttools formulaic fsspec
-        gpytorch grpcio h5py httpcore httpx huggingface-hub humanize imageio jax jaxlib jaxtyping joblib lightning
-        linear-operator lineax llvmlite lxml markdown matplotlib meson ml-dtypes mpmath narwhals numba numba-cuda
-        numpy numpyro nvidia-cublas nvidia-cuda-nvrtc nvidia-cuda-runtime nvidia-cudnn-cu13 onnx onnxruntime
-        onnxscript opt-einsum optimistix orbax-checkpoint packaging pandas patsy peft pillow pip prometheus-client
-        protobuf psutil pyarrow pybind11 pygments pyparsing pytest python-dateutil pyyaml requests
-        rich safetensors scikit-build-core scikit-image scikit-learn scipy sentence-transformers setuptools
-        simplejson statsmodels sympy tensorboard tensorstore tifffile timm tokenizers torch torch-geometric
+        absl-py accelerate aiohttp anyio attrs botorch build chex click cloudpickle contourpy coverage
+        cuda-bindings cuda-core cupy-cuda13x cython diffrax e3nn einops equinox etils flatbuffers flax
+        fonttools formulaic fsspec gpytorch grpcio h5py httpcore httpx huggingface-hub humanize imageio
+        jax jaxlib jaxtyping joblib lightning linear-operator lineax llvmlite lxml markdown matplotlib
+        meson ml-dtypes mpmath narwhals numba numba-cuda numpy numpyro nvidia-cublas nvidia-cuda-nvrtc
+        nvidia-cuda-runtime nvidia-cudnn-cu13 onnx onnxruntime onnxscript opt-einsum optimistix
+        orbax-checkpoint packaging pandas patsy peft pillow pip prometheus-client protobuf psutil pyarrow
+        pybind11 pygments pyparsing pytest python-dateutil pyyaml requests rich safetensors
+        scikit-build-core scikit-image scikit-learn scipy sentence-transformers setuptools simplejson
+        statsmodels sympy tensorboard tensorstore tifffile timm tokenizers torch torch-geometric
         torchaudio torchmetrics torchvision tqdm transformers treescope triton typer urllib3 werkzeug
         """.split()
     ),

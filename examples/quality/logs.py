@@ -67,6 +67,7 @@ def parse(text: str) -> dict[str, Any]:
     diverged = next((step for step, loss in sorted(losses.items()) if not math.isfinite(loss)), None)
     ends = [(int(step), float(value)) for step, value in FINAL.findall(text)]
     last, final = ends[-1] if ends else (0, math.nan)
+    validation = dict(VALIDATION.findall(text))
     size = PARAMETERS.search(text)
     settled = [ms for step, ms in sorted(times.items())][len(times) // 3 :]
     return {
@@ -74,9 +75,7 @@ def parse(text: str) -> dict[str, Any]:
         "diverged": diverged,
         "parameters": int(size[1]) if size else None,
         "final": final if math.isfinite(final) else None,
-        "validation": sorted(
-            [int(step), float(value)] for step, value in dict(VALIDATION.findall(text)).items()
-        ),
+        "validation": sorted([int(step), float(value)] for step, value in validation.items()),
         "loss": means({step: loss for step, loss in losses.items() if math.isfinite(loss)}),
         "gradient_norm": means({step: norm for step, norm in norms.items() if math.isfinite(norm)}),
         "step_ms": round(statistics.median(settled), 3) if settled else None,

@@ -1,7 +1,7 @@
-"""The runs of the quality experiment, as data: forms, sizes, and from them a list of runs in order of priority.
+"""The runs of the quality experiment, as data: forms and sizes, and the runs of them in order of priority.
 
-What follows from results (the best learning rate, and steps of equal time) is planned from the logs that are there;
-until then its runs are listed as waiting.
+What follows from results (the best learning rate, and steps of equal time) is planned from the logs that are
+there; until then its runs are listed as waiting.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Log = dict[str, Any]
 
 @dataclass(frozen=True)
 class Form:
-    """A residual connection: what tables call it, its arguments, and GPU time over the plain form's, guessed."""
+    """A residual connection: its name in tables, its arguments, and a guess of its GPU time over the plain form's."""
 
     label: str
     arguments: tuple[str, ...]
@@ -130,9 +130,9 @@ class Planned:
     """A run.
 
     Args:
-        study: sweep (seed 1 of a learning rate), seeds (further ones at the best rate), time (as many steps as
-            the plain form's GPU time lasts), timing (short, alone on its GPU), streams, hc_parts, mhc_parts,
-            size (a larger model).
+        study: sweep (seed 1 of a learning rate), seeds (further ones at the best rate), time (as many steps
+            as the plain form's GPU time lasts), timing (short, alone on its GPU), streams, hc_parts,
+            mhc_parts, size (a larger model).
         lr: the peak learning rate; None while the sweep that it comes from is not complete.
         steps: None while they wait for timings.
         waits_for: what is missing to start it.
@@ -231,12 +231,15 @@ def plan(scale: Scale, budget: float, logs: Iterable[Log] = ()) -> list[Planned]
         return Planned("timing", of, form, 1, scale.rates[scale.middle], TIMED_STEPS, 0)
 
     first = ("vanilla", "mhc4")
-    runs = [sweeps[form][0] for form in first]
-    runs += [timing(form) for form in first]
-    runs += [run for i in range(1, len(scale.rates)) for run in (sweeps[form][i] for form in first)]
     others = [form for form in size.forms if form not in first]
-    for form in others:
-        runs += [*sweeps[form], timing(form)]
+    runs = [sweeps[form][0] for form in first]
+    runs += [sweeps[form][0] for form in others[:2]]
+    runs += [run for i in range(1, len(scale.rates)) for run in (sweeps[form][i] for form in first)]
+    # One after the other: a timing waits until its GPU is free.
+    runs += [timing(form) for form in (*first, *others[:2])]
+    runs += [run for form in others[:2] for run in sweeps[form][1:]]
+    runs += [run for form in others[2:] for run in sweeps[form]]
+    runs += [timing(form) for form in others[2:]]
     steps = size.steps(budget)
 
     def at_best(study: str, form: str, seed: int) -> Planned:

@@ -1,15 +1,15 @@
 """Train GPTs of several sizes with and without mHC on real text, and report losses, gains and time.
 
-    python examples/quality/run.py --list                     the runs, what is missing, GPU hours
-    python examples/quality/run.py --budget-minutes 9         what fits into nine minutes; the same again goes on
-    python examples/quality/run.py --sizes 30m --jobs 2       one size, two runs at a time on each GPU
+    python examples/quality/run.py --list                 the runs, what is missing, GPU hours
+    python examples/quality/run.py --budget-minutes 9     what fits into nine minutes; the same call goes on
+    python examples/quality/run.py --sizes 30m --jobs 2   one size, two runs at a time on each GPU
     python examples/quality/run.py --only '*mhc4*' --only '*vanilla*'
-    python examples/quality/run.py --scale tiny --cpu         the whole chain at a tiny scale, on a CPU
+    python examples/quality/run.py --scale tiny --cpu     the whole chain at a tiny scale, on a CPU
 
 The first call makes the text (data.py). A finished run is not repeated, whether its log lies in OUT/logs or in
---kept; one that was cut off goes on from its checkpoint in OUT/runs. plan.py says which runs there are and in which
-order, and report.py makes docs/quality.md of the kept logs. To keep results, copy OUT/logs/*.json into
-docs/results/quality/.
+--kept; one that was cut off goes on from its checkpoint in OUT/runs. plan.py says which runs there are and in
+which order. To keep results, copy OUT/logs/*.json into docs/results/quality/, of which report.py makes
+docs/quality.md.
 """
 
 from __future__ import annotations
@@ -399,9 +399,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--cpu", action="store_true", help="train on the CPU even where a GPU is")
     options = parser.parse_args(arguments)
     options.out = options.out.resolve()
-    options.kept = (
-        options.kept.resolve() if options.kept else KEPT if options.scale == "full" else options.out / "kept"
-    )
+    if options.kept is None:
+        options.kept = KEPT if options.scale == "full" else options.out / "kept"
+    options.kept = options.kept.resolve()
     options.sizes = [size for size in options.sizes.split(",") if size]
     if unknown := [size for size in options.sizes if size not in SCALES[options.scale].sizes]:
         parser.error(f"--sizes {unknown[0]}: choose of {', '.join(SCALES[options.scale].sizes)}")
