@@ -4,9 +4,9 @@
 
 Writes train.bin and .idx, held_out.bin and .idx, tokenizer.json and data.json. The packages are named below.
 Those that are installed are taken, each with the files that its wheel recorded; a file that is there twice is
-taken once. Whole packages are held out for validation. data.json has the recipe: every package with its version,
-the tokens, and a SHA-256 of the token streams. With these versions installed from a registry the text is the
-same on every machine.
+taken once. Whole packages are held out for validation. data.json has the recipe: every package with its
+version, the tokens, and a SHA-256 of the token streams. With these versions installed from a registry the
+text is the same on every machine.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ Log = dict[str, Any]
 
 @dataclass(frozen=True)
 class Form:
-    """A residual connection: its name in tables, its arguments, and a guess of its GPU time over the plain form's."""
+    """A residual connection: its name in tables, its arguments, a guess of its time over the plain form's."""
 
     label: str
     arguments: tuple[str, ...]

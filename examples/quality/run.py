@@ -6,9 +6,9 @@
     python examples/quality/run.py --only '*mhc4*' --only '*vanilla*'
     python examples/quality/run.py --scale tiny --cpu     the whole chain at a tiny scale, on a CPU
 
-The first call makes the text (data.py). A finished run is not repeated, whether its log lies in OUT/logs or in
---kept; one that was cut off goes on from its checkpoint in OUT/runs. plan.py says which runs there are and in
-which order. To keep results, copy OUT/logs/*.json into docs/results/quality/, of which report.py makes
+The first call makes the text (data.py). A finished run is not repeated, whether its log lies in OUT/logs or
+in --kept; one that was cut off goes on from its checkpoint in OUT/runs. plan.py says which runs there are and
+in which order. To keep results, copy OUT/logs/*.json into docs/results/quality/, of which report.py makes
 docs/quality.md.
 """
 
