@@ -33,14 +33,13 @@ def read(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(path.read_text()) for path in paths]
 
 
-def merged(folders: Iterable[Path]) -> list[dict[str, Any]]:
-    """The logs of several folders; of one name, the one that has come furthest."""
+def furthest(every: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of logs of one name, the one that has come furthest; by name."""
     found: dict[str, dict[str, Any]] = {}
-    for folder in folders:
-        for log in read(folder):
-            old = found.get(log["name"])
-            if old is None or (log["finished"], log["reached"]) > (old["finished"], old["reached"]):
-                found[log["name"]] = log
+    for log in every:
+        old = found.get(log["name"])
+        if old is None or (log["finished"], log["reached"]) > (old["finished"], old["reached"]):
+            found[log["name"]] = log
     return [found[name] for name in sorted(found)]
 
 

@@ -3,8 +3,8 @@
     python examples/quality/report.py            of docs/results/quality, into docs/quality.md
     python examples/quality/report.py --kept FOLDER --page PAGE --scale tiny
 
-A number is a mean over seeds with its standard error. A gap is taken seed by seed, so that both runs of a pair
-saw the same text in the same order. What is missing is said, run by run, and no kept run is left out.
+A number is a mean over seeds with its standard error. A gap is taken seed by seed, so that both runs of a
+pair saw the same text in the same order. What is missing is said, run by run, and no kept run is left out.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ from plan import (  # noqa: E402
 
 from megatron_mhc import run_logs  # noqa: E402
 
-ROOT = HERE.parents[1]
+DOCS = HERE.parents[1] / "docs"
+PAGE, KEPT = DOCS / "quality.md", DOCS / "results" / "quality"
 # Two-sided 95 % quantiles of Student's t, by degrees of freedom: with how few seeds a gap is a difference.
 QUANTILE = {1: 12.7, 2: 4.30, 3: 3.18, 4: 2.78}
 PAPER = {"hc-res": "-0.022", "hc-res-pre": "-0.025", "hc": "-0.027"}  # arXiv 2512.24880, its ablation of HC
@@ -374,7 +375,7 @@ def filled(page: str, made: dict[str, str]) -> str:
 def read(kept: Path) -> tuple[list[Log], dict[str, Any] | None]:
     """The kept logs, and what data.json says."""
     record = kept / "data.json"
-    return logs.merged([kept]), json.loads(record.read_text()) if record.exists() else None
+    return logs.read(kept), json.loads(record.read_text()) if record.exists() else None
 
 
 def figure_names(one: Experiment) -> list[str]:
@@ -517,20 +518,27 @@ def draw_all(every: list[Experiment], folder: Path) -> list[Path]:
     return drawn
 
 
+def made(page: Path, kept: Path, scale: Scale) -> str:
+    """The page's text with what the kept logs give."""
+    known, about = read(kept)
+    every = experiments(scale, known, about["hash"] if about else None)
+    folder = kept.relative_to(page.parent, walk_up=True)
+    figures = [str(folder / name) for one in every for name in figure_names(one)]
+    return filled(page.read_text(), parts(scale, known, about, figures))
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--kept", type=Path, default=ROOT / "docs" / "results" / "quality")
-    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "quality.md")
+    parser.add_argument("--kept", type=Path, default=KEPT)
+    parser.add_argument("--page", type=Path, default=PAGE)
     parser.add_argument("--scale", choices=SCALES, default="full")
     options = parser.parse_args(arguments)
     known, about = read(options.kept)
     every = experiments(SCALES[options.scale], known, about["hash"] if about else None)
     drawn = draw_all(every, options.kept)
-    names = [str(path.relative_to(options.page.parent, walk_up=True)) for path in drawn]
-    page = filled(options.page.read_text(), parts(SCALES[options.scale], known, about, names))
-    options.page.write_text(page)
+    options.page.write_text(made(options.page, options.kept, SCALES[options.scale]))
     print(f"{options.page}: {len(known)} logs, {len(drawn)} figures")
 
 

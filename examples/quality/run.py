@@ -104,12 +104,13 @@ def start(words: list[str], log: Path, gpu: int | None) -> subprocess.Popen:
 
 @dataclass
 class Running:
-    """A run that goes on: its process, its GPU, when it started, and whether it had the GPU for itself."""
+    """A run that goes on: its process, its GPU, when it started and from which step."""
 
     run: Planned
     process: Any
     gpu: int
     started: float
+    first: int = 0
     stopped: bool = False
 
 
@@ -141,9 +142,10 @@ class Runs:
 
     def known(self) -> list[dict[str, Any]]:
         """Logs of this budget and text, and timings: those here and those kept."""
-        known = logs.merged([self.options.kept, self.out / "logs"])
+        every = logs.read(self.options.kept) + logs.read(self.out / "logs")
         mine = (self.options.tokens_per_parameter, self.about.get("hash"))
-        return [log for log in known if log["study"] == "timing" or (log["budget"], log["data"]) == mine]
+        fit = [log for log in every if log["study"] == "timing" or (log["budget"], log["data"]) == mine]
+        return logs.furthest(fit)
 
     def planned(self) -> list[Planned]:
         """The runs that were asked for."""
@@ -226,9 +228,11 @@ class Runs:
         if not self.machine.gpu:
             words = ["megatron_mhc.testing.cpu", "-m", *words]
         (folder / "command.txt").write_text(shlex.join(["python", "-m", *words]) + "\n")
+        known = by_name(self.known()).get(run.name)
+        first = known["reached"] if known and self.checkpoint(run).exists() else 0
         process = self.launch(words, folder / "log.txt", gpu if self.machine.gpu else None)
         print(f"{self.clock()} {run.name}: {run.steps} steps", flush=True)
-        self.running.append(Running(run, process, gpu, time.time()))
+        self.running.append(Running(run, process, gpu, time.time(), first))
 
     def clock(self) -> str:
         return time.strftime("%H:%M:%S")
@@ -285,7 +289,7 @@ class Runs:
             said = f"diverged at step {kept['diverged']}" if kept["diverged"] is not None else said
         else:
             said = f"ended at step {kept['reached']} of {one.run.steps}"
-            if one.process.poll() and not one.stopped:
+            if not one.stopped and (one.process.poll() or kept["reached"] <= one.first):
                 self.failed[one.run.name] = f"exit status {one.process.poll()}; see {log}"
         print(f"{self.clock()} {one.run.name}: {said}", flush=True)
         return False
