@@ -289,11 +289,19 @@ def test_a_copied_config_of_a_hybrid_model_gets_its_options_back(run_ranks):
     assert run_ranks(1, copied)[0] == (MHC, MHC)
 
 
-def test_a_hybrid_checkpoint_is_refused_by_the_converter(run_ranks, tmp_path):
+def test_what_the_converter_does_not_do_with_a_hybrid_checkpoint_is_refused(run_ranks, tmp_path):
     run_ranks(1, save_as, MHC, tmp_path)
-    for source, target in (("plain", "plugin"), ("plugin", "megatron-dev")):
-        with pytest.raises(ValueError, match="HybridModel's, and only a GPT's checkpoint is converted"):
+    for source, target, words in (
+        ("plain", "plugin", "has mHC parameters already"),
+        ("plugin", "plugin", "nothing to convert"),
+        ("plugin", "megatron-dev", r"not a HybridModel's: make a GPT of one of pairs \(.*--model gpt"),
+        ("plugin", "transformers", "not a HybridModel's"),
+    ):
+        with pytest.raises(ValueError, match=words):
             convert_files(source, target, tmp_path / "torch_dist", tmp_path / "new")
+    options = dict(options="num_residual_streams=4", model="gpt")
+    with pytest.raises(ValueError, match="--from megatron-dev --to plugin is for a GPT's checkpoint"):
+        convert_files("megatron-dev", "plugin", tmp_path / "torch_dist", tmp_path / "new", **options)
     assert not (tmp_path / "new").exists()
 
 
