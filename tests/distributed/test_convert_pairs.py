@@ -5,6 +5,7 @@ import dataclasses
 import functools
 
 import pytest
+import test_hybrid as hybrids
 import torch
 import torch.distributed as dist
 from harness import Layout, build, differences, iterate
@@ -236,26 +237,22 @@ def test_either_way_from_plain_to_the_other_model_draws_the_same_mappings(run_ra
     assert all(torch.equal(native[key], straight[key]) for key in mappings)
 
 
-MAMBA = "M*M-"
-
-
-def mamba(mhc, folder, load_from=None):
-    layout = Layout()
-    layout.initialize()
-    config = layout.config("dense", num_layers=4, is_hybrid_model=True)
-    chunks = build(layout, config, "dense", mhc, model=hybrid.model(MAMBA, SMALL))
+def of_mixers(pattern, mhc, folder, load_from=None):
+    config, chunks = hybrids.built(Layout(), pattern, mhc)
     if load_from:
         load(chunks, load_from)
     else:
-        save(chunks, folder, num_layers=4, hybrid_layer_pattern=MAMBA)
+        save(chunks, folder, num_layers=4, hybrid_layer_pattern=pattern)
     return iterate(chunks, config)
 
 
-def test_a_plain_model_with_mamba_layers_starts_with_mhc_and_stays_hybrid(run_ranks, tmp_path):
-    plain = run_ranks(1, mamba, None, tmp_path / "plain")[0]
+@pytest.mark.parametrize("pattern, kind", [("M*M-", "a Mamba layer"), ("G*G-", "a gated delta net")])
+def test_a_plain_model_with_mixers_starts_with_mhc_and_stays_hybrid(run_ranks, tmp_path, pattern, kind):
+    plain = run_ranks(1, of_mixers, pattern, None, tmp_path / "plain")[0]
     convert(run_ranks, "plain", tmp_path / "plain", tmp_path / "mhc", None)
-    assert run_ranks(1, mamba, MHCConfig(), None, tmp_path / "mhc")[0] == pytest.approx(plain, rel=1e-4)
-    words = r"pattern M\*M-: layer 1 is M, a Mamba layer: a GPT has only pairs .* stays a HybridModel"
+    found = run_ranks(1, of_mixers, pattern, MHCConfig(), None, tmp_path / "mhc")[0]
+    assert found == pytest.approx(plain, rel=1e-4)
+    words = f"layer 1 is {pattern[0]}, {kind}: a GPT has only pairs .* stays a HybridModel"
     for source, folder in (("plain", "plain"), ("plugin", "mhc")):
         with pytest.raises(ranks.RankError, match=words):
             convert(run_ranks, source, tmp_path / folder, tmp_path / "none", "gpt")
