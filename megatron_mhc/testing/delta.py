@@ -5,12 +5,12 @@ B sequences of S tokens, H heads of widths K and V, D channels; any floating-poi
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from megatron.core.ssm.gated_delta_net import common, gdn
-from megatron.core.ssm.gated_delta_net.gdn import GatedDeltaNet
+from megatron.core.ssm.gated_delta_net import GatedDeltaNet
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -65,12 +65,17 @@ class LocalDeltaNet(GatedDeltaNet):
     def __init__(self, config: TransformerConfig, *args: Any, norm: Callable[..., nn.Module], **kwargs: Any):
         super().__init__(config, *args, **kwargs)
         self.out_norm = norm(config=config, hidden_size=self.value_head_dim, eps=config.layernorm_epsilon)
-        self.in_proj.weight.sections = [size * self.tp_size for size in self.in_proj_split_sections]
-        self.conv1d.weight.sections = [self.qk_dim, self.qk_dim, self.v_dim]  # type: ignore[assignment]
+        convolved = [self.qk_dim, self.qk_dim, self.v_dim]
+        heads = self.num_value_heads  # of beta and alpha, behind the gate
+        self.in_proj.weight.sections = [*convolved, self.v_dim, heads, heads]
+        self.conv1d.weight.sections = convolved  # type: ignore[assignment]
 
 
 def use_torch() -> None:
     """Have Megatron's gated delta nets take the operations above for fla's."""
-    common.HAVE_FLA = True
-    common.l2norm = l2norm
-    gdn.causal_conv1d, gdn.chunk_gated_delta_rule = causal_conv1d, chunk_gated_delta_rule
+    operations: dict[str, Any] = dict(l2norm=l2norm, causal_conv1d=causal_conv1d)
+    operations |= dict(chunk_gated_delta_rule=chunk_gated_delta_rule, HAVE_FLA=True)
+    for kind in GatedDeltaNet.__mro__:  # in 0.19 of two modules
+        module = sys.modules[kind.__module__]
+        if module.__name__.startswith("megatron.core.ssm"):
+            vars(module).update({name: value for name, value in operations.items() if name in vars(module)})
