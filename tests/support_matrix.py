@@ -53,6 +53,7 @@ _BRIDGE = "bridge/test_bridge.py::test_"
 _CONTRACTION = "distributed/test_contraction.py::test_"
 _GATED = "distributed/test_gated.py::test_"
 _HYBRID = "distributed/test_hybrid.py::test_"
+_PAIRS = "distributed/test_convert_pairs.py::test_"
 _OVERLAP = "distributed/test_expert_overlap.py::test_"
 _PARITY = "distributed/test_parity.py::test_"
 _MTP = "distributed/test_mtp.py::test_"
@@ -319,6 +320,18 @@ FEATURES = (
         group="models",
     ),
     Feature(
+        "gated delta nets in a HybridModel (`G`)",
+        YES,
+        "TP with sequence parallel, EP, PP, resharded checkpoints: Megatron's module with plain torch for its "
+        "kernels; refused with TP without it, [why](docs/hybrid.md)",
+        (
+            _HYBRID + "the_stand_in_for_gated_delta_nets_is_megatrons_own_rule_in_torch",
+            _HYBRID + "hybrid_layout_matches_single_process",
+            _HYBRID + "gated_delta_nets_with_tp_are_refused_without_sequence_parallel",
+        ),
+        group="models",
+    ),
+    Feature(
         "`--fine-grained-activation-offloading`",
         YES,
         "under Megatron's schedule, shown on a CPU; not with `--mhc-recompute-layer-num` or full recompute",
@@ -423,6 +436,17 @@ FEATURES = (
         YES,
         "of plain models, Megatron's dev and main branches, [published mappings](docs/checkpoints.md)",
         ("megatron/test_convert_checkpoint.py::test_checkpoint_survives_the_way_there_and_back",),
+        group="checkpoints and diagnostics",
+    ),
+    Feature(
+        "a GPT's checkpoint as the HybridModel of its layers, and back",
+        YES,
+        "dense or with mHC: dense, MoE and MLA; TP, EP and PP; without the optimizer, [limits](docs/hybrid.md)",
+        (
+            _PAIRS + "a_gpt_is_its_hybrid_twin_and_comes_back_bit_for_bit",
+            _PAIRS + "a_plain_model_of_either_kind_starts_mhc_in_either",
+            "megatron/test_convert_pairs_pretrain.py::test_a_gpt_goes_on_as_a_hybrid_model_and_back",
+        ),
         group="checkpoints and diagnostics",
     ),
     Feature(
