@@ -52,6 +52,7 @@ _AWARE = "distributed/test_precision_aware.py::test_"
 _BRIDGE = "bridge/test_bridge.py::test_"
 _CONTRACTION = "distributed/test_contraction.py::test_"
 _GATED = "distributed/test_gated.py::test_"
+_TRAINING = "gpu/test_training.py::test_"
 _HYBRID = "distributed/test_hybrid.py::test_"
 _PAIRS = "distributed/test_convert_pairs.py::test_"
 _OVERLAP = "distributed/test_expert_overlap.py::test_"
@@ -322,8 +323,8 @@ FEATURES = (
     Feature(
         "gated delta nets in a HybridModel (`G`)",
         YES,
-        "TP with sequence parallel, EP, PP, resharded checkpoints: Megatron's module with plain torch for its "
-        "kernels; refused with TP without it, [why](docs/hybrid.md)",
+        "TP with sequence parallel, EP, PP, resharded checkpoints: Megatron's module with plain torch for "
+        "its kernels; refused with TP without it, [why](docs/hybrid.md)",
         (
             _HYBRID + "the_stand_in_for_gated_delta_nets_is_megatrons_own_rule_in_torch",
             _HYBRID + "hybrid_layout_matches_single_process",
@@ -334,20 +335,24 @@ FEATURES = (
     Feature(
         "`--fine-grained-activation-offloading`",
         YES,
-        "under Megatron's schedule, shown on a CPU; not with `--mhc-recompute-layer-num` or full recompute",
-        ("distributed/test_offloading.py::test_offloaded_activations_give_the_gradients_of_stored_ones",),
+        "under Megatron's schedule; not with `--mhc-recompute-layer-num` or full recompute",
+        (
+            "distributed/test_offloading.py::test_offloaded_activations_give_the_gradients_of_stored_ones",
+            _TRAINING + "offloaded_training_is_beside_vanillas",
+        ),
         group="memory",
     ),
     Feature(
         "`--cpu-offloading-num-layers`",
         YES,
-        "shown by a stand-in of Transformer Engine's context; those before 2.10 offload what their own "
-        "layers mark, hence no streams; not with `--mhc-recompute-layer-num`",
+        "Transformer Engine before 2.10 offloads what its own layers mark, hence no streams; not with "
+        "`--mhc-recompute-layer-num`",
         (
             "distributed/test_cpu_offloading.py::test_trains_as_without",
             "distributed/test_cpu_offloading.py::test_offloaded_streams_leave_the_device",
             "megatron/test_cpu_offloading_pretrain.py::"
             "test_training_gives_the_losses_that_it_gives_without_the_flag",
+            _TRAINING + "offloaded_training_is_beside_vanillas",
         ),
         group="memory",
     ),
@@ -441,7 +446,7 @@ FEATURES = (
     Feature(
         "a GPT's checkpoint as the HybridModel of its layers, and back",
         YES,
-        "dense or with mHC: dense, MoE and MLA; TP, EP and PP; without the optimizer, [limits](docs/hybrid.md)",
+        "plain or with mHC, MoE and MLA too; TP, EP and PP; without the optimizer, [limits](docs/hybrid.md)",
         (
             _PAIRS + "a_gpt_is_its_hybrid_twin_and_comes_back_bit_for_bit",
             _PAIRS + "a_plain_model_of_either_kind_starts_mhc_in_either",
@@ -452,27 +457,29 @@ FEATURES = (
     Feature(
         "`--use-megatron-fsdp`",
         YES,
-        "`optim`, `optim_grads`, `optim_grads_params`; over gloo; with TP, SP, EP, MTP, recompute and "
-        "`--fsdp-double-buffer`; [checkpoints](checkpoints.md#fully-sharded-models); not with a pipeline, "
+        "`optim`, `optim_grads`, `optim_grads_params`; over gloo, and on one GPU; with TP, SP, EP, MTP, "
+        "recompute and `--fsdp-double-buffer`; [checkpoints](checkpoints.md#fully-sharded-models); not with a pipeline, "
         "nor is Megatron's own",
         (
             "distributed/test_fsdp.py::test_sharded_parameters_train_as_one_process_does",
             "distributed/test_fsdp.py::test_megatron_fsdp_trains_as_one_process_does",
             "megatron/test_fsdp_pretrain.py::test_megatron_fsdp_resumes_bit_for_bit",
             "unit/test_options.py::test_fully_sharded_pipeline_is_refused",
+            _TRAINING + "sharded_training_is_beside_vanillas",
         ),
         group="optimizers and sharding",
     ),
     Feature(
         "`--use-torch-fsdp2`",
         YES,
-        "over gloo; mapping parameters are an fp32 unit; with TP, SP, MoE, MTP and recompute; "
-        "[checkpoints](checkpoints.md#fully-sharded-models); not with a pipeline, EP or tied embeddings, "
+        "over gloo, and on one GPU; mapping parameters are an fp32 unit; with TP, SP, MoE, MTP and "
+        "recompute; [checkpoints](checkpoints.md#fully-sharded-models); not with a pipeline, EP or tied embeddings, "
         "nor is Megatron's own",
         (
             "distributed/test_fsdp.py::test_setting_trains_as_one_process_does",
             "distributed/test_fsdp.py::test_mapping_parameters_stay_float32_in_a_bf16_model",
             "distributed/test_fsdp.py::test_fsdp2_resumes_from_its_shards_bit_for_bit",
+            _TRAINING + "sharded_training_is_beside_vanillas",
         ),
         group="optimizers and sharding",
     ),
@@ -480,7 +487,10 @@ FEATURES = (
         "`--optimizer-cpu-offload`",
         YES,
         "",
-        ("distributed/test_checkpoint.py::test_offloaded_optimizer_resumes_bit_for_bit",),
+        (
+            "distributed/test_checkpoint.py::test_offloaded_optimizer_resumes_bit_for_bit",
+            _TRAINING + "offloaded_training_is_beside_vanillas",
+        ),
         group="optimizers and sharding",
     ),
     Feature(
@@ -640,12 +650,15 @@ FEATURES = (
         group="releases",
     ),
     Feature(
-        "FP8 (tensorwise, delayed, blockwise), MXFP8, NVFP4",
-        UNTESTED,
-        "accepted where the machine has them; in F's linears only; 50 steps trained by hand on one H100. "
-        "tests/gpu has FP8 inside CUDA graphs, compared with FP8 outside of them",
+        "FP8 (tensorwise, delayed, blockwise)",
+        YES,
+        "in F's linears only; with `--fp8-param-gather`; blockwise with MoE too; 50 steps by Transformer "
+        "Engine on one H200, losses beside vanilla's",
+        (_TRAINING + "fp8_trains_beside_vanilla",),
+        on="gpu",
         group="precision",
     ),
+    Feature("MXFP8, NVFP4", UNTESTED, "accepted where the machine has them", group="precision"),
     Feature("inference engines on a GPU", UNTESTED, "", group="inference and export"),
     Feature("Blackwell", UNTESTED, "", group="kernels and graphs"),
     Feature(
