@@ -9,7 +9,7 @@ A table stands between `<!-- NAME -->` and `<!-- /NAME -->`:
     matrix     docs/support.md    tests/support_matrix.py, and docs/results/support, where its tests ran
     works      README.md          the same: a line for each group, names without notes
     simulated  docs/schedules.md  pipeline/simulate.py, its default times
-    costs      README.md          step*.json of the newest folder in docs/results
+    costs      README.md          step*.json of the newest folder in docs/results that has any
     memory     README.md          recompute/estimate.py, of recipes in examples/
 """
 
@@ -144,7 +144,8 @@ def simulated() -> str:
 
 def costs() -> str:
     """Steps with mHC over vanilla's, of one machine and commit: `benchmarks.step`'s rows."""
-    folder = max((ROOT / "docs" / "results").glob("*_*/"), key=lambda path: path.name[-10:])
+    measured = {file.parent for file in (ROOT / "docs" / "results").glob("*_*/step*.json")}
+    folder = max(measured, key=lambda path: path.name[-10:])
     reports = [json.loads(file.read_text()) for file in sorted(folder.glob("step*.json"))]
     head = reports[0]
     if any((report["device"], report["commit"]) != (head["device"], head["commit"]) for report in reports):

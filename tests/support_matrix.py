@@ -458,8 +458,8 @@ FEATURES = (
         "`--use-megatron-fsdp`",
         YES,
         "`optim`, `optim_grads`, `optim_grads_params`; over gloo, and on one GPU; with TP, SP, EP, MTP, "
-        "recompute and `--fsdp-double-buffer`; [checkpoints](checkpoints.md#fully-sharded-models); not with a pipeline, "
-        "nor is Megatron's own",
+        "recompute and `--fsdp-double-buffer`; [checkpoints](checkpoints.md#fully-sharded-models); not with "
+        "a pipeline, nor is Megatron's own",
         (
             "distributed/test_fsdp.py::test_sharded_parameters_train_as_one_process_does",
             "distributed/test_fsdp.py::test_megatron_fsdp_trains_as_one_process_does",
@@ -473,8 +473,8 @@ FEATURES = (
         "`--use-torch-fsdp2`",
         YES,
         "over gloo, and on one GPU; mapping parameters are an fp32 unit; with TP, SP, MoE, MTP and "
-        "recompute; [checkpoints](checkpoints.md#fully-sharded-models); not with a pipeline, EP or tied embeddings, "
-        "nor is Megatron's own",
+        "recompute; [checkpoints](checkpoints.md#fully-sharded-models); not with a pipeline, EP or tied "
+        "embeddings, nor is Megatron's own",
         (
             "distributed/test_fsdp.py::test_setting_trains_as_one_process_does",
             "distributed/test_fsdp.py::test_mapping_parameters_stay_float32_in_a_bf16_model",
