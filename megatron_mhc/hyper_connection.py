@@ -138,8 +138,6 @@ class HyperConnectionModule(MappingParameters, InParts):
                 return made
         n = self.mhc.num_residual_streams
         kernels = self.backend.kernels(streams, streams.shape[-1] // n)
-        if self.mhc.reads_previous and torch.compiler.is_compiling():
-            kernels = None  # which fuses the reference by itself
         if kernels is not None:
             from megatron_mhc.ops import autograd
 
@@ -220,9 +218,8 @@ class HyperConnectionModule(MappingParameters, InParts):
         x = streams.view(s * b, self.mhc.num_residual_streams, -1)
         kernels = self.backend.kernels(x, x.shape[-1])
         norm = None if self.norm is None else self.norm.read()
-        if kernels is None or self.mhc.reads_previous:  # whose gradient no op of `compiled` has
-            read = self.forward(streams) if kernels is None and h_pre is None else None
-            layer_input, mappings = read or self._by_reference(streams, h_pre, norm)
+        if kernels is None:
+            layer_input, mappings = self.forward(streams, h_pre)
             assert isinstance(mappings, reference.Coefficients)
             crossing = [mappings.h_post.contiguous(), mappings.h_res.contiguous()]
             if self.mhc.reads_previous:
@@ -230,24 +227,29 @@ class HyperConnectionModule(MappingParameters, InParts):
             return layer_input, (streams, *crossing)
         from megatron_mhc.ops import compiled  # imports triton, which a CPU may lack
 
-        layer_input, *tensors, _ = compiled.pre(
-            x, *self._learned(streams), *compiled.flat(self.options), kernels.name, *(norm or ())
+        options, of_read = compiled.flat(self.options), compiled.of_read(norm, h_pre)
+        layer_input, *tensors, _, on = compiled.pre(
+            x, *self._learned(streams), *options, kernels.name, *of_read
         )
+        tensors += [] if h_pre is None else [on]
         # `pre` alone gives the streams their gradient.
         return self._for_f(layer_input.view(s, b, -1)), (streams.detach(), *tensors)
 
     def arrived(self, streams: Tensor, *tensors: Tensor) -> tuple[Tensor, Mappings]:
         """Streams and mappings for `post_res`, of the tensors of `read_across`."""
-        if len(tensors) == 2 or self.mhc.reads_previous:
+        if len(tensors) <= 3:  # of the reference
             h_post, h_res, *handed_on = tensors
             h_pre = handed_on[0] if handed_on else torch.empty_like(h_post)
             return streams, reference.Coefficients(h_pre, h_post, h_res)
         from megatron_mhc.ops.autograd import KernelMappings, Saved
 
-        *tunnels, projection, coefficients = tensors
+        *tunnels, projection, coefficients = tensors[:4]
         saved = Saved(projection, self._learned(streams)[1].detach())
         x = streams.view(tunnels[0].shape)
-        return streams, KernelMappings(tuple(tunnels), coefficients, saved, self.options.form, streams=x)
+        on = tensors[4] if tensors[4:] else None
+        return streams, KernelMappings(
+            tuple(tunnels), coefficients, saved, self.options.form, streams=x, handed_on=on
+        )
 
     # Edges of its graph are taken, which a compiled one does not have.
     @torch.compiler.disable
