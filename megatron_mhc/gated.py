@@ -47,10 +47,10 @@ class GatedRead(MappingParameters):
         self.read_down = MappingProjection(rank, width, *where)
         self.read_up = MappingProjection(width, rank, *where)
         self.inject = MappingProjection(n, width, *where) if writes else None
-        if config.perform_initialization:
-            for matrix in (self.read_down, self.read_up, self.inject):
-                if matrix is not None:
-                    nn.init.normal_(matrix.weight, std=config.init_method_std)
+        # Also without `perform_initialization`: the file of a plain model's weights has none of these.
+        for matrix in (self.read_down, self.read_up, self.inject):
+            if matrix is not None:
+                nn.init.normal_(matrix.weight, std=config.init_method_std)
         mark_replicated(self, config)
 
     def weights(self) -> gated.Weights:

@@ -87,14 +87,16 @@ class HyperConnectionModule(MappingParameters, InParts):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Initialise phi by `--mhc-init`, biases too, and alphas by `--mhc-init-gating-factor`."""
+        """Initialise phi by `--mhc-init`, biases too, and alphas by `--mhc-init-gating-factor`.
+
+        Also without `perform_initialization`: the file of a plain model's weights has none of these.
+        """
         with torch.device(self.device):  # the default may be meta (--init-model-with-meta-device)
             # Of who reads with it, which is the next one's under --mhc-read previous.
             biases = initial.biases(self.mhc, self.sublayer_index + self.mhc.reads_previous)
         self.affine.fill_(self.mhc.init_gating_factor)
         self.bias.copy_(biases)
-        if self.config.perform_initialization:
-            initial.draw_phi(self.mapping_proj.weight, self.mhc, self.config.init_method_std)
+        initial.draw_phi(self.mapping_proj.weight, self.mhc, self.config.init_method_std)
 
     def coefficients(self, x: Tensor) -> reference.Coefficients:
         """Coefficients of the streams x: [T, n, C], by the reference."""

@@ -1,6 +1,6 @@
 """Train a deep narrow GPT plainly, with hyper-connections (HC) and with mHC, and draw the paper's figures.
 
-`--models` also takes other forms: single_pass mHC, mHC with H_res = identity, and the gated residual of Qwen4-Exp.
+`--models` takes other forms too: single-pass mHC, mHC with H_res = identity, and Qwen4-Exp's gated residual.
 
     python examples/stability/run.py                        one GPU (or --cpu), 48 layers, 2 seeds
     python examples/stability/run.py --jobs 3               three runs at a time on that GPU

@@ -381,7 +381,9 @@ from megatron_mhc.hyper_connection import HyperConnectionModule
 sizes = dict(num_layers=1, hidden_size=16, num_attention_heads=1)
 config = TransformerConfig(**sizes, use_cpu_initialization=True, perform_initialization=False)
 for options in ({}, dict(init="uniform"), dict(h_res="unconstrained")):
+    torch.manual_seed(1)
     plain = HyperConnectionModule(config, MHCConfig(**options), 1).state_dict()
+    torch.manual_seed(1)
     with torch.device("meta"):
         built = HyperConnectionModule(config, MHCConfig(**options), 1).state_dict()
     assert all(built[name].equal(value) for name, value in plain.items())
