@@ -62,6 +62,8 @@ def take_or_refuse(
 ) -> None:
     """Fill a state dict that lacks all of a module's entries with the module's own values.
 
+    One that has some of them alone is of no checkpoint of ours, and megatron.training would take it.
+
     Args:
         mhc: options of the module's model.
         state_dict: what load_state_dict was given; changed in place.
@@ -69,11 +71,18 @@ def take_or_refuse(
         current: the module's entries, (name, value).
 
     Raises:
-        ValueError: entries are absent and `load_dense` is off.
+        ValueError: some entries are absent, or all are and `load_dense` is off.
     """
     entries = dict(current)
-    if not entries or any(prefix + name in state_dict for name in entries):
+    absent = [name for name in entries if prefix + name not in state_dict]
+    if not absent:
         return
+    if len(absent) < len(entries):
+        there = next(name for name in entries if name not in absent)
+        raise ValueError(
+            f"{prefix}{absent[0]} is not in the checkpoint, which has {prefix}{there}: it is damaged, or of "
+            "a conversion that left entries out; load one that has all of them"
+        )
     if not mhc.load_dense:
         raise ValueError(f"{prefix}*: {_REMEDY}")
     state_dict.update({prefix + name: value.detach() for name, value in entries.items()})

@@ -12,7 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megatron_mhc.checkpoint import take_or_refuse
-from megatron_mhc.checkpoint_parts import in_shards
+from megatron_mhc.checkpoint_parts import InParts, in_shards
 from megatron_mhc.config import MHCConfig
 
 
@@ -60,7 +60,10 @@ class MappingParameters(MegatronModule):
         return super()._apply(keep_dtype, recurse)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        take_or_refuse(self.mhc, state_dict, prefix, self.state_dict().items())
+        entries = self.state_dict()
+        if isinstance(self, InParts) and self.parts and prefix + self.whole in state_dict:
+            entries = {name: value for name, value in entries.items() if name not in self.parts}
+        take_or_refuse(self.mhc, state_dict, prefix, entries.items())
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def sharded_state_dict(
