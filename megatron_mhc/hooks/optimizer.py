@@ -152,16 +152,23 @@ def save_current_float32(get: Callable[..., Any]) -> Callable[..., Any]:
     return get_current
 
 
+# What Megatron's own loading raises of a state that is not this optimizer's.
+_UNFIT = (AssertionError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
+
+
 def explain_other_layout(load: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap what loads an optimizer's state of --ckpt-format torch, and fails where it does not fit."""
+    """Wrap what loads an optimizer's state, and fails where it is another optimizer's or of another layout."""
 
     def load_or_explain(self: Any, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
         try:
             return load(self, state_dict, *args, **kwargs)
-        except (AssertionError, ValueError) as error:
-            if not operations():  # no model of ours
+        except _UNFIT as error:
+            explained = OTHER_LAYOUT in str(error)  # by an optimizer that this one holds
+            # A subclass, of memory that ran out, is no matter of the state; without operations no model is ours.
+            if explained or type(error) not in _UNFIT or not operations():
                 raise
-            raise ValueError(f"the optimizer state cannot be loaded ({error}); {OTHER_LAYOUT}") from error
+            found = f"{type(error).__name__}: {error}"
+            raise ValueError(f"the optimizer state cannot be loaded ({found}); {OTHER_LAYOUT}") from error
 
     return load_or_explain
 
