@@ -38,9 +38,9 @@ _REMEDY = (
 )
 OTHER_LAYOUT = (
     "it is keyed by parameter index, and the indices are others here: it is of another optimizer "
-    "(--optimizer, --use-distributed-optimizer), of another parallel layout, or of megatron_mhc 0.1, which had "
-    "four parameters where 0.2 has one (`affine`). Save it with --dist-ckpt-optim-fully-reshardable where it "
-    "fits and load that, or load with --no-load-optim"
+    "(--optimizer, --use-distributed-optimizer), of another parallel layout, or of megatron_mhc 0.1, which "
+    "had four parameters where 0.2 has one (`affine`). Save it with --dist-ckpt-optim-fully-reshardable "
+    "where it fits and load that, or load with --no-load-optim"
 )
 _OPTIMIZER_STATE = "optimizer.state."  # in keys of every optimizer that is not saved by buckets
 _OTHER_OPTIMIZER = (

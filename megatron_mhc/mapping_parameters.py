@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 from weakref import WeakSet
 
@@ -80,9 +80,22 @@ class MappingParameters(MegatronModule):
         return nn.Parameter(torch.full((1,), value, dtype=self.dtype, device=self.device))
 
 
-_holders: WeakSet[MappingParameters] = WeakSet()
+_holders: WeakSet[nn.Module] = WeakSet()
+_MARK = "mhc_trained_beside_mappings"
 
 
-def in_use() -> bool:
-    """Whether mapping parameters are alive in this process, of connections or of a learned head."""
-    return len(_holders) > 0
+def hold(module: nn.Module) -> None:
+    """Count a module's parameters as those of mappings, for `are_ours`: a contraction that a library made."""
+    _holders.add(module)
+
+
+def are_ours(parameters: Iterable[Tensor]) -> bool:
+    """Whether some of an optimizer's parameters are of mappings, or marked as beside such."""
+    own = {id(parameter) for holder in _holders for parameter in holder.parameters()}
+    return any(id(parameter) in own or hasattr(parameter, _MARK) for parameter in parameters)
+
+
+def mark(parameters: Iterable[Tensor]) -> None:
+    """Have `are_ours` know tensors that an optimizer has in the place of a model's parameters."""
+    for parameter in parameters:
+        setattr(parameter, _MARK, True)

@@ -228,8 +228,8 @@ HOOKS: tuple[Hook, ...] = (
             defined_in=module,
             parameters=("self", "state_dict", *more),
             replacement=replacement,
-            reason="a torch-format state is keyed by parameter index: none of megatron_mhc 0.1, or of another "
-            "optimizer, fits, and Megatron's error names no remedy",
+            reason="a torch-format state is keyed by parameter index: none of megatron_mhc 0.1, or of "
+            "another optimizer, fits, and Megatron's error names no remedy",
         )
         for replacement, module, name, *more in (
             (explain_other_layout, _OPTIMIZER, "ChainedOptimizer.load_state_dict"),
