@@ -196,7 +196,7 @@ FEATURES = (
         ("distributed/test_pipeline_delayed.py::test_setting", _OVERLAP + "delayed_weight_gradients"),
     ),
     Feature(
-        "`--variable-seq-lengths`",
+        "`variable_seq_lengths`",
         YES,
         "under Megatron's schedule; `interleaved` and `fused` refuse it",
         (

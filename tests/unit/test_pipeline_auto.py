@@ -211,7 +211,7 @@ def test_what_was_chosen_stands_in_the_report_and_is_what_a_config_gets_again(ch
         (config(pp=1, vpp=None), LAUNCH, "one stage"),
         (config(vpp=None), LAUNCH, "no virtual stages"),
         (config(), None, "microbatches are not known"),
-        (config(variable_seq_lengths=True), LAUNCH, "does not support --variable-seq-lengths"),
+        (config(variable_seq_lengths=True), LAUNCH, "does not support variable_seq_lengths=True"),
     ],
 )
 def test_megatrons_schedule_and_no_error_where_nothing_can_be_chosen(chosen, model, launch, words):
