@@ -153,13 +153,13 @@ class HyperConnectionModule(MappingParameters, InParts):
         self, streams: Tensor, h_pre: Tensor | None, norm: ReadNorm | None
     ) -> tuple[Tensor, reference.Coefficients]:
         s, b, _ = streams.shape
-        x = streams.view(s * b, self.mhc.num_residual_streams, -1)
+        x = reference.by_token(streams, self.mhc.num_residual_streams)
         coefficients = self.coefficients(x)
         if self.mhc.num_residual_streams == 1 and not self.dynamic["pre"] and norm is None:
             # 1 * x is x; handing on x itself also keeps the order in which autograd sums its gradient.
             return streams, coefficients
         read_with = coefficients.h_pre if h_pre is None else h_pre
-        return self._for_f(reference.pre(x, read_with, norm).view(s, b, -1)), coefficients
+        return self._for_f(reference.in_sequence(reference.pre(x, read_with, norm), s, b)), coefficients
 
     def _learned(self, streams: Tensor) -> tuple[Tensor, Tensor]:
         """phi and `affine`, for kernels; without a row where all mappings are fixed."""
@@ -193,7 +193,7 @@ class HyperConnectionModule(MappingParameters, InParts):
         if isinstance(mappings, reference.Coefficients):
             s, b, width = f.shape
             x = streams.view(s * b, self.mhc.num_residual_streams, width)
-            return self.write(x, f.reshape(s * b, width), mappings).view(s, b, -1)
+            return reference.in_sequence(self.write(x, f.reshape(s * b, width), mappings), s, b)
         from megatron_mhc.ops import autograd, boundary
 
         # A replayed `saved` must not be held by the graph as well.
@@ -217,7 +217,7 @@ class HyperConnectionModule(MappingParameters, InParts):
             layer input [s, b, C], and the tensors of which `arrived` makes what `post_res` takes.
         """
         s, b, _ = streams.shape
-        x = streams.view(s * b, self.mhc.num_residual_streams, -1)
+        x = reference.by_token(streams, self.mhc.num_residual_streams)
         kernels = self.backend.kernels(x, x.shape[-1])
         norm = None if self.norm is None else self.norm.read()
         if kernels is None:
@@ -235,7 +235,7 @@ class HyperConnectionModule(MappingParameters, InParts):
         )
         tensors += [] if h_pre is None else [on]
         # `pre` alone gives the streams their gradient.
-        return self._for_f(layer_input.view(s, b, -1)), (streams.detach(), *tensors)
+        return self._for_f(reference.in_sequence(layer_input, s, b)), (streams.detach(), *tensors)
 
     def arrived(self, streams: Tensor, *tensors: Tensor) -> tuple[Tensor, Mappings]:
         """Streams and mappings for `post_res`, of the tensors of `read_across`."""
@@ -258,7 +258,7 @@ class HyperConnectionModule(MappingParameters, InParts):
     def mix(self, streams: Tensor, mappings: Mappings) -> tuple[Tensor, Tensor]:
         """The parts of `post_res` that need no f: u = H_res x: [s, b, n*C], and h_post: [s*b, n]."""
         if isinstance(mappings, reference.Coefficients):
-            x = streams.view(*mappings.h_pre.shape, -1)
+            x = reference.by_token(streams, mappings.h_pre.shape[1])
             u, h_post = reference.mix(x, mappings.h_res), mappings.h_post
         else:
             from megatron_mhc.ops import autograd

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from megatron_mhc.ops import reference
 
-
 # `contiguous` makes no copy of a single token's row, which is contiguous in the midst of a packed one.
 
 
