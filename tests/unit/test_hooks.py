@@ -1,5 +1,7 @@
 """register / revert / report: idempotent, reversible, and closed to anything it was not written for."""
 
+import ast
+import contextlib
 import dataclasses
 import functools
 import gc
@@ -7,6 +9,7 @@ import inspect
 import sys
 import threading
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -28,6 +31,7 @@ from megatron_mhc.hooks.optimizer import (
 )
 from megatron_mhc.hyper_connection import HyperConnectionModule
 from megatron_mhc.mapping_parameters import are_ours
+from megatron_mhc.pipeline import buffers
 
 
 @pytest.fixture(autouse=True)
@@ -337,6 +341,54 @@ def test_the_parameters_of_a_librarys_contraction_are_beside_mappings():
 
     built = contraction.build(Mean, small(), megatron_mhc.MHCConfig())
     assert are_ours([built.weight]) and not are_ours([torch.ones(1)])
+
+
+def set_symbols(path):
+    """What a file assigns to, or sets, of what it has imported of Megatron, as `name.attribute`."""
+    tree = ast.parse(path.read_text())
+    imported = {
+        alias.asname or alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "megatron"
+        for alias in node.names
+    }
+    for node in ast.walk(tree):
+        places = node.targets if isinstance(node, ast.Assign) else []
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("setattr", "delattr"):
+            places = [ast.Attribute(node.args[0], ast.unparse(node.args[1]))]
+        for place in places:
+            if isinstance(place, ast.Attribute) and getattr(place.value, "id", "") in imported:
+                yield f"{place.value.id}.{place.attr}"
+
+
+def test_every_symbol_that_is_replaced_stands_in_the_table():
+    """But for what its docstring names: of pretrain_gpt.py, and of testing/."""
+    package = Path(megatron_mhc.__file__).parent
+    found = {
+        f"{path.relative_to(package)}: {name}"
+        for path in package.rglob("*.py")
+        if path.parent.name != "testing"
+        for name in set_symbols(path)
+    }
+    assert found == {"pretrain_gpt.py: utils.compile_helpers"}
+
+
+def test_a_buffer_is_new_in_fused_steps_alone(monkeypatch):
+    from megatron.core.utils import GlobalMemoryBuffer
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: "cpu")
+    buffer, shape = GlobalMemoryBuffer(), ((2, 3), torch.float32, "x")
+    with pytest.raises(RuntimeError, match="the hooks of megatron_mhc.register"), buffers.own_buffers():
+        pass
+    with megatron_mhc.register():
+        shared = buffer.get_tensor(*shape)
+        with buffers.own_buffers():
+            first = buffer.get_tensor(*shape)
+            with buffers.own_buffers():
+                second = buffer.get_tensor(*shape)
+            third = buffer.get_tensor(*shape, mem_alloc_context=contextlib.nullcontext)
+        assert buffer.get_tensor(*shape).data_ptr() == shared.data_ptr()
+    assert len({t.data_ptr() for t in (shared, first, second, third)}) == 4
 
 
 @pytest.mark.parametrize("place", [parallel._DATA_PARALLEL, parallel._MEGATRON_FSDP, parallel._FSDP2])
