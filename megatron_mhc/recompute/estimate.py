@@ -9,7 +9,7 @@ from megatron_mhc.backend import why_norms_apart
 from megatron_mhc.config import MHCConfig
 from megatron_mhc.recompute import inventory, plan
 from megatron_mhc.schedule.plans import passes_in_flight
-from megatron_mhc.schedule.stages import layers_of_rank
+from megatron_mhc.schedule.stages import layers_of_rank, with_experts
 
 
 @dataclass(frozen=True)
@@ -78,10 +78,8 @@ def _sublayers(config: Any, layer: int, folded: bool) -> list[tuple[bool, int]]:
     Args:
         folded: `pre` computes the norms.
     """
-    pattern = config.moe_layer_freq
-    is_moe = config.num_moe_experts is not None and (
-        bool(pattern[layer]) if isinstance(pattern, list) else layer % pattern == 0
-    )
+    moe = with_experts(config.moe_layer_freq, config.num_layers)
+    is_moe = config.num_moe_experts is not None and moe[layer]
     mine = not folded and not (
         config.recompute_granularity == "selective" and "layernorm" in (config.recompute_modules or [])
     )

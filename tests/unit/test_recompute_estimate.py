@@ -138,6 +138,52 @@ def test_command_lines_are_cut_behind_the_script():
     assert cut("--num-layers 4") == ({}, (), ["--num-layers", "4"], None)
 
 
+MODULE = "megatron_mhc.pretrain_gpt"
+
+
+@pytest.mark.parametrize(
+    "launch, program, world",
+    [
+        ("torchrun --nproc-per-node 8 --some-flag value pretrain_gpt.py", ["pretrain_gpt.py"], 8),
+        ("torchrun --nproc_per_node 8 --standalone /a/pretrain_gpt.py", ["/a/pretrain_gpt.py"], 8),
+        ("torchrun --log-dir logs.py --nproc-per-node=2 --nnodes=4 train.py", ["train.py"], 8),
+        ("torchrun --nproc-per-node gpu --redirects 3 train.py", ["train.py"], None),
+        (f"torchrun --nproc-per-node 8 --nnodes 1:4 -m {MODULE}", [MODULE], None),
+        (f"torchrun -m --nproc-per-node 8 {MODULE}", [MODULE], 8),
+        (f"/opt/bin/torchrun --nproc-per-node 8 --module {MODULE}", [MODULE], 8),
+        (
+            "python -m torch.distributed.run --nproc-per-node 2 -m megatron_mhc.testing.cpu -m "
+            "megatron_mhc.launch pretrain_gpt.py",
+            ["torch.distributed.run", "megatron_mhc.testing.cpu", "megatron_mhc.launch", "pretrain_gpt.py"],
+            2,
+        ),
+        ("python3.12 -u -X faulthandler -W ignore train.py", ["train.py"], None),
+        (f"python -m cProfile -o out.py -m {MODULE}", ["cProfile", MODULE], None),
+        ("srun -m block:block -n 16 --export=ALL,X=1 python -u pretrain_gpt.py", ["pretrain_gpt.py"], None),
+        ("srun -N 2 numactl -m 0 ./wrap.sh pretrain_gpt.py", ["pretrain_gpt.py"], None),
+        ("uv run --python python3.12 --with a pretrain_gpt.py", ["pretrain_gpt.py"], None),
+        (f"uv run -m {MODULE}", [MODULE], None),
+        ("uv run torchrun --nproc-per-node 4 pretrain_gpt.py", ["pretrain_gpt.py"], 4),
+        ("./pretrain_gpt.py", ["./pretrain_gpt.py"], None),
+        ("", [], None),
+    ],
+)
+def test_a_program_is_found_behind_what_starts_it_and_not_among_its_arguments(launch, program, world):
+    arguments = "--num-layers 4 --data-path a.py -m b --log python --lr 1".split()
+    command = take_apart([*launch.split(), *arguments])
+    assert command == ({}, tuple(program), arguments, world)
+
+
+def test_the_environment_of_a_launch_is_read_wherever_it_is_set():
+    command = take_apart("A=1 srun -n 2 env B=c=d C= python train.py D=4".split())
+    assert command == (dict(A="1", B="c=d", C=""), ("train.py",), ["D=4"], None)
+
+
+def test_words_without_a_program_are_arguments():
+    assert take_apart(["A=1", "bash", "train.sh"]).arguments == ["bash", "train.sh"]
+    assert take_apart(["python", "-c", "pass"]).program == ()
+
+
 SIZES = dict(
     hidden_size=64,
     num_attention_heads=4,
