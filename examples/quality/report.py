@@ -230,7 +230,7 @@ def health(one: Experiment, size: str, forms: Iterable[str]) -> str:
 
 
 def state(one: Experiment) -> str:
-    """Which runs are there and which are missing, by study."""
+    """Which runs are there and which are missing, by study; s1 is seed 1."""
     rows = []
     groups: dict[tuple[str, str], list[Planned]] = {}
     for run in one.planned:
@@ -239,12 +239,14 @@ def state(one: Experiment) -> str:
     prefix = re.compile(r"^\w+-(t[\d.]+|timing)-")
     for (size, study), runs in groups.items():
         gone = [run for run in runs if run.name in missing]
-        names = []
+        names: dict[str, list[str]] = {}
         for run in gone:
             log = one.logs.get(run.name)
             cut = f" (at step {log['reached']} of {log['steps']})" if log else ""
-            names.append(prefix.sub("", run.name) + cut)
-        rows.append([size, study, f"{len(runs) - len(gone)} of {len(runs)}", ", ".join(names) or "none"])
+            rest = prefix.sub("", run.name).removeprefix(run.form).removeprefix("-").removeprefix("lrbest-")
+            names.setdefault(run.form, []).append(rest + cut)
+        said = "; ".join(f"{form} {', '.join(some)}".strip() for form, some in names.items())
+        rows.append([size, study, f"{len(runs) - len(gone)} of {len(runs)}", said or "none"])
     hours = sum(estimate(run, one.scale, one.logs) for run in one.missing)
     text = table(["size", "study", "there", "missing"], rows)
     return text + f"\nEstimated for what is missing: {hours:.1f} GPU hours of one H200.\n"
@@ -351,13 +353,25 @@ def verdict(one: Experiment, size: str, form: str) -> str:
     return f"{ALL_FORMS[form].label}, against the plain residual: {' and '.join(words)}"
 
 
+def forms(scale: Scale) -> str:
+    """The forms by the names that their runs have."""
+    named = {name: ALL_FORMS[name] for name in scale.sizes[scale.smallest].forms}
+    for study in scale.studies:
+        named |= STUDIES[study]
+    rows = (
+        [f"`{name}`", form.label, f"`{' '.join(form.arguments)}`", form.rate_of or "its own"]
+        for name, form in named.items()
+    )
+    return table(["name", "form", "arguments", "sweep of the learning rate"], rows)
+
+
 def parts(scale: Scale, known: list[Log], about: dict[str, Any] | None, figures: list[str]) -> dict[str, str]:
     """What stands between each pair of markers of the page."""
     every = experiments(scale, known, about["hash"] if about else None)
-    mine = sources(known, about)
     return {
         "quality_conclusion": conclusion(every),
-        "quality_sources": mine,
+        "quality_forms": forms(scale),
+        "quality_sources": sources(known, about),
         "quality_results": "\n".join(section(one, about, figures) for one in every),
     }
 

@@ -301,7 +301,7 @@ def test_timings_are_alone_on_their_gpu(quality, tmp_path):
 
     runs.begin = noted
     runs.prepare()
-    runs.train(2)
+    runs.train(gpus=2)
     assert any(len(here) == 2 for _, here in beside)
     assert all(not here for study, here in beside if study == "timing")
     assert not any("timing" in here for _, here in beside)
@@ -309,8 +309,8 @@ def test_timings_are_alone_on_their_gpu(quality, tmp_path):
 
 def test_a_budget_leaves_out_what_cannot_end(quality, tmp_path):
     launch = Launcher()
-    call(quality, tmp_path, launch, "--whole", "--budget-minutes", "1", "--tokens-per-parameter", "20000")
-    assert not any("-t20000-" in name for name in launch.started)
+    call(quality, tmp_path, launch, "--whole", "--budget-minutes", "3", "--tokens-per-parameter", "20000")
+    assert launch.started and not any("-t20000-" in name for name in launch.started)
     with pytest.raises(SystemExit):
         quality.run.parse(["--budget-minutes", "0.5"])
 
@@ -389,7 +389,7 @@ def test_what_is_missing_cut_or_diverged_is_said(quality, tmp_path):
     known += [log_of(runs[2], None, diverged=5)]
     [one] = report.experiments(scale, known, "d")
     text = report.section(one, ABOUT, [])
-    assert f"vanilla-lr0.03-s1 (at step 7 of {runs[1].steps}), mhc4-lr0.03-s1" in text
+    assert f"| vanilla lr0.03-s1 (at step 7 of {runs[1].steps}); mhc4 lr0.03-s1 |" in text
     assert (
         "| plain residual | **2.0000** | missing |" in text and "| mHC, n = 4 | diverged | missing |" in text
     )
