@@ -47,6 +47,9 @@ PAGE, KEPT = DOCS / "quality.md", DOCS / "results" / "quality"
 QUANTILE = {1: 12.7, 2: 4.30, 3: 3.18, 4: 2.78}
 PAPER = {"hc-res": "-0.022", "hc-res-pre": "-0.025", "hc": "-0.027"}  # arXiv 2512.24880, its ablation of HC
 MAIN_BUDGET = 20
+CONDITIONS = {"": "equal steps", "-time": "equal GPU time"}
+SIDES = ("below", "above", "not shown to differ", "diverged", "not measured")
+NO_OTHER = "No other form has all of its runs"
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
@@ -183,7 +186,7 @@ def learning_rates(one: Experiment) -> str:
         if (found := one.rate(form))[1] and found[0] in (min(one.scale.rates), max(one.scale.rates))
     ]
     if edges:
-        text += f"\nBest at an end of the range, so perhaps better beyond it: {', '.join(edges)}.\n"
+        text += f"\nBest at an end of the range, so perhaps better beyond it: {'; '.join(edges)}.\n"
     return text
 
 
@@ -249,7 +252,11 @@ def state(one: Experiment) -> str:
         rows.append([size, study, f"{len(runs) - len(gone)} of {len(runs)}", said or "none"])
     hours = sum(estimate(run, one.scale, one.logs) for run in one.missing)
     text = table(["size", "study", "there", "missing"], rows)
-    return text + f"\nEstimated for what is missing: {hours:.1f} GPU hours of one H200.\n"
+    return (
+        text
+        if not missing
+        else text + f"\nEstimated for what is missing: {hours:.1f} GPU hours of one H200.\n"
+    )
 
 
 def sources(known: list[Log], about: dict[str, Any] | None) -> str:
@@ -325,12 +332,16 @@ def conclusion(every: list[Experiment]) -> str:
         sizes = [s for s in one.scale.sizes if one.complete(s, "vanilla") and one.complete(s, "mhc4")]
         if small not in sizes:
             continue
+        short = f" (the runs of {MAIN_BUDGET} are missing)" if one.budget < MAIN_BUDGET else ""
         said = "; ".join(f"at {size}, {verdict(one, size, 'mhc4')}" for size in sizes)
-        short = f" (those of {MAIN_BUDGET} are missing)" if one.budget < MAIN_BUDGET else ""
-        first = f"In runs of {one.budget:g} tokens a parameter{short}, {said}"
-        rest = [form for form in one.scale.sizes[small].forms if form not in ("vanilla", "mhc4")]
-        others = [verdict(one, small, form) for form in rest if one.complete(small, form)]
-        second = f"At {small}, {'; '.join(others)}" if others else "No other form has all of its runs"
+        runs = f"In runs of {one.budget:g} tokens a parameter{short}"
+        first = f"{runs}, the held-out loss of mHC with four streams is, {said}"
+        others = [form for form in one.scale.sizes[small].forms if form not in ("vanilla", "mhc4")]
+        others = [form for form in others if one.complete(small, form)]
+        told = [
+            f"at {condition} {told_apart(one, small, others, tag)}" for tag, condition in CONDITIONS.items()
+        ]
+        second = f"Of the other forms, at {small}: {'; '.join(told)}" if others else NO_OTHER
         return f"{first}. {second}.\n"
     main = next(one for one in every if one.budget == MAIN_BUDGET)
     return f"**No conclusion: {len(main.missing)} of {len(main.planned)} runs are missing.**\n"
@@ -339,18 +350,33 @@ def conclusion(every: list[Experiment]) -> str:
 def verdict(one: Experiment, size: str, form: str) -> str:
     """What the gaps of a form say."""
     words = []
-    for tag, condition in (("", "equal steps"), ("-time", "equal GPU time")):
-        gap = one.gap(size, form, tag)
-        if gap is None:
-            continue
-        if not math.isfinite(gap.mean):
-            words.append(f"a seed diverges at {condition}")
+    for tag, condition in CONDITIONS.items():
+        if (gap := one.gap(size, form, tag)) is None:
+            words.append(f"not measured at {condition}")
+        elif not math.isfinite(gap.mean):
+            words.append(f"infinite at {condition}, as a seed diverged")
         elif gap.shown:
+            size_of = Estimate(abs(gap.mean), gap.error, gap.seeds)
             side = "below" if gap.mean < 0 else "above"
-            words.append(f"{Estimate(abs(gap.mean), gap.error, gap.seeds)} {side} at {condition}")
+            words.append(f"{size_of} {side} the plain residual's at {condition}")
         else:
-            words.append(f"no difference is shown at {condition} ({gap.signed})")
-    return f"{ALL_FORMS[form].label}, against the plain residual: {' and '.join(words)}"
+            words.append(f"not shown to differ from the plain residual's at {condition} ({gap.signed})")
+    return " and ".join(words)
+
+
+def told_apart(one: Experiment, size: str, forms: list[str], tag: str) -> str:
+    """The forms that end below the plain residual, above it, and those of which neither is shown."""
+    sides: dict[str, list[str]] = {}
+    for form in forms:
+        gap = one.gap(size, form, tag)
+        side = "not measured" if gap is None else "not shown to differ"
+        if gap is not None and not math.isfinite(gap.mean):
+            side = "diverged"
+        elif gap is not None and gap.shown:
+            side = "below" if gap.mean < 0 else "above"
+        label = ALL_FORMS[form].label + (f" {gap.signed}" if gap and math.isfinite(gap.mean) else "")
+        sides.setdefault(side, []).append(label)
+    return ", ".join(f"{side} ({', '.join(sides[side])})" for side in SIDES if side in sides)
 
 
 def forms(scale: Scale) -> str:
