@@ -64,6 +64,7 @@ many_lengths     1 2 -m pytest -q -rA -p no:cacheprovider tests/gpu/test_memory.
 graphs_memory    1 2 -m pytest -q -rA -p no:cacheprovider tests/gpu/test_te_graphs.py -k costs
 graphs_bits      1 5 -m pytest -q -rA -p no:cacheprovider tests/gpu/test_te_graphs.py -k graphed_equals
 graphs_tp_pp     2 3 -m pytest -q -rA -p no:cacheprovider tests/gpu/test_te_graphs.py -k two_gpus
+training         1 9 -m pytest -q -rA -n 8 -p no:cacheprovider tests/gpu/test_training.py
 losses           1 6 scripts/gpu_check.py --out {folder} --jobs 4
 stability        1 9 examples/stability/run.py --out {folder} --steps 400 --batch 8 --lr 1e-2 --seeds 1,2,3 --jobs 9 --log-interval 20 --save-interval 0
 LIST

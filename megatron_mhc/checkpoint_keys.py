@@ -74,7 +74,8 @@ def ends_decoder(keys: Iterable[str]) -> FinalNorm | None:
 def is_arithmetic(key: str) -> bool:
     """Whether an entry holds options: of the model, or of a layer of multi-token prediction."""
     depth = DEPTH.match(key)
-    return key == ARITHMETIC or bool(depth and depth[2] == ARITHMETIC.removeprefix("decoder."))
+    ends = any(key == final.arithmetic for final in FINAL_NORMS)
+    return ends or bool(depth and depth[2] == ARITHMETIC.removeprefix("decoder."))
 
 
 def encode_arithmetic(mhc: MHCConfig) -> Tensor:

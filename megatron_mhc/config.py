@@ -147,8 +147,8 @@ class MHCConfig:
         "apart",
         "where the RMSNorm in front of attention, MLP or experts is computed: apart, by Megatron's module; "
         "folded, by the kernels of pre, which write its output in place of the layer input (fp32 inside, so "
-        "other roundings; the same checkpoints); auto is folded where kernels serve and can, but under FP8 "
-        "and FP4: docs/kernels.md",
+        "other roundings; the same checkpoints); auto is folded where kernels serve and can, except under "
+        "FP8 and FP4: docs/kernels.md",
         choices=("auto", "folded", "apart"),
     )
     log_interval: int = option(

@@ -48,7 +48,7 @@ def _sharded_stages(flag: str, why: str) -> Refusal:
 
     return Refusal(
         found,
-        f"--{flag.replace('_', '-')} with --pipeline-model-parallel-size {{value}}, in stock too: {why}",
+        f"--{flag.replace('_', '-')} with --pipeline-model-parallel-size {{value}}, without mHC too: {why}",
         "use --use-distributed-optimizer instead, or no pipeline",
     )
 

@@ -39,6 +39,13 @@ def _attention_of_nodes(layer: Any, mhc: MHCConfig) -> bool:
     return bool(lacks and layer.config.overlap_moe_expert_parallel_comm)
 
 
+def _of_heads(layer: Any, mhc: MHCConfig) -> int | None:
+    # Stock Megatron: the output norm of a rank's heads, whose gradient is summed as a sequence's alone.
+    size, config = layer.config.tensor_model_parallel_size, layer.config
+    has_norm = hasattr(getattr(layer, "self_attention", None), "out_norm")
+    return size if has_norm and size > 1 and not config.sequence_parallel else None
+
+
 def _lacking(found: Callable[[Any, MHCConfig], Any], what: str, remedy: str) -> Refusal:
     """A row of a GPTModel's layers without attention or without an MLP."""
     return Refusal(
@@ -80,6 +87,12 @@ LAYER = (
         _attention_of_nodes,
         "--overlap-moe-expert-parallel-comm {value} does not support layers without attention",
         "Megatron's nodes ask each layer's attention for its weight gradients; drop it",
+    ),
+    Refusal(
+        _of_heads,
+        "gated delta nets with --tensor-model-parallel-size {value}",
+        "Megatron does not sum the gradients of their output norm over the ranks, whose weights drift apart; "
+        "add --sequence-parallel",
     ),
     _lacking(
         lambda layer, mhc: mhc.recompute_layer_num != "off",

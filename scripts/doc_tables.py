@@ -7,9 +7,9 @@ A table stands between `<!-- NAME -->` and `<!-- /NAME -->`:
     options    docs/options.md    the fields of MHCConfig
     hooks      docs/hooks.md      hooks/targets.py
     matrix     docs/support.md    tests/support_matrix.py, and docs/results/support, where its tests ran
-    works      README.md          the same, names alone
+    works      README.md          the same: a line for each group, names without notes
     simulated  docs/schedules.md  pipeline/simulate.py, its default times
-    costs      README.md          step*.json of the newest folder in docs/results
+    costs      README.md          step*.json of the newest folder in docs/results that has any
     memory     README.md          recompute/estimate.py, of recipes in examples/
 """
 
@@ -33,16 +33,17 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import support_runs  # noqa: E402
-from support_matrix import FEATURES, Feature  # noqa: E402
+from support_matrix import FEATURES, GROUPS, REFUSED, UNTESTED, YES, Feature  # noqa: E402
 
 from megatron_mhc.config import MHCConfig, flag, takes  # noqa: E402
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """A table in Markdown."""
+    """A table in Markdown, where a cell's | is \\|, in code too."""
     head = list(head)
     lines = [head, ["---"] * len(head), *rows]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+    escaped = ([cell.replace("|", r"\|") for cell in cells] for cells in lines)
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in escaped)
 
 
 def options() -> str:
@@ -76,10 +77,17 @@ def _target(target: str) -> tuple[str, str]:
 
 
 def matrix() -> str:
-    """Where the tests ran; every feature: its state, how far it goes, what shows it."""
+    """Where the tests ran; by group, every feature: its state, how far it goes, what shows it."""
     runs = support_runs.runs()
-    about = "".join(map(_run, runs))
-    return f"{about}\n" + table(["", "state", "", "shown by"], (_feature(one, runs) for one in FEATURES))
+    text = "".join(map(_run, runs))
+    for group in GROUPS:
+        rows = (_feature(one, runs) for one in FEATURES if one.group == group)
+        text += f"\n## {_capital(group)}\n\n" + table(["", "state", "", "shown by"], rows)
+    return text
+
+
+def _capital(group: str) -> str:
+    return group[0].upper() + group[1:]
 
 
 def _run(run: support_runs.Run) -> str:
@@ -94,20 +102,30 @@ def _feature(feature: Feature, runs: list[support_runs.Run]) -> list[str]:
         file, _, name = test.partition("::")
         links.append(f"[{name.removeprefix('test_')}](../tests/{file})")
     state, why = support_runs.state(feature, runs)
+    if why and feature.state == REFUSED:
+        state = f"{REFUSED}, {state}"
     notes = [note for note in (feature.note.replace("](docs/", "]("), why) if note]
     return [feature.name, state, "; ".join(notes), ", ".join(links)]
 
 
 def works() -> str:
-    """The features' names by state."""
-    names: dict[str, list[str]] = {}
+    """Every group: the names of its features by state."""
     runs = support_runs.runs()
-    for feature in FEATURES:
-        names.setdefault(support_runs.state(feature, runs)[0], []).append(feature.name)
-    labels = {support_runs.NOT_SHOWN: "there, but not shown by a kept run"}
-    return "".join(
-        f"- **{labels.get(state, state)}**: {' · '.join(found)}\n" for state, found in names.items()
-    )
+    rows = []
+    for group in GROUPS:
+        names: dict[str, list[str]] = {}
+        for one in FEATURES:
+            if one.group == group:
+                state = support_runs.state(one, runs)[0]
+                names.setdefault(REFUSED if one.state == REFUSED else state, []).append(one.name)
+        yes, not_shown, untested, refused = (
+            " · ".join(names.get(state, ())) for state in (YES, support_runs.NOT_SHOWN, UNTESTED, REFUSED)
+        )
+        untested = untested and f"untested: {untested}"
+        more = " · ".join(filter(None, (not_shown, untested)))
+        link = f"[{group}](docs/support.md#{group.replace(' ', '-')})"
+        rows.append([link, yes, more, refused])
+    return table(["", "yes", "not shown, or untested", "refused"], rows)
 
 
 def simulated() -> str:
@@ -126,7 +144,8 @@ def simulated() -> str:
 
 def costs() -> str:
     """Steps with mHC over vanilla's, of one machine and commit: `benchmarks.step`'s rows."""
-    folder = max((ROOT / "docs" / "results").glob("*_*/"), key=lambda path: path.name[-10:])
+    measured = {file.parent for file in (ROOT / "docs" / "results").glob("*_*/step*.json")}
+    folder = max(measured, key=lambda path: path.name[-10:])
     reports = [json.loads(file.read_text()) for file in sorted(folder.glob("step*.json"))]
     head = reports[0]
     if any((report["device"], report["commit"]) != (head["device"], head["commit"]) for report in reports):

@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import re
+import socket
 import statistics
 import subprocess
 import sys
@@ -70,14 +71,21 @@ _FIELDS = {
 
 def run(name: str, flags: str, backend: str, data: Path, out: Path) -> dict:
     """Train one recipe with `backend`; returns its losses, gradient norms and median step time in ms."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
-    command += ["-m", "megatron_mhc.pretrain_gpt", *COMMON.split(), *flags.split(), "--data-path", str(data)]
+    command = [sys.executable]
+    common = COMMON.split()
+    if "--use-torch-fsdp2" in flags:  # has its own shards of the optimizer
+        common.remove("--use-distributed-optimizer")
+    command += ["-m", "megatron_mhc.pretrain_gpt", *common, *flags.split(), "--data-path", str(data)]
     if "--no-mhc" not in flags:
         command += ["--mhc-backend", backend]
     log = out / (re.sub(r"\W+", "_", name) + ".log")
     env = {
         **os.environ,
-        "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+        **dict(
+            RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port())
+        ),
+        "CUDA_DEVICE_MAX_CONNECTIONS": "32" if "fsdp" in flags else "1",  # which FSDP refuses
+        "NVTE_CPU_OFFLOAD_V1": "1" if "--fine-grained" in flags else "0",
         "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}",
     }
     with log.open("w") as file:
@@ -105,6 +113,12 @@ def run(name: str, flags: str, backend: str, data: Path, out: Path) -> dict:
     if status:
         print(log.read_text()[-3000:], flush=True)
     return row
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
 
 
 def _finite(value: float) -> bool:

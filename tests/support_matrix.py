@@ -16,11 +16,12 @@ class Feature(NamedTuple):
     """One row.
 
     Args:
-        name: of Megatron's feature or flag, in Markdown.
+        name: of Megatron's feature or flag, in Markdown; the README has the name only, so it is short.
         state: YES where a test runs it, REFUSED where building the model raises, else UNTESTED.
         note: how far it goes, or why not.
         tests: "file under tests/::function"; none for UNTESTED.
         on: the kind of run that shows it, see `support_runs`; any where empty.
+        group: one of GROUPS.
     """
 
     name: str
@@ -28,13 +29,32 @@ class Feature(NamedTuple):
     note: str
     tests: tuple[str, ...] = ()
     on: str = ""
+    group: str = ""
 
+
+# In the order of the page and of the README.
+GROUPS = (
+    "parallelism",
+    "schedules",
+    "memory",
+    "models",
+    "precision",
+    "kernels and graphs",
+    "data",
+    "optimizers and sharding",
+    "checkpoints and diagnostics",
+    "inference and export",
+    "frameworks",
+    "releases",
+)
 
 _AWARE = "distributed/test_precision_aware.py::test_"
 _BRIDGE = "bridge/test_bridge.py::test_"
 _CONTRACTION = "distributed/test_contraction.py::test_"
 _GATED = "distributed/test_gated.py::test_"
+_TRAINING = "gpu/test_training.py::test_"
 _HYBRID = "distributed/test_hybrid.py::test_"
+_PAIRS = "distributed/test_convert_pairs.py::test_"
 _OVERLAP = "distributed/test_expert_overlap.py::test_"
 _PARITY = "distributed/test_parity.py::test_"
 _MTP = "distributed/test_mtp.py::test_"
@@ -43,47 +63,53 @@ _REFUSALS = "unit/test_refusals.py::test_"
 
 FEATURES = (
     Feature(
-        "random combinations of the switches below, on two and four ranks",
+        "random combinations of the switches of all groups",
         YES,
-        "each trains as one process does, or is refused as it is built: "
-        "[what each of 300 did](docs/results/support/switches.tsv), of which 12 run without `-m slow`",
+        "on two and four ranks; each trains as one process does, or is refused as it is built: [what each "
+        "of 300 did](docs/results/support/switches.tsv), of which 12 run without `-m slow`",
         ("distributed/test_switches.py::test_combination_trains_as_its_twin_or_is_refused_by_name",),
+        group="parallelism",
     ),
     Feature(
-        "TP, TP + sequence parallel",
+        "TP, sequence parallelism",
         YES,
         "n = 1, 2, 4",
         (_PARITY + "core_layout_matches_single_process",),
+        group="parallelism",
     ),
     Feature(
-        "PP, VPP with overlapped p2p, custom layouts, empty stages",
+        "PP, VPP, custom layouts, empty stages",
         YES,
-        "2 and 4 stages",
+        "2 and 4 stages; VPP with overlapped p2p",
         (
             _PARITY + "core_layout_matches_single_process",
             "distributed/test_stage_layouts.py::test_custom_layout_matches_single_process",
         ),
+        group="parallelism",
     ),
     Feature(
-        "EP (alltoall, allgather, shared experts), ETP",
+        "EP, ETP",
         YES,
-        "",
+        "alltoall and allgather dispatchers, shared experts",
         (
             _PARITY + "two_rank_layout_matches_single_process",
             _PARITY + "four_rank_layout_matches_single_process",
         ),
+        group="parallelism",
     ),
     Feature(
         "CP",
         YES,
         "with token-local attention; Transformer Engine's CP attention is untested",
         (_PARITY + "core_layout_matches_single_process",),
+        group="parallelism",
     ),
     Feature(
-        "DP, distributed optimizer, mixtures of the above",
+        "DP, distributed optimizer, mixtures of these",
         YES,
         "",
         (_PARITY + "four_rank_layout_matches_single_process",),
+        group="parallelism",
     ),
     Feature(
         "two GPUs over NCCL",
@@ -91,18 +117,20 @@ FEATURES = (
         "`MEGATRON_MHC_GPU_TESTS=nccl`",
         (_PARITY + "core_layout_matches_single_process", _SCHEDULE + "two_stages"),
         on="nccl",
+        group="parallelism",
     ),
     Feature(
         "GQA, MLA, biases, dropout, LayerNorm, RMSNorm, tied embeddings, MTP of plain layers",
         YES,
-        "not MLA with TP, where stock's local MLA is inexact",
+        "not MLA with TP, where Megatron's own local MLA is inexact",
         (_PARITY + "two_rank_layout_matches_single_process", _PARITY + "variant_matches_single_process"),
+        group="models",
     ),
     Feature(
-        "MTP between streams, as DeepSeek-V4 has it (`--mhc-mtp multistream`): every layout and schedule",
+        "MTP between streams (`--mhc-mtp multistream`)",
         YES,
-        "[page](docs/mtp.md); n = 2, 4; with every recompute, repeated and detached layers; compared with "
-        "Megatron-LM's branch dev where there is a checkout",
+        "[as DeepSeek-V4 has it](docs/mtp.md); every layout and schedule; n = 2, 4; with every recompute, "
+        "repeated and detached layers; compared with Megatron-LM's branch dev where there is a checkout",
         (
             _MTP + "layout_matches_single_process",
             _MTP + "context_parallel_matches_single_process",
@@ -112,15 +140,17 @@ FEATURES = (
             _MTP + "resharded_training_matches_unbroken_run",
             _MTP + "bf16_training_resumes_bit_for_bit",
         ),
+        group="models",
     ),
     Feature(
-        "MTP on a stage without a decoder layer, also alone (`Et|tt|m|L`)",
+        "MTP on a stage without a decoder layer (`Et|tt|m|L`)",
         YES,
-        "alone: under Megatron's schedule",
+        "with the loss on the same stage, or, under Megatron's schedule, on the next one",
         (
             _MTP + "stage_of_prediction_matches_single_process",
             "distributed/test_inference.py::test_layers_of_mtp_stand_aside_on_a_pipeline",
         ),
+        group="models",
     ),
     Feature(
         "Megatron's recompute, selective and full",
@@ -130,21 +160,24 @@ FEATURES = (
             _PARITY + "setting_matches_plain_single_process",
             _HYBRID + "full_recompute_behind_a_frozen_embedding_trains_a_hybrid_model",
         ),
+        group="memory",
     ),
     Feature(
         "`--mhc-recompute-layer-num`",
         YES,
-        "bit for bit, in every layout above; not with full recompute",
+        "bit for bit, in every layout of parallelism; not with full recompute",
         (
             "distributed/test_recompute_parity.py::test_core_layout_keeps_every_bit",
             "distributed/test_recompute_parity.py::test_setting_keeps_every_bit",
         ),
+        group="memory",
     ),
     Feature(
         "`--mhc-pipeline-schedule`, `--mhc-pp-boundary split`",
         YES,
         "[limits](docs/schedules.md#refused)",
         (_SCHEDULE + "two_stages", _SCHEDULE + "four_stages", _SCHEDULE + "experts_on_two_ranks"),
+        group="schedules",
     ),
     Feature(
         "`--mhc-pipeline-schedule auto`",
@@ -154,6 +187,7 @@ FEATURES = (
             "unit/test_pipeline_auto.py::test_auto_takes_what_was_measured_to_be_fastest",
             "distributed/test_auto_schedule.py::test_auto_trains_as_the_schedule_that_it_takes",
         ),
+        group="schedules",
     ),
     Feature(
         "`--mhc-norm folded`",
@@ -163,6 +197,7 @@ FEATURES = (
             "distributed/test_folded_norm.py::test_folded_matches_apart",
             "unit/test_optional_parts.py::test_folded_norms_change_neither_numbers_nor_parameters_nor_entries",
         ),
+        group="kernels and graphs",
     ),
     Feature(
         "`--mhc-read previous` (single-pass mHC)",
@@ -175,6 +210,7 @@ FEATURES = (
             "distributed/test_single_pass.py::test_graphs_of_experts",
             "ops/test_previous.py::test_outputs_and_every_gradient_match_float64",
         ),
+        group="models",
     ),
     Feature(
         "`--overlap-moe-expert-parallel-comm`",
@@ -188,51 +224,59 @@ FEATURES = (
             "megatron/test_expert_overlap_pretrain.py::"
             "test_training_gives_the_losses_that_it_gives_without_the_flag",
         ),
+        group="schedules",
     ),
     Feature(
         "`--delay-wgrad-compute`",
         YES,
         "under `fused` on a pipeline, and with `--overlap-moe-expert-parallel-comm`; elsewhere refused",
         ("distributed/test_pipeline_delayed.py::test_setting", _OVERLAP + "delayed_weight_gradients"),
+        group="schedules",
     ),
     Feature(
-        "`--variable-seq-lengths`",
+        "microbatches of different lengths",
         YES,
-        "under Megatron's schedule; `interleaved` and `fused` refuse it",
+        "`variable_seq_lengths` of the TransformerConfig, for which Megatron has no flag; under Megatron's "
+        "schedule: `interleaved` and `fused` refuse it",
         (
             "distributed/test_variable_lengths.py::test_micro_batches_of_different_lengths_match_a_single_process",
         ),
+        group="data",
     ),
     Feature(
-        "packed sequences (THD): TP, PP, VPP, EP, CP, every schedule",
+        "packed sequences (THD)",
         YES,
-        "with stand-ins for attention, which only Transformer Engine's packs; "
-        "`megatron_mhc.pretrain_gpt` has no `--sft`",
+        "TP, PP, VPP, EP, CP, every schedule; with stand-ins for attention, which only Transformer Engine's "
+        "packs; `megatron_mhc.pretrain_gpt` has no `--sft`",
         (
             "distributed/test_packed.py::test_packed_sequences_match_the_sequences_one_by_one",
             "distributed/test_packed.py::test_packed_sequences_over_context_ranks_match_a_single_process",
         ),
+        group="data",
     ),
     Feature(
         "`--reset-attention-mask`, `--reset-position-ids`",
         YES,
         "",
         ("distributed/test_packed.py::test_reset_attention_masks_match_the_sequences_one_by_one",),
+        group="data",
     ),
     Feature(
         "frozen stages and embeddings",
         YES,
         "",
         ("distributed/test_pipeline_frozen.py::test_what_is_trained_gets_its_gradients",),
+        group="models",
     ),
     Feature(
-        "adapters (LoRA in the manner of Megatron-Bridge): mappings, adapters or both are trained",
+        "adapters (LoRA)",
         YES,
-        "",
+        "in the manner of Megatron-Bridge: mappings, adapters or both are trained",
         (
             "distributed/test_adapters.py::test_what_is_trained_gets_the_gradients_of_one_process",
             "distributed/test_adapters.py::test_bf16_training_resumed_matches_unbroken_run_bit_for_bit",
         ),
+        group="models",
     ),
     Feature(
         "Transformer Engine, bf16, grouped GEMM, gradient-accumulation fusion",
@@ -243,13 +287,15 @@ FEATURES = (
             "gpu/test_te.py::test_recompute_matches_no_recompute_bit_for_bit",
         ),
         on="gpu",
+        group="precision",
     ),
     Feature(
         "`--fp32-residual-connection`",
         YES,
-        "fp32 streams, F in bf16; the Hopper kernels take bf16 streams alone. In stock too the norm has to "
-        "return bf16, or autocast be on",
+        "fp32 streams, F in bf16; the Hopper kernels take bf16 streams only. In Megatron too the norm has "
+        "to return bf16, or autocast be on",
         ("distributed/test_fp32_residual.py::test_layout_matches_single_process",),
+        group="precision",
     ),
     Feature(
         "`--heterogeneous-layers-config-path`, layers without attention or without an MLP",
@@ -260,61 +306,87 @@ FEATURES = (
             "distributed/test_heterogeneous.py::test_layout_matches_single_process",
             "distributed/test_heterogeneous.py::test_resharded_training_matches_unbroken_run",
         ),
+        group="models",
     ),
     Feature(
-        "HybridModel of attention, MLA, MLP, MoE and Mamba layers; TP, EP, PP, VPP, MTP of plain layers",
+        "HybridModel",
         YES,
-        "one connection a layer, [limits](docs/hybrid.md); Mamba shown with a stand-in for its mixer",
+        "attention, MLA, MLP, MoE and Mamba layers; TP, EP, PP, VPP, MTP of plain layers; one connection a "
+        "layer, [limits](docs/hybrid.md); Mamba shown with a stand-in for its mixer",
         (
             _HYBRID + "hybrid_layout_matches_single_process",
             _HYBRID + "pairs_of_attention_and_mlp_are_the_gpt_whose_checkpoint_they_load",
             _HYBRID + "resharded_hybrid_training_matches_unbroken_run",
         ),
+        group="models",
+    ),
+    Feature(
+        "gated delta nets in a HybridModel (`G`)",
+        YES,
+        "TP with sequence parallel, EP, PP, resharded checkpoints: Megatron's module with plain torch for "
+        "its kernels; refused with TP without it, [why](docs/hybrid.md)",
+        (
+            _HYBRID + "the_stand_in_for_gated_delta_nets_is_megatrons_own_rule_in_torch",
+            _HYBRID + "hybrid_layout_matches_single_process",
+            _HYBRID + "gated_delta_nets_with_tp_are_refused_without_sequence_parallel",
+        ),
+        group="models",
     ),
     Feature(
         "`--fine-grained-activation-offloading`",
         YES,
-        "under Megatron's schedule, shown on a CPU; not with `--mhc-recompute-layer-num` or full recompute",
-        ("distributed/test_offloading.py::test_offloaded_activations_give_the_gradients_of_stored_ones",),
+        "under Megatron's schedule; not with `--mhc-recompute-layer-num` or full recompute",
+        (
+            "distributed/test_offloading.py::test_offloaded_activations_give_the_gradients_of_stored_ones",
+            _TRAINING + "offloaded_training_is_beside_vanillas",
+        ),
+        group="memory",
     ),
     Feature(
         "`--cpu-offloading-num-layers`",
         YES,
-        "shown by a stand-in of Transformer Engine's context; those before 2.10 offload what their own "
-        "layers mark, hence no streams; not with `--mhc-recompute-layer-num`",
+        "Transformer Engine before 2.10 offloads what its own layers mark, hence no streams; not with "
+        "`--mhc-recompute-layer-num`",
         (
             "distributed/test_cpu_offloading.py::test_trains_as_without",
             "distributed/test_cpu_offloading.py::test_offloaded_streams_leave_the_device",
             "megatron/test_cpu_offloading_pretrain.py::"
             "test_training_gives_the_losses_that_it_gives_without_the_flag",
+            _TRAINING + "offloaded_training_is_beside_vanillas",
         ),
+        group="memory",
     ),
     Feature(
         "`torch.autocast`, `enable_autocast`",
         YES,
-        "coefficients and streams stay fp32; MoE needs Transformer Engine, in stock too",
+        "coefficients and streams stay fp32; MoE needs Transformer Engine, without mHC too",
         ("megatron/test_autocast.py::test_backends_agree",),
+        group="precision",
     ),
     Feature(
         "`torch.compile` of a layer",
         YES,
         "mHC's kernels are in the graph",
         ("megatron/test_layer.py::test_what_mhc_adds_to_a_layer_compiles_to_one_graph",),
+        group="kernels and graphs",
     ),
     Feature(
-        "CUDA graphs: `local`, `transformer_engine`, `full_iteration`",
+        "CUDA graphs",
         YES,
-        "bit for bit; [limits](docs/cuda_graphs.md#refused)",
+        "`local`, `transformer_engine`, `full_iteration`; bit for bit, in bf16 and in FP8 (tensorwise, "
+        "delayed); [limits](docs/cuda_graphs.md#refused)",
         (
             "gpu/test_te_graphs.py::test_graphed_equals_eager_where_it_does_without_mhc",
             "distributed/test_cuda_graphs.py::test_whole_layers",
             _REFUSALS + "graphs_are_refused_under_the_overlapping_schedules_of_a_pipeline",
         ),
+        group="kernels and graphs",
     ),
     Feature(
-        "`--mhc-preset qwen4_exp`, the gated residual: TP, SP, PP, VPP, EP, every schedule, recompute",
+        "`--mhc-preset qwen4_exp`, the gated residual",
         YES,
-        "n = 2, 4; without kernels, [limits](docs/gated_residual.md)",
+        "TP, SP, PP, VPP, EP, every schedule, recompute; n = 2, 4; without kernels, "
+        "[limits](docs/gated_residual.md)",
         (
             _GATED + "gated_layout_matches_single_process",
             _GATED + "gated_setting_matches_plain_single_process",
@@ -324,23 +396,27 @@ FEATURES = (
             _GATED + "hybrid_layout_matches_single_process",
             "megatron/test_gated_transformers.py::test_hidden_states_and_gradients_match_transformers",
         ),
+        group="models",
     ),
     Feature(
-        "`--mhc-contract library`: a contraction of your own, with or without the final norm",
+        "`--mhc-contract library`, a contraction of your own",
         YES,
-        "TP, SP, PP, VPP, HybridModel, resharded checkpoints; [interface](docs/contraction.md)",
+        "with or without the final norm; TP, SP, PP, VPP, HybridModel, resharded checkpoints; "
+        "[interface](docs/contraction.md)",
         (
             _CONTRACTION + "supplied_contraction_matches_single_process",
             _CONTRACTION + "training_with_a_supplied_contraction_is_resharded",
             _CONTRACTION + "a_hybrid_model_takes_a_contraction_too",
             _CONTRACTION + "wrong_contraction_is_refused_as_the_model_is_built",
         ),
+        group="models",
     ),
     Feature(
         "`--mhc-backend triton`, `reference`",
         YES,
         "every gradient against float64",
         ("ops/test_triton.py::test_outputs_and_every_gradient_match_float64",),
+        group="kernels and graphs",
     ),
     Feature(
         "`--mhc-backend hopper`",
@@ -348,51 +424,74 @@ FEATURES = (
         "every gradient against float64",
         ("ops/test_hopper.py::test_outputs_and_every_gradient_match_float64",),
         on="gpu",
+        group="kernels and graphs",
     ),
     Feature(
-        "checkpoints resharded, optimizer included; fully parallel save; `torch` format",
+        "resharded checkpoints, fully parallel save, `torch` format",
         YES,
-        "",
+        "optimizer included",
         (
             "distributed/test_checkpoint.py::test_resharded_training_matches_unbroken_run",
             "distributed/test_checkpoint.py::test_what_ranks_save_in_parts_resumes_bit_for_bit",
         ),
+        group="checkpoints and diagnostics",
     ),
     Feature(
-        "checkpoints of plain models, Megatron's dev and main branches, DeepSeek-V4's mappings",
+        "conversion of checkpoints",
         YES,
-        "converted",
+        "of plain models, Megatron's dev and main branches, [published mappings](docs/checkpoints.md)",
         ("megatron/test_convert_checkpoint.py::test_checkpoint_survives_the_way_there_and_back",),
+        group="checkpoints and diagnostics",
     ),
     Feature(
-        "`--use-megatron-fsdp`: `optim`, `optim_grads`, `optim_grads_params`",
+        "a GPT's checkpoint as the HybridModel of its layers, and back",
         YES,
-        "over gloo; with TP, SP, EP, MTP, recompute and `--fsdp-double-buffer`; "
-        "[checkpoints](checkpoints.md#fully-sharded-models); not with a pipeline, in stock neither",
+        "plain or with mHC, MoE and MLA too; TP, EP and PP; without the optimizer, [limits](docs/hybrid.md)",
+        (
+            _PAIRS + "a_gpt_is_its_hybrid_twin_and_comes_back_bit_for_bit",
+            _PAIRS + "a_plain_model_of_either_kind_starts_mhc_in_either",
+            "megatron/test_convert_pairs_pretrain.py::test_a_gpt_goes_on_as_a_hybrid_model_and_back",
+        ),
+        group="checkpoints and diagnostics",
+    ),
+    Feature(
+        "`--use-megatron-fsdp`",
+        YES,
+        "`optim`, `optim_grads`, `optim_grads_params`; over gloo, and on one GPU; with TP, SP, EP, MTP, "
+        "recompute and `--fsdp-double-buffer`; [checkpoints](checkpoints.md#fully-sharded-models); not with "
+        "a pipeline, nor is Megatron's own",
         (
             "distributed/test_fsdp.py::test_sharded_parameters_train_as_one_process_does",
             "distributed/test_fsdp.py::test_megatron_fsdp_trains_as_one_process_does",
             "megatron/test_fsdp_pretrain.py::test_megatron_fsdp_resumes_bit_for_bit",
             "unit/test_options.py::test_fully_sharded_pipeline_is_refused",
+            _TRAINING + "sharded_training_is_beside_vanillas",
         ),
+        group="optimizers and sharding",
     ),
     Feature(
         "`--use-torch-fsdp2`",
         YES,
-        "over gloo; mapping parameters are an fp32 unit; with TP, SP, MoE, MTP and recompute; "
-        "[checkpoints](checkpoints.md#fully-sharded-models); not with a pipeline, EP or tied embeddings, in "
-        "stock neither",
+        "over gloo, and on one GPU; mapping parameters are an fp32 unit; with TP, SP, MoE, MTP and "
+        "recompute; [checkpoints](checkpoints.md#fully-sharded-models); not with a pipeline, EP or tied "
+        "embeddings, nor is Megatron's own",
         (
             "distributed/test_fsdp.py::test_setting_trains_as_one_process_does",
             "distributed/test_fsdp.py::test_mapping_parameters_stay_float32_in_a_bf16_model",
             "distributed/test_fsdp.py::test_fsdp2_resumes_from_its_shards_bit_for_bit",
+            _TRAINING + "sharded_training_is_beside_vanillas",
         ),
+        group="optimizers and sharding",
     ),
     Feature(
         "`--optimizer-cpu-offload`",
         YES,
         "",
-        ("distributed/test_checkpoint.py::test_offloaded_optimizer_resumes_bit_for_bit",),
+        (
+            "distributed/test_checkpoint.py::test_offloaded_optimizer_resumes_bit_for_bit",
+            _TRAINING + "offloaded_training_is_beside_vanillas",
+        ),
+        group="optimizers and sharding",
     ),
     Feature(
         "`--use-precision-aware-optimizer`",
@@ -403,66 +502,78 @@ FEATURES = (
             _AWARE + "training_resumed_matches_unbroken_run_bit_for_bit",
             _AWARE + "its_checkpoint_goes_on_without_the_flag",
         ),
+        group="optimizers and sharding",
     ),
     Feature(
-        "Muon, also with `--use-distributed-optimizer` (layer-wise)",
+        "Muon",
         YES,
-        "it takes the mappings' projections, Adam their biases and gating factors, as in DeepSeek-V4",
+        "also with `--use-distributed-optimizer` (layer-wise); it takes the mappings' projections, Adam "
+        "their biases and gating factors, as in DeepSeek-V4",
         (
             "distributed/test_muon.py::test_projections_go_to_muon_and_the_rest_of_a_mapping_to_adam",
             "distributed/test_muon.py::test_layout_matches_single_process",
             "distributed/test_muon.py::test_training_resumed_matches_unbroken_run_bit_for_bit",
         ),
+        group="optimizers and sharding",
     ),
     Feature(
         "`--async-save`",
         YES,
         "",
         ("megatron/test_pretrain.py::test_run_resumed_under_a_switch_equals_the_unbroken_one_bit_for_bit",),
+        group="checkpoints and diagnostics",
     ),
     Feature(
         "`--use-cpu-initialization`",
         YES,
         "",
         (_PARITY + "core_layout_matches_single_process",),
+        group="optimizers and sharding",
     ),
     Feature(
-        "diagnostics in every layout",
+        "diagnostics",
         YES,
-        "",
+        "in every layout",
         (
             "distributed/test_diagnostics_parity.py::test_four_rank_layout_reports_what_the_single_process_does",
         ),
+        group="checkpoints and diagnostics",
     ),
     Feature(
-        "generation with a KV cache (static context), also on a pipeline",
+        "generation with a KV cache",
         YES,
-        "",
+        "static context, also on a pipeline",
         ("distributed/test_inference.py::test_tokens_on_a_pipeline_have_the_logits_of_one_process",),
+        group="inference and export",
     ),
     Feature(
-        "Megatron's inference engines, static and dynamic: batches, TP, PP, EP",
+        "Megatron's inference engines, static and dynamic",
         YES,
-        "on a CPU, the dynamic one with flash-attn's functions in torch: [limits](docs/inference.md#engines)",
+        "batches, TP, PP, EP; on a CPU, the dynamic one with flash-attn's functions in torch: "
+        "[limits](docs/inference.md#engines)",
         (
             "distributed/test_inference_engines.py::test_engine_says_what_the_training_forward_finds_likeliest",
         ),
+        group="inference and export",
     ),
     Feature(
-        "export to a Hugging Face folder: GQA, MLA, experts, every form of mHC",
+        "export to a Hugging Face folder",
         YES,
-        "[limits](docs/export.md); the logits of Megatron's local layers within 1e-4, fp32",
+        "GQA, MLA, experts, every form of mHC; [limits](docs/export.md); the logits of Megatron's local "
+        "layers within 1e-4, fp32",
         (
             "megatron/test_export.py::test_exported_model_has_logits_and_loss_of_the_trained_one",
             "megatron/test_export.py::test_what_the_exported_model_has_no_form_for_is_refused_by_name",
             "megatron/test_export_layouts.py::"
             "test_exported_model_has_the_logits_and_greedy_text_of_the_layout_that_saved_it",
         ),
+        group="inference and export",
     ),
     Feature(
-        "import of a Hugging Face folder: exported models; Llama, Mistral, Qwen2, Qwen3, DeepSeek-V3",
+        "import of a Hugging Face folder",
         YES,
-        "[limits](docs/export.md#import); bit for bit; dense models keep their logits within 1e-4, fp32",
+        "exported models; Llama, Mistral, Qwen2, Qwen3, DeepSeek-V3; [limits](docs/export.md#import); bit "
+        "for bit; dense models keep their logits within 1e-4, fp32",
         (
             "megatron/test_import.py::test_an_exported_model_comes_back_bit_for_bit",
             "megatron/test_import.py::"
@@ -470,11 +581,13 @@ FEATURES = (
             "megatron/test_import_mutations.py::"
             "test_a_mutated_file_gives_an_error_that_names_it_or_the_right_result",
         ),
+        group="inference and export",
     ),
     Feature(
-        "Megatron-Bridge 0.6: GPT (experts, MLA) and hybrid providers, Hugging Face weights, training, LoRA",
+        "Megatron-Bridge 0.6",
         YES,
-        "[page](docs/bridge.md); TP 2, PP 2 and VPP on a CPU; skipped where it is not installed",
+        "[GPT (experts, MLA) and hybrid providers, Hugging Face weights, training, LoRA](docs/bridge.md); "
+        "TP 2, PP 2 and VPP on a CPU; skipped where it is not installed",
         (
             _BRIDGE + "hugging_face_weights_give_their_logits",
             _BRIDGE + "two_ranks_train_as_one_process",
@@ -489,12 +602,14 @@ FEATURES = (
             _BRIDGE + "adapters_of_bridge_train_alone_and_are_not_exported",
         ),
         on="bridge",
+        group="frameworks",
     ),
     Feature(
         "frameworks that call the target of `--spec` as `(args, config, vp_stage)`",
         YES,
         "",
         ("unit/test_doors.py::test_gpt_scripts_call_the_target_with_two_arguments_or_three",),
+        group="frameworks",
     ),
     Feature(
         "diagnostics as a callback of Megatron-Bridge",
@@ -505,12 +620,14 @@ FEATURES = (
             _BRIDGE + "alarm_stops_training_where_a_gain_is_out_of_range",
         ),
         on="bridge",
+        group="frameworks",
     ),
     Feature(
         "apex and Transformer Engine, each there or not",
         YES,
         "",
         ("unit/test_optional_parts.py::test_losses_and_norms_match_those_without_fused_parts",),
+        group="precision",
     ),
     Feature(
         "Megatron-Core 0.18, and Megatron-LM's main of 2026-08-22",
@@ -522,68 +639,89 @@ FEATURES = (
             "megatron/test_other_releases.py::test_its_own_script_trains_by_spec_and_by_the_launcher",
         ),
         on="releases",
+        group="releases",
     ),
     Feature(
-        "Megatron-Core 0.17, GPTs alone",
+        "Megatron-Core 0.17, GPTs only",
         YES,
         "[what it has](existing_script.md#releases); tested where `MHC_MEGATRON` names it",
         ("megatron/test_other_releases.py::test_what_it_lacks_is_refused_by_name",),
         on="releases",
+        group="releases",
     ),
     Feature(
-        "FP8 (tensorwise, delayed, blockwise), MXFP8, NVFP4",
-        UNTESTED,
-        "accepted where the machine has them; of F's linears alone; 50 steps trained by hand on one H100",
+        "FP8 (tensorwise, delayed, blockwise)",
+        YES,
+        "in F's linears only; with `--fp8-param-gather`; blockwise with MoE too; 50 steps by Transformer "
+        "Engine on one H200, losses beside vanilla's",
+        (_TRAINING + "fp8_trains_beside_vanilla",),
+        on="gpu",
+        group="precision",
     ),
-    Feature("inference engines on a GPU; Blackwell", UNTESTED, ""),
+    Feature("MXFP8, NVFP4", UNTESTED, "accepted where the machine has them", group="precision"),
+    Feature("inference engines on a GPU", UNTESTED, "", group="inference and export"),
+    Feature("Blackwell", UNTESTED, "", group="kernels and graphs"),
     Feature(
-        "FP8, MXFP8 or NVFP4 on GPUs, a Transformer Engine or a CUDA that have no such recipe",
+        "FP8 and FP4 recipes that the machine lacks",
         REFUSED,
-        "shown with stand-ins for the machines",
+        "its GPUs, its Transformer Engine or its CUDA; shown with stand-ins for the machines",
         (
             "unit/test_precision.py::test_a_recipe_is_refused_where_the_machine_lacks_it",
             "unit/test_precision.py::test_a_recipe_is_accepted_where_the_machine_has_it",
         ),
+        group="precision",
     ),
     Feature(
-        "full recompute of several layers at once with MTP, shared out over TP with two MTP layers, or with "
-        "activation offloading",
+        "full recompute in three combinations",
         REFUSED,
-        "stock stops in the first step",
+        "of several layers at once with MTP, shared out over TP with two MTP layers, and with activation "
+        "offloading: Megatron stops in the first step",
         (_REFUSALS + "full_recompute_that_stops_in_stocks_first_step_is_refused",),
+        group="memory",
     ),
     Feature(
-        "Megatron-Bridge: a dense Hugging Face model or adapters of an mHC model, other providers, FSDP",
+        "Megatron-Bridge: dense Hugging Face export, other providers, FSDP",
         REFUSED,
-        "`python -m megatron_mhc.export` makes a folder of its checkpoints",
+        "neither a dense model nor adapters can be written of an mHC model; `python -m megatron_mhc.export` "
+        "makes a folder of its checkpoints",
         (
             _BRIDGE + "ways_to_a_dense_model_are_refused_with_the_way_to_export",
             _BRIDGE + "what_cannot_be_served_is_refused_by_name",
         ),
         on="bridge",
+        group="frameworks",
     ),
     Feature(
-        "MTP between streams in a HybridModel, from a plain model's weights, or in speculative decoding",
+        "MTP between streams in a HybridModel, from plain weights, in speculative decoding",
         REFUSED,
-        "[page](docs/mtp.md)",
+        "[why](docs/mtp.md)",
         (
             _REFUSALS + "depths_between_streams_are_refused_in_a_hybrid_model",
             _REFUSALS + "depths_between_streams_do_not_start_from_a_plain_model",
             _MTP + "what_would_predict_from_contracted_states_is_refused",
         ),
+        group="models",
     ),
-    Feature("cross-attention", REFUSED, "", (_REFUSALS + "layer_with_cross_attention_is_refused",)),
+    Feature(
+        "cross-attention",
+        REFUSED,
+        "",
+        (_REFUSALS + "layer_with_cross_attention_is_refused",),
+        group="models",
+    ),
     Feature(
         "no decoder layer on stage 0",
         REFUSED,
         "streams begin there",
         (_REFUSALS + "first_stage_without_a_layer_is_refused",),
+        group="parallelism",
     ),
     Feature(
         "PP2 with VPP without overlapped p2p",
         REFUSED,
         "under Megatron's schedule, which swaps messages there",
         (_REFUSALS + "two_stages_with_virtual_ones_need_overlapped_p2p",),
+        group="schedules",
     ),
     Feature(
         "Megatron's own mHC, of its branch `dev`, by these kernels",
@@ -593,17 +731,20 @@ FEATURES = (
             "megatron/test_native.py::test_accelerated_connections_equal_megatrons",
             "megatron/test_native.py::test_recomputed_connections_have_the_bits_of_kept_ones",
         ),
+        group="releases",
     ),
     Feature(
         "Megatron-Core 0.16 and older; Megatron-LM's dev branch",
         REFUSED,
         "",
         ("unit/test_releases.py::test_another_megatron_is_refused_by_what_it_is",),
+        group="releases",
     ),
     Feature(
         "main's own mHC (`--enable-mhc-connections`) beside this one",
         REFUSED,
         "",
         ("unit/test_releases.py::test_megatrons_own_mhc_is_refused_beside_ours",),
+        group="releases",
     ),
 )

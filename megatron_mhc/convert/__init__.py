@@ -4,6 +4,7 @@
     published.py   the names of Hugging Face's DeepSeek-V4 and of DeepSeek's own files
     gated.py       the names of Hugging Face's Qwen4-Exp, for the gated residual
     plain.py       initial mappings for a plain checkpoint
+    pairs.py       a GPT's layers as a HybridModel's, and back
     check.py       what a state dict must hold before it is converted
     read.py, write.py, files.py    checkpoints on disk; `python -m megatron_mhc.convert`
 
@@ -21,6 +22,7 @@ from megatron_mhc.convert.names import (
     rename,
 )
 from megatron_mhc.convert.orientation import transpose_res
+from megatron_mhc.convert.pairs import to_gpt, to_hybrid
 from megatron_mhc.convert.plain import from_plain
 from megatron_mhc.convert.published import from_published, to_published
 
@@ -35,6 +37,8 @@ __all__ = [
     "from_published",
     "read_arithmetic",
     "rename",
+    "to_gpt",
+    "to_hybrid",
     "to_published",
     "transpose_res",
 ]

@@ -12,6 +12,10 @@
     python -m megatron_mhc.convert --from transformers --to plugin --load hc.safetensors --into mhc/ \\
         --save new/
 
+    # a GPT, plain or with mHC, as a HybridModel of its layers, one symbol for each sub-layer; and back
+    python -m megatron_mhc.convert --from plugin --to plugin --load mhc/ --save hybrid/ --model hybrid
+    python -m megatron_mhc.convert --from plugin --to plugin --load hybrid/ --save gpt/ --model gpt
+
 Megatron's formats torch_dist and torch are read and written as they are found, by one process on a CPU,
 which holds all weights (of one file for torch) in memory. Weights and arguments are kept; optimizer and
 random states are dropped, so load the result with --finetune, or --no-load-optim --no-load-rng.
@@ -32,6 +36,7 @@ def main() -> None:
     cpu.patch_megatron()
     from megatron_mhc.convert import SOURCES, TARGETS
     from megatron_mhc.convert.files import convert_files
+    from megatron_mhc.convert.pairs import MODELS
 
     parser = argparse.ArgumentParser(
         prog="python -m megatron_mhc.convert",
@@ -43,6 +48,12 @@ def main() -> None:
     parser.add_argument("--load", type=Path, required=True, help="checkpoint folder, or published file")
     parser.add_argument("--save", type=Path, required=True, help="new checkpoint folder, or published file")
     parser.add_argument("--into", type=Path, help="checkpoint that published mappings are put into")
+    parser.add_argument(
+        "--model",
+        choices=MODELS,
+        help="which model the checkpoint becomes, where it is of the other: a GPT, or a HybridModel of pairs "
+        "of attention and MLP (*-, *E, +-, +E); its pattern is printed",
+    )
     parser.add_argument(
         "--options", help="mHC options key=value,... or a .yaml file; default: the checkpoint's"
     )

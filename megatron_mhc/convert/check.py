@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_mhc.checkpoint_keys import FINAL_NORMS, NORM, PLAIN_NORM, ends_decoder
+from megatron_mhc.checkpoint_keys import NORM, PLAIN_NORM
 from megatron_mhc.config import MHCConfig, flag
 
 CONNECTION = re.compile(r"^decoder\.layers\.(?:(\d+)\.)?(self_attention|mlp)_hyper_connection\.(.+)$")
@@ -45,15 +45,6 @@ def check_finite(state: Mapping[str, Any]) -> None:
             wide = value.float() if value.dtype.itemsize == 1 else value
             if not wide.isfinite().all():
                 raise ValueError(f"{key} holds NaN or infinite values")
-
-
-def refuse_hybrid(state: Mapping[str, Any]) -> None:
-    """Raise ValueError for a HybridModel's entries, whose layers are no pairs of attention and MLP."""
-    if (final := ends_decoder(state)) and final is not FINAL_NORMS[0]:
-        raise ValueError(
-            f"{final.plain}* is a HybridModel's, and only a GPT's checkpoint is converted: the weights of a "
-            f"plain one are taken by {flag('load_dense')}"
-        )
 
 
 def check_numbers(numbers: Iterable[str | None]) -> None:

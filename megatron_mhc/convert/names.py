@@ -1,6 +1,6 @@
 """Megatron's conventions for mHC: their keys, and which way round they hold H_res.
 
-    plain          a GPT without mHC (only as a source)
+    plain          a model without mHC (only as a source)
     plugin         this package
     megatron-main  Megatron-LM's branch main, --enable-mhc-connections
     megatron-dev   Megatron-LM's branch dev, --enable-hyper-connections
@@ -28,6 +28,7 @@ from typing import Any
 from megatron_mhc.checkpoint_keys import (
     ARITHMETIC,
     DEPTH,
+    FINAL_NORMS,
     HEAD,
     NORM,
     PLAIN_NORM,
@@ -59,9 +60,10 @@ def read_arithmetic(state: dict[str, Any]) -> MHCConfig:
     Raises:
         ValueError: the entry is absent, so `state` is not a plugin's checkpoint or not its last stage.
     """
-    if ARITHMETIC not in state:
-        raise ValueError(f"{ARITHMETIC} is absent: not the checkpoint of a plugin's whole model")
-    return MHCConfig.from_mapping(decode_arithmetic(state[ARITHMETIC]), ARITHMETIC)
+    key = (ends_decoder(state) or FINAL_NORMS[0]).arithmetic
+    if key not in state:
+        raise ValueError(f"{key} is absent: not the checkpoint of a plugin's whole model")
+    return MHCConfig.from_mapping(decode_arithmetic(state[key]), key)
 
 
 def check(mhc: MHCConfig, source: str, target: str) -> None:

@@ -23,7 +23,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
 
-from megatron_mhc.checkpoint_keys import CONTRACTION, NORM, is_arithmetic
+from megatron_mhc.checkpoint_keys import FINAL_NORMS, is_arithmetic
 from megatron_mhc.convert.published import is_mapping
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -209,7 +209,7 @@ def read_torch_dist(folder: Path, trust: bool = False) -> tuple[State, State]:
             [value] = state[key]  # Megatron stores an object as a list of one
             return value
 
-    plugin = any(key.startswith((NORM, CONTRACTION)) for key in entries)
+    plugin = any(final.is_ours(key) for key in entries for final in FINAL_NORMS)
     state: State = {}
     for key, entry in entries.items():
         if key.startswith((*RUN_STATE, "chained_", "common_state")):  # chained_0.optimizer. ...

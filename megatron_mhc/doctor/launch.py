@@ -60,7 +60,7 @@ class Launch(Part):
             self.asks(lambda: self.pipeline(args, config, mhc))
 
     def door(self) -> None:
-        """Which of the README's doors the command goes through."""
+        """Which of the README's entry points the command goes through."""
         program, arguments = self.command.program, self.command.arguments
         self.flags = any(word.startswith("--mhc-") for word in arguments)
         self.plain, self.ours = "--no-mhc" in arguments, WHEEL in program or not program
@@ -68,22 +68,22 @@ class Launch(Part):
         hybrid = any(word.startswith("--hybrid-layer-pattern") for word in arguments)
         spec = arguments[arguments.index("--spec") + 1 :][:2] if "--spec" in arguments else []
         if not program:
-            self.say("door", f"none, arguments alone: judged as those of python -m {WHEEL}")
+            self.say("entry point", f"none, only arguments: judged as those of python -m {WHEEL}")
         elif WHEEL in program:
-            self.say("door", f"wheel, python -m {WHEEL}")
+            self.say("entry point", f"wheel, python -m {WHEEL}")
         elif LAUNCH in program:
-            self.say("door", f"launch, python -m {LAUNCH}")
+            self.say("entry point", f"launch, python -m {LAUNCH}")
             from megatron_mhc import launch
 
             after = list(program[program.index(LAUNCH) + 1 :])
             self.asks(lambda: launch.prepare(after + arguments))
         elif tuple(spec) in SPECS:
-            self.say("door", f"spec, --spec {' '.join(spec)}")
+            self.say("entry point", f"spec, --spec {' '.join(spec)}")
         elif self.flags:
-            self.say("door", "flags of the script's own, as a tree has that is patched by patches/")
+            self.say("entry point", "flags of the script's own, as a tree has that is patched by patches/")
         else:
             self.plain = True
-            self.say("door", "none: this trains without mHC")
+            self.say("entry point", "none: this trains without mHC")
             self.in_the_way.append(
                 f"nothing asks for mHC: add --spec {' '.join(SPECS[hybrid])}, or start it by python -m "
                 f"{LAUNCH}"
@@ -128,7 +128,7 @@ class Launch(Part):
                     self.in_the_way.append(f"Megatron's parser: {last}")
                     return None
                 found = re.findall(r"(?<!\S)--[\w-]+", unknown)  # no values: one may be a secret
-                names = " ".join(name for name in found if not name.startswith("--mhc"))  # `door` names those
+                names = " ".join(name for name in found if not name.startswith("--mhc"))  # named above
                 if not names:
                     pass
                 elif self.ours:

@@ -86,7 +86,7 @@ class Machine(Part):
         place = Path(str(core.__file__)).parent
         self.say("megatron-core", f"{core.__version__} in {place}; {SUPPORTED} and main are supported")
         training = self.asks(lambda: find_spec("megatron.training")) is not None
-        self.say("megatron.training", "there" if training else "not there; only the library door works")
+        self.say("megatron.training", "there" if training else "not there; only the library works")
         try:
             check_version()
             from megatron_mhc import hooks

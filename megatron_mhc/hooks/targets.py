@@ -115,7 +115,7 @@ HOOKS: tuple[Hook, ...] = (
         parameters=("self",),
         replacement=ask_embedding_gradient,
         reason="--overlap-moe-expert-parallel-comm behind a frozen embedding ends in the first step, in "
-        "stock too",
+        "models without mHC too",
     ),
     Hook(
         target="megatron.core.transformer.transformer_block:TransformerBlock.has_final_layernorm_in_this_stage",
@@ -129,7 +129,7 @@ HOOKS: tuple[Hook, ...] = (
         defined_in=_MTP,
         parameters=("config", "spec"),
         replacement=build_between_streams,
-        reason="under --mhc-mtp multistream every door's layers of multi-token prediction become those",
+        reason="under --mhc-mtp multistream all layers of multi-token prediction are built so",
     ),
     Hook(
         target=f"{_MTP}:MultiTokenPredictionBlock.forward",
@@ -276,7 +276,7 @@ HOOKS: tuple[Hook, ...] = (
                 "layer_offset",
             ),
             replacement=ask_input_gradient,
-            reason="full recompute behind a frozen embedding gives no layer a gradient, in stock too",
+            reason="full recompute behind a frozen embedding gives no layer a gradient, without mHC too",
         )
         for module in ("transformer.transformer_block", "models.hybrid.hybrid_block")
     ),

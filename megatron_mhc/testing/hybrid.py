@@ -16,6 +16,7 @@ from megatron.core.models.hybrid import hybrid_block
 from megatron.core.models.hybrid.hybrid_block import HybridStackSubmodules
 from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
 from megatron.core.models.hybrid.hybrid_model import HybridModel
+from megatron.core.ssm.gated_delta_net import GatedDeltaNetSubmodules
 from megatron.core.ssm.mamba_layer import MambaLayer, MambaLayerSubmodules
 from megatron.core.ssm.mlp_layer import MLPLayer
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
@@ -31,6 +32,7 @@ from torch import Tensor
 
 from megatron_mhc import MHCConfig
 from megatron_mhc.specs import wrap_hybrid_spec
+from megatron_mhc.testing.delta import LocalDeltaNet, use_torch
 
 
 class Mixer(MegatronModule):
@@ -50,7 +52,7 @@ class Mixer(MegatronModule):
 
 
 def local_submodules(norm: Callable[..., torch.nn.Module]) -> HybridStackSubmodules:
-    """Megatron's local modules as layers of a stack; no GDN and no DSA, which have none.
+    """Megatron's local modules as layers of a stack; no DSA, which has none.
 
     Args:
         norm: builder of all norms.
@@ -61,13 +63,24 @@ def local_submodules(norm: Callable[..., torch.nn.Module]) -> HybridStackSubmodu
         return ModuleSpec(module=kind, submodules=TransformerLayerSubmodules(**parts))
 
     dense = get_gpt_layer_local_submodules()
-    mla = get_gpt_layer_local_submodules(multi_latent_attention=True, qk_layernorm=True)
+    mla = get_gpt_layer_local_submodules(multi_latent_attention=True)
     moe = get_gpt_layer_local_submodules(num_experts=8)  # any number, says Megatron
     attention, mlp = (
         ("input_layernorm", "self_attention", "self_attn_bda"),
         ("pre_mlp_layernorm", "mlp", "mlp_bda"),
     )
     mamba = MambaLayerSubmodules(norm=norm, mixer=ModuleSpec(module=Mixer), mamba_bda=get_bias_dropout_add)
+    delta = ModuleSpec(
+        module=LocalDeltaNet,
+        params={"norm": norm},
+        submodules=GatedDeltaNetSubmodules(in_proj=ColumnParallelLinear, out_proj=RowParallelLinear),
+    )
+    gdn = TransformerLayerSubmodules(
+        input_layernorm=norm,
+        self_attention=delta,
+        self_attn_bda=get_bias_dropout_add,
+        sharded_state_dict_keys_map={"input_layernorm.": "self_attention.in_proj.layer_norm_"},
+    )
     [depth] = hybrid_stack_spec.submodules.mtp_block_spec.submodules.layer_specs
     ends = dict.fromkeys(("enorm", "hnorm", "layer_norm"), norm)
     depth = dataclasses.replace(
@@ -77,6 +90,7 @@ def local_submodules(norm: Callable[..., torch.nn.Module]) -> HybridStackSubmodu
     parts = dict(
         mamba_layer=ModuleSpec(module=MambaLayer, submodules=mamba),
         attention_layer=layer(TransformerLayer, dense, *attention),
+        gdn_layer=ModuleSpec(module=TransformerLayer, submodules=gdn),
         mla_layer=layer(TransformerLayer, mla, *attention),
         mlp_layer=layer(MLPLayer, dense, *mlp),
         moe_layer=layer(MoETransformerLayer, moe, *mlp),
@@ -92,6 +106,7 @@ def use_local_stack(norm: Callable[..., torch.nn.Module]) -> None:
     """Have Megatron's own stack spec, wherever it was imported, and the final norm of its stacks be local."""
     vars(hybrid_stack_spec.submodules).update(vars(local_submodules(norm)))
     hybrid_block.TENorm = norm
+    use_torch()
 
 
 def model(pattern: str, sizes: Any) -> Callable[..., HybridModel]:

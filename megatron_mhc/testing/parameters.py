@@ -50,8 +50,12 @@ def shard(full: Tensor, parameter: Any) -> Tensor:
     rank, size = _tensor_parallel(parameter)
     if size == 1:
         return full
+    if sections := getattr(parameter, "sections", None):  # each of them split
+        own = (part.chunk(size, parameter.partition_dim)[rank] for part in full.split(sections, dim=0))
+        return torch.cat(list(own), dim=parameter.partition_dim)
     # stride 2: gate and up projection lie one after the other, each of them split
-    parts = full.chunk(size * parameter.partition_stride, dim=parameter.partition_dim)
+    stride = getattr(parameter, "partition_stride", 1)
+    parts = full.chunk(size * stride, dim=parameter.partition_dim)
     return torch.cat(parts[rank::size], dim=parameter.partition_dim)
 
 

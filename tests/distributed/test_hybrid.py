@@ -24,11 +24,15 @@ from megatron_mhc.pipeline import engine
 from megatron_mhc.testing import hybrid, ranks
 from megatron_mhc.testing.gpt import SMALL
 from megatron_mhc.testing.parameters import fill
+from megatron_mhc.testing.parity import one_against_one
 from megatron_mhc.wrapping import wrap_layer_spec
 
 ERROR = 1e-10
 MHC = MHCConfig()
-MIXED, DENSE, MAMBA = "*-*E", "*-*-", "M*M-"
+MIXED, DENSE, MAMBA, DELTA = "*-*E", "*-*-", "M*M-", "G*GE"
+OF_DELTA = dict(
+    linear_key_head_dim=8, linear_value_head_dim=6, linear_num_key_heads=2, linear_num_value_heads=4
+)
 
 
 def symbols(pattern):
@@ -43,7 +47,8 @@ def built(layout, pattern, mhc, weights=fill, **settings):
     """(config, chunks) of a HybridModel."""
     layout.initialize()
     depths = pattern.count("/") or None
-    settings = dict(num_layers=len(symbols(pattern)), is_hybrid_model=True, mtp_num_layers=depths) | settings
+    of_pattern = dict(num_layers=len(symbols(pattern)), is_hybrid_model=True, mtp_num_layers=depths)
+    settings = OF_DELTA | of_pattern | settings
     config = layout.config(kind_of(pattern), **settings)
     model = hybrid.model(pattern, SMALL)
     return config, build(layout, config, kind_of(pattern), mhc, weights=weights, model=model)
@@ -80,12 +85,15 @@ LAYOUTS = {
     "tp2_pp2_sp": (4, Layout(tp=2, pp=2, sp=True), "*-|*E"),
     "tp2_sp_mamba": (2, Layout(tp=2, sp=True), MAMBA),
     "pp2_mamba": (2, Layout(pp=2), "M*|M-"),
+    "tp2_sp_delta": (2, Layout(tp=2, sp=True), DELTA),
+    "pp2_delta": (2, Layout(pp=2), "G*|GE"),
     "pp2_mla": (2, Layout(pp=2), "+-|+-"),
     "pp2_mtp": (2, Layout(pp=2), "*-|*-/*-"),
     "pp2_last_stage_without_layers": (2, Layout(pp=2), "*-*-|"),
     "pp2_vpp2_stage_without_layers": (2, Layout(pp=2, vpp=2), "*-||*|E"),  # stock: wrong gradients
 }
 FEW = {("tp2", 2), ("tp2_pp2_sp", 2), ("tp2_sp_mamba", 2), ("pp2_mla", 2), ("pp2_mtp", 2)}
+FEW |= {("tp2_sp_delta", 2), ("pp2_delta", 2)}
 FEW |= {("pp2_last_stage_without_layers", 2), ("pp2_vpp2_stage_without_layers", 2), ("pp2_mamba", 2)}
 
 
@@ -177,7 +185,7 @@ def of_plain_names(mhc, pattern):
     return loss, {name: gradient(p).clone() for name, p in pairs}
 
 
-@pytest.mark.parametrize("pattern", [MIXED, MAMBA])
+@pytest.mark.parametrize("pattern", [MIXED, MAMBA, DELTA])
 def test_one_hybrid_stream_that_nothing_maps_is_stock_bit_for_bit(run_ranks, pattern):
     stock, one = (run_ranks(1, of_plain_names, mhc, pattern)[0] for mhc in (None, PLAIN))
     assert stock[0] == one[0]
@@ -212,7 +220,7 @@ def test_diagnostics_name_the_kind_of_every_hybrid_layer(run_ranks):
 
 def train(layout, pattern, steps, load_from=None, save_to=None, mhc=checkpoints.MHC):
     """As `test_checkpoint.train`, of a HybridModel."""
-    settings = dict(num_layers=len(symbols(pattern)), is_hybrid_model=True)
+    settings = OF_DELTA | dict(num_layers=len(symbols(pattern)), is_hybrid_model=True)
     model = hybrid.model(pattern, SMALL)
     chunks, config, optimizer = checkpoints.start(
         layout, kind_of(pattern), torch.float32, model=model, mhc=mhc, settings=settings, lr=3e-2
@@ -225,12 +233,34 @@ def train(layout, pattern, steps, load_from=None, save_to=None, mhc=checkpoints.
     return history
 
 
-def test_resharded_hybrid_training_matches_unbroken_run(run_ranks, tmp_path):
+@pytest.mark.parametrize("mixer", ["M", "G"])
+def test_resharded_hybrid_training_matches_unbroken_run(run_ranks, tmp_path, mixer):
     folder = tmp_path / "saved"
-    pp2, tp2 = Layout(pp=2), Layout(tp=2, sp=True)
-    history = run_ranks(2, train, pp2, "M*|-E", range(2), None, folder)[0]
-    history += run_ranks(2, train, tp2, "M*-E", range(2, 4), folder)[0]
-    checkpoints.check(history, run_ranks(1, train, Layout(), "M*-E", range(4))[0], checkpoints.FLOAT32_ERROR)
+    pp2, tp2, pattern = Layout(pp=2), Layout(tp=2, sp=True), mixer + "*-E"
+    history = run_ranks(2, train, pp2, mixer + "*|-E", range(2), None, folder)[0]
+    history += run_ranks(2, train, tp2, pattern, range(2, 4), folder)[0]
+    expected = run_ranks(1, train, Layout(), pattern, range(4))[0]
+    checkpoints.check(history, expected, checkpoints.FLOAT32_ERROR, moved=5e-3)
+
+
+def test_the_stand_in_for_gated_delta_nets_is_megatrons_own_rule_in_torch(run_ranks):
+    """Megatron's is of --deterministic-mode and of fp32, beside the one of `testing.delta` in float64."""
+
+    def deterministic():
+        return Iteration.of(*run(Layout(), DELTA, MHC, deterministic_mode=True))
+
+    found, expected = run_ranks(1, deterministic)[0], alone(DELTA, MHC)
+    assert found.loss == pytest.approx(expected.loss, abs=1e-6)
+    error, name = one_against_one(found, expected, torch.float32).worst
+    assert error <= 1e-5, name
+
+
+def test_gated_delta_nets_with_tp_are_refused_without_sequence_parallel(run_ranks):
+    def refused():
+        with pytest.raises(ValueError, match="gated delta nets .*-size 2: .* add --sequence-par"):
+            built(Layout(tp=2), "G-", MHC)
+
+    run_ranks(2, refused)
 
 
 def core_of(mhc):
@@ -289,11 +319,19 @@ def test_a_copied_config_of_a_hybrid_model_gets_its_options_back(run_ranks):
     assert run_ranks(1, copied)[0] == (MHC, MHC)
 
 
-def test_a_hybrid_checkpoint_is_refused_by_the_converter(run_ranks, tmp_path):
+def test_what_the_converter_does_not_do_with_a_hybrid_checkpoint_is_refused(run_ranks, tmp_path):
     run_ranks(1, save_as, MHC, tmp_path)
-    for source, target in (("plain", "plugin"), ("plugin", "megatron-dev")):
-        with pytest.raises(ValueError, match="HybridModel's, and only a GPT's checkpoint is converted"):
+    for source, target, words in (
+        ("plain", "plugin", "has mHC parameters already"),
+        ("plugin", "plugin", "nothing to convert"),
+        ("plugin", "megatron-dev", r"not a HybridModel's: make a GPT of one of pairs \(.*--model gpt"),
+        ("plugin", "transformers", "not a HybridModel's"),
+    ):
+        with pytest.raises(ValueError, match=words):
             convert_files(source, target, tmp_path / "torch_dist", tmp_path / "new")
+    options = dict(options="num_residual_streams=4", model="gpt")
+    with pytest.raises(ValueError, match="--from megatron-dev --to plugin is for a GPT's checkpoint"):
+        convert_files("megatron-dev", "plugin", tmp_path / "torch_dist", tmp_path / "new", **options)
     assert not (tmp_path / "new").exists()
 
 
@@ -315,15 +353,16 @@ def test_a_hybrid_layer_of_attention_and_mlp_is_refused(run_ranks):
     run_ranks(1, refused)
 
 
-def with_dropout(recompute):
+def with_dropout(recompute, mixer):
     mhc = MHCConfig(recompute_layer_num=recompute)
-    loss, chunks = run(Layout(), "M*-E", mhc, hidden_dropout=0.1, attention_dropout=0.1)
+    loss, chunks = run(Layout(), mixer + "*-E", mhc, hidden_dropout=0.1, attention_dropout=0.1)
     return loss, {name: gradient(p).clone() for name, p in global_parameters(chunks)}
 
 
+@pytest.mark.parametrize("mixer", ["M", "G"])
 @pytest.mark.parametrize("recompute", ["2", "auto"])
-def test_recompute_keeps_every_bit_of_a_hybrid_model(run_ranks, recompute):
-    stored, replayed = (run_ranks(1, with_dropout, setting)[0] for setting in ("off", recompute))
+def test_recompute_keeps_every_bit_of_a_hybrid_model(run_ranks, recompute, mixer):
+    stored, replayed = (run_ranks(1, with_dropout, setting, mixer)[0] for setting in ("off", recompute))
     assert stored[0] == replayed[0]
     assert all(torch.equal(stored[1][name], replayed[1][name]) for name in stored[1])
 

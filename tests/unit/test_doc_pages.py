@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "tests")]
 import doc_tables  # noqa: E402
-from support_matrix import FEATURES, UNTESTED  # noqa: E402
+from support_matrix import FEATURES, GROUPS, UNTESTED  # noqa: E402
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 ALL_PAGES = [*PAGES, ROOT / "examples" / "README.md", ROOT / "patches" / "README.md"]
@@ -94,6 +94,33 @@ def test_the_matrix_names_tests_that_exist():
         assert bool(feature.tests) == (feature.state != UNTESTED), feature.name
         for test in feature.tests:
             assert_a_test("tests/" + test)
+
+
+def test_every_feature_is_in_a_group_and_every_group_is_a_line_of_the_readme():
+    assert {feature.group for feature in FEATURES} == set(GROUPS)
+    lines = doc_tables.works().splitlines()[2:]
+    assert [line.split("]")[0].removeprefix("| [") for line in lines] == list(GROUPS)
+    assert all(any(feature.name.replace("|", "\\|") in line for line in lines) for feature in FEATURES)
+
+
+def test_a_cell_may_hold_what_separates_cells():
+    assert doc_tables.table(["a"], [["`E|t`"]]) == "| a |\n| --- |\n| `E\\|t` |\n"
+
+
+def test_a_refusal_that_no_run_shows_is_still_listed_as_refused(monkeypatch):
+    monkeypatch.setattr(doc_tables.support_runs, "runs", list)
+    row = next(line for line in doc_tables.matrix().splitlines() if line.startswith("| cross-attention"))
+    assert "| refused, not shown |" in row
+    models = next(line for line in doc_tables.works().splitlines() if line.startswith("| [models]"))
+    assert "cross-attention" in models.split(" | ")[3] and "HybridModel" in models.split(" | ")[2]
+
+
+@pytest.mark.parametrize("package", ["pipeline", "schedule"])
+def test_the_page_of_the_pipeline_names_every_file_of_it(package):
+    page = (ROOT / "docs" / "pipeline.md").read_text()
+    start = "schedule/" if package == "schedule" else ""
+    files = [path.name for path in (ROOT / "megatron_mhc" / package).glob("*.py") if path.stem != "__init__"]
+    assert not [name for name in files if f"`{start}{name}`" not in page]
 
 
 def test_measured_tables_are_generated():

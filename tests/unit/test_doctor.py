@@ -142,12 +142,12 @@ def test_every_machine_gets_a_whole_report_in_one_order(machines):
         (f"torchrun pretrain_hybrid.py {HYBRID} --spec {HYBRID_SPEC}", f"spec, --spec {HYBRID_SPEC}"),
         (f"torchrun -m megatron_mhc.launch own/train.py {HYBRID}", "launch, python -m"),
         ("torchrun patched/pretrain_gpt.py --mhc-num-residual-streams 4", "flags of the script's own"),
-        ("", "none, arguments alone"),
+        ("", "none, only arguments"),
     ],
 )
 def test_the_door_of_a_command_is_named(examine, scripts, launch, door):
     found, blocked, _ = examine(f"{launch} {MODEL}")
-    assert found["door"].startswith(door) and blocked == []
+    assert found["entry point"].startswith(door) and blocked == []
     assert found["back end"] == (
         "reference here, since there is no GPU; on an H100 hopper, for 4 streams of 1024 channels in bfloat16"
     )
@@ -197,7 +197,7 @@ def test_a_run_on_cpus_is_told_what_runs_there(examine):
 @pytest.mark.parametrize("arguments, spec", [("", SPEC), (HYBRID, "--spec " + HYBRID_SPEC)])
 def test_a_script_that_nothing_turns_to_mhc_is_told_how(examine, arguments, spec):
     found, blocked, _ = examine(f"torchrun train.py {MODEL} {arguments}")
-    assert found["door"] == "none: this trains without mHC"
+    assert found["entry point"] == "none: this trains without mHC"
     assert len(blocked) == 1 and f"add {spec}" in blocked[0]
 
 

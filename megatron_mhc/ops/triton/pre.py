@@ -184,8 +184,15 @@ def _aggregate_kernel(
         row = norm_saved + t * (N + 1)
         if READS:
             tl.store(row[:, None] + i[None, :], with_l, mask=keep)
-            read = h_pre * inverse_rms[:, None]
         tl.store(row + N, inverse_rms, mask=live)
+        # Of a value that two layouts need, Triton may make a copy for each, whose sums go in another order.
+        # `replay` reads what is stored: this pass does too.
+        tl.debug_barrier()
+        inverse_rms = tl.load(row + N, mask=live, other=0.0)
+        if READS:
+            if given is None:
+                read = tl.load(out_row[:, None] + i[None, :], mask=keep, other=0.0)
+            read *= inverse_rms[:, None]
 
     if out is not None:
         for c0 in tl.range(0, C, BC):

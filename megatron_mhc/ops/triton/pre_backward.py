@@ -273,7 +273,7 @@ def pre_backward(
     beside = with_dphi and is_pair and n < 8  # elsewhere the sums of dphi do not fit beside the rest
     reduces = beside or not with_dphi
     BT, BC = 16, 64 if n < 8 else 32
-    if x.dtype == torch.float32:  # twice the bytes, and three times the operands of TF32 products
+    if x.dtype == torch.float32 or (n == 8 and not is_pair):  # three times the operands of TF32 products
         BC //= 2
     slices = triton.cdiv(C, BC)
     # Two programs are resident on each of about 132 multiprocessors; without dphi there is no sum to share.
