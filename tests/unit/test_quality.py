@@ -20,7 +20,7 @@ FOLDER = ROOT / "examples" / "quality"
 @pytest.fixture(scope="module")
 def quality():
     """The example's modules by name; `run` and `report` are also names of other examples'."""
-    names = ("plan", "logs", "data", "run", "report")
+    names = ("plan", "logs", "data", "run", "results", "figures", "report")
     hidden = {name: sys.modules.pop(name, None) for name in (*names, "settings")}
     before = list(sys.path)
     sys.path[:0] = [str(FOLDER), str(ROOT / "examples" / "quickstart")]
