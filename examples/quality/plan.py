@@ -31,12 +31,12 @@ def _form(label: str, arguments: str, cost: float = 1.25, rate_of: str = "") -> 
 HC, FOUR = "--mhc-h-res unconstrained --mhc-num-residual-streams 4", "--mhc-num-residual-streams 4"
 FORMS = {
     "vanilla": _form("plain residual", "--no-mhc", 1.0),
-    "mhc4": _form("mHC, n = 4", FOUR + " --mhc-init home_stream"),
-    "hc": _form("HC, n = 4", HC, 1.4),
-    "single": _form("single-pass mHC, n = 4", FOUR + " --mhc-read previous", 1.2),
-    "mhc2": _form("mHC, n = 2", "--mhc-num-residual-streams 2 --mhc-init home_stream", 1.2),
-    "mhc4u": _form("mHC, n = 4, uniform init", FOUR + " --mhc-init uniform"),
-    "mhc2u": _form("mHC, n = 2, uniform init", "--mhc-num-residual-streams 2 --mhc-init uniform", 1.2),
+    "mhc4": _form("mHC n=4", FOUR + " --mhc-init home_stream"),
+    "hc": _form("HC n=4", HC, 1.4),
+    "single": _form("single-pass mHC n=4", FOUR + " --mhc-read previous", 1.2),
+    "mhc2": _form("mHC n=2", "--mhc-num-residual-streams 2 --mhc-init home_stream", 1.2),
+    "mhc4u": _form("mHC n=4 uniform init", FOUR + " --mhc-init uniform"),
+    "mhc2u": _form("mHC n=2 uniform init", "--mhc-num-residual-streams 2 --mhc-init uniform", 1.2),
 }
 FIXED = " --mhc-h-pre fixed --mhc-h-post fixed"
 HC_PARTS = {
@@ -48,8 +48,8 @@ MHC_PARTS = {
     "mhc-res-pre": _form("mHC: H_res, H_pre", FOUR + " --mhc-h-post fixed", 1.25, "mhc4"),
 }
 STREAMS = {
-    "mhc1": _form("mHC, n = 1", "--mhc-num-residual-streams 1", 1.15, "mhc4"),
-    "mhc8": _form("mHC, n = 8", "--mhc-num-residual-streams 8", 1.9, "mhc4"),
+    "mhc1": _form("mHC n=1", "--mhc-num-residual-streams 1", 1.15, "mhc4"),
+    "mhc8": _form("mHC n=8", "--mhc-num-residual-streams 8", 1.9, "mhc4"),
 }
 ALL_FORMS = FORMS | HC_PARTS | MHC_PARTS | STREAMS
 

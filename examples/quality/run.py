@@ -124,13 +124,13 @@ class Runs:
 
     def __init__(self, options: argparse.Namespace, launch: Callable[..., Any] = start):
         self.options, self.launch = options, launch
+        self.deadline = time.time() + 60 * options.budget_minutes if options.budget_minutes else math.inf
         self.scale: Scale = SCALES[options.scale]
         self.out: Path = options.out
         self.machine = Machine(gpu=Machine.find(options.cpu).gpu, processes=1)
         self.about: dict[str, Any] = {}
         self.running: list[Running] = []
         self.failed: dict[str, str] = {}
-        self.deadline = time.time() + 60 * options.budget_minutes if options.budget_minutes else math.inf
 
     def prepare(self) -> None:
         """Make the text, and put down what it is beside the logs."""
@@ -140,17 +140,21 @@ class Runs:
         for name in ("data.json", "tokenizer.json"):
             shutil.copy(self.out / "data" / name, self.out / "logs" / name)
 
-    def known(self) -> list[dict[str, Any]]:
-        """Logs of this budget and text, and timings: those here and those kept."""
+        others = {log["data"] for log in logs.read(self.options.kept)} - {self.about["hash"]}
+        if others:
+            print(f"kept logs of other texts ({', '.join(sorted(others))}) are not counted", flush=True)
+
+    def known(self) -> dict[str, dict[str, Any]]:
+        """Logs of this budget and text, and timings, by name: those here and those kept."""
         every = logs.read(self.options.kept) + logs.read(self.out / "logs")
         mine = (self.options.tokens_per_parameter, self.about.get("hash"))
         fit = [log for log in every if log["study"] == "timing" or (log["budget"], log["data"]) == mine]
-        return logs.furthest(fit)
+        return by_name(logs.furthest(fit))
 
-    def planned(self) -> list[Planned]:
+    def planned(self, known: dict[str, dict[str, Any]]) -> list[Planned]:
         """The runs that were asked for."""
         o = self.options
-        every = plan(self.scale, o.tokens_per_parameter, self.known())
+        every = plan(self.scale, o.tokens_per_parameter, known.values())
         return [
             run
             for run in every
@@ -158,12 +162,13 @@ class Runs:
             and (not o.only or any(fnmatch.fnmatch(run.name, pattern) for pattern in o.only))
         ]
 
-    def finished(self, known: list[dict[str, Any]] | None = None) -> set[str]:
-        return {log["name"] for log in (self.known() if known is None else known) if log["finished"]}
+    def missing(self) -> list[Planned]:
+        """The runs that were asked for and are not finished."""
+        known = self.known()
+        return [run for run in self.planned(known) if not known.get(run.name, {}).get("finished")]
 
-    def minutes(self, run: Planned) -> float:
+    def minutes(self, run: Planned, known: dict[str, dict[str, Any]]) -> float:
         """What a run takes by the clock, as several share a GPU; what it has done already is taken off."""
-        known = by_name(self.known())
         log, jobs = known.get(run.name), 1 if run.study == "timing" else self.options.jobs
         left = 1 - log["reached"] / run.steps if log and run.steps and self.checkpoint(run).exists() else 1.0
         return 60 * estimate(run, self.scale, known) * left * jobs + START_MINUTES
@@ -180,8 +185,10 @@ class Runs:
         assert run.lr is not None and run.steps is not None
         steps, timing = run.steps, run.study == "timing"
         interval = steps // (8 if steps >= 1000 else 4)
-        # One evaluation reads the held-out text once: the sequences of it that fill whole batches.
+        # An evaluation reads the held-out text once, the sequences of it that fill whole batches; in a short
+        # run, of which it would be too large a part, some three million tokens of it.
         held_out = (self.about["held_out"]["tokens"] - 1) // (size.sequence * size.batch)
+        held_out = held_out if steps >= 1000 else min(24, held_out)
         text = (
             COMMON
             + f"""
@@ -192,7 +199,7 @@ class Runs:
             --train-iters {steps} --lr {run.lr} --min-lr {run.lr / 10:.6g} --lr-decay-iters {steps}
             --lr-warmup-iters {min(self.scale.warmup, steps // 10)} --seed {run.seed}
             --log-interval {max(1, min(10, steps // 40))} --eval-interval {max(1, interval)}
-            --eval-iters {0 if timing else max(1, min(24, held_out))}
+            --eval-iters {0 if timing else max(1, held_out)}
         """
         )
         if not self.machine.gpu:
@@ -228,7 +235,7 @@ class Runs:
         if not self.machine.gpu:
             words = ["megatron_mhc.testing.cpu", "-m", *words]
         (folder / "command.txt").write_text(shlex.join(["python", "-m", *words]) + "\n")
-        known = by_name(self.known()).get(run.name)
+        known = self.known().get(run.name)
         first = known["reached"] if known and self.checkpoint(run).exists() else 0
         process = self.launch(words, folder / "log.txt", gpu if self.machine.gpu else None)
         print(f"{self.clock()} {run.name}: {run.steps} steps", flush=True)
@@ -322,12 +329,12 @@ class Runs:
         here = [one.run for one in self.running if one.gpu == gpu]
         if any(run.study == "timing" for run in here):
             return None
-        done = self.finished() | {one.run.name for one in self.running} | self.failed.keys()
+        known, taken = self.known(), {one.run.name for one in self.running} | self.failed.keys()
         left = (self.deadline - time.time() - GRACE) / 60
-        for run in self.planned():
-            if run.name in done or not run.startable:
+        for run in self.planned(known):
+            if run.name in taken or not run.startable or known.get(run.name, {}).get("finished"):
                 continue
-            if left < START_MINUTES or (self.options.whole and self.minutes(run) > left):
+            if left < START_MINUTES or (self.options.whole and self.minutes(run, known) > left):
                 continue
             if run.study == "timing" and here:
                 return None  # it waits until the GPU is free, and nothing else starts there
@@ -355,9 +362,9 @@ class Runs:
 
     def table(self) -> str:
         """Every run, its state and what it takes, and the sum of GPU hours that are missing."""
-        known = by_name(self.known())
+        known = self.known()
         lines, missing = [], 0.0
-        for run in self.planned():
+        for run in self.planned(known):
             hours, log = estimate(run, self.scale, known), known.get(run.name)
             if log and log["finished"]:
                 state = f"diverged at {log['diverged']}" if log["diverged"] is not None else "there"
@@ -437,9 +444,7 @@ def main(arguments: Sequence[str] | None = None, launch: Callable[..., Any] = st
 
     gpus = options.gpus or (torch.cuda.device_count() if runs.machine.gpu else 1)
     runs.train(gpus)
-    done = runs.finished()
-    missing = [run.name for run in runs.planned() if run.name not in done]
-    print(f"{len(missing)} runs missing; logs: {options.out / 'logs'}")
+    print(f"{len(runs.missing())} runs missing; logs: {options.out / 'logs'}")
     for name, problem in runs.failed.items():
         print(f"quality: {name}: {problem}", file=sys.stderr)
     return 1 if runs.failed else 0
