@@ -33,11 +33,6 @@ KINDS = {
 METADATA = {"singleton_local_shards": False}
 
 
-def settings_of(pattern):
-    # Megatron's hybrid MLA has no norms of queries and keys.
-    return dict(qk_layernorm=False) if "+" in pattern else {}
-
-
 def gpt_model(config, mhc, vp_stage=None, **stage):
     """As `testing.gpt` builds it, with the keys that Transformer Engine's layers have in torch_dist."""
     block = gpt.spec(config, "dense", None, vp_stage)
@@ -58,11 +53,11 @@ def built(model, kind, layout, mhc, pattern=None, weights=fill):
     layout.initialize()
     kind = kind_of(whole)
     if model == "gpt":
-        config = layout.config(kind, num_layers=2, **settings, **settings_of(whole))
+        config = layout.config(kind, num_layers=2, **settings)
         return config, build(layout, config, kind, mhc, weights=weights, model=gpt_model)
     pattern = pattern or whole
     more = dict(num_layers=len(symbols(pattern)), is_hybrid_model=True)
-    config = layout.config(kind, **more, **settings_of(whole))
+    config = layout.config(kind, **more)
     return config, build(layout, config, kind, mhc, weights=weights, model=hybrid.model(pattern, SMALL))
 
 
