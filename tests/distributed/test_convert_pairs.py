@@ -185,6 +185,39 @@ def test_a_gpt_is_its_hybrid_twin_and_comes_back_bit_for_bit(run_ranks, tmp_path
     assert (hybrid_args.num_layers, hybrid_args.hybrid_layer_pattern) == (4, whole)
 
 
+FORMS = {
+    "gated": MHCConfig(preset="qwen4_exp", num_residual_streams=2, gated_rank=8),
+    "previous": MHCConfig(preset="deepseek_v41"),
+    "hy_v4": MHCConfig(preset="hy_v4"),
+    "fixed": MHCConfig(h_res="identity", h_pre="fixed", h_post="fixed"),
+}
+
+
+def check_on_one_process(run_ranks, folder, kind, mhc):
+    one = Layout()
+    run_ranks(1, saved, "gpt", kind, one, mhc, folder / "gpt")
+    convert(run_ranks, "plugin", folder / "gpt", folder / "hybrid", "hybrid")
+    convert(run_ranks, "plugin", folder / "hybrid", folder / "back", "gpt")
+    expected = expected_of(kind, mhc, "hybrid")
+    found = run_ranks(1, loaded, "hybrid", kind, one, mhc, folder / "hybrid", expected)[0]
+    assert (found.loss, found.worst[0]) == (0, 0)
+    assert_same(state_of(folder / "back")[0], state_of(folder / "gpt")[0])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_of_mhc_is_that_of_the_other_model(run_ranks, tmp_path, form):
+    check_on_one_process(run_ranks, tmp_path, "dense", FORMS[form])
+
+
+@pytest.mark.parametrize("key", ["singleton_local_shards", "non_homogeneous_layers"])
+def test_layers_that_megatron_does_not_stack_come_back_as_they_were_saved(
+    run_ranks, tmp_path, monkeypatch, key
+):
+    monkeypatch.setitem(METADATA, key, True)
+    check_on_one_process(run_ranks, tmp_path, "moe", HEAD)
+    assert "decoder.layers.1.mlp.router.weight" in state_of(tmp_path / "gpt")[0]
+
+
 PLAIN_SOURCES = [("gpt", "hybrid"), ("hybrid", "gpt"), ("hybrid", None), ("gpt", None)]
 
 
