@@ -273,7 +273,7 @@ FEATURES = (
         ),
     ),
     Feature(
-        "HybridModel with gated delta nets (`G`): TP with sequence parallel, EP, PP, resharded checkpoints",
+        "HybridModel with gated delta nets (`G`): TP with sequence parallel, EP, CP, PP, resharding",
         YES,
         "Megatron's module with plain torch for its kernels; refused with TP alone, [why](docs/hybrid.md)",
         (
