@@ -329,3 +329,46 @@ def test_files_of_pipeline_stages_become_those_of_the_other_model(run_ranks, tmp
     run_ranks(2, save_torch, "hybrid", "dense", pp2, HEAD, tmp_path / "cut", "*|-*-")
     with pytest.raises(ranks.RankError, match=r"pattern \*\|-\*-: a pipeline stage of it ends between"):
         convert(run_ranks, "plugin", tmp_path / "cut", tmp_path / "none", "gpt")
+
+
+def plain_stages(folder):
+    config, chunks = hybrids.built(Layout(pp=2), "M*|G-", None)
+    file = iteration_of(folder) / FILE.format(dist.get_rank())
+    file.parent.mkdir()
+    args = argparse.Namespace(pipeline_model_parallel_size=2)
+    torch.save({"model": chunks[0].module.state_dict(), "args": args}, file)
+    return iterate(chunks, config)
+
+
+def mhc_stages(folder):
+    config, chunks = hybrids.built(Layout(pp=2), "M*|G-", MHCConfig())
+    found = torch.load(iteration_folder(folder) / FILE.format(dist.get_rank()), weights_only=False)
+    chunks[0].module.load_state_dict(found["model"])
+    return iterate(chunks, config)
+
+
+def test_files_of_a_plain_hybrid_model_get_the_mappings_of_their_layers(run_ranks, tmp_path):
+    """Of the first stage too, which has no final norm to tell it from a GPT's; homes go on over the cut."""
+    plain = run_ranks(2, plain_stages, tmp_path / "plain")[0]
+    convert(run_ranks, "plain", tmp_path / "plain", tmp_path / "mhc", None)
+    assert run_ranks(2, mhc_stages, tmp_path / "mhc")[0] == pytest.approx(plain, rel=1e-4)
+    last = torch.load(iteration_folder(tmp_path / "mhc") / FILE.format(1), weights_only=False)["model"]
+    biases = [value for key, value in last.items() if key.endswith("hyper_connection.bias")]
+    assert [bias[:4].argmax().item() for bias in biases] == [2, 3]
+
+
+def test_names_of_a_branch_are_had_by_way_of_a_gpt(run_ranks, tmp_path):
+    """In one step: the pairs first, then the names; and back."""
+    run_ranks(1, saved, "gpt", "dense", Layout(), HEAD, tmp_path / "gpt")
+    convert(run_ranks, "plugin", tmp_path / "gpt", tmp_path / "hybrid", "hybrid")
+
+    def to_branch():
+        for source in ("gpt", "hybrid"):
+            folders = tmp_path / source, tmp_path / f"dev_of_{source}"
+            convert_files("plugin", "megatron-dev", *folders, model="gpt")
+
+    run_ranks(1, to_branch)
+    assert_same(state_of(tmp_path / "dev_of_hybrid")[0], state_of(tmp_path / "dev_of_gpt")[0])
+    options = "contract=learned_head"
+    convert(run_ranks, "megatron-dev", tmp_path / "dev_of_gpt", tmp_path / "back", "hybrid", options=options)
+    assert_same(state_of(tmp_path / "back")[0], state_of(tmp_path / "hybrid")[0])
