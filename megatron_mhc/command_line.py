@@ -143,8 +143,11 @@ def _takes_value(option: str, runner: str, following: list[str]) -> bool:
     return not following[0].startswith("-") and not following[0].endswith(".py")
 
 
-def parse(words: list[str], world: int | None) -> tuple[Any, Any, MHCConfig]:
+def parse(words: list[str], world: int | None, hybrid: bool = False) -> tuple[Any, Any, MHCConfig]:
     """Megatron's arguments, checked by Megatron, its transformer config and the mHC options.
+
+    Args:
+        hybrid: whether the caller knows what to do with a HybridModel's.
 
     Raises:
         ValueError: what mHC refuses of them, or a HybridModel.
@@ -152,10 +155,13 @@ def parse(words: list[str], world: int | None) -> tuple[Any, Any, MHCConfig]:
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     args, config, mhc = read(words, world)
     from megatron_mhc.parallel import validate
+    from megatron_mhc.refusals import HYBRID, refuse
 
-    if config.is_hybrid_model:
-        raise ValueError("--hybrid-layer-pattern: a GPT's layers alone are counted; drop it")
+    if config.is_hybrid_model and not hybrid:
+        raise ValueError("--hybrid-layer-pattern: this is for a GPT's layers; drop it")
     validate(config, mhc)
+    if config.is_hybrid_model:
+        refuse(HYBRID, config, mhc)
     return args, config, mhc
 
 
