@@ -48,6 +48,7 @@ errors           1 5 -m benchmarks.kernels --out {out} --only errors --shapes 40
 stages           1 2 -m benchmarks.kernels --out {out} --only stages
 memory_2560      1 3 -m benchmarks.memory --out {out} --widths 2560
 memory_4096      1 4 -m benchmarks.memory --out {out} --widths 4096
+decode           1 3 -m benchmarks.decode --out {out}
 diagnostics      1 4 -m benchmarks.diagnostics --out {out} --logs {folder}
 nvlink_2560      2 6 -m benchmarks.multi_gpu --out {out} --logs {folder} --together 4
 nvlink_4096      2 7 -m benchmarks.multi_gpu --out {out} --logs {folder} --together 4 --widths 4096 --micro-batch 1

@@ -23,6 +23,7 @@ TITLES = {
     "step": "Training steps",
     "kernels": "Connections by themselves",
     "memory": "Activation memory",
+    "decode": "Generating",
     "multi_gpu": "Several GPUs",
     "diagnostics": "Logging",
     "parity": "Parity with one GPU",

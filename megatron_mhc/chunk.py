@@ -6,8 +6,10 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Protocol
 
+import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+from torch.nn.modules import module as hooked
 
 from megatron_mhc.config import MHCConfig
 from megatron_mhc.parallel import is_gathered_alone
@@ -82,6 +84,8 @@ class ModelChunk:
         # An FSDP gathers its parameters when that layer runs, and hands it another tensor of the streams.
         if follows.layer is not sublayer.layer and follows.layer and is_gathered_alone(follows.layer):
             return None
+        if torch.is_inference_mode_enabled() and _watched(sublayer, follows):
+            return None
         return follows.connection.next_pre(streams, handed_on)
 
     def is_last(self, sublayer: SubLayer) -> bool:
@@ -100,6 +104,14 @@ class ModelChunk:
     def abandoned_on_error(self) -> AbstractContextManager[None]:
         """Around a part of a forward pass, which an exception may end."""
         return nullcontext()
+
+
+def _watched(writes: SubLayer, reads: SubLayer) -> bool:
+    """Whether hooks of modules see the streams on the way, of whose writes inference mode keeps no count."""
+    hooks = [reads.connection._forward_pre_hooks]
+    if writes.layer is not reads.layer and writes.layer is not None and reads.layer is not None:
+        hooks += [writes.layer._forward_hooks, reads.layer._forward_pre_hooks]
+    return any(hooks) or bool(hooked._global_forward_hooks or hooked._global_forward_pre_hooks)
 
 
 class ModelChunks:

@@ -276,6 +276,8 @@ class HyperConnectionModule(MappingParameters, InParts):
         kernels = self.backend.kernels(streams, streams.shape[-1] // self.mhc.num_residual_streams)
         if kernels is None or (kernels.post_res_pre is None and self.mhc.boundary != "fused"):
             return None
+        if kernels.post_res_pre is None and not torch.is_grad_enabled():  # no link brings a projection
+            return None
         from megatron_mhc.ops.autograd import NextPre
 
         if kernels.post_res_pre is not None:  # it reads `affine` too

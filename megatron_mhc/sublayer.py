@@ -142,9 +142,11 @@ class SubLayer:
         """
         bias = None if visit.left is None else visit.left.bias
         next_pre = None
-        if work_ahead and torch.is_grad_enabled():
+        grad = torch.is_grad_enabled()
+        # Without gradients in evaluation and generation alone: a checkpoint's forward is cut by its replay.
+        if work_ahead and (grad or not self.connection.training):
             next_pre = self.chunk.next_pre(self, visit.streams, visit.handed_on)
-        one_node = self.chunk.keeps_streams
+        one_node = self.chunk.keeps_streams or not grad
         return self.connection.post_res(visit.streams, f, visit.mappings, bias, next_pre, one_node)
 
     def let_go(self, visit: Visit) -> None:

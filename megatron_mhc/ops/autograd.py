@@ -44,6 +44,7 @@ from megatron_mhc.ops.link import (
     handed_to,
     link_of,
     made_by,
+    run,
 )
 from megatron_mhc.ops.options import MIXES, READS, WRITES, Form, HandedBack, Options, ReadNorm
 from megatron_mhc.ops.triton import stage_ends
@@ -343,8 +344,8 @@ def pre(
         return layer_input.view(read), mappings
     visit = _Visit(kernels, options, norm, link_of(x), BackwardHandoff(), shape, read)
     h_pre = None if h_pre is None else h_pre.contiguous()
-    layer_input, tunnel, projection, coefficients, norm_saved, handed_on = _Pre.apply(
-        x.contiguous(), weight, affine, norm and norm.weight, h_pre, visit
+    layer_input, tunnel, projection, coefficients, norm_saved, handed_on = run(
+        _Pre, x.contiguous(), weight, affine, norm and norm.weight, h_pre, visit
     )
     saved, rest = Saved(projection, affine), dict(handoff=visit.handoff, handed_on=handed_on)
     mappings = KernelMappings((tunnel,), coefficients, saved, options.form, norm, norm_saved, **rest)
@@ -381,7 +382,7 @@ def post_res(
     if torch.compiler.is_compiling():  # but the graph broke in front of pre
         return _post_res_uncompiled(f, mappings, f_bias, linked, next_pre)
     (tunnel,) = mappings.take_tunnel()
-    return _PostRes.apply(tunnel, f.contiguous(), f_bias, mappings, linked, next_pre)
+    return run(_PostRes, tunnel, f.contiguous(), f_bias, mappings, linked, next_pre)
 
 
 def mix(mappings: KernelMappings) -> tuple[Tensor, Tensor]:

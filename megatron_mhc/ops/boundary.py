@@ -23,7 +23,7 @@ from megatron_mhc.ops.autograd import (
     gradients_of_f,
     gradients_of_pre,
 )
-from megatron_mhc.ops.link import Ahead, NextPre, Saved, handed_back, handed_to, made_by
+from megatron_mhc.ops.link import Ahead, NextPre, Saved, handed_back, handed_to, made_by, run
 from megatron_mhc.ops.options import ReadNorm
 from megatron_mhc.ops.triton.post_res import post_backward
 
@@ -112,8 +112,8 @@ def post_res_pre(
     (tunnel,) = mappings.take_tunnel()
     weight, affine, norm, h_pre = next_pre.weight, next_pre.affine, next_pre.norm, next_pre.h_pre
     visit = _Visit(mappings, next_pre)
-    streams, layer_input, next_tunnel, handed_on = _Boundary.apply(
-        tunnel, f.contiguous(), f_bias, weight, affine, norm and norm.weight, h_pre, visit
+    streams, layer_input, next_tunnel, handed_on = run(
+        _Boundary, tunnel, f.contiguous(), f_bias, weight, affine, norm and norm.weight, h_pre, visit
     )
     assert visit.values is not None
     saved, coefficients, norm_saved = visit.values

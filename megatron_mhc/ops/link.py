@@ -53,13 +53,33 @@ class Projected(NamedTuple):
     layer_input: Tensor | None
 
 
+class _NoNode:
+    """The ctx of a forward pass behind which there is no backward."""
+
+    def save_for_backward(self, *_: Any) -> None: ...
+
+    def mark_non_differentiable(self, *_: Any) -> None: ...
+
+    def set_materialize_grads(self, *_: Any) -> None: ...
+
+
+def run(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """`function.apply`; without gradients its forward alone, since a node costs the host more than that."""
+    return function.apply(*args) if torch.is_grad_enabled() else function.forward(_NoNode(), *args)
+
+
+def version(tensor: Tensor) -> int | None:
+    """How often it was written in place; None of a tensor of inference mode, which does not count."""
+    return None if tensor.is_inference() else tensor._version
+
+
 class Ahead:
     """What was made of a post_res's output by parameters of the `pre` that reads it, for that `pre`."""
 
     def __init__(self, out: Tensor, made_by: tuple[Tensor, ...], made: Any, norm: ReadNorm | None = None):
-        self._version, self._settings = out._version, norm and norm[1:]
+        self._version, self._settings = version(out), norm and norm[1:]
         of_norm = () if norm is None else (norm.weight,)
-        self._made_by = [(t, t._version) for t in (*of_norm, *made_by)]
+        self._made_by = [(t, version(t)) for t in (*of_norm, *made_by)]
         self._made = made
 
     def take(self, x: Tensor, *parameters: Tensor, norm: ReadNorm | None = None) -> Any:
@@ -71,11 +91,11 @@ class Ahead:
             norm: that its `pre` computes too.
         """
         made, self._made = self._made, None
-        if x._version != self._version or (norm and norm[1:]) != self._settings:
+        if version(x) != self._version or (norm and norm[1:]) != self._settings:
             return None
         of_norm = () if norm is None else (norm.weight,)
-        for now, (then, version) in zip((*of_norm, *parameters), self._made_by, strict=False):
-            if now._version != version:
+        for now, (then, its_version) in zip((*of_norm, *parameters), self._made_by, strict=False):
+            if version(now) != its_version:
                 return None
             if now is not then and (now.data_ptr(), now.shape) != (then.data_ptr(), then.shape):
                 return None

@@ -77,7 +77,8 @@ class _Recorder(TorchDispatchMode):
                 if fresh and 0 not in place.stride():  # else an expanded one, which no one reads
                     place.copy_(value)
 
-        if not op.is_view:
+        # In inference mode there are ops, such as reshape, that make a view or a copy.
+        if not op.is_view or any(fresh for _, fresh in results):
             self.graph.operations.append(again)
         return out
 

@@ -71,11 +71,16 @@ def flash_attn_with_kvcache(
 ) -> Tensor:
     """Attention of each sequence's newest tokens, q: [sequences, tokens, heads, d], to a cache of blocks."""
     assert causal and window_size == (-1, -1)
-    out = torch.zeros_like(q)
-    for i, length in enumerate(cache_seqlens.tolist()):
-        if length:
-            out[i] = _attend(q[i], k_cache, v_cache, block_table[i], length, softmax_scale)
-    return out
+    used = block_table.clamp(min=0).long()
+    keys, values = (cache[used].flatten(1, 2) for cache in (k_cache, v_cache))  # [sequences, most, groups, d]
+    repeat, most, tokens = q.shape[2] // keys.shape[2], keys.shape[1], q.shape[1]
+    keys, values = (part.repeat_interleave(repeat, 2).transpose(1, 2) for part in (keys, values))
+    scores = q.transpose(1, 2) @ keys.mT * softmax_scale  # [sequences, heads, tokens, most]
+    # Without a look at the lengths, which a CUDA graph could not have.
+    own = cache_seqlens[:, None] - tokens + torch.arange(tokens, device=q.device)  # [sequences, tokens]
+    later = torch.arange(most, device=q.device) > own[..., None]
+    mixed = scores.masked_fill(later[:, None], -torch.inf).softmax(-1).nan_to_num(0.0)
+    return (mixed @ values.nan_to_num(0.0)).transpose(1, 2)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, length: int, scale: float) -> Tensor:

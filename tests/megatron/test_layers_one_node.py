@@ -13,8 +13,11 @@ from megatron_mhc import MHCConfig
 from megatron_mhc.testing import ranks
 
 
-def run(joined, mhc, settings, watched=False, train=True):
-    """Loss and gradients, and how many connections read by themselves."""
+def run(joined, mhc, settings, watched=False, without=None):
+    """Loss and gradients, and how many connections read by themselves.
+
+    without: the context without gradients that it runs in; it then has a loss alone.
+    """
     from megatron_mhc.ops import autograd, kernels
 
     read, forward = [], autograd._Pre.forward
@@ -27,10 +30,10 @@ def run(joined, mhc, settings, watched=False, train=True):
             for layer in model.modules():
                 if isinstance(layer, TransformerLayer):
                     layer.register_full_backward_hook(lambda *args: None)
-        if not train:
-            with torch.no_grad():
+        if without is not None:
+            with without():
                 inputs, labels = gpt.batch(0)
-                return (model(*inputs, labels=labels).mean(), {}), len(read)
+                return (model(*inputs, labels=labels).mean().clone(), {}), len(read)
         results = gpt.forward_backward(model)
     return results, len(read)
 
@@ -74,10 +77,45 @@ def test_hooks_of_layers_part_their_connections_and_leave_the_bits(run_ranks):
     assert read == 2
 
 
-def test_evaluation_joins_nothing(run_ranks):
-    def both():
-        want, _ = run(False, {}, {}, train=False)
-        return want, *run(True, {}, {}, train=False)
+def double(streams):
+    streams.mul_(2)
 
-    want, got, read = run_ranks(1, both)[0]
-    assert torch.equal(got[0], want[0]) and read == 4
+
+def forward(joined, without, hook=None, train=False):
+    """Its loss, and how many of four connections read by themselves.
+
+    hook: behind each layer, with the streams.
+    """
+
+    def prepare(model):
+        model.train(train)
+        for layer in model.modules():
+            if isinstance(layer, TransformerLayer) and hook is not None:
+                layer.register_forward_hook(lambda _, __, output: hook(output[0]))
+        return model
+
+    with pytest.MonkeyPatch.context() as patch:
+        build = gpt.build
+        patch.setattr(gpt, "build", lambda *a, **k: prepare(build(*a, **k)))
+        (loss, _), read = run(joined, {}, {}, without=without)
+    return loss.item(), read
+
+
+@pytest.mark.parametrize(
+    "without, hook, train, alone",
+    [
+        (torch.no_grad, None, False, 1),
+        (torch.inference_mode, None, False, 1),
+        (torch.no_grad, None, True, 4),  # as in a checkpoint, whose replay would have to do alike
+        (torch.no_grad, lambda streams: None, False, 1),
+        # Of an inference tensor nobody knows whether a hook has written it.
+        (torch.inference_mode, lambda streams: None, False, 2),
+        (torch.no_grad, double, False, 2),
+        (torch.inference_mode, double, False, 2),
+    ],
+)
+def test_evaluation_and_generation_join_connections_whose_streams_nobody_writes(
+    run_ranks, without, hook, train, alone
+):
+    want, every = run_ranks(1, forward, False, without, hook, train)[0]
+    assert run_ranks(1, forward, True, without, hook, train)[0] == (want, alone) and every == 4

@@ -91,6 +91,21 @@ def test_memory(tmp_path):
     assert auto["estimate"] > 0 and sum(map(int, auto["blocks"].split(","))) == 4
 
 
+def test_generating(tmp_path):
+    found, _ = run(tmp_path / "decode.json", "decode", on_cpu=True)
+    sections = dict.fromkeys(row["section"] for row in found["rows"])
+    of_models, connections = names(found)[:6], names(found)[6:]
+    assert of_models == [
+        f"{what}, {form}" for what in ("batch 2", "batch 2", "16 tokens") for form in FORMS[:2]
+    ]
+    assert connections == ["1 tokens of 32, reference"] and len(sections) == 4
+    for row in found["rows"][:6]:
+        assert row["tokens_per_s"] > 0 and row["ms"] > 0 and row["host_ms"] > 0
+    vanilla, mhc, *graphed = found["rows"][:4]
+    assert mhc["ms over vanilla, %"] == pytest.approx(100 * (mhc["ms"] / vanilla["ms"] - 1))
+    assert all(row["ok"] and row["error"] == 0 for row in graphed)
+
+
 # Their jobs are those of `step`.
 @pytest.mark.slow
 def test_diagnostics(tmp_path):
