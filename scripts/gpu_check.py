@@ -90,6 +90,15 @@ def run(name: str, flags: str, backend: str, data: Path, out: Path) -> dict:
     }
     with log.open("w") as file:
         status = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=env, cwd=ROOT).returncode
+    row = read(name, flags, status, log)
+    print({k: v for k, v in row.items() if k not in ("losses", "grad_norms", "flags")}, flush=True)
+    if status:
+        print(log.read_text()[-3000:], flush=True)
+    return row
+
+
+def read(name: str, flags: str, status: int, log: Path) -> dict:
+    """The row of a recipe whose process ended with `status`."""
     lines = [line for line in log.read_text().splitlines() if "lm loss" in line]
     series = {
         key: [float(m[1]) for line in lines if (m := pattern.search(line))]
@@ -97,7 +106,7 @@ def run(name: str, flags: str, backend: str, data: Path, out: Path) -> dict:
     }
     losses = series["loss"]
     healthy = status == 0 and len(losses) == STEPS and all(map(_finite, losses + series["grad_norm"]))
-    row = {
+    return {
         "name": name,
         "flags": " ".join(flags.split()),
         "exit": status,
@@ -109,10 +118,6 @@ def run(name: str, flags: str, backend: str, data: Path, out: Path) -> dict:
         "losses": losses,
         "grad_norms": series["grad_norm"],
     }
-    print({k: v for k, v in row.items() if k not in ("losses", "grad_norms", "flags")}, flush=True)
-    if status:
-        print(log.read_text()[-3000:], flush=True)
-    return row
 
 
 def _free_port() -> int:

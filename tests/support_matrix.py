@@ -336,10 +336,7 @@ FEATURES = (
         "`--fine-grained-activation-offloading`",
         YES,
         "under Megatron's schedule; not with `--mhc-recompute-layer-num` or full recompute",
-        (
-            "distributed/test_offloading.py::test_offloaded_activations_give_the_gradients_of_stored_ones",
-            _TRAINING + "offloaded_training_is_beside_vanillas",
-        ),
+        ("distributed/test_offloading.py::test_offloaded_activations_give_the_gradients_of_stored_ones",),
         group="memory",
     ),
     Feature(
@@ -352,7 +349,6 @@ FEATURES = (
             "distributed/test_cpu_offloading.py::test_offloaded_streams_leave_the_device",
             "megatron/test_cpu_offloading_pretrain.py::"
             "test_training_gives_the_losses_that_it_gives_without_the_flag",
-            _TRAINING + "offloaded_training_is_beside_vanillas",
         ),
         group="memory",
     ),
@@ -465,7 +461,6 @@ FEATURES = (
             "distributed/test_fsdp.py::test_megatron_fsdp_trains_as_one_process_does",
             "megatron/test_fsdp_pretrain.py::test_megatron_fsdp_resumes_bit_for_bit",
             "unit/test_options.py::test_fully_sharded_pipeline_is_refused",
-            _TRAINING + "sharded_training_is_beside_vanillas",
         ),
         group="optimizers and sharding",
     ),
@@ -479,7 +474,6 @@ FEATURES = (
             "distributed/test_fsdp.py::test_setting_trains_as_one_process_does",
             "distributed/test_fsdp.py::test_mapping_parameters_stay_float32_in_a_bf16_model",
             "distributed/test_fsdp.py::test_fsdp2_resumes_from_its_shards_bit_for_bit",
-            _TRAINING + "sharded_training_is_beside_vanillas",
         ),
         group="optimizers and sharding",
     ),
@@ -487,10 +481,7 @@ FEATURES = (
         "`--optimizer-cpu-offload`",
         YES,
         "",
-        (
-            "distributed/test_checkpoint.py::test_offloaded_optimizer_resumes_bit_for_bit",
-            _TRAINING + "offloaded_training_is_beside_vanillas",
-        ),
+        ("distributed/test_checkpoint.py::test_offloaded_optimizer_resumes_bit_for_bit",),
         group="optimizers and sharding",
     ),
     Feature(
@@ -652,8 +643,8 @@ FEATURES = (
     Feature(
         "FP8 (tensorwise, delayed, blockwise)",
         YES,
-        "in F's linears only; with `--fp8-param-gather`; blockwise with MoE too; 50 steps by Transformer "
-        "Engine on one H200, losses beside vanilla's",
+        "in F's linears only; with `--fp8-param-gather`, and with MoE; "
+        "[losses on one H200](docs/experiments/2026-12-01_h200.md)",
         (_TRAINING + "fp8_trains_beside_vanilla",),
         on="gpu",
         group="precision",
