@@ -25,6 +25,11 @@ def _of(groups: Iterable[Any]) -> Iterable[torch.Tensor]:
     return chain.from_iterable(group["params"] for group in groups)
 
 
+def _trains_ours(optimizer: Any) -> bool:
+    """Of a Float16OptimizerWithFloat16Params; mappings of one form are bf16, as the model's matrices."""
+    return are_ours(chain(*optimizer.float16_groups, *optimizer.fp32_from_fp32_groups))
+
+
 def number_float32_first(build: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap `DistributedOptimizer._build_optimizer_group_ranges` so that both orders are one."""
 
@@ -46,7 +51,7 @@ def number_all_parameters(shard: Callable[..., Any]) -> Callable[..., Any]:
     def shard_mixed(
         self: Any, model_sharded_state_dict: Any, is_loading: bool = False, metadata: Any = None
     ) -> Any:
-        if not are_ours(chain(*self.fp32_from_fp32_groups)):
+        if not any(self.fp32_from_fp32_groups) or not _trains_ours(self):
             return shard(self, model_sharded_state_dict, is_loading, metadata)
         from megatron.core.dist_checkpointing.optimizer import (
             get_param_id_to_sharded_param_map,
@@ -115,7 +120,7 @@ def lend_main_gradients(copy: Callable[[Any], None]) -> Callable[[Any], None]:
 
     def copy_lent(self: Any) -> None:
         lent = [p for p in chain(*self.fp32_from_fp32_groups) if not hasattr(p, "main_grad")]
-        lent = lent if are_ours(lent) else []
+        lent = lent if lent and _trains_ours(self) else []
         for parameter in lent:
             parameter.main_grad = parameter.grad
         copy(self)
@@ -206,7 +211,7 @@ def load_by_masters(load: Callable[..., Any]) -> Callable[..., Any]:
     load = explain_other_layout(load)
 
     def load_masters(self: Any, state_dict: Any) -> Any:
-        if not are_ours(chain(*self.float16_groups, *self.fp32_from_fp32_groups)):
+        if not _trains_ours(self):
             return load(self, state_dict)
         for parameters in (self.float16_groups, self.fp32_from_float16_groups):
             parameters[:] = filter(None, parameters)

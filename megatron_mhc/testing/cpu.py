@@ -368,6 +368,10 @@ def main() -> None:
         from megatron_mhc.testing import offloading
 
         offloading.install()
+    if any(word.startswith("--inference-dynamic-batching") for word in argv):
+        from megatron_mhc.testing import paged
+
+        paged.install()
     if {"--use-megatron-fsdp", "--use-torch-fsdp2"} & set(argv):
         from megatron_mhc.testing import fsdp
 

@@ -23,6 +23,7 @@ OTHER_MEGATRONS = {"--" + name.replace("_", "-") for name in OWN_SWITCHES} | {"-
 # Of programs that a page or a message has the reader run, or the package runs.
 TOOLS = {
     "git": "--check",
+    "run_dynamic_text_generation_server.py": "--host --port",
     "pip": "--no-deps",
     "pytest": "--dist",
     "srun": "--kill-on-bad-exit",

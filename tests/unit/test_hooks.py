@@ -18,6 +18,7 @@ from megatron.core.transformer import TransformerConfig
 
 import megatron_mhc
 from megatron_mhc import contraction, hooks, parallel, releases
+from megatron_mhc.gated import GatedConnection
 from megatron_mhc.hooks import targets, uses
 from megatron_mhc.hooks.optimizer import (
     detach_float32_shards,
@@ -328,6 +329,15 @@ def test_a_plain_models_optimizer_is_megatrons_beside_a_model_with_mappings(is_s
     connection = HyperConnectionModule(small(), megatron_mhc.MHCConfig(), 0)
     assert is_stock(stub(torch.nn.Parameter(torch.ones(2))))
     assert not is_stock(stub(connection.affine))
+
+
+@pytest.mark.parametrize("is_stock", [sharded, without_main_gradient, unexplained, as_it_was])
+def test_float32_parameters_beside_mappings_of_the_models_dtype_are_known(is_stock):
+    """Of the gated residual, whose matrices are bf16; a router's may be fp32."""
+    connection = GatedConnection(small(), megatron_mhc.MHCConfig(preset="qwen4_exp"), 0)
+    optimizer = stub(torch.nn.Parameter(torch.ones(2)))
+    optimizer.float16_groups[0].append(connection.read_up.weight)
+    assert not is_stock(optimizer)
 
 
 def test_the_parameters_of_a_librarys_contraction_are_beside_mappings():
