@@ -84,7 +84,9 @@ class ModelChunk:
         # An FSDP gathers its parameters when that layer runs, and hands it another tensor of the streams.
         if follows.layer is not sublayer.layer and follows.layer and is_gathered_alone(follows.layer):
             return None
-        if torch.is_inference_mode_enabled() and _watched(sublayer, follows):
+        # A compiled graph works nothing ahead, and asks for no mode.
+        eager = not torch.compiler.is_compiling()
+        if eager and torch.is_inference_mode_enabled() and _watched(sublayer, follows):
             return None
         return follows.connection.next_pre(streams, handed_on)
 
