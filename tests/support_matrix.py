@@ -548,6 +548,22 @@ FEATURES = (
         group="inference and export",
     ),
     Feature(
+        "CUDA graphs of inference",
+        YES,
+        "of the dynamic engine's decode steps, each layer or all; on a CPU, by stand-ins: "
+        "[limits](docs/inference.md#cuda-graphs)",
+        ("distributed/test_inference_graphs.py::test_an_engine_with_graphs_says_what_it_does_without",),
+        group="inference and export",
+    ),
+    Feature(
+        "Megatron-LM's dynamic text generation server",
+        YES,
+        "by the launcher; TP2 and PP2 on a CPU: [how](docs/inference.md#server)",
+        ("megatron/test_text_server.py::test_a_server_gives_the_text_of_generate",),
+        on="releases",
+        group="inference and export",
+    ),
+    Feature(
         "export to a Hugging Face folder",
         YES,
         "GQA, MLA, experts, every form of mHC; [limits](docs/export.md); the logits of Megatron's local "
