@@ -14,7 +14,8 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
-from megatron_mhc.config import MHCConfig, flag
+from megatron_mhc.config import MHCConfig
+from megatron_mhc.refusals import ONE_MODEL, refuse
 
 
 @dataclass
@@ -50,12 +51,7 @@ def remember(config: Any, mhc: MHCConfig) -> None:
     Raises:
         ValueError: it has others.
     """
-    known = getattr(config, "mhc", mhc)
-    if known != mhc:
-        raise ValueError(
-            f"two mHC configurations in one model: {known.to_options()} and {mhc.to_options()}; "
-            f"give all layers the same {flag('num_residual_streams')} and options"
-        )
+    refuse(ONE_MODEL, config, mhc)
     config.mhc = mhc
 
 

@@ -37,9 +37,16 @@ _REMEDY = (
     f"weights, or load an mHC checkpoint of the same options{in_options('load_dense', True)}"
 )
 OTHER_LAYOUT = (
-    "it is keyed by parameter index, and the indices are others here: it is of another parallel layout, or "
-    "of megatron_mhc 0.1, which had four parameters where 0.2 has one (`affine`). Save it with "
-    "--dist-ckpt-optim-fully-reshardable where it fits and load that, or load with --no-load-optim"
+    "it is keyed by parameter index, and the indices are others here: it is of another optimizer "
+    "(--optimizer, --use-distributed-optimizer), of another parallel layout, or of megatron_mhc 0.1, which "
+    "had four parameters where 0.2 has one (`affine`). Save it with --dist-ckpt-optim-fully-reshardable "
+    "where it fits and load that, or load with --no-load-optim"
+)
+_OPTIMIZER_STATE = "optimizer.state."  # in keys of every optimizer that is not saved by buckets
+_OTHER_OPTIMIZER = (
+    "its optimizer state is of another optimizer (--optimizer, --use-distributed-optimizer, "
+    "--use-precision-aware-optimizer) than this run's: take that of the run that saved it, or pass "
+    "--no-load-optim, which loads weights and step and starts the optimizer (--finetune: weights alone)"
 )
 _OPTIMIZER = (
     "is of a model without mHC's parameters (a plain one, or fixed mappings), and so is the optimizer "
@@ -62,6 +69,8 @@ def take_or_refuse(
 ) -> None:
     """Fill a state dict that lacks all of a module's entries with the module's own values.
 
+    One that has some of them alone is of no checkpoint of ours, and megatron.training would take it.
+
     Args:
         mhc: options of the module's model.
         state_dict: what load_state_dict was given; changed in place.
@@ -69,11 +78,18 @@ def take_or_refuse(
         current: the module's entries, (name, value).
 
     Raises:
-        ValueError: entries are absent and `load_dense` is off.
+        ValueError: some entries are absent, or all are and `load_dense` is off.
     """
     entries = dict(current)
-    if not entries or any(prefix + name in state_dict for name in entries):
+    absent = [name for name in entries if prefix + name not in state_dict]
+    if not absent:
         return
+    if len(absent) < len(entries):
+        there = next(name for name in entries if name not in absent)
+        raise ValueError(
+            f"{prefix}{absent[0]} is not in the checkpoint, which has {prefix}{there}: it is damaged, or of "
+            "a conversion that left entries out; load one that has all of them"
+        )
     if not mhc.load_dense:
         raise ValueError(f"{prefix}*: {_REMEDY}")
     state_dict.update({prefix + name: value.detach() for name, value in entries.items()})
@@ -167,12 +183,17 @@ def _compare_options(items: list[ShardedBase], there: dict[str, Any], checkpoint
     for item in items:
         if any(item.key == final.arithmetic for final in FINAL_NORMS):
             compare_arithmetic(saved, MHCConfig.from_mapping(decode_arithmetic(item.data)))
-    for item in items:
-        # A stage without the final norm knows its options by the shapes that they give alone.
-        if isinstance(item, ShardedTensor) and _is_ours(item.key):
+    # A stage without the final norm knows its options by the shapes that they give alone. Those of weights
+    # first: an optimizer's state lacks what the model lacks.
+    ours = [item for item in items if isinstance(item, ShardedTensor) and _is_ours(item.key)]
+    for of_optimizer in (False, True):
+        for item in ours:
             found = there.get(item.key)
-            if found is None or tuple(found.global_shape) != tuple(item.global_shape):
+            fits = found is not None and tuple(found.global_shape) == tuple(item.global_shape)
+            if not fits and (_OPTIMIZER_STATE in item.key) == of_optimizer:
                 shape = "absent" if found is None else f"of shape {tuple(found.global_shape)}"
+                if of_optimizer:
+                    raise ValueError(f"{item.key} is {shape} in {checkpoint_dir}: {_OTHER_OPTIMIZER}")
                 trained = " ".join(f"{flag(name)} {value}" for name, value in saved.items())
                 raise ValueError(
                     f"{item.key} is {shape} in {checkpoint_dir}, of shape {tuple(item.global_shape)} here: "

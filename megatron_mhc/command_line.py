@@ -37,36 +37,117 @@ def recipe(path: str) -> list[str]:
         raise argparse.ArgumentTypeError(f"{path} cannot be read: {error}") from None
 
 
+# What runs another program behind options of its own: which of these take a value.
+_TORCHRUN = "torch.distributed.run"
+_RUNNERS: dict[str, frozenset[str]] = {
+    "python": frozenset(("-W", "-X", "--check-hash-based-pycs")),
+    _TORCHRUN: frozenset(),  # see `_takes_value`
+    "torch.distributed.launch": frozenset(),
+    "megatron_mhc.launch": frozenset(),
+    "megatron_mhc.testing.cpu": frozenset(),
+    "cProfile": frozenset(("-o", "-s", "--outfile", "--sort")),
+    "debugpy": frozenset(("--listen", "--connect", "--log-to")),
+    "pdb": frozenset(("-c",)),
+}
+_OF_UV = "--python -p --with --with-editable --extra --group --env-file --directory --project".split()
+
+
 def take_apart(words: list[str]) -> Command:
-    """Find the arguments of Megatron in a command line, which may be nothing but them."""
-    environment = {}
-    for word in words:
-        if not (found := re.fullmatch(r"([A-Za-z_]\w*)=(.*)", word, re.DOTALL)):
-            break
-        environment[found[1]] = found[2]
-    words = words[len(environment) :]
-    start, program = 0, []
-    for i, word in enumerate(words):
-        if word == "-m" and i + 1 < len(words):
-            start = i + 2
-        elif word.endswith(".py") and not word.startswith("-"):
-            start = i + 1
-        else:
-            continue
-        program.append(words[start - 1])
+    """Find the arguments of Megatron in a command line, which may be nothing but them.
+
+    What starts the program (srun, uv, torchrun, python, a module that runs another) is passed over. Behind
+    the program every word is its argument, whatever it ends in.
+    """
+    environment: dict[str, str] = {}
     launcher: dict[str, str] = {}
-    for i, word in enumerate(words[:start]):
-        name, _, value = word.partition("=")
-        launcher[name.replace("_", "-")] = value or words[i + 1] if i + 1 < start else value
+    runner, rest = _first(words, environment)
+    program: list[str] = []
+    while runner is not None:
+        at, is_module = _target(rest, runner, launcher)
+        if at is None:
+            break
+        program.append(rest[at])
+        runner = rest[at] if is_module and rest[at] in _RUNNERS else None
+        rest = rest[at + 1 :]
     world = None
     if (processes := launcher.get("--nproc-per-node", "")).isdigit():
         nodes = launcher.get("--nnodes", "1")
         world = int(processes) * int(nodes) if nodes.isdigit() else None
-    return Command(environment, tuple(program), words[start:], world)
+    return Command(environment, tuple(program), rest, world)
 
 
-def parse(words: list[str], world: int | None) -> tuple[Any, Any, MHCConfig]:
+def _first(words: list[str], environment: dict[str, str]) -> tuple[str | None, list[str]]:
+    """What runs a program first, and the words behind it; None and all words where nothing does.
+
+    Args:
+        environment: gets the assignments in front of it.
+    """
+    uv, start = False, 0
+    for i, word in enumerate(words):
+        name = os.path.basename(word)
+        if found := re.fullmatch(r"([A-Za-z_]\w*)=(.*)", word, re.DOTALL):
+            environment[found[1]] = found[2]
+            start += i == start
+        elif i == start and word.startswith("-") and word != "-m":
+            break  # arguments alone
+        elif uv and words[i - 1] in _OF_UV:
+            continue
+        elif name == "torchrun":
+            return _TORCHRUN, words[i + 1 :]
+        elif re.fullmatch(r"python[\d.]*", name):
+            return "python", words[i + 1 :]
+        elif name.endswith(".py") and not word.startswith("-") or word == "-m" and (uv or i == start):
+            return "python", words[i:]
+        else:
+            uv |= name == "uv"
+    return None, words[start:]
+
+
+def _target(words: list[str], runner: str, launcher: dict[str, str]) -> tuple[int | None, bool]:
+    """Where among the words behind a runner that is which it runs, and whether it is a module.
+
+    Args:
+        launcher: gets the runner's options and their values.
+    """
+    is_module, at = False, 0
+    while at < len(words):
+        word, following = words[at], words[at + 1 : at + 2]
+        name, given, value = word.partition("=")
+        name = name.replace("_", "-")
+        if not word.startswith("-"):
+            return at, is_module
+        at += 1
+        if word in ("-m", "--module"):
+            is_module = True
+        elif word == "-c" and runner == "python":
+            break
+        elif not given and _takes_value(name, runner, following):
+            launcher[name] = following[0]
+            at += 1
+        else:
+            launcher[name] = value
+    return None, is_module
+
+
+def _takes_value(option: str, runner: str, following: list[str]) -> bool:
+    """Whether the word that follows an option is its value; an unknown option's is, unless it is a script."""
+    if not following:
+        return False
+    if not runner.startswith("torch.distributed."):
+        return option in _RUNNERS[runner]
+    from torch.distributed.run import get_args_parser
+
+    for action in get_args_parser()._actions:
+        if option in (name.replace("_", "-") for name in action.option_strings):
+            return action.nargs != 0
+    return not following[0].startswith("-") and not following[0].endswith(".py")
+
+
+def parse(words: list[str], world: int | None, hybrid: bool = False) -> tuple[Any, Any, MHCConfig]:
     """Megatron's arguments, checked by Megatron, its transformer config and the mHC options.
+
+    Args:
+        hybrid: whether the caller knows what to do with a HybridModel's.
 
     Raises:
         ValueError: what mHC refuses of them, or a HybridModel.
@@ -74,10 +155,13 @@ def parse(words: list[str], world: int | None) -> tuple[Any, Any, MHCConfig]:
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     args, config, mhc = read(words, world)
     from megatron_mhc.parallel import validate
+    from megatron_mhc.refusals import HYBRID, refuse
 
-    if config.is_hybrid_model:
-        raise ValueError("--hybrid-layer-pattern: a GPT's layers alone are counted; drop it")
+    if config.is_hybrid_model and not hybrid:
+        raise ValueError("--hybrid-layer-pattern: this is for a GPT's layers; drop it")
     validate(config, mhc)
+    if config.is_hybrid_model:
+        refuse(HYBRID, config, mhc)
     return args, config, mhc
 
 

@@ -15,6 +15,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
 from megatron_mhc.config import MHCConfig
+from megatron_mhc.mapping_parameters import hold
 from megatron_mhc.parallel import streams_dtype
 
 # Called as (config=, mhc=); returns a module that maps streams [s, b, n*C] to [s, b, C], with `replaces_norm`
@@ -63,6 +64,7 @@ def build(contraction: Contraction, config: TransformerConfig, mhc: MHCConfig) -
         # Under sequence parallelism each rank sees its tokens; who splits a parameter knows what it sums.
         if not getattr(parameter, "tensor_model_parallel", False):
             parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+    hold(module)
     return module
 
 

@@ -47,10 +47,10 @@ class GatedRead(MappingParameters):
         self.read_down = MappingProjection(rank, width, *where)
         self.read_up = MappingProjection(width, rank, *where)
         self.inject = MappingProjection(n, width, *where) if writes else None
-        if config.perform_initialization:
-            for matrix in (self.read_down, self.read_up, self.inject):
-                if matrix is not None:
-                    nn.init.normal_(matrix.weight, std=config.init_method_std)
+        # Also without `perform_initialization`: the file of a plain model's weights has none of these.
+        for matrix in (self.read_down, self.read_up, self.inject):
+            if matrix is not None:
+                nn.init.normal_(matrix.weight, std=config.init_method_std)
         mark_replicated(self, config)
 
     def weights(self) -> gated.Weights:
@@ -79,8 +79,8 @@ class GatedConnection(GatedRead, HyperConnectionModule):
     def forward(self, streams: Tensor, h_pre: Tensor | None = None) -> tuple[Tensor, Mappings]:
         """As `HyperConnectionModule.forward`; the layer input has the dtype that F takes."""
         s, b, _ = streams.shape
-        layer_input, coefficients = self._read(streams.view(s * b, self.mhc.num_residual_streams, -1))
-        layer_input = layer_input.view(s, b, -1)
+        layer_input, coefficients = self._read(reference.by_token(streams, self.mhc.num_residual_streams))
+        layer_input = reference.in_sequence(layer_input, s, b)
         if self.config.fp32_residual_connection:
             layer_input = layer_input.to(self.config.params_dtype)
         return layer_input, coefficients
@@ -118,5 +118,6 @@ class ExitMixer(GatedRead):
     def forward(self, streams: Tensor) -> Tensor:
         """Contract streams: [s, b, n*C] to [s, b, C]."""
         s, b, _ = streams.shape
-        x = streams.view(s * b, self.mhc.num_residual_streams, -1)
-        return gated.read_lean(x, self.weights(), self.mhc.norm_eps).layer_input.view(s, b, -1)
+        x = reference.by_token(streams, self.mhc.num_residual_streams)
+        layer_input = gated.read_lean(x, self.weights(), self.mhc.norm_eps).layer_input
+        return reference.in_sequence(layer_input, s, b)

@@ -87,14 +87,16 @@ class HyperConnectionModule(MappingParameters, InParts):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Initialise phi by `--mhc-init`, biases too, and alphas by `--mhc-init-gating-factor`."""
+        """Initialise phi by `--mhc-init`, biases too, and alphas by `--mhc-init-gating-factor`.
+
+        Also without `perform_initialization`: the file of a plain model's weights has none of these.
+        """
         with torch.device(self.device):  # the default may be meta (--init-model-with-meta-device)
             # Of who reads with it, which is the next one's under --mhc-read previous.
             biases = initial.biases(self.mhc, self.sublayer_index + self.mhc.reads_previous)
         self.affine.fill_(self.mhc.init_gating_factor)
         self.bias.copy_(biases)
-        if self.config.perform_initialization:
-            initial.draw_phi(self.mapping_proj.weight, self.mhc, self.config.init_method_std)
+        initial.draw_phi(self.mapping_proj.weight, self.mhc, self.config.init_method_std)
 
     def coefficients(self, x: Tensor) -> reference.Coefficients:
         """Coefficients of the streams x: [T, n, C], by the reference."""
@@ -138,8 +140,6 @@ class HyperConnectionModule(MappingParameters, InParts):
                 return made
         n = self.mhc.num_residual_streams
         kernels = self.backend.kernels(streams, streams.shape[-1] // n)
-        if self.mhc.reads_previous and torch.compiler.is_compiling():
-            kernels = None  # which fuses the reference by itself
         if kernels is not None:
             from megatron_mhc.ops import autograd
 
@@ -153,13 +153,13 @@ class HyperConnectionModule(MappingParameters, InParts):
         self, streams: Tensor, h_pre: Tensor | None, norm: ReadNorm | None
     ) -> tuple[Tensor, reference.Coefficients]:
         s, b, _ = streams.shape
-        x = streams.view(s * b, self.mhc.num_residual_streams, -1)
+        x = reference.by_token(streams, self.mhc.num_residual_streams)
         coefficients = self.coefficients(x)
         if self.mhc.num_residual_streams == 1 and not self.dynamic["pre"] and norm is None:
             # 1 * x is x; handing on x itself also keeps the order in which autograd sums its gradient.
             return streams, coefficients
         read_with = coefficients.h_pre if h_pre is None else h_pre
-        return self._for_f(reference.pre(x, read_with, norm).view(s, b, -1)), coefficients
+        return self._for_f(reference.in_sequence(reference.pre(x, read_with, norm), s, b)), coefficients
 
     def _learned(self, streams: Tensor) -> tuple[Tensor, Tensor]:
         """phi and `affine`, for kernels; without a row where all mappings are fixed."""
@@ -193,7 +193,7 @@ class HyperConnectionModule(MappingParameters, InParts):
         if isinstance(mappings, reference.Coefficients):
             s, b, width = f.shape
             x = streams.view(s * b, self.mhc.num_residual_streams, width)
-            return self.write(x, f.reshape(s * b, width), mappings).view(s, b, -1)
+            return reference.in_sequence(self.write(x, f.reshape(s * b, width), mappings), s, b)
         from megatron_mhc.ops import autograd, boundary
 
         # A replayed `saved` must not be held by the graph as well.
@@ -217,12 +217,11 @@ class HyperConnectionModule(MappingParameters, InParts):
             layer input [s, b, C], and the tensors of which `arrived` makes what `post_res` takes.
         """
         s, b, _ = streams.shape
-        x = streams.view(s * b, self.mhc.num_residual_streams, -1)
+        x = reference.by_token(streams, self.mhc.num_residual_streams)
         kernels = self.backend.kernels(x, x.shape[-1])
         norm = None if self.norm is None else self.norm.read()
-        if kernels is None or self.mhc.reads_previous:  # whose gradient no op of `compiled` has
-            read = self.forward(streams) if kernels is None and h_pre is None else None
-            layer_input, mappings = read or self._by_reference(streams, h_pre, norm)
+        if kernels is None:
+            layer_input, mappings = self.forward(streams, h_pre)
             assert isinstance(mappings, reference.Coefficients)
             crossing = [mappings.h_post.contiguous(), mappings.h_res.contiguous()]
             if self.mhc.reads_previous:
@@ -230,31 +229,36 @@ class HyperConnectionModule(MappingParameters, InParts):
             return layer_input, (streams, *crossing)
         from megatron_mhc.ops import compiled  # imports triton, which a CPU may lack
 
-        layer_input, *tensors, _ = compiled.pre(
-            x, *self._learned(streams), *compiled.flat(self.options), kernels.name, *(norm or ())
+        options, of_read = compiled.flat(self.options), compiled.of_read(norm, h_pre)
+        layer_input, *tensors, _, on = compiled.pre(
+            x, *self._learned(streams), *options, kernels.name, *of_read
         )
+        tensors += [] if h_pre is None else [on]
         # `pre` alone gives the streams their gradient.
-        return self._for_f(layer_input.view(s, b, -1)), (streams.detach(), *tensors)
+        return self._for_f(reference.in_sequence(layer_input, s, b)), (streams.detach(), *tensors)
 
     def arrived(self, streams: Tensor, *tensors: Tensor) -> tuple[Tensor, Mappings]:
         """Streams and mappings for `post_res`, of the tensors of `read_across`."""
-        if len(tensors) == 2 or self.mhc.reads_previous:
+        if len(tensors) <= 3:  # of the reference
             h_post, h_res, *handed_on = tensors
             h_pre = handed_on[0] if handed_on else torch.empty_like(h_post)
             return streams, reference.Coefficients(h_pre, h_post, h_res)
         from megatron_mhc.ops.autograd import KernelMappings, Saved
 
-        *tunnels, projection, coefficients = tensors
+        *tunnels, projection, coefficients = tensors[:4]
         saved = Saved(projection, self._learned(streams)[1].detach())
         x = streams.view(tunnels[0].shape)
-        return streams, KernelMappings(tuple(tunnels), coefficients, saved, self.options.form, streams=x)
+        on = tensors[4] if tensors[4:] else None
+        return streams, KernelMappings(
+            tuple(tunnels), coefficients, saved, self.options.form, streams=x, handed_on=on
+        )
 
     # Edges of its graph are taken, which a compiled one does not have.
     @torch.compiler.disable
     def mix(self, streams: Tensor, mappings: Mappings) -> tuple[Tensor, Tensor]:
         """The parts of `post_res` that need no f: u = H_res x: [s, b, n*C], and h_post: [s*b, n]."""
         if isinstance(mappings, reference.Coefficients):
-            x = streams.view(*mappings.h_pre.shape, -1)
+            x = reference.by_token(streams, mappings.h_pre.shape[1])
             u, h_post = reference.mix(x, mappings.h_res), mappings.h_post
         else:
             from megatron_mhc.ops import autograd

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 from weakref import WeakSet
 
@@ -12,7 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megatron_mhc.checkpoint import take_or_refuse
-from megatron_mhc.checkpoint_parts import in_shards
+from megatron_mhc.checkpoint_parts import InParts, in_shards
 from megatron_mhc.config import MHCConfig
 
 
@@ -60,7 +60,10 @@ class MappingParameters(MegatronModule):
         return super()._apply(keep_dtype, recurse)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        take_or_refuse(self.mhc, state_dict, prefix, self.state_dict().items())
+        entries = self.state_dict()
+        if isinstance(self, InParts) and self.parts and prefix + self.whole in state_dict:
+            entries = {name: value for name, value in entries.items() if name not in self.parts}
+        take_or_refuse(self.mhc, state_dict, prefix, entries.items())
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def sharded_state_dict(
@@ -77,9 +80,22 @@ class MappingParameters(MegatronModule):
         return nn.Parameter(torch.full((1,), value, dtype=self.dtype, device=self.device))
 
 
-_holders: WeakSet[MappingParameters] = WeakSet()
+_holders: WeakSet[nn.Module] = WeakSet()
+_MARK = "mhc_trained_beside_mappings"
 
 
-def in_use() -> bool:
-    """Whether mapping parameters are alive in this process, of connections or of a learned head."""
-    return len(_holders) > 0
+def hold(module: nn.Module) -> None:
+    """Count a module's parameters as those of mappings, for `are_ours`: a contraction that a library made."""
+    _holders.add(module)
+
+
+def are_ours(parameters: Iterable[Tensor]) -> bool:
+    """Whether some of an optimizer's parameters are of mappings, or marked as beside such."""
+    own = {id(parameter) for holder in _holders for parameter in holder.parameters()}
+    return any(id(parameter) in own or hasattr(parameter, _MARK) for parameter in parameters)
+
+
+def mark(parameters: Iterable[Tensor]) -> None:
+    """Have `are_ours` know tensors that an optimizer has in the place of a model's parameters."""
+    for parameter in parameters:
+        setattr(parameter, _MARK, True)

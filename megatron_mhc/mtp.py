@@ -86,10 +86,10 @@ class MultistreamPredictionLayer(MultiTokenPredictionLayer):
     def _concat_embeddings(self, hidden_states: Tensor, decoder_input: Tensor) -> Tensor:
         """Streams [s, b, n*C] and embeddings [s, b, C], which become streams."""
         n, width = self.mhc.num_residual_streams, self.config.hidden_size
-        of_streams = self.hnorm(hidden_states.reshape(len(hidden_states), -1, width))
+        of_streams = self.hnorm(hidden_states.reshape(len(hidden_states), hidden_states.shape[1] * n, width))
         e, _ = self.e_proj(self._for_linear(self.enorm(decoder_input)))
         h, _ = self.h_proj(self._for_linear(of_streams))
-        mixed = h.view(*e.shape[:2], n, -1) + e.unsqueeze(2)  # [s, b, n, C / tp]
+        mixed = h.view(*e.shape[:2], n, e.shape[2]) + e.unsqueeze(2)  # [s, b, n, C / tp]
         if self.sequence_parallel:
             # Megatron gathers and scatters one stream; n of them are too many bytes for that.
             mixed = all_to_all_hp2sp(mixed, group=self.tp_group)

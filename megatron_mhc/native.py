@@ -212,7 +212,7 @@ def _pre(
         kernels,
         n,
     )
-    x = streams.detach().reshape(s * b, n, -1)
+    x = streams.detach().reshape(s * b, n, streams.shape[-1] // n)
     if manager is not None:
         coefficients = mappings.coefficients
         _recomputed(manager, layer_input, lambda out: _read(x, coefficients, out))

@@ -78,7 +78,7 @@ def plot_gains(groups: dict[str, list[Run]], step: int | None, out: Path) -> Non
                     values += gains
                 draw_gain(axis, curves, index, f"{label}, {direction}", line)
         log_axis(axis, values)
-        axis.set(xlabel="sub-layer (attention and MLP in turn)", ylabel="Amax gain, mean over tokens")
+        axis.set(xlabel="sub-layer, in the order in which they run", ylabel="Amax gain, mean over tokens")
         axis.legend()
     axes[0].set_title("One sub-layer: $H_l$")
     axes[1].set_title("Composite: forward $H_l \\cdots H_1$, backward $H_L \\cdots H_l$")

@@ -44,18 +44,27 @@ def refuse(rows: Iterable[Refusal], settings: Any, mhc: MHCConfig | None = None)
         raise error
 
 
+# Of a TransformerConfig alone, which no argument of megatron.training sets by this name.
+WITHOUT_FLAG = ("variable_seq_lengths", "num_microbatches_with_partial_activation_checkpoints")
+
+
 def setting_row(
     name: str,
     remedy: str,
     refused: Callable[[Any], Any] = bool,
     what: str = "mHC does not support {flag} {value}",
 ) -> Refusal:
-    """The row of one setting of Megatron's; {flag} in `what` is its spelling on the command line."""
+    """The row of one setting of Megatron's; {flag} in `what` is its spelling on the command line.
+
+    A setting without a flag is spelled name=value, in the place of {flag} and the {value} behind it.
+    """
 
     def found(settings: Any, mhc: MHCConfig) -> Any:
         value = getattr(settings, name, None)
         return value if refused(value) else None
 
+    if name in WITHOUT_FLAG:
+        return Refusal(found, what.replace("{flag} ", name + "="), remedy)
     return Refusal(found, what.replace("{flag}", "--" + name.replace("_", "-")), remedy)
 
 
@@ -143,6 +152,14 @@ def _freed_messages(config: Any, mhc: MHCConfig) -> bool:
     return bool(freed) and not release().keeps_what_it_sends
 
 
+# A configuration that knows its model's options.
+ONE_MODEL = (
+    Refusal(
+        _other_options,
+        "two mHC configurations in one model",
+        "{value}; give all layers the same --mhc-num-residual-streams and options",
+    ),
+)
 # A model's configuration, at each of its layers.
 MODEL = (
     *OWN,
@@ -251,11 +268,7 @@ MODEL = (
         "--mhc-pipeline-schedule fused on a pipeline, or drop the overlap",
     ),
     Refusal(_low_precision, "{value.what}", "{value.remedy}"),
-    Refusal(
-        _other_options,
-        "two mHC configurations in one model",
-        "{value}; give all layers the same --mhc-num-residual-streams and options",
-    ),
+    *ONE_MODEL,
 )
 
 

@@ -14,7 +14,8 @@ from typing import Any
 
 LOSS, GRADIENT_NORM = "lm loss", "grad-norm"
 VALIDATION = "lm loss validation"
-_SUBLAYER = re.compile(r"mhc/(\w+)/layer_(\d+)_(attention|mlp)")
+# A GPT's layer has an attention and an MLP; a HybridModel's has one sub-layer, of any kind.
+_SUBLAYER = re.compile(r"mhc/(\w+)/((layer|mtp)_(\d+)_(\w+))")
 
 # Okabe and Ito's colours, told apart by colour-blind readers too; lines and markers differ as well.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
@@ -83,13 +84,16 @@ def read_events(run: Run) -> None:
                 run.reports.setdefault(event.step, {"statistics": {}})[name] = matrices.tolist()
     for tag, values in run.scalars.items():
         if found := _SUBLAYER.fullmatch(tag):
-            index = 2 * (int(found[2]) - 1) + (found[3] == "mlp")
+            # In the order in which they run: layers of multi-token prediction come last.
+            place = found[3] == "mtp", int(found[4]), found[5] == "mlp", found[2]
             for step, value in values.items():
                 report = run.reports.setdefault(step, {"statistics": {}})
-                report["statistics"].setdefault(found[1], {})[index] = value
+                report["statistics"].setdefault(found[1], {})[place] = value
     for report in run.reports.values():
-        for name, by_index in report["statistics"].items():
-            report["statistics"][name] = [by_index[i] for i in sorted(by_index)]
+        by_statistic = report["statistics"]
+        report["sublayers"] = [place[-1] for place in sorted(set().union(*by_statistic.values()))]
+        for name, by_place in by_statistic.items():
+            by_statistic[name] = [by_place[place] for place in sorted(by_place)]
 
 
 def by_label(runs: Iterable[Run]) -> dict[str, list[Run]]:

@@ -44,8 +44,7 @@ class ContractHead(MappingParameters):
         self.alpha = self.scalar(mhc.init_gating_factor)
         if mhc.init == "mean_read":
             nn.init.constant_(self.bias, initial.mean_read_logit(n))
-            if config.perform_initialization:
-                initial.draw_phi(self.mapping_proj.weight, mhc, config.init_method_std)
+            initial.draw_phi(self.mapping_proj.weight, mhc, config.init_method_std)
         mark_replicated(self, config)
 
     def forward(self, x: Tensor) -> Tensor:

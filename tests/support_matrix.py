@@ -323,8 +323,8 @@ FEATURES = (
     Feature(
         "gated delta nets in a HybridModel (`G`)",
         YES,
-        "TP with sequence parallel, EP, PP, resharded checkpoints: Megatron's module with plain torch for "
-        "its kernels; refused with TP without it, [why](docs/hybrid.md)",
+        "TP with sequence parallel, EP, CP, PP, resharding: Megatron's module with plain torch for its "
+        "kernels; refused with TP without it, [why](docs/hybrid.md)",
         (
             _HYBRID + "the_stand_in_for_gated_delta_nets_is_megatrons_own_rule_in_torch",
             _HYBRID + "hybrid_layout_matches_single_process",

@@ -21,7 +21,14 @@ from megatron_mhc.run_logs import LOSS, Run, by_label, read_run
 
 LOSS_COMPARE = Path(__file__).resolve().parents[2] / "scripts/loss_compare.py"
 
-LABELS = {"plain": "plain", "hc": "HC", "mhc": "mHC", "single_pass": "single-pass mHC"}
+LABELS = {
+    "plain": "plain",
+    "hc": "HC",
+    "mhc": "mHC",
+    "single_pass": "single-pass mHC",
+    "identity": "mHC of H_res I",
+    "gated": "gated residual",
+}
 STEP_TIME = re.compile(r"elapsed time per iteration \(ms\): ([0-9.]+)")
 
 

@@ -1,5 +1,7 @@
 """Train a deep narrow GPT plainly, with hyper-connections (HC) and with mHC, and draw the paper's figures.
 
+`--models` takes other forms too: single-pass mHC, mHC with H_res = identity, and Qwen4-Exp's gated residual.
+
     python examples/stability/run.py                        one GPU (or --cpu), 48 layers, 2 seeds
     python examples/stability/run.py --jobs 3               three runs at a time on that GPU
     python examples/stability/run.py --minutes 6            each run ends itself after 6 minutes
@@ -37,6 +39,8 @@ MODELS = {
     "hc": ["--mhc-h-res", "unconstrained"],
     "mhc": ["--mhc-h-res", "sinkhorn"],
     "single_pass": ["--mhc-read", "previous"],
+    "identity": ["--mhc-h-res", "identity"],
+    "gated": ["--mhc-preset", "qwen4_exp"],
 }
 ITERATION = re.compile(r"iteration +(\d+)/ *(\d+) ")
 # What runs of one folder must share.

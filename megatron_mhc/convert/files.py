@@ -82,11 +82,12 @@ def convert_files(
     moves = model != built
     if not (moves and source == target == "plugin"):
         check(mhc, source, target)
-    foreign_source = built == "hybrid" and source not in ("plain", "plugin")
-    if foreign_source or model == "hybrid" and (target != "plugin" or into is not None):
+    foreign = built == "hybrid" and source not in ("plain", "plugin")
+    if foreign or model == "hybrid" and (target != "plugin" or into is not None):
+        first = "by --from plugin --to plugin --model gpt first" if foreign or into else "by --model gpt"
         raise ValueError(
             f"--from {source} --to {target} is for a GPT's checkpoint, not a HybridModel's: make a GPT of "
-            "one of pairs (*-, *E, +-, +E) by --from plugin --to plugin --model gpt"
+            f"one of pairs (*-, *E, +-, +E) {first}"
         )
     pattern = opened.pattern(built) if moves else ""
     if moves and model == "gpt":

@@ -29,14 +29,6 @@ _ATTENTION = ("self_attention", "self_attention_hyper_connection", "input_layern
 _MLP = ("mlp", "mlp_hyper_connection", "pre_mlp_layernorm")
 _KINDS = {"M": "a Mamba layer", "G": "a gated delta net", "D": "DeepSeek's sparse attention"}
 _OUTPUT = "output_layer._extra_state"  # empty; a HybridModel's torch_dist has it, a GPT's has not
-# Norms of queries and keys, which Megatron's hybrid layers lack; the last two fused by Transformer Engine.
-_QK_NORMS = tuple(
-    "self_attention." + name
-    for name in (
-        *("q_layernorm.", "k_layernorm.", "kv_layernorm."),
-        *("linear_q_up_proj.layer_norm_", "linear_kv_up_proj.layer_norm_"),
-    )
-)
 
 
 def model_of(keys: Iterable[str]) -> str | None:
@@ -108,12 +100,6 @@ def to_hybrid(state: Mapping[str, Any]) -> State:
     out = _others(state, *FINAL_NORMS)
     for number, entries in enumerate(_sublayers(state)):
         for name, value in entries.items():
-            if name.startswith(_QK_NORMS):
-                raise ValueError(
-                    f"decoder.layers.{number // 2}.{name} is of --qk-layernorm, and attention has no such "
-                    "norms in Megatron's HybridModel: keep the GPT, or load its checkpoint as it is into a "
-                    "HybridModel whose --spec has them"
-                )
             out |= _placed(f"decoder.layers.{number}.{name}", value)
     sharded = _sharded_object()
     if ends_decoder(state) and any(isinstance(value, sharded) for value in state.values()):

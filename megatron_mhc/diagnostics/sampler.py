@@ -85,7 +85,7 @@ class Sampler:
 
     def _hook(self, module: nn.Module, args: tuple[Any, ...], output: tuple[Tensor, Any]) -> None:
         assert isinstance(module, HyperConnectionModule)
-        if module.sublayer_index not in self.samples:
+        if module.sublayer_index not in self.samples and args[0].numel():
             with torch.no_grad():
                 sample = take(module, args[0], output[1], self.capacity)
             self.samples[module.sublayer_index] = sample
@@ -141,7 +141,7 @@ def take(connection: HyperConnectionModule, streams: Tensor, mappings: Any, capa
     n = connection.mhc.num_residual_streams
     s, b, _ = streams.shape
     every = slice(None, None, -(-s * b // capacity))
-    x = streams.detach().view(s * b, n, -1)[every]
+    x = reference.by_token(streams.detach(), n)[every]
     # Copies, also of fp64: recomputation may empty the originals, and the optimizer changes alphas.
     h_pre, h_post, h_res = (
         getattr(mappings, name).detach()[every].to(torch.float64, copy=True)

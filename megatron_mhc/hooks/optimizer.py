@@ -5,17 +5,24 @@ when they save: DistributedOptimizer counts them as they lie in the gradient buf
 list fp32 parameters first; Float16OptimizerWithFloat16Params numbers the bf16 ones alone.
 
 A state that is keyed by parameter index is refused where the indices are others, with the remedy.
+
+All of this is for optimizers that train mappings (`are_ours`): that of a plain model is Megatron's, also in a
+process that has an mHC model.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import chain
 from typing import Any
 
 import torch
 
 from megatron_mhc.checkpoint import OTHER_LAYOUT
-from megatron_mhc.hyper_connection import operations
-from megatron_mhc.mapping_parameters import in_use
+from megatron_mhc.mapping_parameters import are_ours, mark
+
+
+def _of(groups: Iterable[Any]) -> Iterable[torch.Tensor]:
+    """The parameters of an optimizer's groups."""
+    return chain.from_iterable(group["params"] for group in groups)
 
 
 def number_float32_first(build: Callable[..., Any]) -> Callable[..., Any]:
@@ -23,6 +30,8 @@ def number_float32_first(build: Callable[..., Any]) -> Callable[..., Any]:
 
     def build_in_group_order(self: Any, param_groups: Any, gbuf_ranges: Any) -> Any:
         positions, group_ranges = build(param_groups, gbuf_ranges)
+        if not are_ours(_of(param_groups)):  # those of all data-parallel ranks
+            return positions, group_ranges
         for number, group in enumerate(group_ranges):
             group["params"].sort(key=lambda parameter: parameter.dtype != torch.float32)  # stable
             positions.update({p: (number, place) for place, p in enumerate(group["params"])})
@@ -37,7 +46,7 @@ def number_all_parameters(shard: Callable[..., Any]) -> Callable[..., Any]:
     def shard_mixed(
         self: Any, model_sharded_state_dict: Any, is_loading: bool = False, metadata: Any = None
     ) -> Any:
-        if not any(self.fp32_from_fp32_groups):
+        if not are_ours(chain(*self.fp32_from_fp32_groups)):
             return shard(self, model_sharded_state_dict, is_loading, metadata)
         from megatron.core.dist_checkpointing.optimizer import (
             get_param_id_to_sharded_param_map,
@@ -81,7 +90,10 @@ def detach_float32_shards(build: Callable[..., Any]) -> Callable[..., Any]:
     def build_detached(
         self: Any, gbuf_ranges: Any, param_gbuf_map: Any, opt_group_ranges: Any, config: Any
     ) -> tuple[list[list[torch.Tensor]], ...]:
+        ours = are_ours(_of(group_range["orig_group"] for group_range in opt_group_ranges))
         groups = build(gbuf_ranges, param_gbuf_map, opt_group_ranges, config)
+        if not ours:
+            return groups
         float32_shards = groups[3]
         for group_range, shards in zip(opt_group_ranges, float32_shards, strict=True):
             for i, shard in enumerate(shards):
@@ -89,6 +101,7 @@ def detach_float32_shards(build: Callable[..., Any]) -> Callable[..., Any]:
                 vars(shards[i]).update(vars(shard))  # what Megatron keeps on a shard: its TP layout, its name
             # They come first in what the optimizer gets.
             group_range["orig_group"]["params"][: len(shards)] = shards
+            mark(group_range["orig_group"]["params"])
         return groups
 
     return build_detached
@@ -102,6 +115,7 @@ def lend_main_gradients(copy: Callable[[Any], None]) -> Callable[[Any], None]:
 
     def copy_lent(self: Any) -> None:
         lent = [p for p in chain(*self.fp32_from_fp32_groups) if not hasattr(p, "main_grad")]
+        lent = lent if are_ours(lent) else []
         for parameter in lent:
             parameter.main_grad = parameter.grad
         copy(self)
@@ -121,7 +135,7 @@ def master_every_parameter(divide: Callable[..., Any]) -> Callable[..., Any]:
     def divide_masters(self: Any, offload_fraction: float) -> Any:
         divided = divide(self, offload_fraction)
         _, gpu_groups, cpu_copies, _, masters = divided
-        if self.param_update_in_fp32:
+        if self.param_update_in_fp32 and are_ours(_of(self.param_groups)):
             for parameter, copy in cpu_copies.items():
                 masters.setdefault(parameter, copy)
             own = {parameter for group in self.param_groups for parameter in group["params"]}
@@ -144,26 +158,43 @@ def save_current_float32(get: Callable[..., Any]) -> Callable[..., Any]:
     def get_current(self: Any, model_param: torch.Tensor) -> Any:
         tensors = get(self, model_param)
         in_adam = self.config.use_precision_aware_optimizer and not self.config.optimizer_cpu_offload
-        if in_use() and in_adam and model_param.dtype == torch.float32:
+        groups = self.optimizer.param_groups
+        if in_adam and model_param.dtype == torch.float32 and are_ours(_of(groups)):
             group, place = self.model_param_group_index_map[model_param]
-            tensors["param"] = self.optimizer.param_groups[group]["params"][place].detach()
+            tensors["param"] = groups[group]["params"][place].detach()
         return tensors
 
     return get_current
 
 
+# What Megatron's own loading raises of a state that is not this optimizer's.
+_UNFIT = (AssertionError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
+
+
 def explain_other_layout(load: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap what loads an optimizer's state of --ckpt-format torch, and fails where it does not fit."""
+    """Wrap what loads an optimizer's state, and fails where it is another's or of another layout."""
 
     def load_or_explain(self: Any, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
         try:
             return load(self, state_dict, *args, **kwargs)
-        except (AssertionError, ValueError) as error:
-            if not operations():  # no model of ours
+        except _UNFIT as error:
+            explained = OTHER_LAYOUT in str(error)  # by an optimizer that this one holds
+            # A subclass, as of memory that ran out, is no matter of the state.
+            if explained or type(error) not in _UNFIT or not are_ours(_parameters(self)):
                 raise
-            raise ValueError(f"the optimizer state cannot be loaded ({error}); {OTHER_LAYOUT}") from error
+            found = f"{type(error).__name__}: {error}"
+            raise ValueError(f"the optimizer state cannot be loaded ({found}); {OTHER_LAYOUT}") from error
 
     return load_or_explain
+
+
+def _parameters(optimizer: Any) -> Iterable[torch.Tensor]:
+    """What one of Megatron's optimizers trains: the model's parameters, or shards or masters of them."""
+    for one in getattr(optimizer, "chained_optimizers", ()):
+        yield from _parameters(one)
+    yield from chain(*getattr(optimizer, "float16_groups", ()))
+    if not hasattr(optimizer, "chained_optimizers") and optimizer.optimizer is not None:
+        yield from _of(optimizer.optimizer.param_groups)
 
 
 def load_by_masters(load: Callable[..., Any]) -> Callable[..., Any]:
@@ -175,6 +206,8 @@ def load_by_masters(load: Callable[..., Any]) -> Callable[..., Any]:
     load = explain_other_layout(load)
 
     def load_masters(self: Any, state_dict: Any) -> Any:
+        if not are_ours(chain(*self.float16_groups, *self.fp32_from_fp32_groups)):
+            return load(self, state_dict)
         for parameters in (self.float16_groups, self.fp32_from_float16_groups):
             parameters[:] = filter(None, parameters)
         masters = {

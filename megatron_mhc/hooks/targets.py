@@ -35,6 +35,7 @@ from megatron_mhc.hooks.prediction import (
 )
 from megatron_mhc.hooks.schedule import choose_schedule
 from megatron_mhc.hooks.train_step import sample_steps
+from megatron_mhc.pipeline.buffers import own_in_fused_steps
 
 _BRIDGE = "megatron.bridge.models"
 _DISTRIBUTED = "megatron.core.optimizer.distrib_optimizer"
@@ -116,6 +117,14 @@ HOOKS: tuple[Hook, ...] = (
         replacement=ask_embedding_gradient,
         reason="--overlap-moe-expert-parallel-comm behind a frozen embedding ends in the first step, in "
         "models without mHC too",
+    ),
+    Hook(
+        target="megatron.core.utils:GlobalMemoryBuffer.get_tensor",
+        defined_in="megatron.core.utils",
+        parameters=("self", "tensor_shape", "dtype", "name", "mem_alloc_context"),
+        replacement=own_in_fused_steps,
+        reason="--mhc-pipeline-schedule fused: it reuses one buffer, which the node of another microbatch "
+        "would overwrite",
     ),
     Hook(
         target="megatron.core.transformer.transformer_block:TransformerBlock.has_final_layernorm_in_this_stage",
@@ -228,11 +237,13 @@ HOOKS: tuple[Hook, ...] = (
             defined_in=module,
             parameters=("self", "state_dict", *more),
             replacement=replacement,
-            reason="a torch-format state is keyed by parameter index: none of megatron_mhc 0.1 fits, and "
-            "Megatron's error names no remedy",
+            reason="a torch-format state is keyed by parameter index: none of megatron_mhc 0.1, or of "
+            "another optimizer, fits, and Megatron's error names no remedy",
         )
         for replacement, module, name, *more in (
+            (explain_other_layout, _OPTIMIZER, "ChainedOptimizer.load_state_dict"),
             (explain_other_layout, _OPTIMIZER, "FP32Optimizer.load_state_dict"),
+            (explain_other_layout, _DISTRIBUTED, "DistributedOptimizer.load_state_dict"),
             (load_by_masters, _OPTIMIZER, "Float16OptimizerWithFloat16Params.load_state_dict"),
             (
                 explain_other_layout,

@@ -264,11 +264,6 @@ FSDP_USES: tuple[Use, ...] = (
 
 # Beside targets.SCHEDULE_HOOKS: pipeline/.
 SCHEDULE_USES: tuple[Use, ...] = (
-    # buffers.py, which replaces it for the length of a fused step
-    Use(
-        "megatron.core.utils:GlobalMemoryBuffer.get_tensor",
-        "self, tensor_shape, dtype, name, mem_alloc_context",
-    ),
     Use(
         f"{_SCHEDULES}:forward_step",
         "forward_step_func, data_iterator, model, num_microbatches, input_tensor, forward_data_store, "

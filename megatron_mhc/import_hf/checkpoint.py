@@ -17,6 +17,7 @@ from megatron_mhc.convert import from_plain
 from megatron_mhc.convert.files import single_process
 from megatron_mhc.convert.read import TRACKER, naming
 from megatron_mhc.export import weights
+from megatron_mhc.schedule.stages import with_experts
 from megatron_mhc.specs import gpt_mhc_spec
 
 HEAD = FINAL_NORMS[0].head
@@ -137,7 +138,4 @@ def _experts(args: Any) -> list[bool]:
     """Which layers have experts."""
     if not args.num_experts:
         return [False] * args.num_layers
-    frequency = args.moe_layer_freq
-    if isinstance(frequency, int):
-        return [i % frequency == 0 for i in range(args.num_layers)]
-    return [bool(number) for number in frequency]
+    return with_experts(args.moe_layer_freq, args.num_layers)

@@ -332,12 +332,13 @@ def pre(
     read = shape[::2] if n is None else (*x.shape[:2], shape[2])
     if torch.compiler.is_compiling():
         x = x.view(shape)
-        layer_input, *tunnels, projection, coefficients, norm_saved = compiled.pre(
-            x, weight, affine, *compiled.flat(options), kernels.name, *(norm or ())
+        layer_input, *tunnels, projection, coefficients, norm_saved, on = compiled.pre(
+            x, weight, affine, *compiled.flat(options), kernels.name, *compiled.of_read(norm, h_pre)
         )
         saved = Saved(projection, affine)  # whose gradients, and that of x, all leave `pre`
+        handed_on, of_norm = None if h_pre is None else on, (norm, norm and norm_saved)
         mappings = KernelMappings(
-            tuple(tunnels), coefficients, saved, options.form, norm, norm and norm_saved, streams=x
+            tuple(tunnels), coefficients, saved, options.form, *of_norm, streams=x, handed_on=handed_on
         )
         return layer_input.view(read), mappings
     visit = _Visit(kernels, options, norm, link_of(x), BackwardHandoff(), shape, read)

@@ -9,6 +9,12 @@ from torch import Tensor
 
 from megatron_mhc.ops import reference
 
+# `contiguous` makes no copy of a single token's row, which is contiguous in the midst of a packed one.
+
+
+def _copy(part: Tensor) -> Tensor:
+    return part.clone(memory_format=torch.contiguous_format)
+
 
 def width(channels: int, coefficients: int, dtype: torch.dtype) -> int:
     """Last dimension of a packed tensor of this dtype; coefficients count in their own, fp32 or fp64."""
@@ -19,7 +25,7 @@ def width(channels: int, coefficients: int, dtype: torch.dtype) -> int:
 def pack(channels: Tensor, coefficients: Tensor) -> Tensor:
     """Join channels: [s, b, W] and coefficients: [s*b, k] of the coefficient dtype, without a graph."""
     s, b, _ = channels.shape
-    bits = coefficients.detach().contiguous().view(channels.dtype)
+    bits = _copy(coefficients.detach()).view(channels.dtype)
     return torch.cat([channels.detach(), bits.view(s, b, bits.shape[-1])], dim=-1)
 
 
@@ -27,7 +33,7 @@ def unpack(packed: Tensor, channels: int) -> tuple[Tensor, Tensor]:
     """channels: [s*b, W], a part of what is packed, and coefficients: [s*b, k], a copy."""
     flat = packed.view(-1, packed.shape[-1])
     wide, bits = flat.split([channels, flat.shape[-1] - channels], dim=-1)
-    return wide, bits.contiguous().view(reference.coefficient_dtype(wide))
+    return wide, _copy(bits).view(reference.coefficient_dtype(wide))
 
 
 def places(packed: Tensor, channels: int) -> tuple[Tensor, Tensor]:
@@ -45,14 +51,14 @@ class _Join(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         wide, coefficients = unpack(gradient.contiguous(), ctx.channels)
-        return wide.reshape(*gradient.shape[:2], ctx.channels), coefficients
+        return _copy(wide).view(*gradient.shape[:2], ctx.channels), coefficients
 
 
 class _Part(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, packed: Tensor, channels: int) -> tuple[Tensor, Tensor]:
         wide, coefficients = unpack(packed, channels)
-        return wide.reshape(*packed.shape[:2], channels).contiguous(), coefficients
+        return _copy(wide).view(*packed.shape[:2], channels), coefficients
 
     @staticmethod
     def backward(ctx: Any, wide: Tensor, coefficients: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]

@@ -38,6 +38,17 @@ def coefficient_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def by_token(streams: Tensor, n: int) -> Tensor:
+    """Streams [s, b, n*C] as x: [T, n, C], a view; of no token too."""
+    s, b, wide = streams.shape
+    return streams.view(s * b, n, wide // n)
+
+
+def in_sequence(x: Tensor, s: int, b: int) -> Tensor:
+    """x: [T, n, C] or [T, C] as [s, b, n*C] or [s, b, C], a view; of no token too."""
+    return x.view(s, b, x.shape[1:].numel())
+
+
 def sinkhorn(logits: Tensor, iterations: int) -> Tensor:
     """Project exp(logits) towards the doubly stochastic matrices, columns first and rows last.
 

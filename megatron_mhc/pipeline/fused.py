@@ -27,8 +27,8 @@ from megatron_mhc.pipeline.delayed_weights import DelayedWeights
 from megatron_mhc.pipeline.edges import edge_of
 from megatron_mhc.pipeline.layer_nodes import NodeByNode, Tape
 from megatron_mhc.pipeline.step import Step, layers_of
-from megatron_mhc.pipeline.streams import A2A, stream_of
 from megatron_mhc.schedule.program import BACKWARD, FORWARD, SPLIT, Message, Op
+from megatron_mhc.schedule.streams import A2A_STREAM, COMPUTE_STREAM, stream_of
 
 
 class FusedStep(Step):
@@ -56,7 +56,7 @@ class FusedStep(Step):
             super()._wait(op)
 
     def _send(self, op: Op) -> None:
-        with self.transport.streams.on(self.sent_from.pop(op.message, "compute")):
+        with self.transport.streams.on(self.sent_from.pop(op.message, COMPUTE_STREAM)):
             super()._send(op)
         if self.delayed and op.what == "d_streams":
             with self.timed_backward():
@@ -132,6 +132,6 @@ class FusedStep(Step):
             tape.backward(node)
         if ends:
             del self.tapes[key]
-        if self.delayed and self._stream(op) == A2A:
+        if self.delayed and self._stream(op) == A2A_STREAM:
             with self.timed_backward():
                 self.delayed[op.stage // self.plan.pp].compute()

@@ -18,8 +18,9 @@ class GradientSync:
     param_sync_func, each a function or one for every chunk; evaluation uses none of them.
 
     A chunk's gradients are complete after the backward of its last micro-batch. Without grad_sync_func the
-    wrappers reduce them by themselves as they come; with it (--align-grad-reduce) all ranks of the pipeline
-    start at about the same time, a rank r steps after the chunk is complete.
+    wrappers reduce them by themselves as they come; with it (--overlap-grad-reduce without
+    --no-align-grad-reduce) all ranks of the pipeline start at about the same time, a rank r steps after the
+    chunk is complete.
     """
 
     def __init__(self, plan: Plan, rank: int, chunks: list[nn.Module], config: Any):

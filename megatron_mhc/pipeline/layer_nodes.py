@@ -18,7 +18,8 @@ from megatron_mhc.layer import HyperConnectionTransformerLayer
 from megatron_mhc.ops import packed
 from megatron_mhc.pipeline.edges import backward, edge_of
 from megatron_mhc.pipeline.layer_parts import cross, crossing, join, kept, read_by_post_res, route
-from megatron_mhc.pipeline.streams import HostStreams, stream_of
+from megatron_mhc.pipeline.streams import HostStreams
+from megatron_mhc.schedule.streams import stream_of
 from megatron_mhc.sublayer import Call, Visit
 
 Where = tuple[int, str]  # local layer and node

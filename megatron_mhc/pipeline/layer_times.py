@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from megatron_mhc.pipeline.costs import Times
+from megatron_mhc.schedule.stages import with_experts
 
 # Measured on H200s (docs/experiments/2026-11-30_push_transport.md, vanilla): compute kernels of a step run at
 # 527 TFLOP/s, a GEMM of 8192 cubed at 723.
@@ -87,8 +88,8 @@ def _moe_share(config: Any) -> float:
     """The share of the layers that are MoE."""
     if not config.num_moe_experts:
         return 0.0
-    every = config.moe_layer_freq
-    return 1 / every if isinstance(every, int) else sum(every) / len(every)
+    moe = with_experts(config.moe_layer_freq, config.num_layers)
+    return sum(moe) / len(moe)
 
 
 def times_of(layer: Layer, streams: int, machine: Machine, slower: float = 1.0, full: bool = False) -> Times:

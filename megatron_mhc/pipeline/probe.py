@@ -13,7 +13,8 @@ from megatron.core import parallel_state
 
 from megatron_mhc.pipeline.layer_times import Layer, Machine
 
-_measured: list[tuple[Any, Layer, int, Machine]] = []  # by pipeline group, kept alive along with it
+# By pipeline group, kept alive along with it, and by what was measured.
+_measured: list[tuple[Any, tuple[Layer, int, torch.dtype], Machine]] = []
 
 
 def everywhere(value: Any) -> list[Any]:
@@ -32,8 +33,9 @@ def machine_of(pp_group: Any, layer: Layer, streams: int, dtype: torch.dtype) ->
         streams: n; a message is n * layer.stream bytes.
         dtype: of the layer's GEMMs.
     """
-    for group, known, n, machine in _measured:
-        if group is pp_group and known == layer and n == streams:
+    asked = layer, streams, dtype
+    for group, known, machine in _measured:
+        if group is pp_group and known == asked:
             return machine
     device = torch.empty(0, device="cuda").device
     message = streams * layer.stream
@@ -46,7 +48,7 @@ def machine_of(pp_group: Any, layer: Layer, streams: int, dtype: torch.dtype) ->
     torch.cuda.empty_cache()
     rates = everywhere((flops, gbs, exchange))
     machine = Machine(*(min(rate) for rate in zip(*rates, strict=True)))
-    _measured.append((pp_group, layer, streams, machine))
+    _measured.append((pp_group, asked, machine))
     return machine
 
 

@@ -22,7 +22,6 @@ from megatron_mhc.pipeline.events import Node, run
 from megatron_mhc.pipeline.megatron_order import WAIT_SENT, megatron_programs
 from megatron_mhc.schedule.check import Deadlock, peak_in_flight
 from megatron_mhc.schedule.program import (
-    ALL_TO_ALL,
     COMPUTE,
     FORWARD,
     POST,
@@ -36,8 +35,8 @@ from megatron_mhc.schedule.program import (
     build_program,
     channel,
 )
+from megatron_mhc.schedule.streams import COMPUTE_STREAM, PRIORITY_STREAM, stream_of
 
-COMPUTE_STREAM, A2A_STREAM, PRIORITY_STREAM = "compute", "all-to-all", "priority"
 LAYOUT = {  # option -> (default, meaning)
     "pp": (8, "pipeline ranks"),
     "vpp": (4, "chunks of the model on a rank"),
@@ -148,9 +147,8 @@ class _Rank:
         return self.nodes[-1]
 
     def _stream(self, op: Op) -> str:
-        if op.what in ALL_TO_ALL:
-            return A2A_STREAM
-        return PRIORITY_STREAM if op.what == "post" and self.priority else COMPUTE_STREAM
+        stream = stream_of(op.what, moe=True)
+        return COMPUTE_STREAM if stream == PRIORITY_STREAM and not self.priority else stream
 
     def _compute(self, op: Op) -> tuple[Node, Node]:
         stream, chain = self._stream(op), (op.kind == FORWARD, op.microbatch, op.stage)

@@ -272,7 +272,7 @@ class Step:
         """df: [s, b, C] and dh_post: [s*b, n] that the next stage sent; see `SubLayer.leave`."""
         message = self.received.pop(self._from_next("d_write", key))
         df, dh_post = packed.unpack(message, self.config.hidden_size)
-        return df.reshape(*message.shape[:2], -1), dh_post
+        return df.reshape(*message.shape[:2], df.shape[1]), dh_post
 
     def backward_loss(self, loss: Tensor) -> None:
         """Go backward from the loss of the last stage, scaled as Megatron does."""

@@ -9,17 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_mhc.schedule.program import ALL_TO_ALL
-
-COMPUTE, A2A, PRIORITY = "compute", "all-to-all", "priority"
-
-
-def stream_of(node: str, moe: bool) -> str:
-    """The stream of a fused program's node; the nodes of a dense layer that do something compute."""
-    if node in ALL_TO_ALL:
-        return A2A if moe else COMPUTE
-    # post_res waits for the combine, and the compute stream should not: it has other work meanwhile.
-    return PRIORITY if node == "post" else COMPUTE
+from megatron_mhc.schedule.streams import A2A_STREAM, PRIORITY_STREAM
 
 
 class NoEvent:
@@ -61,8 +51,8 @@ class CudaStreams(HostStreams):
         _, high = torch.cuda.Stream.priority_range()  # type: ignore[call-arg]
         self._posting = torch.cuda.Stream(device)
         self._beside = {
-            A2A: torch.cuda.Stream(device, priority=high),
-            PRIORITY: torch.cuda.Stream(device, priority=high if post_priority else 0),
+            A2A_STREAM: torch.cuda.Stream(device, priority=high),
+            PRIORITY_STREAM: torch.cuda.Stream(device, priority=high if post_priority else 0),
         }
 
     def posting(self) -> AbstractContextManager[Any]:

@@ -37,10 +37,12 @@ def main() -> None:
     command = command_line.take_apart(options.config or [])
     if not command.arguments + extra:
         parser.error("give --config FILE, or Megatron's arguments behind --")
-    args, config, mhc = command_line.parse(command.arguments + extra, options.world_size or command.world)
+    world = options.world_size or command.world
+    args, config, mhc = command_line.parse(command.arguments + extra, world, hybrid=True)
     mhc = replace(mhc, recompute_layer_num="auto")
     micro_batches = args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
-    found = ranks(config, mhc, args.seq_length, args.micro_batch_size, micro_batches)
+    batch = (args.seq_length, args.micro_batch_size, micro_batches)
+    found = ranks(config, mhc, *batch, args.hybrid_layer_pattern)
     longest = max(len(r.replayed) for r in found)
     sizes = [s for s in map(int, options.sizes.split(",")) if s <= longest]
     layout = f"TP {args.tensor_model_parallel_size}, PP {args.pipeline_model_parallel_size}, "

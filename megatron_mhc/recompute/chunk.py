@@ -58,12 +58,16 @@ class DroppingChunk(ModelChunk):
     ) -> DroppingSubLayer:
         if f is attention:
             norm, dropped_by_megatron = layer.input_layernorm, layer.recompute_input_layernorm
-            inside = inventory.attention(self.config, connection.norm is not None)
+            inside = (
+                inventory.delta(self.config)
+                if hasattr(layer.self_attention, "gated_delta_rule")
+                else inventory.attention(self.config, connection.norm is not None)
+            )
         elif f is mlp:
             norm, dropped_by_megatron = layer.pre_mlp_layernorm, layer.recompute_pre_mlp_layernorm
             inside = inventory.mlp(self.config, layer.is_moe_layer, connection.norm is not None)
-        else:  # a mixer, of which the inventory knows nothing
-            norm, dropped_by_megatron, inside = layer.norm, False, 0
+        else:
+            norm, dropped_by_megatron, inside = layer.norm, False, inventory.mamba(self.config)
         kept = None if isinstance(norm, IdentityOp) or dropped_by_megatron else norm
         return DroppingSubLayer(connection, f, self, position, norm=kept, inside=inside)
 

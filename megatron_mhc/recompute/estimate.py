@@ -9,7 +9,7 @@ from megatron_mhc.backend import why_norms_apart
 from megatron_mhc.config import MHCConfig
 from megatron_mhc.recompute import inventory, plan
 from megatron_mhc.schedule.plans import passes_in_flight
-from megatron_mhc.schedule.stages import layers_of_rank
+from megatron_mhc.schedule.stages import layers_of_rank, with_experts
 
 
 @dataclass(frozen=True)
@@ -42,12 +42,23 @@ class Rank:
         return plan.peak(self.replayed, self.blocks(setting), self.in_flight)
 
 
-def ranks(config: Any, mhc: MHCConfig, sequence: int, micro_batch: int, micro_batches: int) -> list[Rank]:
+def ranks(
+    config: Any,
+    mhc: MHCConfig,
+    sequence: int,
+    micro_batch: int,
+    micro_batches: int,
+    pattern: str | None = None,
+) -> list[Rank]:
     """Count every pipeline rank of a TransformerConfig.
 
     Args:
+        pattern: of a HybridModel's layers; those for multi-token prediction are left out.
         sequence, micro_batch: tokens of a sequence, and sequences of a micro-batch.
         micro_batches: of one step on one data-parallel rank.
+
+    Raises:
+        ValueError: a hybrid layer that nobody counted.
     """
     n = mhc.num_residual_streams
     tokens = sequence * micro_batch // config.context_parallel_size
@@ -56,7 +67,7 @@ def ranks(config: Any, mhc: MHCConfig, sequence: int, micro_batch: int, micro_ba
     one = tokens * config.hidden_size * (4 if config.fp32_residual_connection else inventory.itemsize(config))
     found = []
     for rank in range(config.pipeline_model_parallel_size):
-        chunks = layers_of_rank(config, rank)
+        chunks: list[Any] = hybrid_chunks(config, pattern, rank) if pattern else layers_of_rank(config, rank)
         held = passes_in_flight(config, mhc, rank, micro_batches)
         plain = passes_in_flight(config, MHCConfig(), rank, micro_batches)
         facts, plain_facts = (
@@ -72,23 +83,48 @@ def ranks(config: Any, mhc: MHCConfig, sequence: int, micro_batch: int, micro_ba
     return found
 
 
-def _sublayers(config: Any, layer: int, folded: bool) -> list[tuple[bool, int]]:
-    """For a layer's attention and MLP: whether a separate norm precedes it, and bytes inside.
+def hybrid_chunks(config: Any, pattern: str, rank: int) -> list[str]:
+    """The symbols of each model chunk of a pipeline rank of a HybridModel."""
+    pp, stages = config.pipeline_model_parallel_size, pattern.split("/")[0].split("|")
+    if len(stages) == 1 and pp > 1:  # Megatron shares the layers out
+        first, last = config.num_layers_in_first_pipeline_stage, config.num_layers_in_last_pipeline_stage
+        whole, ends = stages[0], [first is not None, last is not None]
+        middle = pp - sum(ends)
+        rest = whole[first or 0 : len(whole) - (last or 0)]
+        each = len(rest) // max(middle, 1)
+        stages = [rest[i * each : (i + 1) * each] for i in range(middle)]
+        stages = [whole[:first]] * ends[0] + stages + [whole[len(whole) - (last or 0) :]] * ends[1]
+    return stages[rank::pp]
+
+
+def _sublayers(config: Any, layer: int | str, folded: bool) -> list[tuple[bool, int]]:
+    """For each of a layer's sub-layers: whether a separate norm precedes it, and bytes inside.
 
     Args:
+        layer: 0-based of a GPT, with attention and MLP; a HybridModel's by its symbol, with one of them.
         folded: `pre` computes the norms.
     """
-    pattern = config.moe_layer_freq
-    is_moe = config.num_moe_experts is not None and (
-        bool(pattern[layer]) if isinstance(pattern, list) else layer % pattern == 0
-    )
+    if isinstance(layer, str):
+        is_moe = layer == "E"
+    else:
+        moe = with_experts(config.moe_layer_freq, config.num_layers)
+        is_moe = config.num_moe_experts is not None and moe[layer]
     mine = not folded and not (
         config.recompute_granularity == "selective" and "layernorm" in (config.recompute_modules or [])
     )
-    return [
-        (mine and config.multi_latent_attention, inventory.attention(config, folded)),
-        (mine and is_moe, inventory.mlp(config, is_moe, folded)),
-    ]
+    if layer == "M":
+        return [(False, inventory.mamba(config))]
+    if layer == "G":
+        return [(False, inventory.delta(config))]
+    if layer == "D":
+        raise ValueError(
+            "--hybrid-layer-pattern with D: what DeepSeek's sparse attention saves is not counted; count the "
+            "pattern with + in its place"
+        )
+    latent = config.multi_latent_attention if isinstance(layer, int) else layer == "+"
+    attention = (mine and latent, inventory.attention(config, folded, latent))
+    mlp = (mine and is_moe, inventory.mlp(config, is_moe, folded))
+    return [attention, mlp] if isinstance(layer, int) else [attention if layer in "*+" else mlp]
 
 
 def table(found: list[Rank], sizes: list[int], n: int) -> str:

@@ -1,9 +1,10 @@
-"""What attention and MLP save for their backward pass, counted from a configuration.
+"""What attention, MLP and mixers save for their backward pass, counted from a configuration.
 
 Per token of the streams that a rank holds (sequence and context parallelism have divided them already),
 for Megatron's TransformerEngine layers: fused norm-linear, flash attention, fused SwiGLU, no dropout. The
-local layers save more. The input of a sub-layer and the output of a norm that is a module of its own are
-not counted here: they are what a block drops.
+local layers save more. Of a mixer what its kernels cannot do without is counted alone. The input of a
+sub-layer and the output of a norm that is a module of its own are not counted here: they are what a block
+drops.
 
 Used for two things: by `auto`, to which an estimate that is too low costs memory and never correctness,
 and by `python -m megatron_mhc.recompute`.
@@ -35,7 +36,7 @@ def sublayer(
         n: number of streams.
         rows: of the mappings that are learned.
         norm: a separate norm precedes F.
-        inside: bytes per token, from `attention` or `mlp`.
+        inside: bytes per token, from `attention`, `mlp`, `mamba` or `delta`.
         replayed: the sub-layer is replayed, with the coefficients that `pre` gave, or with new
             ones if `coefficients`.
     """
@@ -58,15 +59,16 @@ def itemsize(config: Any) -> int:
     return 2 if config.bf16 or config.fp16 else config.params_dtype.itemsize
 
 
-def attention(config: Any, folded: bool = False) -> int:
+def attention(config: Any, folded: bool = False, latent: bool | None = None) -> int:
     """Bytes per token that self-attention saves in addition to its input.
 
     Args:
         folded: the norm is computed by `pre`, see `norm`.
+        latent: whether it is MLA; None as the configuration has it.
     """
     tp, tokens = config.tensor_model_parallel_size, _gathered(config)
     heads = config.num_attention_heads
-    if config.multi_latent_attention:
+    if config.multi_latent_attention if latent is None else latent:
         query = heads * (config.qk_head_dim + config.qk_pos_emb_head_dim)
         value = heads * config.v_head_dim
         latent = (config.q_lora_rank or 0) + config.kv_lora_rank + config.qk_pos_emb_head_dim
@@ -105,3 +107,27 @@ def mlp(config: Any, moe: bool, folded: bool = False) -> int:
     shared = _gathered(config) * shared * (gate + 1) / config.tensor_model_parallel_size
     router = 3 * 4 * config.num_moe_experts  # logits, probabilities and their masked copy, fp32
     return round(itemsize(config) * (config.moe_router_topk * each + shared) + router)
+
+
+def mamba(config: Any) -> int:
+    """Bytes per token that a Mamba mixer saves beside its input: projection, scan and gated norm."""
+    heads = config.mamba_num_heads
+    inner = heads * config.mamba_head_dim if heads else 2 * config.hidden_size
+    heads = heads or inner // config.mamba_head_dim
+    projected = 2 * inner + 2 * config.mamba_num_groups * config.mamba_state_dim + heads
+    return _mixer(config, projected + 2 * inner)
+
+
+def delta(config: Any) -> int:
+    """Bytes per token that a gated delta net saves beside its input: projection; q, k and v; its output."""
+    heads, width = config.linear_num_value_heads, config.linear_key_head_dim
+    keys, values = config.linear_num_key_heads * width, heads * config.linear_value_head_dim
+    projected = 2 * keys + 2 * values + 2 * heads
+    rule = 2 * heads * width + values
+    return _mixer(config, projected + 2 * keys + rule + 2 * values)
+
+
+def _mixer(config: Any, channels: int) -> int:
+    """Of so many channels of the tokens inside a tensor-parallel region, and the norm in front."""
+    inside = _gathered(config) * channels / config.tensor_model_parallel_size
+    return round(itemsize(config) * (inside + config.hidden_size))

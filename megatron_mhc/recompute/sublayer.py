@@ -93,7 +93,7 @@ class DroppingSubLayer(SubLayer):
 
     def read_again(self, x: Tensor, h_pre: Tensor, out: Tensor) -> None:
         """Write the layer input of the streams x: [s, b, n*C] into out: [s, b, C], by the reference."""
-        x = x.view(out.shape[0] * out.shape[1], -1, out.shape[2])
+        x = reference.by_token(x, self.connection.mhc.num_residual_streams)
         norm = None if self.connection.norm is None else self.connection.norm.read()
         out.copy_(reference.pre(x, h_pre, norm).view(out.shape))
 
@@ -102,7 +102,7 @@ class DroppingSubLayer(SubLayer):
     ) -> Tensor:
         """`post_res` from coefficients alone; f_bias: [C], what the Triton operation added to f."""
         s, b, width = f.shape
-        x, f = x.view(s * b, -1, width), f.reshape(s * b, width)
+        x, f = reference.by_token(x, self.connection.mhc.num_residual_streams), f.reshape(s * b, width)
         if isinstance(coefficients, reference.Coefficients):
             mixed = self.connection.write(x, f, coefficients)
         else:
@@ -110,7 +110,7 @@ class DroppingSubLayer(SubLayer):
 
             parts = self.connection.options.form.parts
             mixed = post_res_forward(x, f.contiguous(), coefficients, f_bias, parts=parts)
-        return mixed.view(s, b, -1)
+        return reference.in_sequence(mixed, s, b)
 
 
 def coefficients_of(mappings: Mappings) -> reference.Coefficients | Tensor:

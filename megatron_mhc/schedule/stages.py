@@ -1,4 +1,7 @@
-"""Which decoder layers each pipeline stage holds; stage = model chunk * pp + rank, in the model's order."""
+"""Which decoder layers each pipeline stage holds; stage = model chunk * pp + rank, in the model's order.
+
+And which of the layers are MoE.
+"""
 
 from __future__ import annotations
 
@@ -24,3 +27,10 @@ def layers_of_rank(config: Any, rank: int) -> list[range]:
     edges = [0, *accumulate(layer_counts(config))]
     stages = [range(*ends) for ends in pairwise(edges)]
     return stages[rank :: config.pipeline_model_parallel_size]
+
+
+def with_experts(frequency: int | list[int], layers: int) -> list[bool]:
+    """Which decoder layers are MoE, by --moe-layer-freq: the first of so many, or those that a list marks."""
+    if isinstance(frequency, int):
+        return [layer % frequency == 0 for layer in range(layers)]
+    return [bool(marked) for marked in frequency]

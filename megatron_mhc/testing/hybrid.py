@@ -63,7 +63,7 @@ def local_submodules(norm: Callable[..., torch.nn.Module]) -> HybridStackSubmodu
         return ModuleSpec(module=kind, submodules=TransformerLayerSubmodules(**parts))
 
     dense = get_gpt_layer_local_submodules()
-    mla = get_gpt_layer_local_submodules(multi_latent_attention=True)
+    mla = get_gpt_layer_local_submodules(multi_latent_attention=True, qk_layernorm=True)
     moe = get_gpt_layer_local_submodules(num_experts=8)  # any number, says Megatron
     attention, mlp = (
         ("input_layernorm", "self_attention", "self_attn_bda"),

@@ -1,6 +1,7 @@
 """Checkpoints saved in one layout and loaded in another continue the unbroken run."""
 
 import functools
+import itertools
 
 import pytest
 import torch
@@ -246,6 +247,37 @@ def mapping_dtypes(layout):
 
 def is_mapping(name):
     return "hyper_connection" in name or "final_layernorm.head" in name
+
+
+OPTIMIZERS = {
+    "adam": (SINGLE, {}),
+    "distributed": (Layout(distributed_optimizer=True), {}),
+    "muon": (SINGLE, dict(optimizer="muon", muon_tp_mode="duplicated", muon_fp32_matmul_prec="highest")),
+}
+
+
+def optimizer_of(name):
+    layout, options = OPTIMIZERS[name]
+    chunks, config, optimizer = start(layout, "dense", torch.float32, **options)
+    step(chunks, config, optimizer, 0)
+    return chunks, optimizer
+
+
+def load_of_another(folder, saved, loaded):
+    (chunks, optimizer), (other, ours) = optimizer_of(saved), optimizer_of(loaded)
+    with pytest.raises(ValueError, match="of another optimizer .*--no-load-optim"):
+        ours.load_state_dict(optimizer.state_dict())  # --ckpt-format torch
+    if loaded != "distributed":  # whose request Megatron itself cannot make
+        save(folder, chunks, optimizer, "fully_reshardable")
+        with pytest.raises(ValueError, match="of another optimizer .*--no-load-optim"):
+            load(folder, other, ours, "fully_reshardable")
+
+
+@pytest.mark.parametrize("saved, loaded", list(itertools.permutations(OPTIMIZERS, 2)))
+def test_the_state_of_another_optimizer_is_refused_with_a_remedy(run_ranks, tmp_path, saved, loaded):
+    if "muon" in (saved, loaded):
+        pytest.importorskip("emerging_optimizers")
+    run_ranks(1, load_of_another, tmp_path / "checkpoint", saved, loaded)
 
 
 @pytest.mark.parametrize("layout", BF16)

@@ -33,11 +33,6 @@ KINDS = {
 METADATA = {"singleton_local_shards": False}
 
 
-def settings_of(pattern):
-    # Megatron's hybrid MLA has no norms of queries and keys.
-    return dict(qk_layernorm=False) if "+" in pattern else {}
-
-
 def gpt_model(config, mhc, vp_stage=None, **stage):
     """As `testing.gpt` builds it, with the keys that Transformer Engine's layers have in torch_dist."""
     block = gpt.spec(config, "dense", None, vp_stage)
@@ -58,11 +53,11 @@ def built(model, kind, layout, mhc, pattern=None, weights=fill):
     layout.initialize()
     kind = kind_of(whole)
     if model == "gpt":
-        config = layout.config(kind, num_layers=2, **settings, **settings_of(whole))
+        config = layout.config(kind, num_layers=2, **settings)
         return config, build(layout, config, kind, mhc, weights=weights, model=gpt_model)
     pattern = pattern or whole
     more = dict(num_layers=len(symbols(pattern)), is_hybrid_model=True)
-    config = layout.config(kind, **more, **settings_of(whole))
+    config = layout.config(kind, **more)
     return config, build(layout, config, kind, mhc, weights=weights, model=hybrid.model(pattern, SMALL))
 
 
@@ -190,6 +185,39 @@ def test_a_gpt_is_its_hybrid_twin_and_comes_back_bit_for_bit(run_ranks, tmp_path
     assert (hybrid_args.num_layers, hybrid_args.hybrid_layer_pattern) == (4, whole)
 
 
+FORMS = {
+    "gated": MHCConfig(preset="qwen4_exp", num_residual_streams=2, gated_rank=8),
+    "previous": MHCConfig(preset="deepseek_v41"),
+    "hy_v4": MHCConfig(preset="hy_v4"),
+    "fixed": MHCConfig(h_res="identity", h_pre="fixed", h_post="fixed"),
+}
+
+
+def check_on_one_process(run_ranks, folder, kind, mhc):
+    one = Layout()
+    run_ranks(1, saved, "gpt", kind, one, mhc, folder / "gpt")
+    convert(run_ranks, "plugin", folder / "gpt", folder / "hybrid", "hybrid")
+    convert(run_ranks, "plugin", folder / "hybrid", folder / "back", "gpt")
+    expected = expected_of(kind, mhc, "hybrid")
+    found = run_ranks(1, loaded, "hybrid", kind, one, mhc, folder / "hybrid", expected)[0]
+    assert (found.loss, found.worst[0]) == (0, 0)
+    assert_same(state_of(folder / "back")[0], state_of(folder / "gpt")[0])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_of_mhc_is_that_of_the_other_model(run_ranks, tmp_path, form):
+    check_on_one_process(run_ranks, tmp_path, "dense", FORMS[form])
+
+
+@pytest.mark.parametrize("key", ["singleton_local_shards", "non_homogeneous_layers"])
+def test_layers_that_megatron_does_not_stack_come_back_as_they_were_saved(
+    run_ranks, tmp_path, monkeypatch, key
+):
+    monkeypatch.setitem(METADATA, key, True)
+    check_on_one_process(run_ranks, tmp_path, "moe", HEAD)
+    assert "decoder.layers.1.mlp.router.weight" in state_of(tmp_path / "gpt")[0]
+
+
 PLAIN_SOURCES = [("gpt", "hybrid"), ("hybrid", "gpt"), ("hybrid", None), ("gpt", None)]
 
 
@@ -301,3 +329,46 @@ def test_files_of_pipeline_stages_become_those_of_the_other_model(run_ranks, tmp
     run_ranks(2, save_torch, "hybrid", "dense", pp2, HEAD, tmp_path / "cut", "*|-*-")
     with pytest.raises(ranks.RankError, match=r"pattern \*\|-\*-: a pipeline stage of it ends between"):
         convert(run_ranks, "plugin", tmp_path / "cut", tmp_path / "none", "gpt")
+
+
+def plain_stages(folder):
+    config, chunks = hybrids.built(Layout(pp=2), "M*|G-", None)
+    file = iteration_of(folder) / FILE.format(dist.get_rank())
+    file.parent.mkdir()
+    args = argparse.Namespace(pipeline_model_parallel_size=2)
+    torch.save({"model": chunks[0].module.state_dict(), "args": args}, file)
+    return iterate(chunks, config)
+
+
+def mhc_stages(folder):
+    config, chunks = hybrids.built(Layout(pp=2), "M*|G-", MHCConfig())
+    found = torch.load(iteration_folder(folder) / FILE.format(dist.get_rank()), weights_only=False)
+    chunks[0].module.load_state_dict(found["model"])
+    return iterate(chunks, config)
+
+
+def test_files_of_a_plain_hybrid_model_get_the_mappings_of_their_layers(run_ranks, tmp_path):
+    """Of the first stage too, which has no final norm to tell it from a GPT's; homes go on over the cut."""
+    plain = run_ranks(2, plain_stages, tmp_path / "plain")[0]
+    convert(run_ranks, "plain", tmp_path / "plain", tmp_path / "mhc", None)
+    assert run_ranks(2, mhc_stages, tmp_path / "mhc")[0] == pytest.approx(plain, rel=1e-4)
+    last = torch.load(iteration_folder(tmp_path / "mhc") / FILE.format(1), weights_only=False)["model"]
+    biases = [value for key, value in last.items() if key.endswith("hyper_connection.bias")]
+    assert [bias[:4].argmax().item() for bias in biases] == [2, 3]
+
+
+def test_names_of_a_branch_are_had_by_way_of_a_gpt(run_ranks, tmp_path):
+    """In one step: the pairs first, then the names; and back."""
+    run_ranks(1, saved, "gpt", "dense", Layout(), HEAD, tmp_path / "gpt")
+    convert(run_ranks, "plugin", tmp_path / "gpt", tmp_path / "hybrid", "hybrid")
+
+    def to_branch():
+        for source in ("gpt", "hybrid"):
+            folders = tmp_path / source, tmp_path / f"dev_of_{source}"
+            convert_files("plugin", "megatron-dev", *folders, model="gpt")
+
+    run_ranks(1, to_branch)
+    assert_same(state_of(tmp_path / "dev_of_hybrid")[0], state_of(tmp_path / "dev_of_gpt")[0])
+    options = "contract=learned_head"
+    convert(run_ranks, "megatron-dev", tmp_path / "dev_of_gpt", tmp_path / "back", "hybrid", options=options)
+    assert_same(state_of(tmp_path / "back")[0], state_of(tmp_path / "hybrid")[0])

@@ -87,13 +87,15 @@ LAYOUTS = {
     "pp2_mamba": (2, Layout(pp=2), "M*|M-"),
     "tp2_sp_delta": (2, Layout(tp=2, sp=True), DELTA),
     "pp2_delta": (2, Layout(pp=2), "G*|GE"),
+    "ep2_delta": (2, Layout(ep=2), DELTA),
+    "cp2_delta": (2, Layout(cp=2), "G-GE"),  # Megatron's local attention refuses CP
     "pp2_mla": (2, Layout(pp=2), "+-|+-"),
     "pp2_mtp": (2, Layout(pp=2), "*-|*-/*-"),
     "pp2_last_stage_without_layers": (2, Layout(pp=2), "*-*-|"),
     "pp2_vpp2_stage_without_layers": (2, Layout(pp=2, vpp=2), "*-||*|E"),  # stock: wrong gradients
 }
 FEW = {("tp2", 2), ("tp2_pp2_sp", 2), ("tp2_sp_mamba", 2), ("pp2_mla", 2), ("pp2_mtp", 2)}
-FEW |= {("tp2_sp_delta", 2), ("pp2_delta", 2)}
+FEW |= {(f"{layout}_delta", 2) for layout in ("tp2_sp", "pp2", "ep2", "cp2")} | {("ep2_delta", 4)}
 FEW |= {("pp2_last_stage_without_layers", 2), ("pp2_vpp2_stage_without_layers", 2), ("pp2_mamba", 2)}
 
 

@@ -122,6 +122,14 @@ def test_graphs_of_experts(run_ranks, graphed):
     compare_graphs(run_ranks, 1, Layout(), "moe", MHCConfig(**MEAN), graphed)
 
 
+@pytest.mark.slow  # Triton's interpreter
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("graphed", [te("attn", *ROUTER), te(*PREPROCESS)], ids=name)
+def test_kernels_hand_on_across_the_edge_of_a_graph(run_ranks, graphed):
+    mhc = MHCConfig(backend="triton", sinkhorn_iterations=2, **MEAN)
+    compare_graphs(run_ranks, 1, Layout(), "moe", mhc, graphed, dict(num_layers=2), False, 1)
+
+
 @pytest.mark.parametrize("pp, stages", [(2, "Etttt|L"), (4, "Ett|t||tL")])
 def test_tokens_on_a_pipeline_have_the_logits_of_one_process(run_ranks, pp, stages):
     mhc = MHCConfig(**V41)

@@ -247,6 +247,32 @@ def test_plain_checkpoint_is_refused_in_both_formats(run_ranks, tmp_path, mhc):
     run_ranks(1, attempt)
 
 
+PARTIAL = [
+    (FOUR, "self_attention_hyper_connection.bias"),
+    (FOUR, "mlp_hyper_connection.alpha_pre"),
+    (FOUR, "mlp_hyper_connection.mapping_proj.weight"),
+    (DENSE, "mlp_hyper_connection.alpha_res"),
+    (MHCConfig(contract="learned_head"), "final_layernorm.head.alpha"),
+    (MHCConfig(preset="qwen4_exp"), "mlp_hyper_connection.read_up.weight"),
+]
+
+
+@pytest.mark.parametrize("mhc, name", PARTIAL, ids=[name for _, name in PARTIAL])
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_part_of_a_mappings_entries_is_refused_by_name(run_ranks, mhc, name, strict):
+    """megatron.training's second attempt, which is not strict, would start the absent one anew."""
+
+    def attempt():
+        model = gpt.build(mhc)
+        state = model.state_dict()
+        (absent, *_) = [key for key in state if key.endswith(name)]
+        del state[absent]
+        with pytest.raises(ValueError, match=f"{absent} is not in the checkpoint, which has "):
+            gpt.build(mhc).load_state_dict(state, strict=strict)
+
+    run_ranks(1, attempt)
+
+
 def test_stock_megatron_drops_the_streams_of_a_state_dict_unseen(run_ranks):
     """What the README warns of: without the hooks, the second, non-strict attempt succeeds."""
 

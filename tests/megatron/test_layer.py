@@ -9,8 +9,9 @@ import torch
 from megatron.core.transformer.module import Float16Module
 
 from megatron_mhc import MHCConfig, register
+from megatron_mhc.handed_on import taken
 from megatron_mhc.hyper_connection import HyperConnectionModule
-from megatron_mhc.ops import reference
+from megatron_mhc.ops import packed, reference
 
 IDENTITY = MHCConfig(num_residual_streams=1, h_res="identity", h_pre="fixed", h_post="fixed")
 # Of tests that compare bits with Triton's own: its interpreter takes its time for every iteration.
@@ -216,28 +217,45 @@ def test_a_compiled_layer_gives_the_same(run_ranks, compiler, options):
     agree(got, want)
 
 
-@pytest.mark.parametrize("backend, norm", [("triton", "folded"), ("reference", "apart")])
-def test_what_mhc_adds_to_a_layer_compiles_to_one_graph(run_ranks, backend, norm):
+@pytest.mark.parametrize(
+    "backend, norm, read",
+    [
+        ("triton", "folded", "current"),
+        ("reference", "apart", "current"),
+        ("triton", "folded", "previous"),
+        ("triton", "apart", "previous"),
+    ],
+)
+def test_what_mhc_adds_to_a_layer_compiles_to_one_graph(run_ranks, backend, norm, read):
     """Megatron's own attention and MLP, in which graphs break, stand aside."""
 
     def both():
-        model = gpt.build(MHCConfig(**TRITON | dict(backend=backend, norm=norm)))
+        mhc = MHCConfig(**TRITON | dict(backend=backend, norm=norm, read=read))
+        model = gpt.build(mhc)
         layer = model.decoder.layers[1]
         bias = torch.linspace(-1, 1, 32).requires_grad_()
         biased = layer.self_attn_bda(layer.training, False)
         layer._forward_attention = lambda x: (biased((torch.tanh(x), bias), x, 0.0), None)
         layer._forward_mlp = lambda x, *args, **kwargs: x * 0.5
         streams = torch.randn(8, 2, 4 * 32)
+        if read == "previous":
+            streams = packed.pack(streams, torch.rand(8 * 2, 4))
         results = []
+        of_reference, runs_reference = reference.mapping_logits, []
+        reference.mapping_logits = lambda *args: (runs_reference.append(args), of_reference(*args))[1]
         for run in (layer, torch._dynamo.optimize("aot_eager", nopython=True)(layer)):
             leaf = streams.clone().requires_grad_()
             output, _ = run(leaf)
+            if read == "previous":
+                output, h_pre = taken(output, layer.config, mhc, "here")
+                output = output + h_pre.sum()
             assert output._base is None  # else a pipeline schedule would refuse it
             layer.zero_grad()
             bias.grad = None
             output.square().sum().backward()
             grads = {name: p.grad for name, p in layer.named_parameters() if p.grad is not None}
             results.append((output.detach(), {"streams": leaf.grad, "bias": bias.grad, **grads}))
+        assert bool(runs_reference) == (backend == "reference")
         return *results, torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
     want, got, graphs = run_ranks(1, both)[0]
@@ -363,7 +381,9 @@ from megatron_mhc.hyper_connection import HyperConnectionModule
 sizes = dict(num_layers=1, hidden_size=16, num_attention_heads=1)
 config = TransformerConfig(**sizes, use_cpu_initialization=True, perform_initialization=False)
 for options in ({}, dict(init="uniform"), dict(h_res="unconstrained")):
+    torch.manual_seed(1)
     plain = HyperConnectionModule(config, MHCConfig(**options), 1).state_dict()
+    torch.manual_seed(1)
     with torch.device("meta"):
         built = HyperConnectionModule(config, MHCConfig(**options), 1).state_dict()
     assert all(built[name].equal(value) for name, value in plain.items())

@@ -173,6 +173,22 @@ def test_a_hybrid_run_resumed_equals_the_unbroken_one_bit_for_bit(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_model_of_gated_delta_nets_trains_and_goes_on_in_another_layout(tmp_path):
+    common = [*MHC, *HYBRID.split("E", 1)[1].replace("--pipeline-model-parallel-size 2", "").split()]
+    common += "--linear-key-head-dim 8 --linear-value-head-dim 6 --linear-num-key-heads 2".split()
+    common += ["--linear-num-value-heads", "4", "--hybrid-layer-pattern"]
+    two_stages = ["G*|-E", "--pipeline-model-parallel-size", "2", "--save", str(tmp_path / "checkpoint")]
+    values, _ = launch(tmp_path / "whole", *common, *two_stages)
+    assert values[-1] < values[0]
+    load = ["--load", str(tmp_path / "checkpoint"), "--ckpt-step", "2"]
+    resumed, _ = launch(
+        *(tmp_path / "resumed", *common, "G*-E", *load, "--sequence-parallel"),
+        *("--tensor-model-parallel-size", "2"),
+    )
+    torch.testing.assert_close(torch.tensor(resumed), torch.tensor(values[2:]), rtol=1e-5, atol=0)
+
+
+@pytest.mark.slow
 def test_a_hybrid_model_goes_on_from_the_checkpoint_of_the_same_gpt(tmp_path):
     """By Megatron's own translation as it loads: weights, mappings and optimizer."""
     common = [*MHC, *"--train-iters 4 --save-interval 2 --pipeline-model-parallel-size 2".split()]

@@ -104,6 +104,48 @@ def test_a_norm_compiles_to_one_graph_with_the_bits_of_eager():
     assert graphs() == 1
 
 
+def read_behind(x, weight, affine, f, h_pre, norm_weight=None, branch=sublayer):
+    """Two connections in a row that read with the weights of the one in front (--mhc-read previous)."""
+    norm = None if norm_weight is None else ReadNorm(norm_weight, 1e-5, False)
+    for _ in range(2):
+        y, mappings = autograd.pre(x, weight, affine, Options(1e-6, 2, False), norm=norm, h_pre=h_pre)
+        x, h_pre = autograd.post_res(branch(y, f), mappings), mappings.handed_on
+    return y, x, h_pre
+
+
+def inputs_behind(case, folds):
+    tensors = inputs(*case[:4])
+    h_pre = torch.rand(case[0], case[1], generator=torch.Generator().manual_seed(2))
+    tensors.append(h_pre.to(tensors[0].device))
+    return [*tensors, norm_like(tensors[3], dtype=case[3]).weight] if folds else tensors
+
+
+@pytest.mark.parametrize("case", [CASES[0], CASES[1], CASES[3], CASES[4]])
+@pytest.mark.parametrize("folds", [False, True])
+@apart
+def test_weights_that_are_handed_on_compile_to_one_graph_with_the_bits_of_eager(case, folds):
+    tensors = inputs_behind(case, folds)
+    same(results(optimize(read_behind), tensors), results(read_behind, tensors))
+    assert graphs() == 1
+
+
+@apart
+def test_weights_are_handed_on_over_a_break():
+    tensors = inputs_behind(CASES[0], False)
+    run = functools.partial(read_behind, branch=broken)
+    same(results(optimize(run, fullgraph=False), tensors), results(read_behind, tensors))
+    assert graphs() == 3
+
+
+@apart
+def test_weights_that_reach_no_loss_have_no_gradient_to_give():
+    def run(*leaves):
+        return read_behind(*leaves)[:2]
+
+    tensors = inputs_behind(CASES[0], False)
+    same(results(optimize(run), tensors), results(run, tensors))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 @apart
 def test_the_choice_of_a_back_end_is_traced(dtype):
@@ -149,9 +191,12 @@ def test_ops_hold_what_torch_asks_of_custom_ops(monkeypatch):
     settings = *compiled.flat(OPTIONS), "triton"
     of_norm = norm_like(f).weight.requires_grad_(), 1e-5, False
     torch.library.opcheck(compiled.pre, (*leaves, *settings))
+    h_pre = torch.rand(3, 4).requires_grad_()
     torch.library.opcheck(compiled.pre, (*leaves, *settings, *of_norm))
+    torch.library.opcheck(compiled.pre, (*leaves, *settings, None, 0.0, False, h_pre))
+    torch.library.opcheck(compiled.pre, (*leaves, *settings, *of_norm, h_pre))
     made = (t.detach() for t in compiled.pre(*leaves, *settings, *of_norm))
-    layer_input, g_tunnel, f_tunnel, saved, values, norm_saved = made
+    layer_input, g_tunnel, f_tunnel, saved, values, norm_saved, _ = made
     tunnels = g_tunnel.requires_grad_(), f_tunnel.requires_grad_()
     torch.library.opcheck(
         compiled.post_res, (*tunnels, x, f.requires_grad_(), values, saved, affine, *Form())
@@ -161,7 +206,10 @@ def test_ops_hold_what_torch_asks_of_custom_ops(monkeypatch):
     torch.library.opcheck(compiled._post_backward, (g, saved, plain[2], *Form()))
     given = plain[0], g, f.detach(), layer_input, *plain[1:], saved, norm_saved, *settings
     torch.library.opcheck(compiled._pre_backward, given)
-    torch.library.opcheck(compiled._pre_backward, (*given, of_norm[0].detach(), *of_norm[1:]))
+    given = *given, of_norm[0].detach(), *of_norm[1:]
+    torch.library.opcheck(compiled._pre_backward, given)
+    torch.library.opcheck(compiled._pre_backward, (*given, h_pre.detach(), None))
+    torch.library.opcheck(compiled._pre_backward, (*given, h_pre.detach(), torch.rand(3, 4)))
 
 
 @pytest.mark.slow  # inductor calls a C++ compiler

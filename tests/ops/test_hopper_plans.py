@@ -1,6 +1,11 @@
 """What launches keep between calls, and in CUDA graphs; the driver is a stand-in, so any CPU will do."""
 
+import contextlib
+import gc
 import itertools
+import sys
+import threading
+import time
 import types
 import weakref
 
@@ -32,7 +37,7 @@ def machine(monkeypatch):
     driver = types.SimpleNamespace(cuMemsetD8Async=memset, cuLaunchKernel=lambda *_: 0)
     monkeypatch.setattr(launch, "_driver", lambda: driver)
     monkeypatch.setattr(launch, "_empty", empty)
-    monkeypatch.setattr(launch, "_workspaces", {})
+    monkeypatch.setattr(launch, "_workspaces", launch._Workspaces())
     monkeypatch.setattr(launch, "raw_stream", lambda device: now.stream)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch._C, "_cuda_isCurrentStreamCapturing", lambda: now.capturing, raising=False)
@@ -62,6 +67,65 @@ def test_launches_of_a_stream_share_one_workspace(machine):
     assert sorted(kept(machine)) == [128, 1024] and machine.memsets[-1][2] == 7
 
 
+def test_threads_that_launch_on_one_stream_share_no_workspace(machine):
+    """One may clear between the other's clearing and its kernel: autograd's thread, beside a forward pass."""
+    step = threading.Barrier(2, timeout=10)
+
+    def run():
+        one = plan(1000)
+        one.launch((), ())
+        step.wait()  # both threads are alive, so they have different idents
+        one.launch((), ())
+        step.wait()
+
+    threads = [threading.Thread(target=run) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    addresses = [address for address, _, _ in machine.memsets]
+    assert len(addresses) == 4 and len(set(addresses)) == 2
+    del threads, thread
+    gc.collect()
+    assert kept(machine) == []  # of threads that have ended
+
+
+def test_threads_that_ask_at_once_compile_a_program_once(machine, monkeypatch):
+    compiled, start = [], threading.Barrier(4, timeout=10)
+
+    def compile_slowly(path, **defines):
+        compiled.append(defines["WIDTH"])
+        time.sleep(0.05)
+        return b"binary"
+
+    driver = types.SimpleNamespace(
+        cuModuleLoadData=lambda binary: (0, len(compiled)),
+        cuModuleGetFunction=lambda module, name: (0, module),
+        cuFuncSetAttribute=lambda *args: (0,),
+        CUfunction_attribute=types.SimpleNamespace(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES=0),
+    )
+    bindings = types.ModuleType("cuda.bindings")
+    bindings.driver = driver
+    monkeypatch.setitem(sys.modules, "cuda", types.ModuleType("cuda"))
+    monkeypatch.setitem(sys.modules, "cuda.bindings", bindings)
+    monkeypatch.setattr(hopper, "cubin", compile_slowly)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+    monkeypatch.setattr(hopper, "checked", lambda result, what: result[-1])
+    source, functions = hopper.Source(pre.SOURCE.path, THREADS=32), []
+
+    def ask():
+        start.wait()
+        functions.extend(hopper.kernel(source, 0, 1024, WIDTH=width).function for width in (64, 128))
+
+    threads = [threading.Thread(target=ask) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(compiled) == [64, 128] and sorted(functions) == [1] * 4 + [2] * 4
+
+
 def test_launches_of_a_graph_keep_no_memory_and_take_none_of_a_stream(machine):
     eager = plan(1000)
     eager.launch((), ())
@@ -70,7 +134,7 @@ def test_launches_of_a_graph_keep_no_memory_and_take_none_of_a_stream(machine):
     machine.stream = 7
     plan(200).launch((), ())  # made while its stream is captured
     assert machine.memsets[1][0] != machine.memsets[0][0]
-    assert kept(machine) == [1024] and set(launch._workspaces) == {(0, 0)}
+    assert kept(machine) == [1024] and set(launch._workspaces.of) == {(0, 0)}
 
 
 def test_tensor_maps_are_bounded(machine):

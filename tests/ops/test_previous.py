@@ -3,9 +3,13 @@
 import pytest
 import torch
 from emulator.launch import compiler
+from megatron.core.transformer import TransformerConfig
 from ops_cases import COEFFICIENT, DEVICE, ON_GPU, STREAM, each, error, inputs, norm_like
 from ops_emulated import RINGS, SHAPES
 
+from megatron_mhc import MHCConfig
+from megatron_mhc.handed_on import first_weights
+from megatron_mhc.hyper_connection import HyperConnectionModule
 from megatron_mhc.ops import autograd, boundary, link, reference
 from megatron_mhc.ops.autograd import NextPre
 from megatron_mhc.ops.hopper import pre as hopper_pre
@@ -238,3 +242,37 @@ def test_what_a_writer_made_for_other_weights_is_made_again(poisoned):
     read, _ = autograd.pre(streams, weight, affine, options, TRITON, 4, None, other)
     alone, _ = autograd.pre(streams.detach(), weight, affine, options, TRITON, 4, None, other)
     assert torch.equal(read, alone)
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize("over", [[1], [0, 1, 2]])
+def test_an_edge_of_a_graph_lies_between_pre_and_post_res(poisoned, backend, over):
+    """`read_across` and `arrived`: the bits and the kernels of connections without an edge."""
+    T, n, width = 6, 4, 48
+    config = TransformerConfig(num_layers=1, hidden_size=width, num_attention_heads=1, params_dtype=BF16)
+    config.use_cpu_initialization = not ON_GPU
+    mhc = MHCConfig(read="previous", backend=backend, sinkhorn_iterations=2)
+    modules = [HyperConnectionModule(config, mhc, k).to(DEVICE) for k in range(3)]
+    for k, p in enumerate(p for module in modules for p in module.parameters()):
+        values = torch.randn(p.shape, generator=torch.Generator().manual_seed(k)) * 0.3
+        p.data.copy_(values)
+    x, *_, f = inputs(T, n, width, BF16)
+    found = []
+    for edges in ([], over):
+        leaf = x.view(3, 2, n * width).clone().requires_grad_()
+        streams, h_pre = leaf * 1, first_weights(leaf, n)
+        for k, module in enumerate(modules):
+            if k in edges:
+                layer_input, crossing = module.read_across(streams, h_pre)
+                assert len(crossing) == (6 if backend == "triton" else 4)
+                streams, mappings = module.arrived(*crossing)
+            else:
+                layer_input, mappings = module(streams, h_pre)
+            assert isinstance(mappings, reference.Coefficients) == (backend == "reference")
+            streams = module.post_res(streams, f.view(3, 2, width) + layer_input, mappings)
+            h_pre = module.handed_on(mappings)
+        weights = [p for module in modules for p in module.parameters()]
+        loss = (streams.float() * torch.arange(n * width, device=DEVICE)).sum() + h_pre.square().sum()
+        found.append([streams, h_pre, *torch.autograd.grad(loss, [leaf, *weights])])
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)

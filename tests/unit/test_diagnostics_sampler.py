@@ -138,6 +138,15 @@ def test_samples_are_copies(dtype):
     assert sample.h_pre.abs().min() > 0 and sample.gram.abs().max() > 0
 
 
+def test_a_microbatch_without_tokens_is_passed_over():
+    (module,) = connections(1)
+    with torch.no_grad(), Sampler(module, config_of(module.mhc)) as sampler:
+        module(torch.randn(0, 1, N * C))
+        assert not sampler.samples
+        module(torch.randn(T, 1, N * C))
+    assert sampler.samples[0].h_res.shape[0] > 0
+
+
 def test_hooks_are_removed_when_the_step_fails():
     modules = connections(1)
     with pytest.raises(RuntimeError, match="step"), Sampler(modules, config_of(modules[0].mhc)):

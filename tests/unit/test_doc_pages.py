@@ -191,3 +191,15 @@ def test_commands_run(block, tmp_path):
 @pytest.mark.parametrize("block", SLOW, ids=name_of)
 def test_commands_that_take_minutes_run(block, tmp_path):
     run(block, tmp_path, 850)
+
+
+def test_the_first_files_of_how_a_step_runs_do_what_it_says():
+    """By what each imports: who checks and registers, and who wraps."""
+    step = (ROOT / "CONTRIBUTING.md").read_text().partition("1. `specs.py`")[2].partition("\n2. ")[0]
+    said = {file: words for file, words in re.findall(r"`(\w+\.py)`([^`]*)", step)}
+    for file, word, imported in (
+        ("preparation.py", "checks", "hooks, parallel"),
+        ("wrapping.py", "puts", "HyperConnectionTransformerLayer"),
+    ):
+        assert word in said[file] and imported in (ROOT / "megatron_mhc" / file).read_text()
+    assert "hooks" not in (ROOT / "megatron_mhc" / "wrapping.py").read_text()

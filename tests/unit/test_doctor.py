@@ -346,9 +346,9 @@ def test_graphs_are_named(examine, flags, said):
     assert found["CUDA graphs"] == said and blocked == []
 
 
-def test_memory_of_a_hybrid_model_is_not_counted(run_ranks):
+def test_a_hybrid_model_is_refused_where_a_gpt_is_planned(run_ranks):
     def counted():
-        with pytest.raises(ValueError, match="--hybrid-layer-pattern: a GPT's layers alone are counted"):
+        with pytest.raises(ValueError, match="--hybrid-layer-pattern: this is for a GPT's layers; drop it"):
             command_line.parse(f"{MODEL} {HYBRID}".split(), 1)
 
     run_ranks(1, counted)

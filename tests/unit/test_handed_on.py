@@ -86,6 +86,26 @@ def test_packed_weights_and_their_gradients_keep_every_bit(dtype, sequence):
     assert torch.equal(x.grad, dx) and torch.equal(h.grad, dh)
 
 
+@pytest.mark.parametrize("tokens", [(1, 1), (3, 2), (0, 2)])
+@pytest.mark.parametrize("n", [1, 3, 4])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_parts_of_what_is_packed_are_copies_of_any_number_of_tokens(dtype, n, tokens):
+    """Of one token too, whose row is contiguous where it lies, behind an odd number of channels."""
+    s, b = tokens
+    channels, exact = 5, torch.float64 if dtype == torch.float64 else torch.float32
+    x = rand(s, b, channels, dtype=dtype).requires_grad_()
+    h = rand(s * b, 2 * n, dtype=exact).requires_grad_()
+    for coefficients in (h, h[:, n:], h[:, :1]):
+        together = packed.join(x * 1, coefficients)
+        places = [packed.part(together, channels), packed.unpack(together.detach(), channels)[1:]]
+        found = [part for parts in places for part in parts]
+        base = together.untyped_storage().data_ptr()
+        assert all(part.untyped_storage().data_ptr() != base for part in found if part.numel())
+        assert torch.equal(found[0], x) and all(torch.equal(part, coefficients) for part in found[1:])
+        gradients = torch.autograd.grad(found[:2], [x, coefficients], [torch.ones_like(p) for p in found[:2]])
+        assert all(torch.equal(g, torch.ones_like(g)) for g in gradients)
+
+
 def test_weights_travel_on_the_tensor_or_packed():
     mhc = MHCConfig(read="previous")
     streams, h_pre = rand(S, B, N * C), rand(S * B, N)

@@ -1,5 +1,7 @@
 """register / revert / report: idempotent, reversible, and closed to anything it was not written for."""
 
+import ast
+import contextlib
 import dataclasses
 import functools
 import gc
@@ -7,6 +9,7 @@ import inspect
 import sys
 import threading
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,10 +17,21 @@ from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.transformer import TransformerConfig
 
 import megatron_mhc
-from megatron_mhc import hooks, parallel, releases
+from megatron_mhc import contraction, hooks, parallel, releases
 from megatron_mhc.hooks import targets, uses
-from megatron_mhc.hooks.optimizer import load_by_masters, save_current_float32
+from megatron_mhc.hooks.optimizer import (
+    detach_float32_shards,
+    explain_other_layout,
+    lend_main_gradients,
+    load_by_masters,
+    master_every_parameter,
+    number_all_parameters,
+    number_float32_first,
+    save_current_float32,
+)
 from megatron_mhc.hyper_connection import HyperConnectionModule
+from megatron_mhc.mapping_parameters import are_ours
+from megatron_mhc.pipeline import buffers
 
 
 @pytest.fixture(autouse=True)
@@ -226,7 +240,10 @@ def test_report_says_which_operations_the_models_run(options, words):
 @pytest.mark.parametrize("saved", [[[], [2.0]], [[2.0]]], ids=["torch", "torch_dist"])
 def test_masters_are_found_whether_or_not_a_format_keeps_empty_groups(saved):
     """Of a group of fp32 parameters alone."""
-    optimizer = types.SimpleNamespace(float16_groups=[[], ["p"]], fp32_from_float16_groups=[[], [1.0]])
+    connection = HyperConnectionModule(small(), megatron_mhc.MHCConfig(), 0)
+    optimizer = stub(connection.affine)
+    groups = [[], optimizer.float16_groups[0]]
+    optimizer.float16_groups, optimizer.fp32_from_float16_groups = groups, [[], [1.0]]
 
     def load(self, state_dict):  # pairs them as Megatron does
         pairs = zip(self.fp32_from_float16_groups, state_dict["fp32_from_fp16_params"], strict=False)
@@ -234,7 +251,144 @@ def test_masters_are_found_whether_or_not_a_format_keeps_empty_groups(saved):
 
     state = {"optimizer": {}, "fp32_from_fp16_params": saved}
     assert load_by_masters(load)(optimizer, state) == [(1.0, 2.0)]
-    assert optimizer.float16_groups == [["p"]]
+    assert len(optimizer.float16_groups) == 1
+
+
+def stub(float32):
+    """An optimizer of a bf16 parameter and this fp32 one, by all names under which Megatron's have them."""
+    half = torch.ones(2, dtype=torch.bfloat16)
+    params = [half, float32]
+    return types.SimpleNamespace(
+        float16_groups=[[half]],
+        fp32_from_float16_groups=[[half.float()]],
+        fp32_from_fp32_groups=[[float32]],
+        param_groups=[{"params": params}],
+        optimizer=types.SimpleNamespace(param_groups=[{"params": params}]),
+        param_update_in_fp32=True,
+    )
+
+
+def numbered(optimizer):
+    ranges = [{"params": list(optimizer.param_groups[0]["params"])}]
+    build = number_float32_first(lambda param_groups, gbuf_ranges: ({}, ranges))
+    build(None, optimizer.param_groups, [])
+    return ranges[0]["params"][0] is optimizer.param_groups[0]["params"][0]
+
+
+def sharded(optimizer):
+    try:
+        return number_all_parameters(lambda *args: "stock")(optimizer, {}) == "stock"
+    except AttributeError:  # went on, and found no `state_dict`
+        return False
+
+
+def attached(optimizer):
+    shard = torch.nn.Parameter(optimizer.fp32_from_fp32_groups[0][0].detach().clone()).view(-1)
+    shards = [[shard]]
+    group_ranges = [{"orig_group": optimizer.param_groups[0]}]
+    build = detach_float32_shards(lambda *args: (None, None, None, shards, None))
+    build(None, [], {}, group_ranges, None)
+    return shards[0][0] is shard
+
+
+def without_main_gradient(optimizer):
+    seen = []
+    parameter = optimizer.fp32_from_fp32_groups[0][0]
+    lend_main_gradients(lambda self: seen.append(hasattr(parameter, "main_grad")))(optimizer)
+    return seen == [False]
+
+
+def divided(optimizer):
+    groups = [{"params": list(optimizer.param_groups[0]["params"])}]
+    master_every_parameter(lambda *args: (None, groups, {}, None, {}))(optimizer, 0.5)
+    return all(a is b for a, b in zip(groups[0]["params"], optimizer.param_groups[0]["params"], strict=True))
+
+
+def unexplained(optimizer):
+    def load(self, state_dict):
+        raise KeyError("state")
+
+    try:
+        chained = types.SimpleNamespace(chained_optimizers=[optimizer])
+        explain_other_layout(load)(chained, {})
+    except (KeyError, ValueError) as error:
+        return type(error) is KeyError
+
+
+def as_it_was(optimizer):
+    optimizer.float16_groups.append([])
+    load_by_masters(lambda *args: None)(optimizer, {})
+    return len(optimizer.float16_groups) == 2
+
+
+@pytest.mark.parametrize(
+    "is_stock", [numbered, sharded, attached, without_main_gradient, divided, unexplained, as_it_was]
+)
+def test_a_plain_models_optimizer_is_megatrons_beside_a_model_with_mappings(is_stock):
+    connection = HyperConnectionModule(small(), megatron_mhc.MHCConfig(), 0)
+    assert is_stock(stub(torch.nn.Parameter(torch.ones(2))))
+    assert not is_stock(stub(connection.affine))
+
+
+def test_the_parameters_of_a_librarys_contraction_are_beside_mappings():
+    class Mean(torch.nn.Module):
+        def __init__(self, config, mhc):
+            super().__init__()
+            self.weight, self.n = torch.nn.Parameter(torch.ones(1)), mhc.num_residual_streams
+
+        def forward(self, streams):
+            return streams.unflatten(-1, (self.n, -1)).mean(-2) * self.weight
+
+    built = contraction.build(Mean, small(), megatron_mhc.MHCConfig())
+    assert are_ours([built.weight]) and not are_ours([torch.ones(1)])
+
+
+def set_symbols(path):
+    """What a file assigns to, or sets, of what it has imported of Megatron, as `name.attribute`."""
+    tree = ast.parse(path.read_text())
+    imported = {
+        alias.asname or alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "megatron"
+        for alias in node.names
+    }
+    for node in ast.walk(tree):
+        places = node.targets if isinstance(node, ast.Assign) else []
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("setattr", "delattr"):
+            places = [ast.Attribute(node.args[0], ast.unparse(node.args[1]))]
+        for place in places:
+            if isinstance(place, ast.Attribute) and getattr(place.value, "id", "") in imported:
+                yield f"{place.value.id}.{place.attr}"
+
+
+def test_every_symbol_that_is_replaced_stands_in_the_table():
+    """But for what its docstring names: of pretrain_gpt.py, and of testing/."""
+    package = Path(megatron_mhc.__file__).parent
+    found = {
+        f"{path.relative_to(package)}: {name}"
+        for path in package.rglob("*.py")
+        if path.parent.name != "testing"
+        for name in set_symbols(path)
+    }
+    assert found == {"pretrain_gpt.py: utils.compile_helpers"}
+
+
+def test_a_buffer_is_new_in_fused_steps_alone(monkeypatch):
+    from megatron.core.utils import GlobalMemoryBuffer
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: "cpu")
+    buffer, shape = GlobalMemoryBuffer(), ((2, 3), torch.float32, "x")
+    with pytest.raises(RuntimeError, match="the hooks of megatron_mhc.register"), buffers.own_buffers():
+        pass
+    with megatron_mhc.register():
+        shared = buffer.get_tensor(*shape)
+        with buffers.own_buffers():
+            first = buffer.get_tensor(*shape)
+            with buffers.own_buffers():
+                second = buffer.get_tensor(*shape)
+            third = buffer.get_tensor(*shape, mem_alloc_context=contextlib.nullcontext)
+        assert buffer.get_tensor(*shape).data_ptr() == shared.data_ptr()
+    assert len({t.data_ptr() for t in (shared, first, second, third)}) == 4
 
 
 @pytest.mark.parametrize("place", [parallel._DATA_PARALLEL, parallel._MEGATRON_FSDP, parallel._FSDP2])
@@ -245,19 +399,18 @@ def test_what_gathers_parameters_is_checked_where_it_is_looked_for(place):
 
 
 def test_a_plain_models_float32_master_is_saved_as_megatron_saves_it():
-    gc.collect()
     config = types.SimpleNamespace(use_precision_aware_optimizer=True, optimizer_cpu_offload=False)
-    parameter, master = torch.ones(2), torch.zeros(2)
-    optimizer = types.SimpleNamespace(
-        config=config,
-        model_param_group_index_map={parameter: (0, 0)},
-        optimizer=types.SimpleNamespace(param_groups=[{"params": [parameter]}]),
-    )
+    master = torch.zeros(2)
     get = save_current_float32(lambda self, model_param: {"param": master})
-    assert get(optimizer, parameter)["param"] is master
     connection = HyperConnectionModule(small(), megatron_mhc.MHCConfig(), 0)
-    assert get(optimizer, parameter)["param"].equal(parameter)
-    del connection
+    for parameter in (torch.ones(2), connection.affine):
+        optimizer = types.SimpleNamespace(
+            config=config,
+            model_param_group_index_map={parameter: (0, 0)},
+            optimizer=types.SimpleNamespace(param_groups=[{"params": [parameter]}]),
+        )
+        saved = get(optimizer, parameter)["param"]
+        assert saved.equal(parameter) if parameter is connection.affine else saved is master
 
 
 def test_report_goes_by_the_dtype_of_the_streams():

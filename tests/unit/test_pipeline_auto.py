@@ -11,7 +11,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron_mhc import MHCConfig, hooks
 from megatron_mhc.pipeline import auto, forms, links, probe, queues
 from megatron_mhc.pipeline.forms import FORMS, PLAINEST, STOCK, Form, Link, fastest, obstacle
-from megatron_mhc.pipeline.layer_times import Launch, Machine, layer_of, times_of
+from megatron_mhc.pipeline.layer_times import Launch, Layer, Machine, layer_of, times_of
 
 AUTO = MHCConfig(pipeline_schedule="auto")
 WHOLE, SPLIT = PLAINEST, Form("interleaved", "split")
@@ -211,7 +211,7 @@ def test_what_was_chosen_stands_in_the_report_and_is_what_a_config_gets_again(ch
         (config(pp=1, vpp=None), LAUNCH, "one stage"),
         (config(vpp=None), LAUNCH, "no virtual stages"),
         (config(), None, "microbatches are not known"),
-        (config(variable_seq_lengths=True), LAUNCH, "does not support --variable-seq-lengths"),
+        (config(variable_seq_lengths=True), LAUNCH, "does not support variable_seq_lengths=True"),
     ],
 )
 def test_megatrons_schedule_and_no_error_where_nothing_can_be_chosen(chosen, model, launch, words):
@@ -287,3 +287,20 @@ def test_sizes_of_a_step_come_from_megatrons_arguments():
     assert launch_of(args) == Launch(8, 2, 5, (2, 3, 3))  # the last size, and then those of evaluation
     args.global_batch_size = None
     assert launch_of(args) is None
+
+
+def test_rates_are_measured_for_each_dtype_of_a_layer(monkeypatch):
+    measured, group = [], object()
+    layer = Layer(*[64] * len(Layer._fields))
+    monkeypatch.setattr(probe, "_measured", [])
+    monkeypatch.setattr(probe, "_gemm", lambda layer, dtype, device: measured.append(dtype) or 1.0)
+    monkeypatch.setattr(probe, "_ring", lambda *_: 1.0)
+    monkeypatch.setattr(probe, "_all_to_all", lambda *_: 1.0)
+    monkeypatch.setattr(probe, "everywhere", lambda rates: [rates, rates])
+    monkeypatch.setattr(probe.parallel_state, "get_expert_model_parallel_group", lambda: None)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *size, device=None: empty(*size))
+    for dtype in (torch.bfloat16, torch.float32, torch.bfloat16, torch.float32):
+        probe.machine_of(group, layer, 4, dtype)
+    assert measured == [torch.bfloat16, torch.float32]

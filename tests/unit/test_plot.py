@@ -1,5 +1,7 @@
 """Figures and comparisons of logs whose numbers are known: gaps, tables, seeds, resumed runs, figures."""
 
+import argparse
+import importlib.util
 import json
 import subprocess
 import sys
@@ -13,7 +15,21 @@ SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 import loss_compare  # noqa: E402
 
-from megatron_mhc import plot, run_logs  # noqa: E402
+
+def of_stability(name):
+    """A script of examples/stability, as a module."""
+    path = SCRIPTS.parent / "examples/stability" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"stability_{name}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+stability_run, stability_report = of_stability("run"), of_stability("report")
+
+from megatron_mhc import MHCConfig, plot, run_logs  # noqa: E402
+from megatron_mhc.arguments import add_mhc_args  # noqa: E402
+from megatron_mhc.diagnostics.report import KINDS  # noqa: E402
 
 
 def write_run(folder: Path, losses: dict[int, float], gains: dict[int, list[float]] | None = None) -> Path:
@@ -109,6 +125,20 @@ def test_table_has_the_numbers(runs):
     assert "| -0.6000 ± 0.1414 |" in lines[3]
 
 
+def test_sublayers_of_every_kind_are_read_back_in_the_order_in_which_they_run(tmp_path):
+    """Those of a HybridModel, one a layer, and of multi-token prediction behind the decoder's."""
+    kinds = sorted(KINDS.values())
+    names = [f"layer_{layer:03d}_{kind}" for layer, kind in enumerate(kinds, start=998)]
+    names += ["mtp_001_attention", "mtp_001_mlp", "mtp_002_attention", "mtp_002_mlp"]
+    writer = SummaryWriter(str(tmp_path))
+    for place, name in reversed(list(enumerate(names))):
+        writer.add_scalar(f"mhc/gain_forward/{name}", float(place), 7)
+    writer.close()
+    report = run_logs.read_run(str(tmp_path)).report()
+    assert report["sublayers"] == names
+    assert report["statistics"]["gain_forward"] == list(range(len(names)))
+
+
 def test_losses_are_compared_at_a_step_that_all_have(monkeypatch, runs, tmp_path):
     out = tmp_path / "gap.png"
     run_script(monkeypatch, loss_compare, *runs, "--until", "4", "--window", "1", "--out", str(out))
@@ -131,6 +161,25 @@ def test_stability_report_takes_in_unfinished_runs(tmp_path):
     rows = json.loads((tmp_path / "figures/loss_gap.json").read_text())["rows"]
     assert [row["steps"] for row in rows] == [8, 8] and rows[1]["gap"] == pytest.approx(-0.5)
     assert {"gains.png", "heatmaps.png", "curves.png"} <= {p.name for p in (tmp_path / "figures").iterdir()}
+
+
+def test_the_stability_experiment_has_every_form_and_a_label_of_it(tmp_path):
+    """A form that report.py does not know would be trained and left out of the figures."""
+    models = {"plain", "hc", "mhc", "single_pass", "identity", "gated"}
+    assert set(stability_run.MODELS) == set(stability_report.LABELS) == models
+    forms = {}
+    for model, words in stability_run.MODELS.items():
+        parser = argparse.ArgumentParser()
+        add_mhc_args(parser)
+        parser.add_argument("--no-mhc", action="store_true")
+        args = parser.parse_args(words)
+        forms[model] = None if args.no_mhc else MHCConfig.from_args(args)
+    assert forms["identity"].h_res == "identity" and forms["gated"].is_gated
+    for model in models:
+        gains = None if model == "plain" else {4: [1.0, 1.0]}
+        write_run(tmp_path / f"{model}_seed1/tensorboard", {1: 9.0, 4: 8.0}, gains)
+    found = [argument.partition("=")[0] for argument in stability_report.started(tmp_path)]
+    assert found == [stability_report.LABELS[model] for model in stability_run.MODELS]
 
 
 def run_script(monkeypatch, module, *words: str) -> None:

@@ -93,6 +93,53 @@ def test_table_of_a_recipe_with_a_custom_layout(run_ranks):
     assert megatron["vanilla"] == rows["vanilla"] and megatron["mHC"][1] < rows["mHC"][1]
 
 
+MOE = "--num-experts 4 --moe-ffn-hidden-size 128 --moe-router-topk 2".split()
+
+
+def with_pattern(pattern, *more):
+    without = RECIPE.replace("--num-layers 12 ", "")
+    return printed(without, "--", "--hybrid-layer-pattern", pattern, *more)
+
+
+@pytest.mark.parametrize("mlp, more", [("-", []), ("E", MOE)], ids=["dense", "moe"])
+def test_a_hybrid_model_of_pairs_takes_the_memory_of_its_gpt(run_ranks, mlp, more):
+    def rows():
+        layer = "*" + mlp
+        return printed(RECIPE, "--", *more), with_pattern("|".join([3 * layer] * 4), *more)
+
+    gpt_rows, hybrid_rows = run_ranks(1, rows)[0]
+    assert gpt_rows.pop("layers") == ["3"] * 4 and hybrid_rows.pop("layers") == ["6"] * 4
+    assert gpt_rows == hybrid_rows
+
+
+def test_stages_of_a_hybrid_model_are_those_of_its_pattern(run_ranks):
+    virtual = run_ranks(1, with_pattern, "*-|*|-*|-|*|-|*|-*-")[0]
+    assert virtual["layers"] == ["2+1", "1+1", "2+1", "1+3"]
+    shared_out = run_ranks(1, with_pattern, "*-" * 6, "--decoder-first-pipeline-num-layers", "3")[0]
+    assert shared_out["layers"] == ["3", "3", "3", "3"]
+    uneven = run_ranks(1, with_pattern, "*-" * 6, "--decoder-last-pipeline-num-layers", "6")[0]
+    assert uneven["layers"] == ["2", "2", "2", "6"]
+
+
+def test_layers_of_mixers_are_counted_by_their_projections():
+    config = TransformerConfig(
+        num_layers=2, **SIZES, is_hybrid_model=True, params_dtype=torch.bfloat16, bf16=True
+    )
+    config.mamba_num_heads, config.mamba_head_dim = 4, 32
+    config.mamba_num_groups, config.mamba_state_dim = 2, 16
+    config.linear_num_key_heads, config.linear_num_value_heads = 2, 4
+    config.linear_key_head_dim, config.linear_value_head_dim = 16, 8
+    # Mamba: z and x of 128 channels, B and C of 32, 4 steps; the scan's output and the gated norm's.
+    assert inventory.mamba(config) == 2 * (64 + 2 * 128 + 2 * 32 + 4 + 2 * 128)
+    # Delta net: q, k, v and z of 32, two numbers a head; q and k of length 1, and spread over 4 heads; v; the
+    # rule's output and the gated norm's.
+    assert inventory.delta(config) == 2 * (64 + 4 * 32 + 8 + 2 * 32 + 2 * 64 + 32 + 2 * 32)
+    [rank] = estimate.ranks(config, MHCConfig(norm="apart"), 32, 1, 1, "MG")
+    assert [s.inside for s in rank.stored] == [32 * inventory.mamba(config), 32 * inventory.delta(config)]
+    with pytest.raises(ValueError, match="--hybrid-layer-pattern with D"):
+        estimate.ranks(config, MHCConfig(), 32, 1, 1, "D-")
+
+
 @pytest.mark.parametrize(
     "command, text, words",
     [
@@ -136,6 +183,52 @@ def test_command_lines_are_cut_behind_the_script():
         None,
     )
     assert cut("--num-layers 4") == ({}, (), ["--num-layers", "4"], None)
+
+
+MODULE = "megatron_mhc.pretrain_gpt"
+
+
+@pytest.mark.parametrize(
+    "launch, program, world",
+    [
+        ("torchrun --nproc-per-node 8 --some-flag value pretrain_gpt.py", ["pretrain_gpt.py"], 8),
+        ("torchrun --nproc_per_node 8 --standalone /a/pretrain_gpt.py", ["/a/pretrain_gpt.py"], 8),
+        ("torchrun --log-dir logs.py --nproc-per-node=2 --nnodes=4 train.py", ["train.py"], 8),
+        ("torchrun --nproc-per-node gpu --redirects 3 train.py", ["train.py"], None),
+        (f"torchrun --nproc-per-node 8 --nnodes 1:4 -m {MODULE}", [MODULE], None),
+        (f"torchrun -m --nproc-per-node 8 {MODULE}", [MODULE], 8),
+        (f"/opt/bin/torchrun --nproc-per-node 8 --module {MODULE}", [MODULE], 8),
+        (
+            "python -m torch.distributed.run --nproc-per-node 2 -m megatron_mhc.testing.cpu -m "
+            "megatron_mhc.launch pretrain_gpt.py",
+            ["torch.distributed.run", "megatron_mhc.testing.cpu", "megatron_mhc.launch", "pretrain_gpt.py"],
+            2,
+        ),
+        ("python3.12 -u -X faulthandler -W ignore train.py", ["train.py"], None),
+        (f"python -m cProfile -o out.py -m {MODULE}", ["cProfile", MODULE], None),
+        ("srun -m block:block -n 16 --export=ALL,X=1 python -u pretrain_gpt.py", ["pretrain_gpt.py"], None),
+        ("srun -N 2 numactl -m 0 ./wrap.sh pretrain_gpt.py", ["pretrain_gpt.py"], None),
+        ("uv run --python python3.12 --with a pretrain_gpt.py", ["pretrain_gpt.py"], None),
+        (f"uv run -m {MODULE}", [MODULE], None),
+        ("uv run torchrun --nproc-per-node 4 pretrain_gpt.py", ["pretrain_gpt.py"], 4),
+        ("./pretrain_gpt.py", ["./pretrain_gpt.py"], None),
+        ("", [], None),
+    ],
+)
+def test_a_program_is_found_behind_what_starts_it_and_not_among_its_arguments(launch, program, world):
+    arguments = "--num-layers 4 --data-path a.py -m b --log python --lr 1".split()
+    command = take_apart([*launch.split(), *arguments])
+    assert command == ({}, tuple(program), arguments, world)
+
+
+def test_the_environment_of_a_launch_is_read_wherever_it_is_set():
+    command = take_apart("A=1 srun -n 2 env B=c=d C= python train.py D=4".split())
+    assert command == (dict(A="1", B="c=d", C=""), ("train.py",), ["D=4"], None)
+
+
+def test_words_without_a_program_are_arguments():
+    assert take_apart(["A=1", "bash", "train.sh"]).arguments == ["bash", "train.sh"]
+    assert take_apart(["python", "-c", "pass"]).program == ()
 
 
 SIZES = dict(

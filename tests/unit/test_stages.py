@@ -1,5 +1,7 @@
 """Which layers a pipeline stage holds, against Megatron's own answer for the rank that asks."""
 
+from types import SimpleNamespace
+
 import pytest
 from megatron.core import parallel_state
 from megatron.core.transformer import TransformerConfig
@@ -8,7 +10,8 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 
 from megatron_mhc import MHCConfig, parallel
 from megatron_mhc.pipeline import options
-from megatron_mhc.schedule.stages import layer_counts, layers_of_rank
+from megatron_mhc.pipeline.layer_times import _moe_share
+from megatron_mhc.schedule.stages import layer_counts, layers_of_rank, with_experts
 
 SETTINGS = {
     "even": dict(num_layers=8, pp=4),
@@ -73,3 +76,13 @@ def test_a_rank_says_of_another_what_is_true(monkeypatch, rank):
     options.check_config(config(num_layers=4, pp=4, pipeline_model_parallel_layout="Ett|t|t|L"), split)
     with pytest.raises(ValueError, match="stage 2 has no layer"):
         options.check_config(make("Ett|t||tL"), split)
+
+
+@pytest.mark.parametrize(
+    "frequency, layers, moe",
+    [(1, 2, [True, True]), (2, 5, [True, False, True, False, True]), ([0, 1, 1], 3, [False, True, True])],
+)
+def test_layers_with_experts(frequency, layers, moe):
+    assert with_experts(frequency, layers) == moe
+    config = SimpleNamespace(num_moe_experts=4, moe_layer_freq=frequency, num_layers=layers)
+    assert _moe_share(config) == pytest.approx(sum(moe) / layers)

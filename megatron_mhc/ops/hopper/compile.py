@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -74,9 +75,17 @@ def cubin(source: Path, **defines: int) -> bytes:
     return binary
 
 
-@functools.cache
+_compiling = threading.Lock()
+
+
 def kernel(source: Source, device: int, shared: int, **defines: int) -> Kernel:
-    """The kernel of `source` on the device; compiled once per set of `defines`."""
+    """The kernel of `source` on the device; compiled once per set of `defines`, whoever asks at once."""
+    with _compiling:
+        return _kernel(source, device, shared, **defines)
+
+
+@functools.cache
+def _kernel(source: Source, device: int, shared: int, **defines: int) -> Kernel:
     from cuda.bindings import driver
 
     binary = cubin(source.path, SHARED=shared, **source.constants, **defines)

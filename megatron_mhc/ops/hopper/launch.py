@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import threading
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -163,14 +164,25 @@ def raw_stream(device: int) -> int:
     return torch._C._cuda_getCurrentRawStream(device)
 
 
-_workspaces: dict[tuple[int, int], Tensor] = {}  # by device and stream, whose kernels run one after the other
+class _Workspaces(threading.local):
+    """A thread's, by device and stream, whose kernels run one after the other.
+
+    Of two threads that launch on one stream, as autograd's and the one that runs forward do, one may clear
+    between the other's clearing and its kernel, which would then write what the next kernel takes for zeros.
+    """
+
+    def __init__(self) -> None:
+        self.of: dict[tuple[int, int], Tensor] = {}
+
+
+_workspaces = _Workspaces()
 
 
 def _workspace(device: int, stream: int, floats: int) -> Tensor:
-    """At least so many floats that kernels of this stream share."""
-    workspace = _workspaces.get((device, stream))
+    """At least so many floats that this thread's kernels of this stream share."""
+    workspace = _workspaces.of.get((device, stream))
     if workspace is None or workspace.numel() < floats:
-        workspace = _workspaces[device, stream] = _empty(device, floats)
+        workspace = _workspaces.of[device, stream] = _empty(device, floats)
     return workspace
 
 
