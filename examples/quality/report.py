@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))
+sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 import logs  # noqa: E402
 from figures import draw_all, figure_names  # noqa: E402
 from plan import ALL_FORMS, SCALES, STUDIES, Log, Planned, Scale, estimate, step_ms  # noqa: E402

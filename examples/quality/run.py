@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent / "quickstart")]
+sys.path[:0] = [str(HERE), str(HERE.parent / "quickstart"), str(HERE.parents[1])]
 import data  # noqa: E402
 import logs  # noqa: E402
 from plan import ALL_FORMS, SCALES, Planned, Scale, by_name, estimate, plan  # noqa: E402

@@ -394,6 +394,28 @@ def test_what_is_missing_cut_or_diverged_is_said(quality, tmp_path):
     assert re.fullmatch(r"\*\*No conclusion: \d+ of \d+ runs are missing.\*\*\n", report.conclusion([one]))
 
 
+def test_gaps_at_equal_gpu_time_compare_the_step_that_the_plain_form_has_reached(quality):
+    steps = list(range(2, 101, 2))
+    plain = {1: {step: 10.0 - step / 10 for step in steps}}
+    # Twice as slow, and at every step 1 below: 1 below at the same step, less far at the same time.
+    log = {"loss": [[step, 9.0 - step / 10] for step in steps]}
+    window = 5  # of smoothing, by a trailing mean, which lags by two points of 0.2
+    [equal] = quality.figures._gaps({1: log, 2: log}, plain, 1.0)
+    assert equal[100] == pytest.approx(-1.0 + 0.2 * (window - 1) / 2)
+    [timed] = quality.figures._gaps({1: log}, plain, 2.0)
+    assert max(timed) == 100 and timed[100] == pytest.approx(9.0 - 5.0 - 0.0 + 0.4)
+
+
+def test_runs_of_another_text_are_counted_and_in_no_table(quality):
+    scale = quality.plan.SCALES["tiny"]
+    run = quality.plan.sweep(scale, 20, "vanilla")[0]
+    known = [log_of(run, 2.0), log_of(run, 1.0, data="other")]
+    text = "".join(quality.report.parts(scale, known, ABOUT, []).values())
+    assert "1 kept runs are of other texts (other), in no table here" in text
+    assert "**2.0000**" in text and "1.0000" not in text
+    assert "0.0 million" not in text and "1.0 million tokens of 1 packages" in text
+
+
 def test_the_page_is_what_the_kept_logs_give(quality):
     report, scale = quality.report, quality.plan.SCALES["full"]
     assert report.PAGE.read_text() == report.made(report.PAGE, report.KEPT, scale), (
@@ -443,3 +465,31 @@ def test_the_chain_trains_resumes_and_reports(quality, tmp_path, page, capsys):
     assert "logs/tiny_t0.1_loss.png" in text and (tmp_path / "logs" / "tiny_t0.1_loss.png").exists()
     plain = json.loads((tmp_path / "logs" / "tiny-t0.1-vanilla-lr0.01-s1.json").read_text())
     assert f"{kept['final'] - plain['final']:+.4f}" in text and "2 of 4" in text
+
+
+@pytest.mark.slow
+def test_a_run_that_its_budget_cuts_off_saves_and_goes_on(quality, tmp_path):
+    """With processes of its own, which SIGTERM has save."""
+    words = ["--scale", "tiny", "--cpu", "--out", str(tmp_path), "--tokens-per-parameter", "4"]
+    words += ["--only", "*mhc4-lr0.01-s1", "--extra", "--eval-iters 2"]
+    runs = quality.run.Runs(quality.run.parse(words))
+    log = tmp_path / "runs" / "tiny-t4-mhc4-lr0.01-s1" / "log.txt"
+    watch = runs.watch
+
+    def until_step_50(one):
+        if re.search(r"iteration +50/", log.read_text()):
+            runs.deadline = 0
+        return watch(one)
+
+    runs.watch = until_step_50
+    runs.prepare()
+    runs.train(gpus=1)
+    path = tmp_path / "logs" / "tiny-t4-mhc4-lr0.01-s1.json"
+    first = json.loads(path.read_text())
+    assert not first["finished"] and 50 <= first["reached"] < first["steps"]
+    assert quality.run.main(words) == 0
+    kept = json.loads(path.read_text())
+    assert kept["finished"] and kept["seconds"] > first["seconds"]
+    at = int(re.search(r"successfully loaded checkpoint .* at iteration (\d+)", log.read_text())[1])
+    assert first["reached"] <= at < first["reached"] + 10
+    assert not log.with_name("checkpoint").exists()
