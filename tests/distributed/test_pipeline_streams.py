@@ -19,8 +19,9 @@ from torch.utils._pytree import tree_leaves
 
 from megatron_mhc.pipeline import comm, delayed_weights, engine, fused, layer_nodes
 from megatron_mhc.pipeline import step as pipeline_step
-from megatron_mhc.pipeline.streams import COMPUTE, HostStreams
+from megatron_mhc.pipeline.streams import HostStreams
 from megatron_mhc.recompute import block, sublayer
+from megatron_mhc.schedule.streams import COMPUTE_STREAM
 from megatron_mhc.testing import cpu
 
 
@@ -28,7 +29,7 @@ class Clocks(HostStreams):
     """Streams that run nothing, and know what has happened before the next operation of each."""
 
     def __init__(self):
-        self.current, self.time = COMPUTE, {}
+        self.current, self.time = COMPUTE_STREAM, {}
         self.written, self.home, self.users, self.alive = {}, {}, {}, []
 
     def now(self):
@@ -46,7 +47,7 @@ class Clocks(HostStreams):
     @contextlib.contextmanager
     def on(self, name, after=None):
         # Like torch.cuda.stream(None): "compute" is whatever stream is current.
-        with self.switch(self.current if name == COMPUTE else name):
+        with self.switch(self.current if name == COMPUTE_STREAM else name):
             for stream, at in (after or {}).items():
                 self.now()[stream] = max(at, self.now().get(stream, 0))
             yield self

@@ -28,20 +28,24 @@ def config(**settings):
 
 
 @pytest.mark.parametrize(
-    "name, value",
+    "name, value, words",
     [
-        ("variable_seq_lengths", True),
-        ("mtp_standalone", True),
-        ("num_microbatches_with_partial_activation_checkpoints", 2),
-        ("moe_paged_stash", True),
-        ("hybrid_context_parallel", True),
+        ("variable_seq_lengths", True, "variable_seq_lengths=True: "),  # Megatron has no flag for it
+        ("mtp_standalone", True, "--mtp-standalone True: "),
+        (
+            "num_microbatches_with_partial_activation_checkpoints",
+            2,
+            "num_microbatches_with_partial_activation_checkpoints=2: ",
+        ),
+        ("moe_paged_stash", True, "--moe-paged-stash True: "),
+        ("hybrid_context_parallel", True, "--hybrid-context-parallel True: "),
     ],
 )
-def test_unsupported_setting_is_refused(name, value):
+def test_unsupported_setting_is_refused(name, value, words):
     with pytest.raises(ValueError) as error:
         options.check_config(config(**{name: value}), WHOLE)
     said = str(error.value)
-    assert f"--{name.replace('_', '-')} {value}: " in said
+    assert words in said
     assert "or use --mhc-pipeline-schedule megatron" in said
     options.check_config(config(**{name: value}), MHCConfig())  # Megatron's own schedule is left alone
 
