@@ -255,6 +255,14 @@ FEATURES = (
         group="data",
     ),
     Feature(
+        "`--sft`",
+        YES,
+        "packed conversations, by Megatron-LM's own script; TP2, PP2 and `interleaved` on a CPU",
+        ("megatron/test_sft.py::test_conversations_are_learned_as_on_one_process",),
+        on="releases",
+        group="data",
+    ),
+    Feature(
         "`--reset-attention-mask`, `--reset-position-ids`",
         YES,
         "",

@@ -372,6 +372,10 @@ def main() -> None:
         from megatron_mhc.testing import paged
 
         paged.install()
+    if "--sft" in argv:
+        from megatron_mhc.testing import packed
+
+        packed.install()
     if {"--use-megatron-fsdp", "--use-torch-fsdp2"} & set(argv):
         from megatron_mhc.testing import fsdp
 

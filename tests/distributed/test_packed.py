@@ -14,6 +14,7 @@ from megatron_mhc import MHCConfig
 from megatron_mhc.pipeline import engine
 from megatron_mhc.testing import gpt, ranks
 from megatron_mhc.testing.gpt import TokenLocalAttention
+from megatron_mhc.testing.packed import attend
 
 ERROR = 1e-10
 ROTARY_ERROR = 1e-5  # a sequence begins at another angle, and those are float32
@@ -43,15 +44,7 @@ class PackedAttention(MegatronModule):
             lengths = (bounds[1:] - bounds[:-1]).tolist()
         if self.token_local:
             return self.alone(query[:, None], key[:, None], value[:, None]).view(len(query), 1, -1)
-        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
-        outputs = []
-        for q, k, v in zip(*(x.split(lengths) for x in (query, key, value)), strict=True):
-            scores = torch.einsum("qhd,khd->hqk", q, k) / q.shape[-1] ** 0.5
-            hidden = torch.ones_like(scores[0], dtype=torch.bool).triu(1)
-            outputs.append(
-                torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, -torch.inf).softmax(-1), v)
-            )
-        return torch.cat(outputs).flatten(1)[:, None]
+        return attend(query, key, value, lengths)
 
 
 def sequences():
