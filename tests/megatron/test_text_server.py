@@ -23,16 +23,24 @@ from pathlib import Path
 
 import pretrain_runs
 import pytest
+from megatron.core.package_info import MINOR
 
 from megatron_mhc import generate
 
 SCRIPT = "tools/run_dynamic_text_generation_server.py"
 NAMED = [Path(path) for path in os.environ.get("MHC_MEGATRON", "").split(os.pathsep) if path]
-CHECKOUTS = [path for path in NAMED if (path / SCRIPT).exists()]
+RELEASE = "megatron/core/package_info.py"
+CHECKOUTS = [  # of the installed release, which writes the checkpoint
+    path
+    for path in NAMED
+    if (path / SCRIPT).exists() and f"MINOR = {MINOR}\n" in (path / RELEASE).read_text()
+]
 NEEDS = ("quart", "hypercorn", "zmq", "msgpack", "transformers")
 ABSENT = [name for name in NEEDS if find_spec(name) is None]
 pytestmark = [
-    pytest.mark.skipif(not CHECKOUTS, reason=f"MHC_MEGATRON names no checkout that has {SCRIPT}"),
+    pytest.mark.skipif(
+        not CHECKOUTS, reason=f"MHC_MEGATRON names no checkout of this release that has {SCRIPT}"
+    ),
     pytest.mark.skipif(bool(ABSENT), reason=f"{', '.join(ABSENT)}: not installed"),
     pytest.mark.timeout(600),
 ]
@@ -102,7 +110,8 @@ def server(checkout, *arguments):
         yield ask
     finally:
         # A rank leads a group, in which its coordinator and front ends outlive it.
-        ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        ranks = children.read_text().split() if children.exists() else []
         process.terminate()
         for rank in map(int, ranks):
             with contextlib.suppress(ProcessLookupError):
