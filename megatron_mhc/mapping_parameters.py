@@ -63,6 +63,7 @@ class MappingParameters(MegatronModule):
         entries = self.state_dict()
         if isinstance(self, InParts) and self.parts and prefix + self.whole in state_dict:
             entries = {name: value for name, value in entries.items() if name not in self.parts}
+            entries[self.whole] = getattr(self, self.whole)
         take_or_refuse(self.mhc, state_dict, prefix, entries.items())
         super()._load_from_state_dict(state_dict, prefix, *args)
 
