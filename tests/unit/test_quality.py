@@ -395,6 +395,19 @@ def with_seeds(plan, seeds):
     return dataclasses.replace(plan.TINY_SIZES["tiny"], seeds=seeds)
 
 
+def test_a_gap_of_seeds_that_diverged_on_either_side_is_diverged(quality):
+    plan = quality.plan
+    scale = plan.SCALES["tiny"]
+
+    def loss(run):
+        return math.inf if (run.form, run.seed) in (("vanilla", 1), ("mhc4", 2)) else 2.0
+
+    known = [log | {"final": None, "diverged": 3} if log["final"] == math.inf else log
+             for log in finished(plan, scale, 20, loss)]  # fmt: skip
+    gap = quality.results.Experiment(scale, 20, known).gap("tiny", "mhc4")
+    assert (gap.signed, gap.seeds, gap.shown) == ("diverged", 2, False)
+
+
 def test_what_is_missing_cut_or_diverged_is_said(quality, tmp_path):
     plan, report, scale = quality.plan, quality.report, quality.plan.SCALES["tiny"]
     runs = plan.sweep(scale, 20, "vanilla") + plan.sweep(scale, 20, "mhc4")
