@@ -49,6 +49,10 @@ class MappingParameters(MegatronModule):
         self.device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
         _holders.add(self)
 
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state)
+        _holders.add(self)  # a copy is built without `__init__`
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         if not self.own_precision:
             return super()._apply(fn, recurse)
