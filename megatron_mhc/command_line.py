@@ -49,6 +49,7 @@ _RUNNERS: dict[str, frozenset[str]] = {
     "debugpy": frozenset(("--listen", "--connect", "--log-to")),
     "pdb": frozenset(("-c",)),
 }
+_PYTHON = re.compile(r"python[\d.]*")
 _OF_UV = "--python -p --with --with-editable --extra --group --env-file --directory --project".split()
 
 
@@ -66,8 +67,11 @@ def take_apart(words: list[str]) -> Command:
         at, is_module = _target(rest, runner, launcher)
         if at is None:
             break
-        program.append(rest[at])
-        runner = rest[at] if is_module and rest[at] in _RUNNERS else None
+        if not is_module and _PYTHON.fullmatch(os.path.basename(rest[at])):  # of torchrun --no-python
+            runner = "python"
+        else:
+            program.append(rest[at])
+            runner = rest[at] if is_module and rest[at] in _RUNNERS else None
         rest = rest[at + 1 :]
     world = None
     if (processes := launcher.get("--nproc-per-node", "")).isdigit():
@@ -94,7 +98,7 @@ def _first(words: list[str], environment: dict[str, str]) -> tuple[str | None, l
             continue
         elif name == "torchrun":
             return _TORCHRUN, words[i + 1 :]
-        elif re.fullmatch(r"python[\d.]*", name):
+        elif _PYTHON.fullmatch(name):
             return "python", words[i + 1 :]
         elif name.endswith(".py") and not word.startswith("-") or word == "-m" and (uv or i == start):
             return "python", words[i:]

@@ -49,6 +49,10 @@ class MappingParameters(MegatronModule):
         self.device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
         _holders.add(self)
 
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state)
+        _holders.add(self)  # a copy is built without `__init__`
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         if not self.own_precision:
             return super()._apply(fn, recurse)
@@ -63,6 +67,7 @@ class MappingParameters(MegatronModule):
         entries = self.state_dict()
         if isinstance(self, InParts) and self.parts and prefix + self.whole in state_dict:
             entries = {name: value for name, value in entries.items() if name not in self.parts}
+            entries[self.whole] = getattr(self, self.whole)
         take_or_refuse(self.mhc, state_dict, prefix, entries.items())
         super()._load_from_state_dict(state_dict, prefix, *args)
 

@@ -41,8 +41,10 @@ def over_seeds(values: Iterable[float]) -> Estimate | None:
     values = list(values)
     if not values:
         return None
-    if not all(map(math.isfinite, values)) or len(values) == 1:
-        return Estimate(statistics.fmean(values), math.nan, len(values))
+    if not all(map(math.isfinite, values)):  # of gaps perhaps of either sign, or none
+        return Estimate(math.inf, math.nan, len(values))
+    if len(values) == 1:
+        return Estimate(values[0], math.nan, 1)
     return Estimate(statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values)), len(values))
 
 

@@ -230,6 +230,10 @@ class Runs:
     def begin(self, run: Planned, gpu: int) -> None:
         """Start a run."""
         folder = self.folder(run)
+        # What lies there of another text, or of a run that starts over, must not be read as of this one.
+        same_text = self.recorded(run).get("data", self.about["hash"]) == self.about["hash"]
+        if not same_text or not self.checkpoint(run).exists():
+            shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
         words = ["megatron_mhc.pretrain_gpt", *self.arguments(run)]
         if not self.machine.gpu:
@@ -244,11 +248,17 @@ class Runs:
     def clock(self) -> str:
         return time.strftime("%H:%M:%S")
 
+    def recorded(self, run: Planned) -> dict[str, Any]:
+        """What OUT/logs has of a run; nothing where there is none."""
+        path = self.out / "logs" / f"{run.name}.json"
+        return json.loads(path.read_text()) if path.exists() else {}
+
     def record(self, run: Planned, seconds: float) -> dict[str, Any]:
         """Write what is kept of a run; returns it."""
         folder = self.folder(run)
         path = self.out / "logs" / f"{run.name}.json"
-        old = json.loads(path.read_text()) if path.exists() else {}
+        old = self.recorded(run)
+        before = old.get("seconds", 0) if old.get("data") == self.about["hash"] else 0
         found = logs.parse((folder / "log.txt").read_text(errors="replace"))
         timed = run.study == "timing" and found["reached"] == run.steps
         log = {
@@ -263,7 +273,7 @@ class Runs:
             "tokens_per_step": self.scale.sizes[run.size].batch * self.scale.sizes[run.size].sequence,
             "finished": timed or found["final"] is not None or found["diverged"] is not None,
             **found,
-            "seconds": round(old.get("seconds", 0) + seconds, 1),
+            "seconds": round(before + seconds, 1),
             "alone": run.study == "timing" or self.options.jobs == 1,
             "data": self.about["hash"],
             "device": device(self.machine),

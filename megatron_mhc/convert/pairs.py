@@ -223,6 +223,12 @@ def _sublayers(state: Mapping[str, Any]) -> list[State]:
                     "layer for it, keep the GPT"
                 )
             parts[first in _MLP][name] = value
+        for part, what in zip(parts, ("attention", "MLP"), strict=True):
+            if not part:
+                raise ValueError(
+                    f"decoder.layers.{number} has no weights of its {what}, and a HybridModel has no "
+                    "layer without any: keep the GPT"
+                )
         if (kind := symbol(parts[0])) in _KINDS:
             raise ValueError(
                 f"decoder.layers.{number}.self_attention is {_KINDS[kind]}, and only attention and MLA are "

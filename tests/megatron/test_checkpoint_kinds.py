@@ -273,6 +273,24 @@ def test_a_part_of_a_mappings_entries_is_refused_by_name(run_ranks, mhc, name, s
     run_ranks(1, attempt)
 
 
+@pytest.mark.parametrize("mhc", [FOUR, DENSE], ids=["four", "dense"])
+def test_a_joined_entry_beside_an_absent_one_is_refused_by_name(run_ranks, mhc):
+    """As torch_dist's factory joins the parts: one of them there is no plain model's checkpoint."""
+
+    def attempt():
+        model = gpt.build(mhc)
+        state = model.state_dict()
+        (phi, *_) = [key for key in state if key.endswith("mlp_hyper_connection.mapping_proj.weight")]
+        at = phi.removesuffix("mapping_proj.weight")
+        connection = model.get_submodule(at.rstrip("."))
+        state = {key: value for key, value in state.items() if not key.startswith(at)}
+        state[at + "affine"] = connection.affine
+        with pytest.raises(ValueError, match=f"{phi} is not in the checkpoint, which has {at}affine"):
+            gpt.build(mhc).load_state_dict(state, strict=False)
+
+    run_ranks(1, attempt)
+
+
 def test_stock_megatron_drops_the_streams_of_a_state_dict_unseen(run_ranks):
     """What the README warns of: without the hooks, the second, non-strict attempt succeeds."""
 

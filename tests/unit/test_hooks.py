@@ -2,10 +2,12 @@
 
 import ast
 import contextlib
+import copy
 import dataclasses
 import functools
 import gc
 import inspect
+import pickle
 import sys
 import threading
 import types
@@ -338,6 +340,12 @@ def test_float32_parameters_beside_mappings_of_the_models_dtype_are_known(is_sto
     optimizer = stub(torch.nn.Parameter(torch.ones(2)))
     optimizer.float16_groups[0].append(connection.read_up.weight)
     assert not is_stock(optimizer)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
+def test_a_copied_models_mappings_are_known(copied):
+    connection = copied(HyperConnectionModule(small(), megatron_mhc.MHCConfig(), 0))
+    assert are_ours([connection.affine])
 
 
 def test_the_parameters_of_a_librarys_contraction_are_beside_mappings():

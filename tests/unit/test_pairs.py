@@ -69,6 +69,15 @@ def test_what_a_hybrid_layer_has_no_place_for_is_refused():
         convert.to_hybrid(named(0, PAIR | entries) | NORM)
 
 
+@pytest.mark.parametrize("kind, what", [("-", "attention"), ("*", "MLP")])
+@pytest.mark.parametrize("convert", [pairs.to_hybrid, lambda state: pairs.pattern_of(state, "gpt")])
+def test_a_gpts_layer_that_lacks_one_of_the_pair_is_refused(convert, kind, what):
+    """Of --heterogeneous-layers-config-path: a hybrid layer without weights would start anew."""
+    state = NORM | named(0, PAIR) | named(1, LAYERS[kind]) | named(2, PAIR)
+    with pytest.raises(ValueError, match=f"decoder.layers.1 has no weights of its {what}"):
+        convert(state)
+
+
 def test_norms_of_queries_and_keys_go_with_attention():
     """Under --qk-layernorm a HybridModel has them by the same names."""
     entries = {"self_attention.q_layernorm.weight": torch.ones(2)}

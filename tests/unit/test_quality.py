@@ -247,6 +247,20 @@ def test_logs_of_another_text_are_no_reason_to_leave_a_run_out(quality, tmp_path
     assert "tiny-t0.1-vanilla-lr0.01-s1" in other.started
 
 
+def test_a_run_of_a_new_text_reads_nothing_that_one_of_the_old_text_left(quality, tmp_path):
+    name = "tiny-t0.1-vanilla-lr0.01-s1"
+    assert call(quality, tmp_path, Launcher(), "--only", name) == 0
+    path = tmp_path / "logs" / f"{name}.json"
+    path.write_text(path.read_text().replace('"data": "', '"data": "other'))
+    checkpoint = tmp_path / "runs" / name / "checkpoint"
+    checkpoint.mkdir()
+    cut = Launcher(says=lambda steps: printed(steps, reached=3), status=1)
+    assert call(quality, tmp_path, cut, "--only", name) == 1
+    kept = json.loads(path.read_text())
+    assert (kept["finished"], kept["reached"], kept["final"]) == (False, 3, None)
+    assert not checkpoint.exists()
+
+
 def test_a_failure_is_said_and_other_runs_go_on(quality, tmp_path, capsys):
     launch = Launcher(says=lambda steps: printed(steps, reached=3), status=1)
     assert call(quality, tmp_path, launch, "--only", "*vanilla-lr*", "--only", "*mhc4-lr*") == 1
@@ -379,6 +393,19 @@ def test_gaps_are_of_the_same_seed_with_their_standard_error(quality, tmp_path, 
 
 def with_seeds(plan, seeds):
     return dataclasses.replace(plan.TINY_SIZES["tiny"], seeds=seeds)
+
+
+def test_a_gap_of_seeds_that_diverged_on_either_side_is_diverged(quality):
+    plan = quality.plan
+    scale = plan.SCALES["tiny"]
+
+    def loss(run):
+        return math.inf if (run.form, run.seed) in (("vanilla", 1), ("mhc4", 2)) else 2.0
+
+    known = [log | {"final": None, "diverged": 3} if log["final"] == math.inf else log
+             for log in finished(plan, scale, 20, loss)]  # fmt: skip
+    gap = quality.results.Experiment(scale, 20, known).gap("tiny", "mhc4")
+    assert (gap.signed, gap.seeds, gap.shown) == ("diverged", 2, False)
 
 
 def test_what_is_missing_cut_or_diverged_is_said(quality, tmp_path):

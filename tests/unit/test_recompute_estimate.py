@@ -211,6 +211,8 @@ MODULE = "megatron_mhc.pretrain_gpt"
         ("uv run --python python3.12 --with a pretrain_gpt.py", ["pretrain_gpt.py"], None),
         (f"uv run -m {MODULE}", [MODULE], None),
         ("uv run torchrun --nproc-per-node 4 pretrain_gpt.py", ["pretrain_gpt.py"], 4),
+        ("torchrun --nproc-per-node 8 --no-python /a/bin/python3 -u pretrain_gpt.py", ["pretrain_gpt.py"], 8),
+        (f"torchrun --nproc-per-node 8 --no-python python -m {MODULE}", [MODULE], 8),
         ("./pretrain_gpt.py", ["./pretrain_gpt.py"], None),
         ("", [], None),
     ],
