@@ -89,6 +89,7 @@ def _first(words: list[str], environment: dict[str, str]) -> tuple[str | None, l
     uv, start = False, 0
     for i, word in enumerate(words):
         name = os.path.basename(word)
+        modules = ("-m", "--module") if uv else ("-m",) if i == start else ()
         if found := re.fullmatch(r"([A-Za-z_]\w*)=(.*)", word, re.DOTALL):
             environment[found[1]] = found[2]
             start += i == start
@@ -100,7 +101,7 @@ def _first(words: list[str], environment: dict[str, str]) -> tuple[str | None, l
             return _TORCHRUN, words[i + 1 :]
         elif _PYTHON.fullmatch(name):
             return "python", words[i + 1 :]
-        elif name.endswith(".py") and not word.startswith("-") or word == "-m" and (uv or i == start):
+        elif name.endswith(".py") and not word.startswith("-") or word in modules:
             return "python", words[i:]
         else:
             uv |= name == "uv"

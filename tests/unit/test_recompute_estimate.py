@@ -210,6 +210,7 @@ MODULE = "megatron_mhc.pretrain_gpt"
         ("srun -N 2 numactl -m 0 ./wrap.sh pretrain_gpt.py", ["pretrain_gpt.py"], None),
         ("uv run --python python3.12 --with a pretrain_gpt.py", ["pretrain_gpt.py"], None),
         (f"uv run -m {MODULE}", [MODULE], None),
+        (f"uv run --module {MODULE}", [MODULE], None),
         ("uv run torchrun --nproc-per-node 4 pretrain_gpt.py", ["pretrain_gpt.py"], 4),
         ("torchrun --nproc-per-node 8 --no-python /a/bin/python3 -u pretrain_gpt.py", ["pretrain_gpt.py"], 8),
         (f"torchrun --nproc-per-node 8 --no-python python -m {MODULE}", [MODULE], 8),
