@@ -64,9 +64,7 @@ FORMS = (VANILLA, "mhc")
 SECTIONS = ("decode", "graph", "prefill", "kernels")
 KEYS = ("ms", "host_ms", "kernels_ms", "launches", "peak_MiB")
 BACKENDS = ("hopper", "triton", "reference") if ON_GPU else ("reference",)
-PROVIDERS: dict[str, Provider] = {
-    name: functools.partial(plugin, backend=name, boundary="linked") for name in BACKENDS
-}
+PROVIDERS: dict[str, Provider] = {name: functools.partial(plugin, backend=name) for name in BACKENDS}
 
 
 @contextlib.contextmanager
