@@ -49,9 +49,11 @@ from benchmarks.harness import (
     bars,
     captured,
     clean,
+    command_line,
     gpu_work,
     host_ms,
     intervals,
+    numbers,
     one_rank,
     over,
     summary,
@@ -319,15 +321,7 @@ def draw_figure(report: Report, path: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.decode",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-
-    def numbers(text: str) -> list[int]:
-        return list(map(int, text.split(",")))
-
+    parser = command_line("decode", __doc__)
     add = parser.add_argument
     add("--out", type=Path, help="JSON; the figure goes beside it")
     add("--only", type=lambda text: text.split(","), default=list(SECTIONS), help=f"of {','.join(SECTIONS)}")

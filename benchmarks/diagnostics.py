@@ -10,22 +10,17 @@ it is spread over K steps.
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from pathlib import Path
 
-from benchmarks.harness import Report
+from benchmarks.harness import Report, command_line
 from benchmarks.jobs import Job, Turns, recipe, take_turns, tiny
 
 FORMS = {"off": "0", "between": "1000000", "logged": "1"}
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.diagnostics",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line("diagnostics", __doc__)
     add = parser.add_argument
     add("--out", type=Path)
     add("--logs", type=Path, help="folder for the jobs' logs")

@@ -6,6 +6,7 @@ written after every row; what failed is a row too, and the exit status says so.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import datetime
 import faulthandler
@@ -30,6 +31,23 @@ ROOT = Path(__file__).resolve().parents[1]
 ON_GPU = torch.empty(0, device="cuda").is_cuda if torch.cuda.is_available() else False  # see testing.cpu
 PACKAGES = ("torch", "triton", "transformer-engine", "megatron-core", "megatron-mhc")
 _VARIABLES = ("NCCL_", "CUDA_DEVICE", "CUDA_MODULE", "NVTE_")
+
+
+# The command line
+
+
+def command_line(benchmark: str, description: str | None) -> argparse.ArgumentParser:
+    """The parser of `python -m benchmarks.<benchmark>`, whose help is the docstring as it is written."""
+    return argparse.ArgumentParser(
+        prog=f"python -m benchmarks.{benchmark}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def numbers(text: str) -> list[int]:
+    """Those of "1,2,4"."""
+    return list(map(int, text.split(",")))
 
 
 # What ran, and on what

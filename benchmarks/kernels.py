@@ -47,6 +47,7 @@ from benchmarks.harness import (
     bandwidth,
     captured,
     clean,
+    command_line,
     host_ms,
     intervals,
     one_rank,
@@ -347,11 +348,7 @@ def errors(make: Provider, width: int, options: argparse.Namespace, **form: str)
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.kernels",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line("kernels", __doc__)
     add = parser.add_argument
     add("--out", type=Path)
     add("--only", default="ops,rivals", help=f"of {','.join(SECTIONS)}")

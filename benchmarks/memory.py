@@ -27,7 +27,7 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.transformer_block import TransformerBlock
 
-from benchmarks.harness import ON_GPU, Report, Row, bars, clean, intervals, one_rank
+from benchmarks.harness import ON_GPU, Report, Row, bars, clean, command_line, intervals, numbers, one_rank
 from megatron_mhc import MHCConfig
 from megatron_mhc.chunk import chunk_of
 from megatron_mhc.recompute.estimate import Rank, ranks
@@ -150,15 +150,7 @@ def draw(report: Report, path: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.memory",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-
-    def numbers(text: str) -> list[int]:
-        return list(map(int, text.split(",")))
-
+    parser = command_line("memory", __doc__)
     add = parser.add_argument
     add("--out", type=Path, help="JSON; the figure goes beside it")
     add("--widths", type=numbers, default=[2560, 4096])

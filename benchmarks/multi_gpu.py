@@ -23,7 +23,7 @@ import tempfile
 from pathlib import Path
 
 from benchmarks import trace
-from benchmarks.harness import ON_GPU, Report, Row, over
+from benchmarks.harness import ON_GPU, Report, Row, command_line, numbers, over
 from benchmarks.jobs import TINY, TINY_MOE, Job, Turns, take_turns
 
 VANILLA = "vanilla"
@@ -118,15 +118,7 @@ def picture(report: Report, logs: Path, form: str, title: str) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.multi_gpu",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-
-    def numbers(text: str) -> list[int]:
-        return list(map(int, text.split(",")))
-
+    parser = command_line("multi_gpu", __doc__)
     add = parser.add_argument
     add("--out", type=Path, help="JSON; pictures go beside it")
     add("--logs", type=Path, help="folder for the jobs' logs and traces")

@@ -29,7 +29,7 @@ import dataclasses
 import statistics
 from pathlib import Path
 
-from benchmarks.harness import Report, Row, bars, over
+from benchmarks.harness import Report, Row, bars, command_line, numbers, over
 from benchmarks.jobs import KEYS, Job, Turns, recipe, take_turns, tiny
 
 LAYERS = {"llama-1b": 16, "3b": 12, "9b": 18, "27b": 30}
@@ -104,17 +104,13 @@ def draw(report: Report, path: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.step",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line("step", __doc__)
     add = parser.add_argument
     add("--out", type=Path, help="JSON; the figure goes beside it")
     add("--logs", type=Path, help="folder for the jobs' logs")
     add("--model", choices=LAYERS, default="llama-1b")
     add("--forms", type=lambda text: text.split(","), default=["mhc", "mhc/auto"])
-    add("--batches", type=lambda text: list(map(int, text.split(","))), default=[1, 2, 4])
+    add("--batches", type=numbers, default=[1, 2, 4])
     add("--micro-batches", type=int, help="of a step; default 4, and 8 of one sequence")
     add("--tp", type=int, default=1, help="with sequence parallelism; a GPU for each")
     add("--graphs", type=lambda text: text.split(","), default=["none"], help="none, local, ...")
