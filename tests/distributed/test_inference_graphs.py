@@ -2,25 +2,18 @@
 
 import itertools
 
+import engines
 import pytest
 import torch
+from engines import CASES, NEW, OPTIONS
 from graphed_steps import start
 from harness import build
-from megatron.core.inference.config import InferenceConfig
-from megatron.core.inference.contexts import DynamicInferenceContext
-from megatron.core.inference.engines import DynamicInferenceEngine
-from megatron.core.inference.model_inference_wrappers.gpt.gpt_inference_wrapper import GPTInferenceWrapper
-from megatron.core.inference.sampling_params import SamplingParams
-from megatron.core.inference.text_generation_controllers.text_generation_controller import (
-    TextGenerationController,
-)
-from test_inference_engines import CASES, LONGEST, NEW, OPTIONS, PROMPTS, Numbers
 
-from megatron_mhc.testing import graphs, paged
+from megatron_mhc.testing import graphs
 
 
 def serve(layout, kind, mhc, scope):
-    """What the engine says of all prompts, two at a time, and how many graphs were replayed."""
+    """What the engine says of all prompts, and how many graphs were replayed."""
     start(layout)
     config = layout.config(
         kind,
@@ -29,25 +22,13 @@ def serve(layout, kind, mhc, scope):
         inference_cuda_graph_scope=scope,
     )
     model = build(layout, config, kind, mhc)[0].module.eval()
-    paged.install()
-    how = InferenceConfig(
-        max_sequence_length=LONGEST,
-        max_requests=2,
-        block_size_tokens=4,
-        buffer_size_gb=0.001,
-        unified_memory_level=0,
+    graphs.Graph.all_replays = 0
+    said = engines.serve(
+        model,
+        config,
         num_cuda_graphs=2 if scope else None,
         use_cuda_graphs_for_non_decode_steps=False,
     )
-    context = DynamicInferenceContext(config, how)
-    controller = TextGenerationController(GPTInferenceWrapper(model, context), Numbers())
-    graphs.Graph.all_replays = 0
-    served = DynamicInferenceEngine(controller, context)
-    sampling = SamplingParams(
-        top_k=1, num_tokens_to_generate=NEW, return_log_probs=True, skip_prompt_log_probs=True
-    )
-    done = [record.merge() for record in served.generate(prompts=PROMPTS, sampling_params=sampling)]
-    said = [(list(map(int, request.generated_tokens)), request.generated_log_probs) for request in done]
     return said, graphs.Graph.all_replays
 
 
