@@ -98,6 +98,7 @@ def convert_files(
         with naming(str(load)):
             check_left_over(published, source, opened.layers, mhc)
     collected: dict[str, Tensor] = {}
+    std = getattr(opened.args(), "init_method_std", 0.02) if source == "plain" else 0.02  # reads a file
 
     def change(state: State, first_layer: int) -> State:
         if moves and model == "gpt":
@@ -107,7 +108,6 @@ def convert_files(
 
     def named(state: State, first_layer: int) -> State:
         if source == "plain":
-            std = getattr(opened.args(), "init_method_std", 0.02)
             hybrid = model == built == "hybrid"
             return from_plain(state, mhc, first_layer, init_method_std=std, hybrid=hybrid)
         if source == target:
