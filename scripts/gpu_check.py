@@ -14,7 +14,6 @@ import argparse
 import json
 import os
 import re
-import socket
 import statistics
 import subprocess
 import sys
@@ -81,9 +80,8 @@ def run(name: str, flags: str, backend: str, data: Path, out: Path) -> dict:
     log = out / (re.sub(r"\W+", "_", name) + ".log")
     env = {
         **os.environ,
-        **dict(
-            RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port())
-        ),
+        **dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1"),
+        **dict(MASTER_ADDR="127.0.0.1", MASTER_PORT="0"),  # a free one, which nobody else has to know
         "CUDA_DEVICE_MAX_CONNECTIONS": "32" if "fsdp" in flags else "1",  # which FSDP refuses
         "NVTE_CPU_OFFLOAD_V1": "1" if "--fine-grained" in flags else "0",
         "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}",
@@ -118,12 +116,6 @@ def read(name: str, flags: str, status: int, log: Path) -> dict:
         "losses": losses,
         "grad_norms": series["grad_norm"],
     }
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def _finite(value: float) -> bool:

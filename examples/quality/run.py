@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
-import importlib.metadata
 import json
 import math
 import os
@@ -24,7 +23,6 @@ import re
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -41,7 +39,6 @@ from plan import ALL_FORMS, SCALES, Planned, Scale, by_name, estimate, plan  # n
 from settings import CPU, NO_FUSION, ROOT, Machine, transformer_engine  # noqa: E402
 
 KEPT = ROOT / "docs" / "results" / "quality"
-PACKAGES = ("torch", "triton", "transformer-engine", "megatron-core", "megatron-mhc")
 START_MINUTES = 0.8  # of a run, before its first step
 GRACE = 25  # seconds before the end at which runs are asked to save
 SAVED = re.compile(r"successfully saved checkpoint from iteration +(\d+)")
@@ -54,44 +51,13 @@ COMMON = """
 """
 
 
-def versions() -> dict[str, str | None]:
-    found = {d.name.replace("_", "-"): d.version for d in importlib.metadata.distributions()}
-    return {package: found.get(package) for package in PACKAGES}
-
-
-def commit() -> str:
-    """The commit of this tree, with `+` if files differ from it; MHC_COMMIT where there is no git."""
-    if given := os.environ.get("MHC_COMMIT"):
-        return given
-    try:
-        git = ["git", "-C", str(ROOT)]
-        here = subprocess.check_output([*git, "rev-parse", "--short=12", "HEAD"], text=True).strip()
-        changed = subprocess.check_output([*git, "status", "--porcelain", "-uno"], text=True)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return here + "+" * bool(changed)
-
-
-def device(machine: Machine) -> str:
-    if not machine.gpu:
-        return "CPU"
-    import torch
-
-    return torch.cuda.get_device_name()
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        return free.getsockname()[1]
-
-
 def start(words: list[str], log: Path, gpu: int | None) -> subprocess.Popen:
     """Start `python -m <words>` as the only rank of its world, its output added to `log`."""
     environment = os.environ | dict(
         RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1", MASTER_ADDR="localhost"
     )
-    environment |= dict(MASTER_PORT=str(free_port()), OMP_NUM_THREADS="1", CUDA_DEVICE_MAX_CONNECTIONS="1")
+    # Port 0 is a free one, which nobody else has to know.
+    environment |= dict(MASTER_PORT="0", OMP_NUM_THREADS="1", CUDA_DEVICE_MAX_CONNECTIONS="1")
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     if gpu is not None:
         shown = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -255,6 +221,9 @@ class Runs:
 
     def record(self, run: Planned, seconds: float) -> dict[str, Any]:
         """Write what is kept of a run; returns it."""
+        from benchmarks.harness import machine  # imports torch
+
+        about = machine()
         folder = self.folder(run)
         path = self.out / "logs" / f"{run.name}.json"
         old = self.recorded(run)
@@ -276,10 +245,8 @@ class Runs:
             "seconds": round(before + seconds, 1),
             "alone": run.study == "timing" or self.options.jobs == 1,
             "data": self.about["hash"],
-            "device": device(self.machine),
-            "versions": versions(),
-            "commit": commit(),
-            "date": time.strftime("%Y-%m-%d"),
+            "device": about["device"] if self.machine.gpu else "CPU",
+            **{key: about[key] for key in ("versions", "commit", "date")},
             "gains": {} if run.study == "timing" else logs.gains(folder / "tensorboard"),
         }
         lines = (
